@@ -1,0 +1,44 @@
+"""preftune: alignment fine-tuning in one chain.
+
+The public names are loaded on first use, so that the command line starts without importing torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .version import __version__
+
+if TYPE_CHECKING:
+    from .data.errors import UserError
+    from .models.adapters import AdapterSet, LoraSpec
+    from .models.base import load_model, load_tokenizer, resolve_base
+    from .stages.ppo import PPOConfig, PPOTrainer
+
+__all__ = [
+    "AdapterSet",
+    "LoraSpec",
+    "PPOConfig",
+    "PPOTrainer",
+    "UserError",
+    "__version__",
+    "load_model",
+    "load_tokenizer",
+    "resolve_base",
+]
+
+_HOMES = {
+    "AdapterSet": ".models.adapters",
+    "LoraSpec": ".models.adapters",
+    "PPOConfig": ".stages.ppo",
+    "PPOTrainer": ".stages.ppo",
+    "UserError": ".data.errors",
+    "load_model": ".models.base",
+    "load_tokenizer": ".models.base",
+    "resolve_base": ".models.base",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name], __name__), name)

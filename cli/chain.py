@@ -1,0 +1,295 @@
+"""The chain: every stage in its order, what is unchanged skipped, then the evaluation and the report."""
+
+import gc
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..data.errors import UserError
+from ..recipes.build import eval_spec, stage_job
+from ..recipes.graph import needed_for, order, parents
+from ..recipes.problems import nearest
+from ..recipes.schema import BASE, Recipe
+from .folder import RunFolder, Stamp, write_stamp, write_whole
+from .keys import Keys, difference, key_of
+from .progress import Voice, duration
+
+if TYPE_CHECKING:
+    from ..models.base import Base
+    from ..stages.job import StageJob
+
+EVAL = "eval"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says besides the recipe.
+
+    only: that stage alone, on what lies in the run folder. until: that stage and all it needs. force: run what is
+    selected even if unchanged. from_adapter: start `only` from this adapter. launch: an accelerate config.
+    """
+
+    output_dir: Path | None = None
+    only: str | None = None
+    until: str | None = None
+    force: bool = False
+    from_adapter: Path | None = None
+    launch: Path | None = None
+
+
+@dataclass(frozen=True)
+class Done:
+    """A step of the chain as it ended: `state` is ran or skipped."""
+
+    name: str
+    state: str
+    seconds: float
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+
+
+def default_folder(recipe: Recipe) -> Path:
+    """runs/<name>"""
+    return Path("runs") / recipe.name
+
+
+class Chain:
+    """One run of a recipe in a folder.
+
+    Args:
+        run_stage, run_eval, resolve: what does the work; the rooms' own by default.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        options: Options,
+        voice: Voice,
+        *,
+        run_stage: "Callable[[StageJob], Mapping[str, Any]] | None" = None,
+        run_eval: Callable[..., Any] | None = None,
+        resolve: "Callable[[str, str | None], Base] | None" = None,
+    ) -> None:
+        self.recipe, self.options, self.voice = recipe, options, voice
+        self.path = (options.output_dir or default_folder(recipe)).expanduser()
+        self._run_stage, self._run_eval, self._resolve = run_stage, run_eval, resolve
+        self.keys: dict[str, str] = {}
+        self._words_checked = False
+
+    def run(self) -> list[Done]:
+        """All of it. Raises what a step raises; the steps after it are then not run, and its state is `failed`."""
+        # 1. what is to be done, before anything heavy is imported
+        selected = self.selected = self._selected()
+        import_from_here(self.recipe)
+        hush()
+        self.folder = RunFolder(self.path)
+        with self.folder.lock():
+            self.folder.load()
+            write_recipe(self.path, self.recipe)
+            # 2. the base
+            self.base = (self._resolve or _resolve_base)(self.recipe.model.base, self.recipe.model.revision)
+            self.parts = Keys(self.recipe, self.base, self.path)
+            # 3. the stages
+            done = [self._stage(name) for name in selected]
+            # 4. the evaluation, and the report
+            if self.recipe.eval is not None and self.options.only is None and self.options.until is None:
+                done.append(self._evaluation())
+            if any(each.state == "ran" for each in done) or not (self.path / "report.html").is_file():
+                self._report()
+        return done
+
+    def _selected(self) -> list[str]:
+        recipe, options = self.recipe, self.options
+        for flag, name in (("--only", options.only), ("--until", options.until)):
+            if name is not None and name not in recipe.stages:
+                raise UserError(f"{flag} {name}", "no such stage", nearest(name, recipe.stages))
+        if options.only is not None and options.until is not None:
+            raise UserError("--only, --until", "both are given", "keep one of them")
+        if options.only is not None:
+            return [options.only]
+        return order(recipe) if options.until is None else needed_for(recipe, [options.until])
+
+    def _check_words(self) -> None:
+        """Every selected stage's words, before the first one trains: a slip in the last should not cost hours."""
+        if self._words_checked or self._run_stage is not None:
+            return
+        self._words_checked = True
+        from ..recipes.train_keys import check_train_keys
+
+        for name in self.selected:
+            check_train_keys(stage_job(self.recipe, name, self.base, self.path, self.folder.partial(name)))
+
+    def _stage(self, name: str) -> Done:
+        # the parents' keys: from this run, or from the folder where they are not part of it
+        adapter = self.options.from_adapter
+        for parent in parents(self.recipe, name):
+            if parent not in self.keys and not (adapter and parent == self.recipe.stages[name].parent):
+                self.keys[parent] = self._finished(name, parent)
+        parts = self.parts.stage(name, self.keys, adapter)
+        key = self.keys[name] = key_of(parts)
+        if (skipped := self._unchanged(name, key, parts)) is not None:
+            return skipped
+        self._check_words()
+        began, started = time.monotonic(), _now()
+        output = self.folder.begin(name, Stamp(key, parts, started), fresh=self.options.force)
+        if any((output / "checkpoints").glob("checkpoint-*")):
+            self.voice.say(f"{name}: continues from a checkpoint of the interrupted run")
+        job = stage_job(self.recipe, name, self.base, self.path, output, adapter)
+        metrics = self._guarded(name, key, started, lambda: self._work(job))
+        seconds = time.monotonic() - began
+        self.folder.promote(name, Stamp(key, parts, started, seconds))
+        self.folder.record(name, state="done", key=key, seconds=round(seconds, 3), started=started)
+        self.voice.say(f"{name}: done in {duration(seconds)}{_highlights(metrics)}")
+        _free_memory()
+        return Done(name, "ran", seconds, metrics or {})
+
+    def _work(self, job: "StageJob") -> Mapping[str, Any]:
+        if self._run_stage is not None:
+            return self._run_stage(job)
+        if self.options.launch is not None:
+            from .launch import launch_stage
+
+            return launch_stage(self.options.launch, self.path, job, self.options.from_adapter)
+        from ..stages.job import run_stage
+
+        return run_stage(job)
+
+    def _evaluation(self) -> Done:
+        parts = self.parts.evaluation(self.keys)
+        key = key_of(parts)
+        if (skipped := self._unchanged(EVAL, key, parts)) is not None:
+            return skipped
+        began, started = time.monotonic(), _now()
+        run_eval = self._run_eval or _run_eval
+        spec = eval_spec(self.recipe, self.base, self.path)
+        self._guarded(EVAL, key, started, lambda: run_eval(spec, self.path))
+        seconds = time.monotonic() - began
+        write_stamp(self.path / EVAL, Stamp(key, parts, started, seconds))
+        self.folder.record(EVAL, state="done", key=key, seconds=round(seconds, 3), started=started)
+        self.voice.say(f"{EVAL}: done in {duration(seconds)}")
+        _free_memory()
+        return Done(EVAL, "ran", seconds)
+
+    def _unchanged(self, name: str, key: str, parts: Mapping[str, Any]) -> Done | None:
+        """The step as it lies there, where it was made for the same key; says why it is run or not."""
+        stamp = self.folder.stamp(name)
+        if stamp is not None and stamp.key == key and not self.options.force:
+            entry = {"state": "done", "key": key, "seconds": round(stamp.seconds, 3), "started": stamp.started}
+            if self.folder.stages.get(name) != entry:
+                self.folder.record(name, **entry)
+            self.voice.say(f"{name}: unchanged since {stamp.started[:16].replace('T', ' ')} UTC, skipped")
+            return Done(name, "skipped", stamp.seconds)
+        if stamp is not None and stamp.key != key:
+            self.voice.say(f"{name}: runs again, changed: {difference(stamp.parts, parts)}")
+        elif stamp is not None:
+            self.voice.say(f"{name}: runs again, forced")
+        else:
+            before = self.folder.stages.get(name, {}).get("state")
+            why = {"failed": ", it failed before", "running": ", it was interrupted", "done": ", its folder is gone"}
+            self.voice.say(f"{name}: runs{why.get(str(before), '')}")
+        return None
+
+    def _finished(self, name: str, needed: str) -> str:
+        """The key of a stage that this one needs and that is not part of this run."""
+        stamp = self.folder.stamp(needed)
+        if stamp is None:
+            where = f"stages.{name}" if name != EVAL else EVAL
+            said = f"needs {needed}, which is not finished in {self.path}"
+            raise UserError(where, said, f"run it first: preftune run ... --until {needed}")
+        above = {each: self.folder.stamp(each) for each in parents(self.recipe, needed)}
+        keys = {each: found.key for each, found in above.items() if found is not None}
+        if len(keys) == len(above):
+            parts = self.parts.stage(needed, keys)
+            if key_of(parts) != stamp.key:
+                changed = difference(parts, stamp.parts)
+                self.voice.say(f"{needed}: taken as it lies there, made with another recipe: {changed}")
+        return stamp.key
+
+    def _guarded(self, name: str, key: str, started: str, work: Callable[[], Any]) -> Any:
+        """Does the work; run.json says `running` meanwhile, and `failed` where it does not end well."""
+        began = time.monotonic()
+        self.folder.record(name, state="running", key=key, seconds=0.0, started=started)
+        try:
+            return work()
+        except BaseException as error:
+            said = " ".join(str(error).split())[:300] or type(error).__name__
+            seconds = round(time.monotonic() - began, 3)
+            self.folder.record(name, state="failed", key=key, seconds=seconds, started=started, error=said)
+            raise
+
+    def _report(self) -> None:
+        if self._run_stage is not None:
+            return
+        from ..eval.report import write_report
+
+        write_report(self.path)
+
+
+def write_recipe(folder: Path, recipe: Recipe) -> None:
+    """RUN/recipe.yaml: the recipe as resolved, which runs by itself."""
+    import yaml
+
+    text = yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True, width=120)
+    write_whole(folder / "recipe.yaml", text)
+
+
+def import_from_here(recipe: Recipe) -> None:
+    """Reward and judge functions may lie in a module beside the recipe or in the current folder."""
+    for folder in (recipe.folder, Path.cwd()):
+        if folder is not None and str(folder) not in sys.path:
+            sys.path.append(str(folder))
+
+
+def hush() -> None:
+    """No bars of libraries where nobody watches a terminal; ours become lines there."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _highlights(metrics: Mapping[str, Any] | None) -> str:
+    names = {
+        "train_loss": "loss",
+        "held_out_accuracy": "held-out accuracy",
+        "objective/scores": "score",
+        "objective/kl": "KL",
+    }
+    said = [f"{word} {metrics[key]:.4g}" for key, word in names.items() if metrics and _number(metrics.get(key))]
+    return f" ({', '.join(said)})" if said else ""
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _resolve_base(spec: str, revision: str | None) -> "Base":
+    from ..models.base import resolve_base
+
+    return resolve_base(spec, revision)
+
+
+def _run_eval(spec: Any, run_dir: Path) -> Any:
+    from ..eval.run import run_eval
+
+    return run_eval(spec, run_dir)
+
+
+def _free_memory() -> None:
+    """What a stage held goes before the next one loads."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+__all__ = ["BASE", "Chain", "Done", "Options", "default_folder", "import_from_here", "write_recipe"]

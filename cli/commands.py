@@ -1,0 +1,94 @@
+"""What the commands do beyond parsing their arguments."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..data.errors import UserError
+from ..recipes.load import load_recipe, shipped_recipes
+from ..recipes.problems import nearest
+from ..recipes.schema import Recipe
+from .chain import Chain, Done, Options
+from .progress import Voice, duration
+
+
+def run_chain(recipe: str, overrides: Sequence[str] | None, options: Options, json: bool) -> list[Done]:
+    """`preftune run`: the chain, then where things are."""
+    loaded = load_recipe(recipe, overrides or ())
+    return _run(loaded, options, Voice(json))
+
+
+def run_alone(
+    kind: str,
+    recipe: str,
+    overrides: Sequence[str] | None,
+    stage: str | None,
+    output_dir: Path | None,
+    from_adapter: Path | None,
+    force: bool,
+    launch: Path | None,
+    json: bool,
+) -> list[Done]:
+    """`preftune dpo` and its like: one stage on what lies in the run folder."""
+    loaded = load_recipe(recipe, overrides or ())
+    if from_adapter is not None and not (from_adapter / "adapter_config.json").is_file():
+        raise UserError("--from-adapter", f"{str(from_adapter)!r} holds no adapter", "give a finished stage's folder")
+    adapter = from_adapter.resolve() if from_adapter is not None else None
+    options = Options(output_dir, the_stage(loaded, kind, stage), None, force, adapter, launch)
+    return _run(loaded, options, Voice(json))
+
+
+def the_stage(recipe: Recipe, kind: str, name: str | None) -> str:
+    """The recipe's stage of that kind: the named one, the only one, or the one that is called like its kind."""
+    those = [each for each, stage in recipe.stages.items() if stage.kind == kind]
+    if name is not None:
+        if name not in those:
+            raise UserError(
+                f"--stage {name}",
+                f"no {kind} stage of that name",
+                nearest(name, those) if those else "add it to the recipe",
+            )
+        return name
+    if not those:
+        raise UserError(recipe.name, f"has no stage of kind {kind}", "add one to the recipe")
+    if len(those) > 1 and kind not in those:
+        raise UserError(recipe.name, f"has several stages of kind {kind}", f"add --stage, one of {', '.join(those)}")
+    return kind if kind in those else those[0]
+
+
+def run_folder(path: Path) -> Path:
+    """An existing run folder."""
+    if not path.is_dir():
+        raise UserError(str(path), "no such folder", "give the folder of a run (runs/NAME)")
+    return path
+
+
+def list_recipes(json: bool) -> None:
+    """`preftune recipes`: names, and the first line of each file's comment."""
+    rows = []
+    for file in shipped_recipes():
+        first = file.read_text(encoding="utf-8").splitlines()[0]
+        about = first.removeprefix("#").strip() if first.startswith("#") else ""
+        rows.append({"name": file.stem, "about": about, **({"path": str(file)} if json else {})})
+    Voice(json).rows(rows)
+
+
+def _run(recipe: Recipe, options: Options, voice: Voice) -> list[Done]:
+    chain = Chain(recipe, options, voice)
+    done = chain.run()
+    if voice.json:
+        voice.rows({"stage": each.name, "state": each.state, "seconds": each.seconds, **each.metrics} for each in done)
+    else:
+        _show_results(chain.path, done, voice)
+    spent = sum(each.seconds for each in done if each.state == "ran")
+    voice.say(f"adapters: {chain.path}/<stage>, report: {chain.path / 'report.html'} ({duration(spent)} of work)")
+    return done
+
+
+def _show_results(path: Path, done: Sequence[Done], voice: Voice) -> None:
+    """The evaluation's table, where this run had one."""
+    from json import loads
+
+    results = path / "eval" / "results.json"
+    if results.is_file() and any(each.name == "eval" for each in done):
+        columns = ("policy", "reference", "judge", "n", "mean_score", "win_rate", "ci_low", "ci_high", "length", "kl")
+        voice.rows({key: row.get(key) for key in columns} for row in loads(results.read_text(encoding="utf-8")))

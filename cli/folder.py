@@ -1,0 +1,133 @@
+"""A run's folder: run.json, the lock, and stage folders that appear whole or not at all."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..data.errors import UserError
+
+STAMP = ".key.json"
+"""In a stage's folder: the key that it was made for."""
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """What a finished step was made for.
+
+    key: sha256 of `parts`. parts: what the key is made of, by name. started: UTC, ISO 8601. seconds: how long it took.
+    """
+
+    key: str
+    parts: dict[str, Any]
+    started: str
+    seconds: float = 0.0
+
+
+@dataclass
+class RunFolder:
+    """The folder of one run. `stages` is the content of run.json, one entry a step, in running order."""
+
+    path: Path
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def load(self) -> None:
+        """Read run.json, and put right what a crash cut off. Only under the lock.
+
+        Raises:
+            UserError: run.json cannot be read.
+        """
+        file = self.path / "run.json"
+        if file.is_file():
+            try:
+                self.stages = dict(json.loads(file.read_text(encoding="utf-8"))["stages"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise UserError(str(file), f"unreadable ({error})", "delete it; finished stages are kept") from error
+        for old in self.path.glob(".*.old"):
+            # died between the two renames of `promote`, or before the old folder was gone
+            final = self.path / old.name[1 : -len(".old")]
+            shutil.rmtree(old) if final.exists() else old.rename(final)
+
+    def partial(self, name: str) -> Path:
+        """Where a stage is written until it is complete."""
+        return self.path / f".{name}.partial"
+
+    def stamp(self, name: str) -> Stamp | None:
+        """What the stage's folder was made for; None where there is no complete one."""
+        return _read_stamp(self.path / name)
+
+    def record(self, name: str, **values: Any) -> None:
+        """Set a step's entry in run.json."""
+        self.stages[name] = values
+        write_whole(self.path / "run.json", json.dumps({"stages": self.stages}, indent=2) + "\n")
+
+    def begin(self, name: str, stamp: Stamp, *, fresh: bool = False) -> Path:
+        """An output folder for the stage: the one that an interrupted run for the same key left, or an empty one.
+
+        Args:
+            fresh: an empty one in any case.
+        """
+        partial = self.partial(name)
+        left = _read_stamp(partial)
+        if fresh or left is None or left.key != stamp.key:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            write_stamp(partial, stamp)
+        return partial
+
+    def promote(self, name: str, stamp: Stamp) -> None:
+        """The stage is complete: its folder takes its place; an older one goes only then."""
+        partial, final, old = self.partial(name), self.path / name, self.path / f".{name}.old"
+        write_stamp(partial, stamp)
+        if final.exists():
+            final.rename(old)
+        partial.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """One run at a time in a folder. The lock of a process that died is free.
+
+        Raises:
+            UserError: another process holds it.
+        """
+        from filelock import FileLock, Timeout
+
+        self.path.mkdir(parents=True, exist_ok=True)
+        holder = self.path / ".lock.pid"
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            pid = holder.read_text(encoding="utf-8").strip() if holder.is_file() else "?"
+            said = f"another run (process {pid}) is at work in it"
+            raise UserError(str(self.path), said, "wait for it, or use another --output-dir") from None
+        try:
+            holder.write_text(f"{os.getpid()}\n", encoding="utf-8")
+            yield
+        finally:
+            holder.unlink(missing_ok=True)
+            lock.release()
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file so that a reader sees the old content or the new, never half."""
+    beside = file.with_name(f".{file.name}.{os.getpid()}")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(file)
+
+
+def write_stamp(folder: Path, stamp: Stamp) -> None:
+    """Mark a folder with what it was made for."""
+    write_whole(folder / STAMP, json.dumps(asdict(stamp), indent=1) + "\n")
+
+
+def _read_stamp(folder: Path) -> Stamp | None:
+    try:
+        return Stamp(**json.loads((folder / STAMP).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None

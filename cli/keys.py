@@ -1,0 +1,173 @@
+"""Cache keys: everything that can change a step's result, by name, and the hash of it all."""
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..recipes.build import ROWS, data_spec, data_values, folders, lora_values, method_values
+from ..recipes.graph import parents
+from ..recipes.schema import BASE, PPOStage, Recipe
+
+if TYPE_CHECKING:
+    from ..models.base import Base
+
+FORMAT = 1
+"""Raise it when the same recipe must give another result: every stage of every run is then run again."""
+
+_SHOWN = 3
+
+
+def key_of(parts: Mapping[str, Any]) -> str:
+    """sha256 of the parts, whatever their order; 1 and 1.0 are one number."""
+    return hashlib.sha256(json.dumps(_plain(parts), sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+class Keys:
+    """The parts of each step's key, in one run. Data are read once for each kind of rows."""
+
+    def __init__(self, recipe: Recipe, base: "Base", run_dir: Path) -> None:
+        self.recipe, self.base, self.run_dir = recipe, base, run_dir
+        self._fingerprints: dict[Any, str] = {}
+
+    def stage(self, name: str, known: Mapping[str, str], from_adapter: Path | None = None) -> dict[str, Any]:
+        """What the stage's result depends on.
+
+        Args:
+            known: the keys of the stages that it needs.
+            from_adapter: an adapter folder that it starts from instead of its parent.
+        """
+        recipe, stage = self.recipe, self.recipe.stages[name]
+        spec = data_spec(recipe.data[stage.data], recipe.seed)
+        parts = {
+            **self._model(),
+            "kind": stage.kind,
+            "seed": recipe.seed if stage.seed is None else stage.seed,
+            **_flat("lora", lora_values(recipe, name)),
+            **method_values(stage),
+            **_flat("train", stage.train),
+            **_flat("data", data_values(spec)),
+            f"data {stage.data}": self.fingerprint(spec, ROWS[stage.kind]),
+        }
+        for parent in parents(recipe, name):
+            if not (from_adapter is not None and parent == stage.parent):
+                parts |= {f"stage {parent}": known[parent], f"adapter {parent}": content(self.run_dir / parent)}
+        if from_adapter is not None:
+            parts["from_adapter"] = content(from_adapter)
+        elif stage.parent == BASE:
+            parts["from"] = BASE
+        if isinstance(stage, PPOStage):
+            for index, source in enumerate(stage.reward):
+                parts |= _flat(f"reward.{index}", source.model_dump(exclude_none=True))
+                if source.function is not None:
+                    parts[f"code of {source.function}"] = code_sha256(source.function)
+        return parts
+
+    def evaluation(self, known: Mapping[str, str]) -> dict[str, Any]:
+        """What the evaluation's result depends on: its part of the recipe, and the stages that it looks at."""
+        part = self.recipe.eval
+        assert part is not None
+        spec = data_spec(part.prompts, self.recipe.seed)
+        values = part.model_dump(exclude={"prompts", "batch_size"})
+        parts = {
+            **self._model(),
+            **_flat("eval", values),
+            "eval.seed": self.recipe.seed if part.seed is None else part.seed,
+            **_flat("prompts", data_values(spec)),
+            "data prompts": self.fingerprint(spec, "prompt"),
+        }
+        for name in eval_needs(self.recipe):
+            parts |= {f"stage {name}": known[name], f"adapter {name}": content(self.run_dir / name)}
+        for judge in part.judges:
+            if isinstance(target := judge.get("function"), str):
+                parts[f"code of {target}"] = code_sha256(target)
+        return parts
+
+    def fingerprint(self, spec: Any, kind: str) -> str:
+        """The hash of the rows themselves, wherever they were read from."""
+        from ..data.load import load_rows
+
+        known = (repr(spec), kind)
+        if known not in self._fingerprints:
+            self._fingerprints[known] = load_rows(spec, kind, folders(self.recipe)).fingerprint  # type: ignore[arg-type]
+        return self._fingerprints[known]
+
+    def _model(self) -> dict[str, Any]:
+        model = self.recipe.model
+        template = model.chat_template
+        if template is not None and "{" not in template and Path(template).is_file():
+            template = hashlib.sha256(Path(template).read_bytes()).hexdigest()
+        return {
+            "format": FORMAT,
+            "base": self.base.sha256,
+            "model.dtype": model.dtype,
+            "model.quantization": model.quantization,
+            "model.chat_template": template,
+        }
+
+
+def eval_needs(recipe: Recipe) -> list[str]:
+    """The stages that the evaluation looks at: its policies, its reference, its reward judges."""
+    part = recipe.eval
+    if part is None:
+        return []
+    judges = [judge["stage"] for judge in part.judges if "stage" in judge]
+    named = dict.fromkeys([*part.policies, part.reference, *judges])
+    return [name for name in named if name != BASE]
+
+
+def content(folder: Path) -> str | None:
+    """Hash of the adapter in a folder; None where there is none."""
+    from ..models.lineage import adapter_sha256
+
+    return adapter_sha256(folder) if (folder / "adapter_model.safetensors").is_file() else None
+
+
+def code_sha256(target: str) -> str | None:
+    """Hash of the file that `module:function` lies in; None where it cannot be found (who imports it says so)."""
+    try:
+        found = importlib.util.find_spec(target.partition(":")[0])
+    except (ImportError, ValueError):
+        return None
+    if found is None or found.origin is None or not Path(found.origin).is_file():
+        return None
+    return hashlib.sha256(Path(found.origin).read_bytes()).hexdigest()
+
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Which parts differ, in words: `beta 0.1 -> 0.2, the rows of pairs`."""
+    # as they come back from JSON
+    new = json.loads(json.dumps(new, default=str))
+    changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    stages = {name.partition(" ")[2] for name in changed if name.startswith(("stage ", "adapter "))}
+    said = [_words(name, old, new) for name in changed if not name.startswith(("stage ", "adapter "))]
+    said += [f"stage {name}" for name in sorted(stages)]
+    more = [f"{len(said) - _SHOWN} more"] if len(said) > _SHOWN else []
+    return ", ".join([*said[:_SHOWN], *more])
+
+
+def _words(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    if name.startswith("data "):
+        return f"the rows of {name.partition(' ')[2]}"
+    if name in ("base", "from_adapter") or name.startswith("code of "):
+        return name
+    return f"{name} {_short(old.get(name))} -> {_short(new.get(name))}"
+
+
+def _short(value: Any) -> str:
+    text = "unset" if value is None else str(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _flat(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{prefix}.{name}": value for name, value in values.items()}

@@ -1,0 +1,189 @@
+"""The `preftune` command. Nothing heavy is imported before a command needs it."""
+
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..data.errors import UserError
+from ..version import __version__
+from . import evaluate
+
+app = typer.Typer(
+    name="preftune",
+    help="Alignment fine-tuning in one chain: LoRA SFT, reward model, PPO or DPO / IPO / KTO, evaluation.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.add_typer(evaluate.app, name="eval")
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe's name.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides such as stages.dpo.beta=0.2.")
+]
+OutputDir = Annotated[Path | None, typer.Option(help="The run folder. Default: runs/NAME.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Results as one JSON object a line.")]
+Force = Annotated[bool, typer.Option("--force", help="Run even what is unchanged.")]
+Launch = Annotated[
+    Path | None, typer.Option(metavar="CONFIG", help="An accelerate config: stages run under accelerate launch.")
+]
+
+
+def main() -> None:
+    """The console script: a user's mistake is one line and exit code 2, anything else 1."""
+    # what libraries say to one another about their next versions
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"(transformers|peft|trl|torch)\.")
+    sys.exit(guarded(lambda: app(standalone_mode=False)))
+
+
+def guarded(work: Callable[[], object]) -> int:
+    """Runs it and gives the exit code."""
+    try:
+        code = work()
+        return code if isinstance(code, int) else 0
+    except UserError as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted; the same command continues", file=sys.stderr)
+    except BrokenPipeError:
+        # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as error:
+        # the parser's own errors; typer brings its own copy of click, so their class is not to be had by name
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):
+            return _wrong_command(error)
+        traceback.print_exc()
+    return 1
+
+
+def _wrong_command(error: Any) -> int:
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+    else:
+        command = error.ctx.command_path if getattr(error, "ctx", None) is not None else "preftune"
+        said = " ".join(error.format_message().split()).rstrip(".")
+        print(f"{command}: {said}; see `{command} --help`", file=sys.stderr)
+    return int(error.exit_code)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"preftune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="The version.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    output_dir: OutputDir = None,
+    only: Annotated[str | None, typer.Option(metavar="STAGE", help="That stage alone.")] = None,
+    until: Annotated[str | None, typer.Option(metavar="STAGE", help="That stage and all that it needs.")] = None,
+    force: Force = False,
+    launch: Launch = None,
+    json: AsJson = False,
+) -> None:
+    """The whole chain. The same command again continues; what is unchanged is not run again."""
+    from .chain import Options
+    from .commands import run_chain
+
+    run_chain(recipe, overrides, Options(output_dir, only, until, force, None, launch), json)
+
+
+def _stage_command(kind: str, words: str) -> None:
+    def command(
+        recipe: RecipeArgument,
+        overrides: Overrides = None,
+        output_dir: OutputDir = None,
+        stage: Annotated[str | None, typer.Option(help="Which, where the recipe has several of the kind.")] = None,
+        from_adapter: Annotated[
+            Path | None, typer.Option(metavar="DIR", help="Start from this adapter instead of the recipe's parent.")
+        ] = None,
+        force: Force = False,
+        launch: Launch = None,
+        json: AsJson = False,
+    ) -> None:
+        from .commands import run_alone
+
+        run_alone(kind, recipe, overrides, stage, output_dir, from_adapter, force, launch, json)
+
+    app.command(kind, help=f"{words} alone; its parent from the run folder or --from-adapter.")(command)
+
+
+for _kind, _words in (
+    ("sft", "The supervised fine-tuning stage"),
+    ("reward", "The reward-model stage"),
+    ("dpo", "The DPO (or IPO) stage"),
+    ("kto", "The KTO stage"),
+    ("ppo", "The PPO stage"),
+):
+    _stage_command(_kind, _words)
+
+
+@app.command()
+def validate(recipe: RecipeArgument, overrides: Overrides = None, json: AsJson = False) -> None:
+    """Check a recipe and its data row by row, without running anything."""
+    from .progress import Voice
+    from .validate import validate_recipe
+
+    validate_recipe(recipe, overrides or [], Voice(json))
+
+
+@app.command()
+def plan(recipe: RecipeArgument, overrides: Overrides = None, json: AsJson = False) -> None:
+    """Rows, steps, memory and FLOPs of every stage, roughly, before anything runs."""
+    from .plan import plan_recipe
+    from .progress import Voice
+
+    plan_recipe(recipe, overrides or [], Voice(json))
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="A stage's folder.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder for the whole model.")],
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: the training's.")] = None,
+) -> None:
+    """Write the base with the adapter merged into it, as one ordinary model."""
+    from .merge import merge_adapter
+
+    merge_adapter(adapter, out, dtype)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
+    """Write RUN/report.html again from what lies in the run folder."""
+    from .commands import run_folder
+
+    folder = run_folder(run)
+    from ..eval.report import write_report
+
+    print(write_report(folder))
+
+
+@app.command()
+def recipes(json: AsJson = False) -> None:
+    """List the shipped recipes."""
+    from .commands import list_recipes
+
+    list_recipes(json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""A recipe and its data, checked as the chain would check them, without training anything."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..data.errors import UserError
+from ..recipes.build import ROWS, data_spec, folders, stage_job
+from ..recipes.graph import order
+from ..recipes.load import load_recipe
+from ..recipes.schema import Data, Recipe
+from .chain import import_from_here
+from .progress import Voice
+
+if TYPE_CHECKING:
+    from ..models.base import Base
+
+_ROW_WORDS = {"demo": "demonstrations", "pair": "pairs", "label": "labelled replies", "prompt": "prompts"}
+
+
+def validate_recipe(recipe: str, overrides: Sequence[str], voice: Voice) -> None:
+    """`preftune validate`: every entry of the data as every stage would read it, lengths in tokens, every word.
+
+    What cannot be looked at offline is said and is no error.
+
+    Raises:
+        UserError: the first thing that is wrong.
+    """
+    loaded = load_recipe(recipe, overrides)
+    import_from_here(loaded)
+    voice.say(f"recipe: {loaded.name}, stages in running order: {', '.join(order(loaded))}")
+    base, tokenizer = _base(loaded, voice)
+    for name, entry, kind in data_uses(loaded):
+        for row in _check_rows(loaded, name, entry, kind, tokenizer, voice):
+            if voice.json:
+                voice.rows([row])
+    _check_words(loaded, base, voice)
+    _check_judges(loaded)
+    voice.say("nothing wrong found")
+
+
+def data_uses(recipe: Recipe) -> Iterator[tuple[str, Data, str]]:
+    """(name, entry, kind of rows) of each way in which an entry is read, once each."""
+    seen = set()
+    for name in order(recipe):
+        stage = recipe.stages[name]
+        use = (stage.data, ROWS[stage.kind])
+        if use not in seen:
+            seen.add(use)
+            yield stage.data, recipe.data[stage.data], ROWS[stage.kind]
+    if recipe.eval is not None:
+        yield "eval.prompts", recipe.eval.prompts, "prompt"
+
+
+def is_on_hub(recipe: Recipe, path: str) -> bool:
+    """Whether a data path can only be a hub dataset: nothing of that name lies here."""
+    from ..data.sources import find
+
+    return find(path, folders(recipe)) is None and not Path(path).suffix and path.count("/") <= 1
+
+
+def offline() -> bool:
+    """Whether the user told the hub's client not to go out."""
+    from huggingface_hub.constants import is_offline_mode
+
+    return is_offline_mode()
+
+
+def _base(recipe: Recipe, voice: Voice) -> "tuple[Base | None, Any]":
+    from ..models.base import load_tokenizer, resolve_base
+
+    try:
+        base = resolve_base(recipe.model.base, recipe.model.revision)
+    except UserError as error:
+        if "cannot be reached" not in error.problem:
+            raise
+        voice.say(f"model: not checked, {recipe.model.base} is on the hub and cannot be reached; no token lengths")
+        return None, None
+    voice.say(f"model: {recipe.model.base}, sha256 {base.sha256[:12]}")
+    return base, load_tokenizer(base, recipe.model.chat_template)
+
+
+def _check_rows(
+    recipe: Recipe, name: str, entry: Data, kind: str, tokenizer: Any, voice: Voice
+) -> Iterator[dict[str, Any]]:
+    from ..data.load import load_rows
+
+    spec = data_spec(entry, recipe.seed)
+    label = f"data {name} as {_ROW_WORDS[kind]}" if name != "eval.prompts" else name
+    try:
+        loaded = load_rows(spec, kind, folders(recipe))  # type: ignore[arg-type]
+    except UserError:
+        away = [source.path for source in spec.sources if is_on_hub(recipe, source.path)]
+        if not (away and offline()):
+            raise
+        voice.say(f"{label}: not checked, {', '.join(away)} is on the hub and we are offline")
+        return
+    report = {"data": name, "rows": kind, "read": loaded.report.as_dict()}
+    _say(voice, label, loaded.report.lines())
+    if tokenizer is not None:
+        encoded = encode_rows(kind, loaded.rows, tokenizer, spec)[1]
+        _say(voice, f"{label}, in tokens", encoded.lines())
+        report["encoded"] = encoded.as_dict()
+        if not encoded.used:
+            why = "; ".join(encoded.lines()[1:])
+            raise UserError(f"data.{name}", f"no row is left ({why})", "raise max_length or max_prompt_length")
+    yield report
+
+
+def encode_rows(kind: str, rows: Any, tokenizer: Any, spec: Any) -> tuple[Any, Any]:
+    """(dataset of token ids, report) by the data room's encoder of that kind of rows."""
+    from ..data import encode
+
+    functions = {
+        "demo": encode.encode_demos,
+        "pair": encode.encode_pairs,
+        "label": encode.encode_labels,
+        "prompt": encode.encode_prompts,
+    }
+    return functions[kind](rows, tokenizer, spec)
+
+
+def _check_words(recipe: Recipe, base: "Base | None", voice: Voice) -> None:
+    from ..models.base import Base
+    from ..recipes.train_keys import check_train_keys
+
+    stand_in = base or Base(recipe.model.base, Path(), None, "")
+    for name in order(recipe):
+        check_train_keys(stage_job(recipe, name, stand_in, Path(), Path()))
+    voice.say(f"stages: every word of {len(recipe.stages)} stages is known")
+
+
+def _check_judges(recipe: Recipe) -> None:
+    if recipe.eval is not None:
+        from ..eval.judges import plan_judges
+
+        plan_judges(recipe.eval.judges, Path("runs") / recipe.name)
+
+
+def _say(voice: Voice, label: str, lines: list[str]) -> None:
+    for line in lines:
+        voice.say(f"{label}: {line}")

@@ -1,0 +1,259 @@
+"""Rows -> datasets of token ids, for the trainers.
+
+What is longer than the data's limits is dropped, truncated or an error, as the data asks, and always counted: prompts
+are cut from the left (a BOS stays), replies from the right, and a reply that was cut gets no EOS.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from datasets import Dataset, Features, Json, List, Value, concatenate_datasets
+from tqdm.auto import tqdm
+
+from .errors import UserError
+from .report import DataReport
+from .rows import Message, Row, Unusable, canonical
+from .spec import DataSpec
+from .template import Templater, find_spans, span_texts
+from .turns import SAME_SIDES
+
+IGNORED = -100
+
+TRUNCATED = "truncated"
+BOUNDARY_MOVED = "prompt boundary moved"
+LAST_TURN_ONLY = "turns not told apart, only the last one trains"
+PROMPT_TOO_LONG = "prompt longer than max_prompt_length"
+TOO_LONG = "longer than max_length"
+NO_ROOM = "no room for a reply within max_length"
+NOTHING_SAID = "the chat template renders nothing of the reply"
+TOOLS_UNSEEN = "the chat template does not show the tools"
+
+_TOKENS = List(Value("int64"))
+# Rows rendered, tokenised and stored at a time.
+_CHUNK = 1000
+
+Encoded = tuple[Dataset, DataReport]
+
+
+def encode_demos(rows: Sequence[Row], tokenizer: Any, spec: DataSpec) -> Encoded:
+    """Dataset[input_ids, labels]: labels are the ids where an assistant speaks (each EOS included), else -100.
+
+    Every assistant's turn of `completion` is trained; where the template renders a turn differently once others follow,
+    so that the turns cannot be told apart in the ids, only the last one is, and the row is counted.
+
+    Raises:
+        UserError: the template refuses a row, a row is too long and `overflow` is "error", or no row is left.
+    """
+    encoder = _Encoder(tokenizer, spec)
+
+    def texts(row: Row) -> list[str]:
+        return span_texts(encoder.templater, row.prompt, _side(row, "completion"), row.tools, row.origin)
+
+    def finish(row: Row, ids: list[list[int]]) -> dict[str, Any]:
+        spans = find_spans(encoder.templater, ids)
+        if spans.moved:
+            encoder.remark(BOUNDARY_MOVED)
+        if spans.last_only:
+            encoder.remark(LAST_TURN_ONLY)
+        labels = [IGNORED] * len(spans.ids)
+        for start, end in spans.trained:
+            encoder.check_said(spans.ids[start:end])
+            labels[start:end] = spans.ids[start:end]
+        prompt = encoder.fit_prompt(spans.ids[: spans.prompt], row)
+        reply = encoder.fit_reply(prompt, spans.ids[spans.prompt :], row)
+        trained = labels[spans.prompt :][: len(reply)]
+        if all(label == IGNORED for label in trained):
+            raise Unusable(NO_ROOM)
+        return {"input_ids": prompt + reply, "labels": [IGNORED] * len(prompt) + trained}
+
+    return encoder.run(rows, texts, finish, Features({"input_ids": _TOKENS, "labels": _TOKENS}))
+
+
+def encode_pairs(rows: Sequence[Row], tokenizer: Any, spec: DataSpec) -> Encoded:
+    """Dataset[prompt_ids, chosen_ids, rejected_ids(, margin)]: the replies without the prompt, ending in EOS.
+
+    `margin` is there when every row has one. Raises as `encode_demos`.
+    """
+    encoder = _Encoder(tokenizer, spec)
+    margins = all(row.margin is not None for row in rows)
+
+    def texts(row: Row) -> list[str]:
+        chosen, rejected = _side(row, "chosen"), _side(row, "rejected")
+        both = span_texts(encoder.templater, row.prompt, chosen, row.tools, row.origin)
+        return [*both, encoder.templater.text(row.prompt + rejected, row.tools, False, row.origin)]
+
+    def finish(row: Row, ids: list[list[int]]) -> dict[str, Any]:
+        chosen, before, rejected = ids
+        sides = [find_spans(encoder.templater, [side, before]) for side in (chosen, rejected)]
+        if any(side.moved for side in sides):
+            encoder.remark(BOUNDARY_MOVED)
+        for side in sides:
+            encoder.check_said(side.ids[side.prompt :])
+        # The sides share their prompt, so a boundary that moved in one moves in the other.
+        boundary = min(side.prompt for side in sides)
+        prompt = encoder.fit_prompt(before[:boundary], row)
+        good, bad = (encoder.fit_reply(prompt, side.ids[boundary:], row) for side in sides)
+        if good == bad:
+            raise Unusable(SAME_SIDES)
+        margin = {"margin": row.margin} if margins else {}
+        return {"prompt_ids": prompt, "chosen_ids": good, "rejected_ids": bad, **margin}
+
+    features = {"prompt_ids": _TOKENS, "chosen_ids": _TOKENS, "rejected_ids": _TOKENS}
+    return encoder.run(rows, texts, finish, Features(features | ({"margin": Value("float32")} if margins else {})))
+
+
+def encode_labels(rows: Sequence[Row], tokenizer: Any, spec: DataSpec) -> Encoded:
+    """Dataset[prompt_ids, completion_ids, label]: the last reply without its prompt. Raises as `encode_demos`."""
+    encoder = _Encoder(tokenizer, spec)
+
+    def texts(row: Row) -> list[str]:
+        completion = _side(row, "completion")
+        if row.label is None:
+            raise UserError(row.origin, "the row has no label", "load it with the kind 'label'")
+        prompt = row.prompt + completion[:-1]
+        return span_texts(encoder.templater, prompt, completion[-1:], row.tools, row.origin)
+
+    def finish(row: Row, ids: list[list[int]]) -> dict[str, Any]:
+        spans = find_spans(encoder.templater, ids)
+        if spans.moved:
+            encoder.remark(BOUNDARY_MOVED)
+        encoder.check_said(spans.ids[spans.prompt :])
+        prompt = encoder.fit_prompt(spans.ids[: spans.prompt], row)
+        reply = encoder.fit_reply(prompt, spans.ids[spans.prompt :], row)
+        return {"prompt_ids": prompt, "completion_ids": reply, "label": row.label}
+
+    features = Features({"prompt_ids": _TOKENS, "completion_ids": _TOKENS, "label": Value("bool")})
+    return encoder.run(rows, texts, finish, features)
+
+
+def encode_prompts(rows: Sequence[Row], tokenizer: Any, spec: DataSpec) -> Encoded:
+    """Dataset[prompt_ids, prompt, columns]: prompt as messages, columns as one JSON text a row.
+
+    `prompt_ids` end with the template's generation prompt. They must fit `max_prompt_length`, or else `max_length`.
+    Raises as `encode_demos`.
+    """
+    encoder = _Encoder(tokenizer, spec)
+
+    def texts(row: Row) -> list[str]:
+        return [encoder.templater.text(row.prompt, row.tools, True, row.origin)]
+
+    def finish(row: Row, ids: list[list[int]]) -> dict[str, Any]:
+        prompt = encoder.fit_prompt(ids[0], row, alone=True)
+        return {"prompt_ids": prompt, "prompt": row.prompt, "columns": canonical(row.columns)}
+
+    features = Features({"prompt_ids": _TOKENS, "prompt": List(Json()), "columns": Value("string")})
+    return encoder.run(rows, texts, finish, features)
+
+
+class _Encoder:
+    """What the four kinds share: chunked tokenising, the limits, the counts."""
+
+    def __init__(self, tokenizer: Any, spec: DataSpec) -> None:
+        self.templater = Templater(tokenizer)
+        self.spec = spec
+        self.report = DataReport()
+        # Of the row at hand; they count only if it is used in the end.
+        self.remarks: set[str] = set()
+
+    def run(
+        self,
+        rows: Sequence[Row],
+        texts: Callable[[Row], list[str]],
+        finish: Callable[[Row, list[list[int]]], dict[str, Any]],
+        features: Features,
+    ) -> Encoded:
+        """Encode all rows.
+
+        Args:
+            texts: the templated texts that a row needs tokenised.
+            finish: the encoded row from their ids; Unusable drops it.
+        """
+        parts = []
+        with tqdm(total=len(rows), desc="encoding", unit=" rows", delay=2, disable=None, leave=False) as bar:
+            for start in range(0, len(rows), _CHUNK):
+                chunk = rows[start : start + _CHUNK]
+                wanted = [texts(row) for row in chunk]
+                ids = iter(self.templater.ids([text for one in wanted for text in one]))
+                done = [
+                    self._finish(row, [next(ids) for _ in one], finish) for row, one in zip(chunk, wanted, strict=True)
+                ]
+                used = [row for row in done if row is not None]
+                columns = {name: [row[name] for row in used] for name in features}
+                parts.append(Dataset.from_dict(columns, features=features))
+                self.report.used += len(used)
+                bar.update(len(chunk))
+        if self.report.used == 0:
+            why = "; ".join(self.report.lines()[1:]) or "no row was given"
+            raise UserError(self.spec.describe(), f"no row is left ({why})", "raise max_length or check the data")
+        return concatenate_datasets(parts), self.report
+
+    def _finish(
+        self, row: Row, ids: list[list[int]], finish: Callable[[Row, list[list[int]]], dict[str, Any]]
+    ) -> dict[str, Any] | None:
+        self.report.read += 1
+        self.remarks.clear()
+        try:
+            encoded = finish(row, ids)
+        except Unusable as unusable:
+            self.report.drop(unusable.reason, row.origin)
+            return None
+        if row.tools and self._tools_unseen(row):
+            self.remark(TOOLS_UNSEEN)
+        for remark in sorted(self.remarks):
+            self.report.note(remark, row.origin)
+        return encoded
+
+    def remark(self, what: str) -> None:
+        self.remarks.add(what)
+
+    def check_said(self, reply: list[int]) -> None:
+        """A template without tool calls writes such a turn as nothing but its EOS."""
+        if reply == [self.templater.eos]:
+            raise Unusable(NOTHING_SAID)
+
+    def _tools_unseen(self, row: Row) -> bool:
+        shown, hidden = (self.templater.text(row.prompt, tools, True, row.origin) for tools in (row.tools, None))
+        return shown == hidden
+
+    def fit_prompt(self, prompt: list[int], row: Row, alone: bool = False) -> list[int]:
+        """The prompt within `max_prompt_length`; one that stands alone within `max_length` at least."""
+        limit, reason = self.spec.max_prompt_length, PROMPT_TOO_LONG
+        if limit is None and alone:
+            limit, reason = self.spec.max_length, TOO_LONG
+        if limit is None or len(prompt) <= limit:
+            return prompt
+        self._overflow(len(prompt), limit, reason, row)
+        bos = self.templater.bos
+        if limit > 1 and prompt[0] == bos and prompt.count(prompt[0]) == 1:
+            # A BOS in its own right, not the mark with which every turn begins (ChatML).
+            return [prompt[0], *prompt[len(prompt) - limit + 1 :]]
+        return prompt[len(prompt) - limit :]
+
+    def fit_reply(self, prompt: list[int], reply: list[int], row: Row) -> list[int]:
+        """The reply within what the prompt leaves of `max_length`."""
+        limit = self.spec.max_length
+        if limit is None or len(prompt) + len(reply) <= limit:
+            return reply
+        self._overflow(len(prompt) + len(reply), limit, TOO_LONG, row)
+        if len(prompt) >= limit:
+            raise Unusable(NO_ROOM)
+        return reply[: limit - len(prompt)]
+
+    def _overflow(self, length: int, limit: int, reason: str, row: Row) -> None:
+        """Returns when the row is to be truncated."""
+        if self.spec.overflow == "error":
+            raise UserError(
+                row.origin,
+                f"{length} tokens, {reason} = {limit}",
+                "raise the limit, or set overflow to drop or truncate",
+            )
+        if self.spec.overflow == "drop":
+            raise Unusable(reason)
+        self.remark(TRUNCATED)
+
+
+def _side(row: Row, name: str) -> list[Message]:
+    side: list[Message] | None = getattr(row, name)
+    if not side:
+        raise UserError(row.origin, f"the row has no {name}", f"load the data with the kind that has {name}")
+    return side

@@ -1,0 +1,292 @@
+"""Recognise a raw row's format and normalise it.
+
+| format | fields |
+|---|---|
+| prompt and completion | `prompt`, `completion` (or one of the other names below), text or messages |
+| preference | `chosen`, `rejected`, with `prompt` or as whole conversations that share their beginning |
+| conversation | `messages`, or ShareGPT's `conversations` (`from`, `value`), with `system` and `tools` beside them |
+| HH-RLHF | `chosen`, `rejected` as text with `Human:` and `Assistant:` turns |
+| Alpaca | `instruction`, `input`, `output`, `system`, `history` |
+| unpaired | any of the above with one completion, and `label` |
+| prompt only | `prompt`, or a conversation (its last reply is left out) |
+"""
+
+from collections.abc import Callable
+from difflib import get_close_matches
+from typing import Any
+
+from .errors import UserError
+from .hh import is_dialogue, split_pair
+from .messages import to_messages, to_tools
+from .rows import Message, Row, Unusable, text_message
+from .sources import RawRow
+from .spec import Kind
+from .turns import SAME_SIDES, UNWANTED, check, first_turn, has_system, last_turn, single, until_reply
+
+PROMPT_NAMES = ("prompt", "instruction", "question", "query", "input")
+COMPLETION_NAMES = ("completion", "response", "output", "answer")
+CONVERSATION_NAMES = ("messages", "conversations", "conversation")
+SYSTEM_NAMES = ("system", "system_prompt")
+
+EXPECTED = {
+    "demo": "prompt and completion, or messages, conversations, or instruction and output",
+    "pair": "chosen and rejected, with prompt or as whole conversations",
+    "label": "label with prompt and completion or with messages (or chosen and rejected)",
+    "prompt": "prompt, messages, conversations, or instruction",
+}
+
+
+def normalise(raw: RawRow, kind: Kind, origin: str, columns: dict[str, str] | None = None) -> list[Row]:
+    """The rows of `kind` that `raw` stands for: one, or two where a pair serves as labelled completions.
+
+    Args:
+        columns: our names to the row's, for what is not recognised by itself.
+
+    Raises:
+        UserError: a field is missing or holds something else.
+        Unusable: the row is sound but cannot serve (two equal sides, an empty reply, ...).
+    """
+    return _Reader(_renamed(raw, columns, origin), kind, origin).rows()
+
+
+def _renamed(raw: RawRow, columns: dict[str, str] | None, origin: str) -> RawRow:
+    if not columns:
+        return raw
+    for ours, theirs in columns.items():
+        if theirs not in raw:
+            near = get_close_matches(theirs, list(raw), n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "correct `columns`"
+            raise UserError(origin, f"no field {theirs!r} for {ours} (found {', '.join(raw)})", hint)
+    taken = set(columns.values())
+    return {k: v for k, v in raw.items() if k not in taken} | {ours: raw[theirs] for ours, theirs in columns.items()}
+
+
+class _Reader:
+    """One raw row on its way to rows; remembers which fields were consumed, the rest are `columns`."""
+
+    def __init__(self, raw: RawRow, kind: Kind, origin: str) -> None:
+        self.raw, self.origin = raw, origin
+        self.kind: Kind = kind
+        self.fields = [name for name, value in raw.items() if value is not None]
+        self.taken = {"tools"}
+        self.system = self.system_text()
+
+    def rows(self) -> list[Row]:
+        readers: dict[Kind, Callable[[], list[Row]]] = {
+            "demo": self.demo,
+            "pair": self.pair,
+            "label": self.labelled,
+            "prompt": self.prompt_only,
+        }
+        rows = readers[self.kind]()
+        for row in rows:
+            check(row)
+        return rows
+
+    # -- the four kinds ------------------------------------------------------------------------------------------
+
+    def demo(self) -> list[Row]:
+        if self.raw.get("label") is False:
+            # Labelled completions: nobody wants the unwanted ones as demonstrations.
+            raise Unusable(UNWANTED)
+        if "chosen" in self.fields and not self.name_of(COMPLETION_NAMES):
+            prompt, completion = self.one_side("chosen")
+        else:
+            prompt, completion = self.demonstration()
+        return [self.row(prompt, completion=completion)]
+
+    def pair(self) -> list[Row]:
+        prompt, chosen, rejected = self.sides()
+        margin = self.raw.get("margin")
+        if margin is not None:
+            try:
+                margin = float(margin)
+            except (TypeError, ValueError):
+                raise UserError(self.origin, f"margin is {margin!r}, expected a number", "correct the row") from None
+            self.taken.add("margin")
+        return [self.row(prompt, chosen=chosen, rejected=rejected, margin=margin)]
+
+    def labelled(self) -> list[Row]:
+        if "label" not in self.fields and {"chosen", "rejected"} <= set(self.fields):
+            prompt, chosen, rejected = self.sides()
+            if chosen == rejected:
+                raise Unusable(SAME_SIDES)
+            return [
+                self.row(prompt, completion=chosen, label=True),
+                self.row(prompt, completion=rejected, label=False),
+            ]
+        label = self.label()
+        prompt, completion = self.demonstration()
+        prompt, completion = last_turn(prompt + completion)
+        return [self.row(prompt, completion=completion, label=label)]
+
+    def prompt_only(self) -> list[Row]:
+        pairs = {"chosen", "rejected"} <= set(self.fields)
+        name = self.name_of(PROMPT_NAMES)
+        if pairs and (name is None or self.whole_conversations()):
+            return [self.row(self.sides()[0])]
+        if name is not None:
+            return [self.row(self.with_system(self.prompt(name)))]
+        name = self.name_of(CONVERSATION_NAMES)
+        if name is None:
+            raise self.missing()
+        messages = self.with_system(self.conversation(name))
+        ends_in_reply = bool(messages) and messages[-1]["role"] == "assistant"
+        return [self.row(last_turn(messages)[0] if ends_in_reply else messages)]
+
+    # -- their parts ---------------------------------------------------------------------------------------------
+
+    def demonstration(self) -> tuple[list[Message], list[Message]]:
+        """(prompt, completion) of a row that shows one way to go on."""
+        reply = self.name_of(COMPLETION_NAMES)
+        name = self.name_of(PROMPT_NAMES) if reply is not None else None
+        if reply is not None and name is not None:
+            prompt = self.prompt(name)
+            completion = self.value(reply, "assistant")
+            if completion and completion[0]["role"] != "assistant":
+                # The whole conversation stands in the completion.
+                return first_turn(self.with_system(completion))
+            return self.with_system(prompt), until_reply(completion)
+        talk = self.name_of(CONVERSATION_NAMES)
+        if talk is None:
+            raise self.missing()
+        return first_turn(self.with_system(self.conversation(talk)))
+
+    def sides(self) -> tuple[list[Message], list[Message], list[Message]]:
+        """(prompt, chosen, rejected): each side one assistant message."""
+        if not {"chosen", "rejected"} <= set(self.fields):
+            raise self.missing()
+        self.taken |= {"chosen", "rejected"}
+        chosen, rejected = self.raw["chosen"], self.raw["rejected"]
+        if is_dialogue(chosen) and is_dialogue(rejected):
+            self.take(PROMPT_NAMES)
+            prompt, good, bad = split_pair(chosen, rejected)
+            return self.with_system(prompt), [text_message("assistant", good)], [text_message("assistant", bad)]
+        good, bad = self.value("chosen", "assistant"), self.value("rejected", "assistant")
+        prompt = self.context()
+        shared = 0
+        # Up to the last reply: two equal sides still have one.
+        while shared < min(len(good), len(bad)) - 1 and good[shared] == bad[shared]:
+            shared += 1
+        if self.whole_conversations():
+            prompt = self.with_system(good[:shared])
+        elif prompt is None:
+            raise self.missing()
+        else:
+            prompt = prompt + good[:shared]
+        return prompt, single(good[shared:]), single(bad[shared:])
+
+    def one_side(self, name: str) -> tuple[list[Message], list[Message]]:
+        """(prompt, completion) from one side of a pair; only its last reply is the side's own."""
+        if "rejected" in self.fields:
+            prompt, chosen, _ = self.sides()
+            return prompt, chosen
+        side = self.value(name, "assistant")
+        if side and side[0]["role"] != "assistant":
+            return last_turn(self.with_system(side))
+        prompt = self.context()
+        if prompt is None:
+            raise self.missing()
+        return prompt, single(side)
+
+    def whole_conversations(self) -> bool:
+        """Do the sides carry their own prompt?"""
+        side = self.raw.get("chosen")
+        messages = to_messages(side, "assistant", self.origin, "chosen")
+        return bool(messages) and messages[0]["role"] != "assistant"
+
+    def context(self) -> list[Message] | None:
+        """What comes before the sides, from a prompt or a conversation; None when there is neither."""
+        name = self.name_of(PROMPT_NAMES)
+        if name is not None:
+            return self.with_system(self.prompt(name))
+        name = self.name_of(CONVERSATION_NAMES)
+        return None if name is None else self.with_system(self.conversation(name))
+
+    def prompt(self, name: str) -> list[Message]:
+        messages = self.value(name, "user")
+        if name != "instruction":
+            return messages
+        for extra in ("input", "context"):
+            more = self.raw.get(extra)
+            if isinstance(more, str) and isinstance(self.raw[name], str):
+                self.taken.add(extra)
+                parts = [part for part in (self.raw[name], more) if part.strip()]
+                messages = [text_message("user", "\n\n".join(parts))]
+                break
+        past: list[Message] = []
+        for turn in self.raw.get("history") or []:
+            # Alpaca's history: [question, answer] each.
+            self.taken.add("history")
+            past += [text_message(role, said) for role, said in zip(("user", "assistant"), turn, strict=True)]
+        return past + messages
+
+    def conversation(self, name: str) -> list[Message]:
+        return self.value(name, "user")
+
+    def with_system(self, messages: list[Message]) -> list[Message]:
+        if self.system is None or has_system(messages):
+            return messages
+        return [text_message("system", self.system), *messages]
+
+    def system_text(self) -> str | None:
+        name = next((name for name in SYSTEM_NAMES if isinstance(self.raw.get(name), str)), None)
+        if name is None:
+            return None
+        self.taken.add(name)
+        return self.raw[name] if self.raw[name].strip() else None
+
+    def label(self) -> bool:
+        if "label" not in self.fields:
+            raise self.missing()
+        self.taken.add("label")
+        value = self.raw["label"]
+        word = str(value).strip().lower()
+        if word in ("true", "1", "1.0"):
+            return True
+        if word in ("false", "0", "0.0"):
+            return False
+        raise UserError(self.origin, f"label is {value!r}, expected true or false", "correct the row")
+
+    # -- fields --------------------------------------------------------------------------------------------------
+
+    def value(self, name: str, role: str) -> list[Message]:
+        self.taken.add(name)
+        return to_messages(self.raw[name], role, self.origin, name)
+
+    def take(self, names: tuple[str, ...]) -> None:
+        self.taken |= {name for name in names if name in self.raw}
+
+    def name_of(self, names: tuple[str, ...]) -> str | None:
+        """The one field of `names` that the row has; the first of them is ours and wins."""
+        found = [name for name in names if name in self.fields]
+        if not found or found[0] == names[0]:
+            return found[0] if found else None
+        if names == PROMPT_NAMES and found[0] == "instruction":
+            # Alpaca: `input` belongs to the instruction.
+            found = [name for name in found if name != "input"]
+        if len(found) > 1:
+            raise UserError(
+                self.origin,
+                f"{' and '.join(found)} could each be the {names[0]}",
+                f"say which in `columns`, as columns: {{{names[0]}: {found[0]}}}",
+            )
+        return found[0]
+
+    def missing(self) -> UserError:
+        ours = {"demo": ("completion", "prompt"), "pair": ("chosen", "rejected", "prompt"), "label": ("label",)}
+        wanted = [name for name in ours.get(self.kind, ("prompt",)) if name not in self.fields]
+        hint = "rename the fields or map them with `columns`"
+        for name in wanted:
+            near = get_close_matches(name, self.fields, n=1, cutoff=0.75)
+            if near:
+                hint = f"map it with columns: {{{name}: {near[0]}}}"
+                break
+        lacking = f"no {wanted[0]}: " if wanted else ""
+        found = ", ".join(self.fields) or "nothing"
+        return UserError(self.origin, f"{lacking}found {found}; expected {EXPECTED[self.kind]}", hint)
+
+    def row(self, prompt: list[Message], **parts: Any) -> Row:
+        rest = {name: value for name, value in self.raw.items() if name not in self.taken}
+        tools = to_tools(self.raw.get("tools"), self.origin)
+        return Row(prompt=prompt, tools=tools, columns=rest, origin=self.origin, **parts)

@@ -1,0 +1,57 @@
+"""Dialogues written as one text in the manner of Anthropic's HH-RLHF (arXiv 2204.05862).
+
+\\n\\nHuman: ...\\n\\nAssistant: ...\\n\\nHuman: ...\\n\\nAssistant: ...
+"""
+
+import re
+
+from .rows import Message, Unusable, text_message
+
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+_ROLES = {"Human": "user", "Assistant": "assistant"}
+ASSISTANT = "\n\nAssistant:"
+
+DIFFERENT_PROMPTS = "the two sides differ before the last reply"
+
+
+def is_dialogue(value: object) -> bool:
+    """Does this text start as an HH dialogue does, and hold an assistant's turn?"""
+    return isinstance(value, str) and bool(re.match(r"\s*Human:", value)) and ASSISTANT in value
+
+
+def parse_dialogue(text: str) -> list[Message]:
+    """The turns as messages, their text stripped.
+
+    A text that ends in `\\n\\nAssistant:` is a prompt: the empty last turn is left out.
+    """
+    # Some copies of the data have lost the leading blank line.
+    text = "\n\n" + text.lstrip()
+    parts = _TURN.split(text)[1:]
+    if text.rstrip().endswith(ASSISTANT):
+        parts = parts[:-2]
+    messages: list[Message] = []
+    for speaker, said in zip(parts[::2], parts[1::2], strict=True):
+        if messages and messages[-1]["role"] == _ROLES[speaker]:
+            # Twice the same speaker: one turn, since many chat templates insist on alternation.
+            messages[-1]["content"] += "\n\n" + said.strip()
+        else:
+            messages.append(text_message(_ROLES[speaker], said.strip()))
+    return messages
+
+
+def split_pair(chosen: str, rejected: str) -> tuple[list[Message], str, str]:
+    """(prompt, chosen reply, rejected reply); the prompt ends at the LAST `\\n\\nAssistant:` of both.
+
+    Raises:
+        Unusable: the sides differ before it, so they are not two replies to one prompt.
+    """
+    prompt, _, reply = chosen.rpartition(ASSISTANT)
+    other_prompt, _, other_reply = rejected.rpartition(ASSISTANT)
+    if prompt.strip() != other_prompt.strip():
+        raise Unusable(DIFFERENT_PROMPTS)
+    return parse_dialogue(prompt + ASSISTANT), _own(reply), _own(other_reply)
+
+
+def _own(reply: str) -> str:
+    """A reply without what a human says after it."""
+    return reply.partition("\n\nHuman:")[0].strip()

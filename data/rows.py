@@ -1,0 +1,68 @@
+"""One row of data, whatever format it came in."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+# {"role": ..., "content": ...} and whatever else the format allows (name, tool_calls, tool_call_id, ...).
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One normalised row: everything is messages.
+
+    prompt: the conversation before the reply, ending before an assistant's turn.
+    completion: starts with an assistant's turn; a demonstration may go on with further turns.
+    chosen, rejected: one assistant message each.
+    label: True for a wanted completion, False for an unwanted one.
+    margin: by how much chosen is better, where the data says so.
+    tools: JSON schemas of the tools that the conversation may call.
+    columns: all other columns, for reward functions and judges.
+    origin: where the row came from, `file.jsonl:12`.
+    """
+
+    prompt: list[Message]
+    completion: list[Message] | None = None
+    chosen: list[Message] | None = None
+    rejected: list[Message] | None = None
+    label: bool | None = None
+    margin: float | None = None
+    tools: list[Any] | None = None
+    columns: dict[str, Any] = field(default_factory=dict)
+    origin: str = ""
+
+
+class Unusable(Exception):
+    """A row that cannot serve though nobody made a mistake: dropped, and counted under `reason`."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(reason)
+
+
+def text_message(role: str, text: str) -> Message:
+    return {"role": role, "content": text}
+
+
+def canonical(value: Any) -> str:
+    """`value` as JSON that does not depend on key order; what JSON lacks (dates, bytes) as `str`."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
+
+
+def prompt_key(prompt: list[Message]) -> str:
+    """Equal for equal prompts, white space around a message's text aside."""
+    tidy = [{**m, "content": m["content"].strip()} if isinstance(m.get("content"), str) else m for m in prompt]
+    return canonical(tidy)
+
+
+def fingerprint(rows: Iterable[Row]) -> str:
+    """sha256 over the rows' content in order; where they were read from does not matter."""
+    digest = hashlib.sha256()
+    for row in rows:
+        content = [row.prompt, row.completion, row.chosen, row.rejected, row.label, row.margin, row.tools, row.columns]
+        digest.update(canonical(content).encode("utf-8", "surrogatepass"))
+        digest.update(b"\n")
+    return digest.hexdigest()

@@ -1,0 +1,236 @@
+"""Reading files, folders and hub datasets: every row with the place it came from.
+
+Nothing here knows what the rows mean; `formats.py` does.
+"""
+
+import csv
+import gzip
+import io
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, TextIO, cast
+
+from .errors import UserError
+from .spec import SourceSpec
+
+RawRow = dict[str, Any]
+# (origin: "file.jsonl:12" or "file.parquet: row 12", row)
+Placed = tuple[str, RawRow]
+
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+_SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def read_source(source: SourceSpec, folders: Sequence[Path]) -> Iterator[Placed]:
+    """The rows of one source, in order.
+
+    Raises:
+        UserError: nothing is there, the format is unknown, or a line cannot be read.
+    """
+    found = find(source.path, folders)
+    if found is None:
+        if _suffix(Path(source.path)) or not _HUB_ID.fullmatch(source.path):
+            looked = ", ".join(str(folder) for folder in _places(folders)) or "."
+            raise UserError(source.path, f"no such file (looked in {looked})", "check the path")
+        return _read_hub(source)
+    if found.is_dir():
+        return _read_folder(found, source)
+    if source.split is not None:
+        raise UserError(source.path, f"split {source.split!r} of a single file", "leave `split` out")
+    return read_file(found, source.path)
+
+
+def find(path: str, folders: Sequence[Path]) -> Path | None:
+    """The first of `folders`, then the package's own data, that holds `path`; None when none does."""
+    given = Path(path).expanduser()
+    if given.is_absolute():
+        return given if given.exists() else None
+    return next((folder / given for folder in _places(folders) if (folder / given).exists()), None)
+
+
+def _places(folders: Sequence[Path]) -> list[Path]:
+    return [*folders, Path(__file__).parent]
+
+
+def _suffix(path: Path) -> str | None:
+    """The format's suffix, `.gz` aside; None for an unknown one."""
+    name = path.name.lower().removesuffix(".gz")
+    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
+
+
+def read_file(path: Path, shown: str) -> Iterator[Placed]:
+    """The rows of one file.
+
+    Args:
+        shown: how messages name the file.
+    """
+    suffix = _suffix(path)
+    if suffix is None:
+        raise UserError(shown, f"unknown format {path.suffix!r}", f"use one of {', '.join(SUFFIXES)} (also with .gz)")
+    try:
+        if suffix == ".parquet":
+            yield from _read_parquet(path, shown)
+            return
+        opener = gzip.open if path.name.lower().endswith(".gz") else open
+        with (
+            opener(path, "rb") as raw,
+            io.TextIOWrapper(cast(IO[bytes], raw), encoding="utf-8-sig", newline="") as text,
+        ):
+            if suffix in (".csv", ".tsv"):
+                yield from _read_csv(text, shown, "\t" if suffix == ".tsv" else ",")
+            elif suffix == ".json":
+                yield from _read_json(text.read(), shown)
+            else:
+                yield from _read_lines(text, shown)
+    except UnicodeDecodeError as error:
+        raise UserError(shown, f"not UTF-8 ({error.reason} at byte {error.start})", "save it as UTF-8") from error
+    except (OSError, EOFError) as error:
+        raise UserError(shown, f"cannot be read ({error})", "check the file") from error
+
+
+def _read_lines(text: TextIO, shown: str) -> Iterator[Placed]:
+    for number, line in enumerate(text, start=1):
+        if not line.strip():
+            continue
+        origin = f"{shown}:{number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            problem = f"broken JSON ({error.msg} at column {error.colno})"
+            raise UserError(origin, problem, "put one whole JSON object on each line") from error
+        yield origin, _object(row, origin)
+
+
+def _read_json(text: str, shown: str) -> Iterator[Placed]:
+    """An array of objects, or {"data": [...]}; files that hold one object a line are taken as well."""
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and text.lstrip().startswith("{"):
+            yield from _read_lines(io.StringIO(text), shown)
+            return
+        problem = f"broken JSON ({error.msg} at column {error.colno})"
+        raise UserError(f"{shown}:{error.lineno}", problem, "correct the file") from error
+    if isinstance(content, dict):
+        content = content["data"] if isinstance(content.get("data"), list) else [content]
+    if not isinstance(content, list):
+        raise UserError(shown, f"holds a {type(content).__name__}, expected an array of objects", "correct the file")
+    for number, row in enumerate(content, start=1):
+        origin = f"{shown}: row {number}"
+        yield origin, _object(row, origin)
+
+
+def _object(row: Any, origin: str) -> RawRow:
+    if not isinstance(row, dict):
+        raise UserError(origin, f"a {type(row).__name__}, expected an object with named fields", "correct the row")
+    return row
+
+
+def _read_csv(text: TextIO, shown: str, delimiter: str) -> Iterator[Placed]:
+    # Replies are longer than the csv module's 128 KiB at times.
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.DictReader(text, delimiter=delimiter, strict=True)
+    start = 2
+    try:
+        for row in reader:
+            origin = f"{shown}:{start}"
+            if None in row or None in row.values():
+                problem = f"not as many cells as the header's {len(reader.fieldnames or ())} columns"
+                raise UserError(origin, problem, "quote cells that hold the delimiter or a line break")
+            yield origin, {name: _cell(value) for name, value in row.items()}
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"{shown}:{start}", f"broken CSV ({error})", "correct the quotes") from error
+
+
+def _cell(value: str) -> Any:
+    """A cell that holds a list of messages as JSON becomes that list; any other cell stays text."""
+    if not value.lstrip().startswith("[{"):
+        return value
+    try:
+        parsed = json.loads(value)
+    except json.JSONDecodeError:
+        return value
+    messages = all(isinstance(m, dict) and ("role" in m or "from" in m) for m in parsed)
+    return parsed if messages else value
+
+
+def _read_parquet(path: Path, shown: str) -> Iterator[Placed]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        packed = path.name.lower().endswith(".gz")
+        file = pq.ParquetFile(pa.BufferReader(gzip.decompress(path.read_bytes())) if packed else path)
+        for batch in file.iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{shown}: row {number}", row
+    except pa.ArrowException as error:
+        raise UserError(shown, f"not a readable Parquet file ({error})", "write it again") from error
+
+
+def _read_folder(folder: Path, source: SourceSpec) -> Iterator[Placed]:
+    if (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists():
+        yield from _read_saved(folder, source)
+        return
+    files = sorted(f for f in folder.rglob("*") if f.is_file() and _suffix(f) and not f.name.startswith("."))
+    names = {*_SPLIT_NAMES, source.split}
+    named = {f: _split_of(f.relative_to(folder), names) for f in files}
+    wanted = source.split or ("train" if "train" in named.values() else None)
+    if wanted is not None:
+        files = [f for f in files if named[f] == wanted]
+    if not files:
+        asked = f" of the split {source.split!r}" if source.split else ""
+        raise UserError(source.path, f"no data file{asked} in that folder", f"files end in {', '.join(SUFFIXES)}")
+    for file in files:
+        yield from read_file(file, f"{source.path.rstrip('/')}/{file.relative_to(folder).as_posix()}")
+
+
+def _split_of(path: Path, names: set[str | None]) -> str | None:
+    """The split that a file's folder or name says: `test/0.jsonl`, `train-00000-of-00002.parquet`."""
+    words = [*path.parts[:-1], re.split(r"[-_.]", path.name)[0]]
+    return next((word for word in words if word in names), None)
+
+
+def _read_saved(folder: Path, source: SourceSpec) -> Iterator[Placed]:
+    from datasets import DatasetDict, load_from_disk
+
+    data: Any = load_from_disk(folder)
+    if isinstance(data, DatasetDict):
+        names = [str(name) for name in data]
+        split = source.split or ("train" if "train" in names else names[0] if len(names) == 1 else None)
+        if split not in names:
+            asked = f"no split {source.split!r}" if source.split else "several splits"
+            raise UserError(source.path, f"{asked}; it has {', '.join(names)}", "name one as `split`")
+        yield from _rows_of(data[split], f"{source.path}[{split}]")
+        return
+    if source.split not in (None, str(data.split)):
+        raise UserError(source.path, f"no split {source.split!r}: it is one dataset", "leave `split` out")
+    yield from _rows_of(data, source.path)
+
+
+def _read_hub(source: SourceSpec) -> Iterator[Placed]:
+    from datasets import load_dataset
+
+    split = source.split or "train"
+    try:
+        data = load_dataset(source.path, source.name, split=split, revision=source.revision)
+    except Exception as error:
+        # The hub client raises some twenty classes (offline, gated, unknown id, unknown split, ...).
+        detail = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            source.path,
+            f"neither a file or folder here, nor readable from the hub ({detail})",
+            "check the name and `split`, go online, or download it and give the folder's path",
+        ) from error
+    yield from _rows_of(data, f"{source.path}[{split}]")
+
+
+def _rows_of(data: Any, shown: str) -> Iterator[Placed]:
+    for number, row in enumerate(data, start=1):
+        yield f"{shown}: row {number}", row

@@ -1,0 +1,85 @@
+"""What data a stage asks for: one or several sources, limits, what happens beyond them."""
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Literal, get_args
+
+from .errors import UserError
+
+Kind = Literal["demo", "pair", "label", "prompt"]
+Overflow = Literal["drop", "truncate", "error"]
+
+# The names that `columns` may map from: ours on the left, the file's on the right.
+OUR_COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages", "label", "margin", "system", "tools")
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """One place to read rows from.
+
+    path: a file (.jsonl, .json, .csv, .tsv, .parquet, each also .gz), a folder of such files, a folder written by
+        `datasets.save_to_disk`, or the id of a dataset on the hub.
+    split: the split of a dataset; `train` when it is not given and there is one.
+    weight: this source's share of the mixture, relative to the other sources' weights (see `load.load_rows`).
+    columns: our names to the file's, for what is not recognised by itself.
+    limit: at most that many usable rows, the first ones.
+    name, revision: of a dataset on the hub.
+    """
+
+    path: str
+    split: str | None = None
+    weight: float = 1.0
+    columns: dict[str, str] | None = None
+    limit: int | None = None
+    name: str | None = None
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.weight > 0:
+            raise UserError(self.path, f"weight is {self.weight}, expected more than 0", "leave the source out instead")
+        _positive(self.path, "limit", self.limit)
+        for ours in self.columns or {}:
+            if ours not in OUR_COLUMNS:
+                near = get_close_matches(ours, OUR_COLUMNS, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(OUR_COLUMNS)}"
+                raise UserError(self.path, f"columns maps the unknown name {ours!r} (ours come first)", hint)
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """The data of one stage.
+
+    max_prompt_length, max_length: tokens of the prompt, and of prompt and reply together.
+    overflow: what becomes of a row beyond them: dropped and counted, truncated and counted, or an error.
+    limit: rows in all, after mixing.
+    held_out: fraction of the prompts kept out of training (see `split.split_rows`).
+    system: a system message for the rows that have none.
+    """
+
+    sources: tuple[SourceSpec, ...]
+    max_prompt_length: int | None = None
+    max_length: int | None = 1024
+    overflow: Overflow = "drop"
+    limit: int | None = None
+    held_out: float = 0.0
+    seed: int = 0
+    system: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise UserError("data", "no source is given", "name at least one path")
+        if self.overflow not in get_args(Overflow):
+            raise UserError("data.overflow", f"{self.overflow!r} is unknown", "use drop, truncate or error")
+        if not 0 <= self.held_out < 1:
+            raise UserError("data.held_out", f"{self.held_out} is no fraction", "use a number from 0 to below 1")
+        for name in ("max_prompt_length", "max_length", "limit"):
+            _positive("data", name, getattr(self, name))
+
+    def describe(self) -> str:
+        """The sources' paths in one line, for logs and lineage."""
+        return " + ".join(source.path for source in self.sources)
+
+
+def _positive(where: str, name: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise UserError(where, f"{name} is {value}, expected at least 1", f"give a whole number or leave {name} out")

@@ -1,0 +1,35 @@
+"""Training rows and held-out rows, by prompt."""
+
+import hashlib
+
+from .errors import UserError
+from .rows import Row, prompt_key
+
+
+def split_rows(rows: list[Row], held_out: float, seed: int = 0) -> tuple[list[Row], list[Row]]:
+    """(train, held out), each in the order given; a prompt's rows all land on one side.
+
+    The side depends on the prompt's text and the seed alone (a hash of them, read as a number in [0, 1), lies below
+    `held_out`), so rows added later move none of the old ones. The fraction is exact only in expectation.
+
+    Raises:
+        UserError: a side would be empty though `held_out` is not 0.
+    """
+    if held_out == 0:
+        return list(rows), []
+    train: list[Row] = []
+    held: list[Row] = []
+    for row in rows:
+        (held if prompt_position(row, seed) < held_out else train).append(row)
+    if not train or not held:
+        which = "for training" if not train else "held out"
+        raise UserError(
+            "data.held_out", f"{held_out} of {len(rows)} rows leaves none {which}", "use another fraction or more rows"
+        )
+    return train, held
+
+
+def prompt_position(row: Row, seed: int) -> float:
+    """Where the row's prompt falls in [0, 1), uniformly over prompts."""
+    digest = hashlib.sha256(f"{seed}\n{prompt_key(row.prompt)}".encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64

@@ -1,0 +1,1 @@
+"""Evaluation: judges, win-rate, KL, perplexity, reward-model metrics, the report."""

@@ -1,0 +1,123 @@
+"""The single measurements behind `preftune eval winrate | kl | perplexity | reward`; each returns rows to print."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from ..data.encode import encode_demos, encode_pairs
+from ..data.errors import UserError
+from ..data.load import load_rows
+from ..data.rows import Row
+from ..data.spec import DataSpec, Kind
+from ..data.split import split_rows
+from ..stages.metrics import plain
+from .judges import reward_scores
+from .perplexity import sequence_nlls, summarise
+from .progress import meter
+from .reward_metrics import reward_metrics
+from .run import evaluate, measure_kl
+from .spec import EvalSpec, check_adapter
+from .workbench import Workbench
+
+
+def eval_winrate(spec: EvalSpec, run_dir: Path | None = None) -> list[dict[str, Any]]:
+    """Win-rates alone: the rows of results.json without KL. Writes nothing."""
+    rows = evaluate(replace(spec, kl=False), run_dir).rows
+    return [{key: value for key, value in row.items() if not key.startswith("kl")} for row in rows]
+
+
+def eval_kl(spec: EvalSpec) -> list[dict[str, Any]]:
+    """KL(policy || reference) of every policy, on replies drawn for it. Writes nothing.
+
+    Returns:
+        One row a policy: policy, reference, n, tokens, kl, kl_se, kl_per_token, kl_per_token_se, temperature, seed.
+    """
+    if spec.temperature <= 0:
+        raise UserError("eval.temperature", "is 0, and greedy decoding has no KL", "set it above 0")
+    bench = Workbench.open(spec)
+    prompts = bench.prompts()
+    rows = []
+    for policy in bench.roles:
+        kl = measure_kl(bench, bench.samples(policy, prompts))
+        row = {
+            "policy": policy,
+            "reference": spec.reference,
+            "n": kl.n,
+            "tokens": kl.tokens,
+            "kl": kl.per_sequence,
+            "kl_se": kl.per_sequence_se,
+            "kl_per_token": kl.per_token,
+            "kl_per_token_se": kl.per_token_se,
+            "temperature": kl.temperature,
+            "seed": spec.seed,
+        }
+        rows.append(plain(row))
+    return rows
+
+
+def eval_perplexity(spec: EvalSpec, data: DataSpec) -> list[dict[str, Any]]:
+    """Perplexity of demonstrations under every policy, over the tokens that SFT would train. Writes nothing.
+
+    Args:
+        data: demonstrations (or pairs, whose chosen side counts); with `held_out` only the part that the training
+            left out.
+
+    Returns:
+        One row a policy: policy, nll, nll_se, perplexity, ci_low, ci_high, n, tokens.
+    """
+    bench = Workbench.open(spec)
+    dataset, _ = encode_demos(_rows(spec, data, "demo"), bench.tokenizer, data)
+    input_ids, labels = list(dataset["input_ids"]), list(dataset["labels"])
+    # The first token of a row has nothing before it, so it is never predicted.
+    tokens = [sum(label != -100 for label in row[1:]) for row in labels]
+    rows = []
+    for policy, role in bench.roles.items():
+        with meter(f"eval {policy}: perplexity", len(input_ids)) as done:
+            nlls = sequence_nlls(
+                bench.adapters, role, input_ids, labels, pad_token_id=bench.tokenizer.pad_token_id, on_batch=done
+            )
+        rows.append(plain({"policy": policy, **asdict(summarise(nlls, tokens))}))
+    return rows
+
+
+def eval_reward(spec: EvalSpec, adapters: Mapping[str, Path], data: DataSpec) -> list[dict[str, Any]]:
+    """Reward-model metrics of each reward adapter on pairs. Writes nothing.
+
+    Args:
+        spec: for its base, dtype, folders and chat template; its policies are not loaded.
+        adapters: name -> reward adapter folder.
+        data: preference pairs; with `held_out` only the part that the training left out.
+
+    Returns:
+        One row an adapter: stage and the keys of `reward_metrics`.
+    """
+    bench = Workbench.open(replace(spec, policies={}, reference="base"))
+    dataset, _ = encode_pairs(_rows(spec, data, "pair"), bench.tokenizer, data)
+    prompts, chosen, rejected = (list(dataset[key]) for key in ("prompt_ids", "chosen_ids", "rejected_ids"))
+    rows = []
+    for name, folder in adapters.items():
+        check_adapter(folder, spec.base, bench.tokenizer)
+        role = f"reward_{name.replace('.', '_')}"
+        bench.adapters.load(role, folder)
+        if role not in bench.adapters.heads:
+            raise UserError(str(folder), "holds no score head", "name a stage of kind reward")
+        both = [[*prompt, *reply] for side in (chosen, rejected) for prompt, reply in zip(prompts, side, strict=True)]
+        with meter(f"eval {name}: pairs", len(both)) as done:
+            scores = reward_scores(bench.adapters, role, both, bench.tokenizer.pad_token_id, on_batch=done)
+        metrics = reward_metrics(
+            scores[: len(prompts)],
+            scores[len(prompts) :],
+            [len(reply) for reply in chosen],
+            [len(reply) for reply in rejected],
+            prompts=[tuple(prompt) for prompt in prompts],
+            seed=spec.seed,
+        )
+        rows.append({"stage": name, **metrics})
+    return rows
+
+
+def _rows(spec: EvalSpec, data: DataSpec, kind: Kind) -> list[Row]:
+    """The rows to measure on: what training on the same data entry left out, or all where it left out none."""
+    rows = load_rows(data, kind, spec.folders).rows
+    return split_rows(rows, data.held_out, data.seed)[1] if data.held_out > 0 else rows

@@ -1,0 +1,149 @@
+"""The whole evaluation: samples of every policy, scored by every judge, with win-rates and KL."""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..stages.metrics import plain
+from .judges import plan_judges
+from .kl import KL, sequence_kls, summarise
+from .progress import meter
+from .samples import Sample
+from .spec import EvalSpec
+from .winrate import against_itself, score_outcomes, win_rate
+from .workbench import Workbench
+
+__all__ = ["EvalSpec", "Evaluation", "evaluate", "run_eval"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured.
+
+    Attributes:
+        rows: one mapping per policy x judge, the rows of results.json.
+        samples: policy -> its replies, one a prompt.
+        scores: (policy, judge) -> one score a reply.
+    """
+
+    rows: list[dict[str, Any]]
+    samples: dict[str, list[Sample]]
+    scores: dict[tuple[str, str], list[float]]
+
+
+def run_eval(spec: EvalSpec, run_dir: Path | None = None) -> list[dict[str, Any]]:
+    """Evaluates and writes RUN/eval/results.json and samples.jsonl; the folder appears whole or not at all.
+
+    Args:
+        run_dir: the run folder; None: the spec's `output_dir`.
+
+    Returns:
+        The rows of results.json: policy, reference, judge, n, mean_score, win_rate, ci_low, ci_high, ties, unparsable,
+        length, eos_rate, kl, kl_se, kl_per_token, temperature, seed. Rates are fractions of 1, lengths tokens, KL nats;
+        None where something was not measured.
+
+    Raises:
+        UserError: for what the user can put right in policies, prompts or judges.
+    """
+    root = run_dir or spec.output_dir
+    if root is None:
+        raise ValueError("no run folder: give run_dir or the spec's output_dir")
+    evaluation = evaluate(spec, root)
+    _write(root / "eval", evaluation)
+    return evaluation.rows
+
+
+def evaluate(spec: EvalSpec, run_dir: Path | None = None) -> Evaluation:
+    """Samples, scores and measures without writing anything; arguments and errors as in `run_eval`."""
+    plans = plan_judges(spec.judges, run_dir)
+    bench = Workbench.open(spec)
+    judges = [plan.open(bench.adapters, bench.tokenizer) for plan in plans]
+    prompts = bench.prompts()
+    samples = {policy: bench.samples(policy, prompts) for policy in bench.roles}
+    scores = {}
+    for policy, replies in samples.items():
+        for judge in judges:
+            scores[policy, judge.name] = judge.score(replies)
+    kls = {policy: measure_kl(bench, replies) if spec.kl else None for policy, replies in samples.items()}
+    rows = []
+    for policy, replies in samples.items():
+        for judge in [judge.name for judge in judges] or [None]:
+            names = {"policy": policy, "reference": spec.reference, "judge": judge}
+            measured = _score_columns(spec, policy, judge, scores, len(prompts)) | _reply_columns(replies, kls[policy])
+            rows.append(plain(names | measured | {"temperature": spec.temperature, "seed": spec.seed}))
+    return Evaluation(rows, samples, scores)
+
+
+def measure_kl(bench: Workbench, replies: Sequence[Sample]) -> KL:
+    """KL of the replies' policy to the evaluation's reference, at the sampling temperature (E4)."""
+    spec, policy = bench.spec, replies[0].policy
+    lengths = [len(reply.tokens) for reply in replies]
+    if bench.roles[policy] == bench.roles[spec.reference]:
+        return summarise([0.0] * len(replies), lengths, spec.temperature)
+    with meter(f"eval {policy}: KL to {spec.reference}", len(replies)) as done:
+        kls = sequence_kls(
+            bench.adapters,
+            bench.roles[policy],
+            bench.roles[spec.reference],
+            [reply.prompt.ids for reply in replies],
+            [reply.tokens for reply in replies],
+            temperature=spec.temperature,
+            pad_token_id=bench.tokenizer.pad_token_id,
+            on_batch=done,
+        )
+    return summarise(kls, lengths, spec.temperature)
+
+
+def _score_columns(
+    spec: EvalSpec, policy: str, judge: str | None, scores: Mapping[tuple[str, str], list[float]], n: int
+) -> dict[str, Any]:
+    """What a judge says of a policy; without a judge, how many replies there are and nothing else."""
+    columns = ("n", "mean_score", "win_rate", "ci_low", "ci_high", "ties", "unparsable")
+    if judge is None:
+        return dict.fromkeys(columns) | {"n": n}
+    ours = np.asarray(scores[policy, judge], dtype=np.float64)
+    if policy == spec.reference:
+        rate = against_itself(n)
+    else:
+        rate = win_rate(score_outcomes(ours.tolist(), scores[spec.reference, judge]), seed=spec.seed)
+    mean = float(np.nanmean(ours)) if not np.isnan(ours).all() else math.nan
+    given = asdict(rate) | {"mean_score": mean}
+    return {column: given[column] for column in columns}
+
+
+def _reply_columns(replies: Sequence[Sample], kl: KL | None) -> dict[str, Any]:
+    """What is true of a policy's replies whoever judges them."""
+    return {
+        "length": float(np.mean([len(reply.tokens) for reply in replies])),
+        "eos_rate": float(np.mean([reply.finished for reply in replies])),
+        "kl": kl.per_sequence if kl else None,
+        "kl_se": kl.per_sequence_se if kl else None,
+        "kl_per_token": kl.per_token if kl else None,
+    }
+
+
+def _write(folder: Path, evaluation: Evaluation) -> None:
+    """Writes the two files beside the folder and renames, so that a reader never sees half of them."""
+    beside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    (beside / "results.json").write_text(json.dumps(evaluation.rows, indent=2) + "\n", encoding="utf-8")
+    with (beside / "samples.jsonl").open("w", encoding="utf-8") as file:
+        for policy, replies in evaluation.samples.items():
+            for place, reply in enumerate(replies):
+                scores = {judge: values[place] for (p, judge), values in evaluation.scores.items() if p == policy}
+                file.write(json.dumps(plain({**reply.as_dict(), "scores": scores}), ensure_ascii=False) + "\n")
+    if folder.exists():
+        old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+        folder.rename(old)
+        beside.rename(folder)
+        shutil.rmtree(old)
+    else:
+        beside.rename(folder)

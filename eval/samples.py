@@ -1,0 +1,106 @@
+"""What the policies say: the same prompts and the same random streams for every one of them (checklist E5)."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..models.adapters import AdapterSet
+from ..models.generate import sample
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One evaluation prompt.
+
+    Attributes:
+        messages: the conversation up to the reply.
+        ids: token ids, ending where the reply begins.
+        columns: the other columns of the data row, for judges that read them.
+    """
+
+    messages: list[dict[str, Any]]
+    ids: list[int]
+    columns: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One reply of one policy.
+
+    Attributes:
+        policy: its name in the recipe.
+        prompt_index: place of the prompt in the evaluation's list; every policy has the same list.
+        prompt: the prompt itself.
+        completion: the reply as text, special tokens left out.
+        tokens: ids of the reply, its EOS included where it was reached.
+        finished: whether the reply ended at EOS; False: it was cut at `max_new_tokens`.
+    """
+
+    policy: str
+    prompt_index: int
+    prompt: Prompt
+    completion: str
+    tokens: list[int]
+    finished: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """The line of samples.jsonl, without scores."""
+        return {
+            "policy": self.policy,
+            "prompt_index": self.prompt_index,
+            "prompt": self.prompt.messages,
+            "completion": self.completion,
+            "tokens": len(self.tokens),
+            "finished": self.finished,
+        }
+
+
+def read_prompts(dataset: Any) -> list[Prompt]:
+    """Prompts from the data room's encoded dataset (columns prompt_ids, prompt, columns as a JSON string)."""
+    prompts = []
+    for row in dataset:
+        columns = row.get("columns")
+        parsed = json.loads(columns) if isinstance(columns, str) and columns else dict(columns or {})
+        prompts.append(Prompt(list(row["prompt"]), list(row["prompt_ids"]), parsed))
+    return prompts
+
+
+def generate_samples(
+    adapters: AdapterSet,
+    role: str | None,
+    policy: str,
+    prompts: Sequence[Prompt],
+    tokenizer: Any,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    batch_size: int = 32,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[Sample]:
+    """One reply to each prompt, in the prompts' order.
+
+    Args:
+        role: the adapter that speaks; None is the base.
+        policy: the name that the samples carry.
+        seed: with the prompt's place it fixes the random stream, so two policies that agree say the same.
+        on_batch: called with the number of prompts done so far.
+    """
+    generation = sample(
+        adapters,
+        role,
+        [prompt.ids for prompt in prompts],
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        seed=seed,
+        batch_size=batch_size,
+        on_batch=on_batch,
+    )
+    texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in generation.tokens]
+    return [
+        Sample(policy, index, prompt, texts[index], generation.tokens[index], generation.finished[index])
+        for index, prompt in enumerate(prompts)
+    ]

@@ -1,0 +1,79 @@
+"""What an evaluation is made of."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..data.errors import UserError
+from ..data.spec import DataSpec
+from ..models.base import Base, Quantization
+from ..models.lineage import check_lineage
+
+BASE = "base"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSpec:
+    """One evaluation.
+
+    Attributes:
+        base: the base under all policies.
+        dtype: of the base, a torch name such as bfloat16.
+        quantization: None, 4bit or 8bit.
+        policies: name -> adapter folder, None for the base itself.
+        reference: the policy that the others are compared with (win-rate and KL); `base` need not be listed.
+        prompts: where the evaluation prompts come from.
+        folders: where paths in `prompts` are looked up.
+        judges: mappings as in the recipe (see `judges.plan_judges`).
+        max_new_tokens, temperature, seed, batch_size: of the sampling, alike for every policy.
+        kl: measure KL(policy || reference); needs a temperature above 0.
+        output_dir: the run folder, used where `run_eval` is given none.
+        chat_template: a template instead of the tokenizer's own.
+    """
+
+    base: Base
+    policies: Mapping[str, Path | None]
+    reference: str
+    prompts: DataSpec
+    folders: tuple[Path, ...] = ()
+    judges: tuple[dict[str, Any], ...] = ()
+    dtype: str = "float32"
+    quantization: Quantization | None = None
+    max_new_tokens: int = 48
+    temperature: float = 0.7
+    seed: int = 0
+    kl: bool = True
+    batch_size: int = 32
+    output_dir: Path | None = None
+    chat_template: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.reference not in self.policies and self.reference != BASE:
+            raise UserError(
+                "eval.reference",
+                f"{self.reference!r} is not among the policies ({', '.join(self.policies)})",
+                "add it to eval.policies",
+            )
+        if self.temperature < 0:
+            raise UserError("eval.temperature", f"is {self.temperature}, expected 0 or more", "write 0.7, say")
+        if self.kl and self.temperature == 0:
+            raise UserError(
+                "eval.kl", "greedy decoding (temperature 0) has no KL", "set eval.kl to false or a temperature above 0"
+            )
+        for field in ("max_new_tokens", "batch_size"):
+            if getattr(self, field) < 1:
+                raise UserError(f"eval.{field}", f"is {getattr(self, field)}, expected 1 or more", "raise it")
+
+    def all_policies(self) -> dict[str, Path | None]:
+        """The policies in their order, the base added in front where it is an unlisted reference."""
+        listed = dict(self.policies)
+        return listed if self.reference in listed else {self.reference: None, **listed}
+
+
+def check_adapter(folder: Path, base: Base, tokenizer: Any) -> None:
+    """Raises UserError where the folder holds no adapter, or one whose lineage names another base or tokenizer."""
+    if not (folder / "adapter_config.json").is_file():
+        raise UserError(str(folder), "holds no adapter", "train that stage first, or correct its name")
+    if (folder / "lineage.json").is_file():
+        check_lineage(folder, base, tokenizer)

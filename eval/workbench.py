@@ -1,0 +1,91 @@
+"""The base, loaded once, with every policy as an adapter on it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..data.encode import encode_prompts
+from ..data.errors import UserError
+from ..data.load import load_rows
+from ..models.adapters import AdapterSet, LoraSpec
+from ..models.base import load_model, load_tokenizer, prepare_model
+from .progress import meter
+from .samples import Prompt, Sample, generate_samples, read_prompts
+from .spec import EvalSpec, check_adapter
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """What measurements share.
+
+    Attributes:
+        spec: the evaluation.
+        adapters: the base with every policy on it.
+        tokenizer: the base's, with the spec's chat template.
+        roles: policy name -> adapter name, None for the base.
+    """
+
+    spec: EvalSpec
+    adapters: AdapterSet
+    tokenizer: Any
+    roles: dict[str, str | None]
+
+    @classmethod
+    def open(cls, spec: EvalSpec) -> "Workbench":
+        """Loads the base once and every policy's adapter beside the others.
+
+        Raises:
+            UserError: a policy's folder holds no adapter, or one of another base or tokenizer.
+        """
+        tokenizer = load_tokenizer(spec.base, spec.chat_template)
+        model = load_model(
+            spec.base,
+            dtype=_dtype(spec.dtype),
+            quantization=spec.quantization,
+            device="cuda" if torch.cuda.is_available() else None,
+        )
+        prepare_model(model, tokenizer)
+        # The set wants a trainable adapter; nothing trains here, so the smallest one, which no policy uses.
+        adapters = AdapterSet.create(model, spec.base, LoraSpec(r=1, alpha=1), parent=None)
+        roles: dict[str, str | None] = {}
+        for name, folder in spec.all_policies().items():
+            if folder is None:
+                roles[name] = None
+                continue
+            check_adapter(folder, spec.base, tokenizer)
+            # PEFT uses the name as a module's, which may hold no dot.
+            role = roles[name] = f"policy_{name.replace('.', '_')}"
+            adapters.load(role, folder)
+        return cls(spec, adapters, tokenizer, roles)
+
+    def prompts(self) -> list[Prompt]:
+        """The evaluation's prompts, encoded; the same list for every policy (E5)."""
+        spec = self.spec
+        loaded = load_rows(spec.prompts, "prompt", spec.folders)
+        dataset, _ = encode_prompts(loaded.rows, self.tokenizer, spec.prompts)
+        return read_prompts(dataset)
+
+    def samples(self, policy: str, prompts: list[Prompt]) -> list[Sample]:
+        """One reply of the policy to each prompt."""
+        spec = self.spec
+        with meter(f"eval {policy}: samples", len(prompts)) as done:
+            return generate_samples(
+                self.adapters,
+                self.roles[policy],
+                policy,
+                prompts,
+                self.tokenizer,
+                max_new_tokens=spec.max_new_tokens,
+                temperature=spec.temperature,
+                seed=spec.seed,
+                batch_size=spec.batch_size,
+                on_batch=done,
+            )
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise UserError("model.dtype", f"is {name!r}, expected float32, bfloat16 or float16", "correct the name")
+    return dtype

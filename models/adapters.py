@@ -1,0 +1,236 @@
+"""One frozen base, many adapters: policy, reference, reward and value share the base's weights in memory."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModelForCausalLM
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .base import Base
+from .heads import ScalarHead
+from .lineage import check_base
+from .lora import (
+    SCORE,
+    LoraSpec,
+    embed_parent,
+    fill,
+    lora_layers,
+    lora_state,
+    read_adapter,
+    tensors_sha256,
+    write_adapter,
+)
+
+__all__ = ["DEFAULT", "REF", "REWARD", "VALUE", "VALUE_HEAD", "AdapterSet", "LoraSpec"]
+
+DEFAULT, REF, REWARD, VALUE = "default", "ref", "reward", "value"
+VALUE_HEAD = "value_head.safetensors"
+
+
+class AdapterSet:
+    """LoRA adapters by role on one causal model, and the scalar heads beside them.
+
+    Make one with `AdapterSet.create`. Which adapters learn is settled when they are added; nothing here changes the
+    `requires_grad` of a parameter afterwards.
+
+    Attributes:
+        model: the PEFT model; outside `using` its active adapter is "default".
+        base: the base it was loaded from.
+        heads: scalar heads of adapters that have one ("reward": no bias; "value": with bias).
+    """
+
+    def __init__(self, model: PeftModelForCausalLM, base: Base) -> None:
+        self.model = model
+        self.base = base
+        self.heads: dict[str, ScalarHead] = {}
+        self._layers = lora_layers(model)
+
+    @classmethod
+    def create(
+        cls, model: PreTrainedModel, base: Base, lora: LoraSpec, parent: Path | None = None, *, seed: int = 0
+    ) -> "AdapterSet":
+        """Put the trainable adapter "default" on a base.
+
+        Args:
+            model: from `load_model`; it is changed in place.
+            lora: rank, scaling and modules of the adapter.
+            parent: folder of the adapter to start from, whose change is taken over exactly; None: start as the base.
+            seed: of LoRA's random A.
+
+        Raises:
+            UserError: the parent belongs to another base, or cannot be taken over exactly (see `embed_parent`).
+        """
+        if parent is not None:
+            check_base(parent, base)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            peft = PeftModelForCausalLM(model, lora.config(model, "CAUSAL_LM"), adapter_name=DEFAULT)
+        # PEFT's new dropout layers are in training mode, whatever mode the model is in.
+        peft.train(model.training)
+        adapters = cls(peft, base)
+        if parent is not None:
+            embed_parent(lora_state(adapters._layers, DEFAULT), lora, parent)
+        return adapters
+
+    @property
+    def names(self) -> list[str]:
+        """The adapters there are."""
+        return list(self.model.peft_config)
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The decoder, whose output has `last_hidden_state` [B, T, H]."""
+        inner: Any = self.model.get_base_model()
+        return inner.base_model
+
+    @property
+    def lm_head(self) -> nn.Module:
+        """The output projection; `weight` [V, H]."""
+        inner: Any = self.model.get_base_model()
+        return inner.get_output_embeddings()
+
+    def copy(self, name: str, source: str = DEFAULT, trainable: bool = False) -> None:
+        """Add `name` as an exact copy of `source` and of its head."""
+        self._add(name, self._config(source), trainable)
+        fill(self._state(name), self._state(source), source)
+        if source in self.heads:
+            self._set_head(name, self.heads[source].score.state_dict(), trainable)
+
+    def load(self, name: str, folder: Path, trainable: bool = False) -> None:
+        """Add a saved adapter, of a causal model or of a classifier, and its head where it has one.
+
+        Raises:
+            UserError: no plain LoRA adapter there, or of another base.
+        """
+        check_base(folder, self.base)
+        config, tensors = read_adapter(folder)
+        head = {"weight": tensors.pop(SCORE)} if SCORE in tensors else {}
+        config.task_type, config.modules_to_save = "CAUSAL_LM", None
+        self._add(name, config, trainable)
+        try:
+            fill(self._state(name), tensors, str(folder))
+        except Exception:
+            self._drop(name)
+            raise
+        if (folder / VALUE_HEAD).is_file():
+            head = load_file(folder / VALUE_HEAD)
+        if head:
+            self._set_head(name, head, trainable)
+
+    def add_head(
+        self, name: str, *, bias: bool, trainable: bool = True, zero: bool = False, seed: int = 0
+    ) -> ScalarHead:
+        """Give adapter `name` a fresh head, its weight random or zero."""
+        lm_head: Any = self.lm_head
+        head = ScalarHead(lm_head.weight.shape[-1], bias, torch.Generator().manual_seed(seed))
+        if zero:
+            nn.init.zeros_(head.score.weight)
+        return self._set_head(name, head.score.state_dict(), trainable)
+
+    @contextmanager
+    def using(self, name: str | None) -> Iterator[None]:
+        """Within it forwards run with that adapter alone (None: the bare base). May be nested.
+
+        With gradient checkpointing the backward runs the forward again, so it belongs inside as well.
+        """
+        if name is not None and name not in self.model.peft_config:
+            raise KeyError(f"no adapter {name!r} among {self.names}")
+        # PEFT's own set_adapter would switch gradients on and off; its disable_adapter too. These two fields are all
+        # that a layer's forward looks at. Written past nn.Module's __setattr__: this runs at every forward.
+        active, disabled = [name], name is None
+        fields: list[Any] = [layer.__dict__ for layer in self._layers.values()]
+        before = [(each.get("_active_adapter", DEFAULT), each.get("_disable_adapters", False)) for each in fields]
+        for each in fields:
+            each["_active_adapter"], each["_disable_adapters"] = active, disabled
+        try:
+            yield
+        finally:
+            for each, (was_active, was_disabled) in zip(fields, before, strict=True):
+                each["_active_adapter"], each["_disable_adapters"] = was_active, was_disabled
+
+    def parameters(self, name: str) -> list[nn.Parameter]:
+        """The parameters of an adapter and of its head."""
+        head = self.heads.get(name)
+        return [*self._state(name).values(), *(head.parameters() if head is not None else ())]
+
+    def digest(self, name: str | None) -> str:
+        """Hash of an adapter with its head, as `lineage.adapter_sha256` of it saved; None: of the base's weights."""
+        if name is not None:
+            return tensors_sha256(self._tensors(name) | self._value_tensors(name))
+        adapters = {id(p) for each in self.names for p in self._state(each).values()}
+        everything = (*self.model.named_parameters(), *self.model.named_buffers())
+        return tensors_sha256((n.replace(".base_layer.", "."), p) for n, p in everything if id(p) not in adapters)
+
+    def save(self, name: str, folder: Path) -> None:
+        """Write an adapter straight into `folder`, to be loaded by plain PEFT or by `load`.
+
+        One with a head without bias is written as a classifier's adapter with its `score`; a head with a bias goes
+        into `value_head.safetensors` beside it.
+        """
+        config = copy.copy(self._config(name))
+        tensors, value = self._tensors(name), self._value_tensors(name)
+        if SCORE in tensors:
+            config.task_type, config.modules_to_save = "SEQ_CLS", ["score"]
+        write_adapter(folder, self.base, config, tensors)
+        if value:
+            plain = {key.removeprefix("value_head."): t.detach().cpu().contiguous() for key, t in value.items()}
+            save_file(plain, folder / VALUE_HEAD, metadata={"format": "pt"})
+
+    def _config(self, name: str) -> LoraConfig:
+        config = self.model.peft_config[name]
+        assert isinstance(config, LoraConfig)
+        return config
+
+    def _state(self, name: str) -> dict[str, nn.Parameter]:
+        return lora_state(self._layers, name)
+
+    def _tensors(self, name: str) -> dict[str, Tensor]:
+        """What `adapter_model.safetensors` holds."""
+        head = self.heads.get(name)
+        score = {SCORE: head.score.weight} if head is not None and head.score.bias is None else {}
+        return {**self._state(name), **score}
+
+    def _value_tensors(self, name: str) -> dict[str, Tensor]:
+        head = self.heads.get(name)
+        if head is None or head.score.bias is None:
+            return {}
+        return {f"value_head.{key}": tensor for key, tensor in head.score.state_dict().items()}
+
+    def _add(self, name: str, config: LoraConfig, trainable: bool) -> None:
+        """A new adapter of random content; nobody else's gradients, mode or random numbers are touched."""
+        if name in self.model.peft_config:
+            raise ValueError(f"adapter {name!r} is already there")
+        config = copy.copy(config)
+        config.inference_mode = not trainable
+        if not trainable:
+            # A frozen adapter must answer the same whether or not the model is in training mode.
+            config.lora_dropout = 0.0
+        before = {id(p): p.requires_grad for p in self.model.parameters()}
+        with torch.random.fork_rng(devices=[]):
+            self.model.add_adapter(name, config)
+        self._layers = lora_layers(self.model)
+        # As in `create`: the new dropout layers follow the model's mode.
+        for layer in self._layers.values():
+            dropout: Any = layer.lora_dropout  # pyright: ignore[reportAttributeAccessIssue]
+            if name in dropout:
+                dropout[name].train(self.model.training)
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(before.get(id(parameter), trainable))
+
+    def _drop(self, name: str) -> None:
+        before = {id(p): p.requires_grad for p in self.model.parameters()}
+        self.model.delete_adapter(name)
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(before[id(parameter)])
+
+    def _set_head(self, name: str, state: dict[str, Tensor], trainable: bool) -> ScalarHead:
+        head = ScalarHead(state["weight"].shape[-1], bias="bias" in state, generator=torch.Generator())
+        head.score.load_state_dict(state)
+        self.heads[name] = head.to(self.model.device).requires_grad_(trainable)
+        return head

@@ -1,0 +1,303 @@
+"""Log-probabilities of given tokens, without ever holding the [tokens, vocabulary] matrix.
+
+The head is frozen, so d logp / d hidden = (W[target] - softmax(logits) @ W) / temperature can be computed in the
+forward, chunk by chunk, while the chunk's probabilities are at hand; the backward is then one elementwise product.
+Memory: one chunk of logits instead of three copies of all of them.
+
+`response_logprobs` is the one place where the shift (position t predicts token t + 1) and the temperature are applied.
+
+Legend of shape suffixes: N tokens, C tokens of a chunk, H hidden size, V vocabulary, B rows, T positions of prompt +
+response, R positions of the longest response.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+CHUNK_ELEMENTS = 1 << 24
+"""Logits of one chunk: 64 MiB in fp32. Smaller chunks re-read the head's weight more often."""
+
+
+@dataclass(frozen=True)
+class LmHead:
+    """What turns hidden states into logits: softcap(scale * (hidden @ weight.T + bias)).
+
+    weight [V, H]; bias [V] or None; softcap: Gemma's c * tanh(x / c), None for none; scale: Cohere's `logit_scale`,
+    Granite's 1 / `logits_scaling`.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    softcap: float | None = None
+    scale: float = 1.0
+
+    @classmethod
+    def of(cls, lm_head: torch.nn.Module, config: Any) -> "LmHead":
+        """The head of a Hugging Face causal model: its output embedding module and its config."""
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        scale = float(getattr(text, "logit_scale", None) or 1.0)
+        if divisor := getattr(text, "logits_scaling", None):
+            scale /= float(divisor)
+        weight, bias = lm_head.weight, getattr(lm_head, "bias", None)
+        if not isinstance(weight, torch.Tensor):
+            raise TypeError(f"lm_head.weight is {type(weight).__name__}, expected a tensor")
+        return cls(weight, bias, getattr(text, "final_logit_softcapping", None), scale)
+
+
+@overload
+def token_logprobs(
+    hidden_NH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    targets_N: torch.Tensor,
+    temperature: float = ...,
+    chunk: int | None = ...,
+    *,
+    bias_V: torch.Tensor | None = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    differentiable_entropy: bool = ...,
+    return_top1: Literal[False] = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+@overload
+def token_logprobs(
+    hidden_NH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    targets_N: torch.Tensor,
+    temperature: float = ...,
+    chunk: int | None = ...,
+    *,
+    bias_V: torch.Tensor | None = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    differentiable_entropy: bool = ...,
+    return_top1: Literal[True],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+
+
+def token_logprobs(
+    hidden_NH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    targets_N: torch.Tensor,
+    temperature: float = 1.0,
+    chunk: int | None = None,
+    *,
+    bias_V: torch.Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    differentiable_entropy: bool = False,
+    return_top1: bool = False,
+) -> tuple[torch.Tensor, ...]:
+    """log softmax(logits / temperature)[target] for each token, and the entropy of each distribution, in nats.
+
+    Args:
+        hidden_NH: hidden states that predict the targets (already shifted), any float dtype.
+        weight_VH: the head. Frozen: exact gradients reach `hidden_NH` only. If it (or the bias) requires grad, a
+            plain checkpointed path gives gradients to both.
+        targets_N: the token ids.
+        temperature: divides the logits; > 0.
+        chunk: tokens of one chunk; None: as many as keep a chunk's logits at 64 MiB.
+        bias_V, softcap, logit_scale: see `LmHead`.
+        differentiable_entropy: let the entropy carry gradients (for an entropy bonus); it is detached otherwise.
+        return_top1: also return whether the target is the most probable token (token accuracy).
+
+    Returns:
+        (logps_N, entropy_N[, is_top1_N]): fp32, fp32, bool.
+
+    Raises:
+        ValueError: temperature <= 0, or lengths that differ.
+    """
+    if temperature <= 0:
+        raise ValueError(f"temperature is {temperature}, expected > 0: log-probs of greedy decoding are not defined")
+    if hidden_NH.shape[0] != targets_N.shape[0]:
+        raise ValueError(f"{hidden_NH.shape[0]} hidden states for {targets_N.shape[0]} targets, expected as many")
+    spec = _Spec(float(temperature), softcap, float(logit_scale), return_top1)
+    chunk = chunk or max(32, CHUNK_ELEMENTS // weight_VH.shape[0])
+    grads = torch.is_grad_enabled()
+    head_trains = weight_VH.requires_grad or (bias_V is not None and bias_V.requires_grad)
+    if grads and (head_trains or (differentiable_entropy and hidden_NH.requires_grad)):
+        logps_N, entropy_N, top1_N = _plain(hidden_NH, weight_VH, bias_V, targets_N, chunk=chunk, spec=spec)
+        entropy_N = entropy_N if differentiable_entropy else entropy_N.detach()
+    else:
+        keep = grads and hidden_NH.requires_grad
+        logps_N, entropy_N, top1_N = _TokenLogprobs.apply(hidden_NH, weight_VH, bias_V, targets_N, chunk, spec, keep)
+    return (logps_N, entropy_N, top1_N) if return_top1 else (logps_N, entropy_N)
+
+
+class ResponseLogprobs(NamedTuple):
+    """Per response token; zeros outside the response."""
+
+    logps_BR: torch.Tensor
+    entropy_BR: torch.Tensor
+
+
+def response_logprobs(
+    hidden_BTH: torch.Tensor,
+    input_ids_BT: torch.Tensor,
+    start_B: torch.Tensor,
+    length_B: torch.Tensor,
+    head: LmHead,
+    *,
+    temperature: float = 1.0,
+    chunk: int | None = None,
+    differentiable_entropy: bool = False,
+) -> ResponseLogprobs:
+    """Log-probs of the response tokens of prompt + response rows: the one place of shift and temperature.
+
+    Only response positions go through the head.
+
+    Args:
+        hidden_BTH: the backbone's last hidden states.
+        input_ids_BT: the same rows' ids.
+        start_B: where each response starts in its row (>= 1: something must predict its first token).
+        length_B: its number of tokens, EOS included.
+        head: the frozen output head.
+        temperature: the one that the rollout sampled with (P1: for policy, old and reference alike).
+
+    Returns:
+        fp32 log-probs and entropies [B, R], R = length_B.max().
+    """
+    index_BR, mask_BR = response_positions(start_B, length_B)
+    targets_N = input_ids_BT.gather(1, index_BR)[mask_BR]
+    logps_N, entropy_N = token_logprobs(
+        _take(hidden_BTH, index_BR - 1, mask_BR),
+        head.weight,
+        targets_N,
+        temperature,
+        chunk,
+        bias_V=head.bias,
+        softcap=head.softcap,
+        logit_scale=head.scale,
+        differentiable_entropy=differentiable_entropy,
+    )
+    zeros_BR = torch.zeros(mask_BR.shape, dtype=torch.float32, device=hidden_BTH.device)
+    return ResponseLogprobs(zeros_BR.masked_scatter(mask_BR, logps_N), zeros_BR.masked_scatter(mask_BR, entropy_N))
+
+
+def response_positions(start_B: torch.Tensor, length_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where response tokens stand in their rows: (index_BR, mask_BR). Outside the mask the index points at `start`."""
+    if int(start_B.min()) < 1:
+        raise ValueError(f"a response starts at position {int(start_B.min())}, expected >= 1: nothing predicts it")
+    step_R = torch.arange(int(length_B.max()), device=start_B.device)
+    mask_BR = step_R < length_B[:, None]
+    return torch.where(mask_BR, start_B[:, None] + step_R, start_B[:, None]), mask_BR
+
+
+def states_before_response(hidden_BTH: torch.Tensor, start_B: torch.Tensor, length_B: torch.Tensor) -> torch.Tensor:
+    """The hidden states [B, R, H] from which each response token was chosen: what a value head reads (V(s_t))."""
+    index_BR, _ = response_positions(start_B, length_B)
+    rows_B1 = torch.arange(hidden_BTH.shape[0], device=hidden_BTH.device)[:, None]
+    return hidden_BTH[rows_B1, index_BR - 1]
+
+
+def _take(hidden_BTH: torch.Tensor, index_BR: torch.Tensor, mask_BR: torch.Tensor) -> torch.Tensor:
+    rows_BR = torch.arange(hidden_BTH.shape[0], device=hidden_BTH.device)[:, None].expand_as(index_BR)
+    return hidden_BTH[rows_BR[mask_BR], index_BR[mask_BR]]
+
+
+class _Spec(NamedTuple):
+    temperature: float
+    softcap: float | None
+    scale: float
+    top1: bool
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """Forward in chunks; d logp / d hidden is made in the forward, so that no probabilities outlive their chunk."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_NH: torch.Tensor,
+        weight_VH: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        targets_N: torch.Tensor,
+        chunk: int,
+        spec: _Spec,
+        keep_gradient: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        n, device = hidden_NH.shape[0], hidden_NH.device
+        logps_N = torch.empty(n, dtype=torch.float32, device=device)
+        entropy_N = torch.empty_like(logps_N)
+        top1_N = torch.zeros(n, dtype=torch.bool, device=device)
+        gradient_NH = torch.empty_like(hidden_NH) if keep_gradient else None
+        for start in range(0, n, chunk):
+            rows = slice(start, start + chunk)
+            target_C1 = targets_N[rows, None]
+            logits_CV, slope_CV = _logits(hidden_NH[rows], weight_VH, bias_V, spec, keep_gradient)
+            top_C1, best_C1 = logits_CV.max(-1, keepdim=True) if spec.top1 else (logits_CV.amax(-1, keepdim=True), None)
+            logits_CV.sub_(top_C1)
+            probs_CV = logits_CV.exp()
+            total_C1 = probs_CV.sum(-1, keepdim=True)
+            probs_CV.div_(total_C1)
+            log_total_C = total_C1.log().squeeze(-1)
+            logps_N[rows] = logits_CV.gather(1, target_C1).squeeze(1) - log_total_C
+            entropy_N[rows] = log_total_C - torch.linalg.vecdot(probs_CV, logits_CV)
+            if best_C1 is not None:
+                top1_N[rows] = (best_C1 == target_C1).squeeze(1)
+            if gradient_NH is not None:
+                # d logp / d logits = onehot - probs, in fp32 before the cast: exact where a probability is close to 1
+                probs_CV.neg_().scatter_add_(1, target_C1, torch.ones_like(target_C1, dtype=torch.float32))
+                probs_CV = probs_CV if slope_CV is None else probs_CV.mul_(slope_CV)
+                factor = spec.scale / spec.temperature
+                gradient_NH[rows] = (probs_CV.mul_(factor) if factor != 1 else probs_CV).to(weight_VH.dtype) @ weight_VH
+        if gradient_NH is not None:
+            ctx.save_for_backward(gradient_NH)
+        ctx.mark_non_differentiable(entropy_N, top1_N)
+        return logps_N, entropy_N, top1_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
+        (gradient_NH,) = ctx.saved_tensors
+        grad_logps_N = grads[0]
+        assert grad_logps_N is not None
+        # fp32 product, one rounding: a bf16 scale would add a second one
+        return ((grad_logps_N[:, None] * gradient_NH).to(gradient_NH.dtype), *([None] * 6))
+
+
+def _logits(
+    hidden_CH: torch.Tensor, weight_VH: torch.Tensor, bias_V: torch.Tensor | None, spec: _Spec, want_slope: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """fp32 logits / temperature of one chunk, and the soft cap's slope (None without a cap)."""
+    logits_CV = F.linear(hidden_CH.to(weight_VH.dtype), weight_VH, bias_V).float()
+    if spec.scale != 1:
+        logits_CV = logits_CV * spec.scale
+    slope_CV = None
+    if spec.softcap:
+        tanh_CV = torch.tanh(logits_CV / spec.softcap)
+        logits_CV = tanh_CV * spec.softcap
+        slope_CV = 1 - tanh_CV * tanh_CV if want_slope else None
+    return (logits_CV if spec.temperature == 1 else logits_CV / spec.temperature), slope_CV
+
+
+def _plain(
+    hidden_NH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    targets_N: torch.Tensor,
+    *,
+    chunk: int,
+    spec: _Spec,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same numbers by autograd, each chunk recomputed in the backward: for a head or an entropy that trains."""
+
+    def one(hidden_CH: torch.Tensor, targets_C: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
+        logits_CV, _ = _logits(hidden_CH, weight, bias, spec, False)
+        logps_CV = logits_CV.log_softmax(-1)
+        entropy_C = -(logps_CV.exp() * logps_CV).sum(-1)
+        return logps_CV.gather(1, targets_C[:, None]).squeeze(1), entropy_C, logps_CV.argmax(-1) == targets_C
+
+    parts = [
+        checkpoint(one, hidden, targets, weight_VH, bias_V, use_reentrant=False)
+        for hidden, targets in zip(hidden_NH.split(chunk), targets_N.split(chunk), strict=True)
+    ]
+    logps, entropy, top1 = zip(*parts, strict=True)
+    return torch.cat(logps), torch.cat(entropy), torch.cat(top1)

@@ -1,0 +1,205 @@
+"""LoRA weights as plain tensors: named, hashed, read, written, and grown to a larger rank.
+
+Tensors carry the names that PEFT gives them in `adapter_model.safetensors`, without the adapter's own name.
+"""
+
+import copy
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..data.errors import UserError
+from .base import Base
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+SCORE = "base_model.model.score.weight"
+
+# What would make an adapter more than W + scaling * B @ A; our exact copies and growth know only that.
+_PLAIN = ("use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "trainable_token_indices", "target_parameters")
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """The LoRA to train.
+
+    Attributes:
+        r: rank.
+        alpha: numerator of the scaling: alpha / r, or alpha / sqrt(r) with `use_rslora` (arXiv 2312.03732).
+        dropout: on the input of A, in training.
+        target_modules: "all-linear" (every linear layer of the decoder, no output head) or module names.
+    """
+
+    r: int = 16
+    alpha: float = 32
+    dropout: float = 0.0
+    target_modules: str | tuple[str, ...] | list[str] = "all-linear"
+    use_rslora: bool = False
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise UserError("lora.r", f"{self.r}, expected 1 or more", "choose a rank such as 16")
+        if not self.alpha > 0:
+            raise UserError("lora.alpha", f"{self.alpha}, expected more than 0", "choose twice the rank")
+        if not 0 <= self.dropout < 1:
+            raise UserError("lora.dropout", f"{self.dropout}, expected 0 to below 1", "choose 0")
+        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            object.__setattr__(self, "target_modules", (self.target_modules,))
+
+    def scaling(self) -> float:
+        """What B @ A is multiplied with."""
+        return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    def config(self, model: PreTrainedModel, task_type: str, modules_to_save: list[str] | None = None) -> LoraConfig:
+        """The PEFT config for `model`, its target modules by name."""
+        targets = linear_names(model) if self.target_modules == "all-linear" else list(self.target_modules)
+        return LoraConfig(
+            r=self.r,
+            lora_alpha=self.alpha,  # pyright: ignore[reportArgumentType]
+            lora_dropout=self.dropout,
+            target_modules=targets,
+            use_rslora=self.use_rslora,
+            task_type=task_type,
+            modules_to_save=modules_to_save,
+        )
+
+
+def linear_names(model: PreTrainedModel) -> list[str]:
+    """The last name components of every linear layer of the decoder, sorted: `q_proj`, `up_proj`, ...
+
+    Names and not paths, so that the same adapter_config.json serves causal models, classifiers and vLLM.
+    """
+    heads = {name for name, _ in model.named_children()}
+    linear = (name for name, module in model.base_model.named_modules() if isinstance(module, (nn.Linear, Conv1D)))
+    return sorted({name.rpartition(".")[2] for name in linear} - heads)
+
+
+def lora_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
+    """Every layer that carries adapters, by its name in `model`."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def lora_state(layers: Mapping[str, BaseTunerLayer], adapter: str) -> dict[str, nn.Parameter]:
+    """The adapter's parameters under the names in which PEFT saves them."""
+    state: dict[str, nn.Parameter] = {}
+    for path, layer in layers.items():
+        for kind in layer.adapter_layer_names:
+            held: Any = getattr(layer, kind, {})
+            if adapter not in held:
+                continue
+            part = held[adapter]
+            if isinstance(part, nn.Parameter):
+                state[f"{path}.{kind}"] = part
+            else:
+                state |= {f"{path}.{kind}.{name}": parameter for name, parameter in part.named_parameters()}
+    return state
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> str:
+    """Hash of names, types, shapes and bytes, whatever the order."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(dict(tensors).items()):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """A saved adapter's config and tensors (on the CPU).
+
+    Raises:
+        UserError: no PEFT adapter there, not in safetensors, or not plain LoRA.
+    """
+    where = str(folder)
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise UserError(where, f"no {name} there", "give a folder that a stage or PEFT's save_pretrained wrote")
+    config = PeftConfig.from_pretrained(str(folder))
+    if not isinstance(config, LoraConfig):
+        raise UserError(where, f"a {config.peft_type} adapter, expected LoRA", "train a LoRA adapter")
+    special = [field for field in _PLAIN if getattr(config, field, None)]
+    others = [name for name in config.modules_to_save or () if name not in ("score", "classifier")]
+    if special or others or config.bias != "none":
+        what = ", ".join([*special, *(f"modules_to_save {name}" for name in others)]) or f"bias={config.bias}"
+        raise UserError(where, f"not plain LoRA ({what})", "merge it into its base first: preftune merge")
+    return config, load_file(folder / WEIGHTS)
+
+
+def write_adapter(folder: Path, base: Base, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Write the two files that plain PEFT loads, straight into `folder`."""
+    config = copy.copy(config)
+    config.inference_mode = True
+    config.base_model_name_or_path = base.model_id
+    # Only a hub id has a revision that PEFT could ask for; anything else is a path on this machine.
+    config.revision = base.revision if base.model_id == base.spec else None
+    config.target_modules = sorted(config.target_modules or ())
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(folder))
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(plain, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def fill(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str) -> None:
+    """Copy a saved adapter's tensors over parameters of the same names and shapes.
+
+    Raises:
+        UserError: names or shapes differ: it belongs to another base.
+    """
+    different = sorted(state.keys() ^ tensors.keys())
+    different += [name for name in state.keys() & tensors.keys() if state[name].shape != tensors[name].shape]
+    if different:
+        raise UserError(where, f"does not fit this base (at {different[0]})", "use the base that it was trained on")
+    with torch.no_grad():
+        for name, parameter in state.items():
+            parameter.copy_(tensors[name])
+
+
+def embed_parent(state: Mapping[str, nn.Parameter], lora: LoraSpec, parent: Path) -> None:
+    """Make a fresh adapter compute exactly what its parent computes, at an equal or larger rank.
+
+    The parent's rows of A and columns of B come first; B's new columns are zero, A's new rows stay as drawn, so the
+    new directions change nothing yet and can learn. Modules that the parent did not adapt keep their zero B.
+
+    Raises:
+        UserError: smaller rank, other scaling, or modules of the parent left out: none of them can be exact.
+    """
+    config, tensors = read_adapter(parent)
+    if lora.r < config.r:
+        raise UserError("lora.r", f"{lora.r} is below {config.r} of {parent}", f"use r: {config.r} or more")
+    scaling = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+    if not math.isclose(scaling, lora.scaling(), rel_tol=1e-9):
+        fitting = scaling * (math.sqrt(lora.r) if lora.use_rslora else lora.r)
+        raise UserError(
+            "lora.alpha",
+            f"{lora.alpha} scales by {lora.scaling():g}, {parent} by {scaling:g}",
+            f"use alpha: {fitting:g} with r: {lora.r}",
+        )
+    tensors = {name: tensor for name, tensor in tensors.items() if ".lora_" in name}
+    left_out = sorted(tensors.keys() - state.keys())
+    if left_out:
+        module = left_out[0].removeprefix("base_model.model.").partition(".lora_")[0]
+        raise UserError(
+            "lora.target_modules",
+            f"{module}, which {parent} adapts, is not among them (or not in this base)",
+            "keep the parent's target modules and base",
+        )
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            target = state[name]
+            if any(old > new for old, new in zip(tensor.shape, target.shape, strict=True)):
+                raise UserError(str(parent), f"does not fit this base (at {name})", "use the base it was trained on")
+            corner = tuple(slice(size) for size in tensor.shape)
+            if "lora_B" in name or "lora_embedding_B" in name:
+                target.zero_()
+            target[corner] = tensor.to(target)

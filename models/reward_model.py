@@ -1,0 +1,114 @@
+"""The reward model: the base as a classifier with one label, a LoRA adapter and an fp32 `score` head."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModelForSequenceClassification
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from .adapters import DEFAULT
+from .base import Base, Quantization, load_model, prepare_model
+from .lineage import check_base
+from .lora import SCORE, LoraSpec, embed_parent, fill, lora_layers, lora_state, read_adapter, write_adapter
+
+
+def create_reward_model(
+    base: Base,
+    tokenizer: PreTrainedTokenizerBase,
+    lora: LoraSpec,
+    parent: Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    *,
+    seed: int = 0,
+    quantization: Quantization | None = None,
+    device: torch.device | str | None = None,
+    attn_implementation: str | None = None,
+) -> PeftModelForSequenceClassification:
+    """A reward model ready for TRL's RewardTrainer.
+
+    Its adapter "default" starts as an exact copy of the parent's LoRA; `score` is fresh (or the parent's, where that is
+    a reward adapter), computes in fp32 and trains in full.
+
+    Args:
+        tokenizer: from `load_tokenizer`; the score is read at the last token that is not its PAD.
+        parent: adapter to start from; None: the bare base.
+        dtype: of the frozen trunk.
+
+    Raises:
+        UserError: the parent cannot be taken over exactly, or the base has no classifier.
+    """
+    if parent is not None:
+        check_base(parent, base)
+    model = load_model(
+        base,
+        dtype=dtype,
+        task="reward",
+        quantization=quantization,
+        device=device,
+        attn_implementation=attn_implementation,
+        seed=seed,
+    )
+    prepare_model(model, tokenizer)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = lora.config(model, "SEQ_CLS", modules_to_save=["score"])
+        peft = PeftModelForSequenceClassification(model, config, adapter_name=DEFAULT)
+    # PEFT's new dropout layers are in training mode, whatever mode the model is in.
+    peft.eval()
+    # PEFT appends its own list of usual head names.
+    config.modules_to_save = ["score"]
+    if parent is not None:
+        embed_parent(lora_state(lora_layers(peft), DEFAULT), lora, parent)
+        _, tensors = read_adapter(parent)
+        if SCORE in tensors:
+            with torch.no_grad():
+                _score(peft).weight.copy_(tensors[SCORE])
+    return peft
+
+
+def save_reward_model(model: PeftModelForSequenceClassification, base: Base, folder: Path) -> None:
+    """Write the adapter and its fp32 score straight into `folder`, for plain PEFT and for `AdapterSet.load`."""
+    config: Any = model.peft_config[DEFAULT]
+    write_adapter(folder, base, config, reward_tensors(model))
+
+
+def reward_tensors(model: PeftModelForSequenceClassification) -> dict[str, Tensor]:
+    """What is saved: the adapter's LoRA and `score`."""
+    return {**lora_state(lora_layers(model), DEFAULT), SCORE: _score(model).weight}
+
+
+def load_reward_model(
+    folder: Path,
+    base: Base,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    attn_implementation: str | None = None,
+) -> PeftModelForSequenceClassification:
+    """A saved reward model, frozen and in evaluation mode; `logits` [B, 1] are fp32.
+
+    Raises:
+        UserError: no reward adapter there, or one of another base.
+    """
+    from ..data.errors import UserError
+
+    check_base(folder, base)
+    config, tensors = read_adapter(folder)
+    if SCORE not in tensors:
+        raise UserError(str(folder), "an adapter without a score head, expected a reward model", "name a reward stage")
+    model = load_model(base, dtype=dtype, task="reward", device=device, attn_implementation=attn_implementation)
+    prepare_model(model, tokenizer)
+    config.modules_to_save = ["score"]
+    peft = PeftModelForSequenceClassification(model, config, adapter_name=DEFAULT)
+    config.modules_to_save = ["score"]
+    fill({**lora_state(lora_layers(peft), DEFAULT), SCORE: _score(peft).weight}, tensors, str(folder))
+    return peft.requires_grad_(False).eval()
+
+
+def _score(model: PeftModelForSequenceClassification) -> nn.Linear:
+    """The score that trains (PEFT keeps the untouched original beside it)."""
+    inner: Any = model.get_base_model()
+    return inner.score.modules_to_save[DEFAULT]

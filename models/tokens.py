@@ -1,0 +1,137 @@
+"""The base's tokenizer, made fit for training: a chat template, the EOS that ends its turns, a PAD that is not EOS."""
+
+import logging
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data.errors import UserError
+from .quiet import quiet
+
+if TYPE_CHECKING:
+    from .base import Base
+
+logger = logging.getLogger(__name__)
+
+_MARK = "THE-REPLY"
+_KNOWN_PADS = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>", "<|endoftext|>")
+_SPARE = re.compile(r"pad|reserved|unused|extra|placeholder", re.IGNORECASE)
+
+
+def load_tokenizer(base: "Base", chat_template: str | None = None) -> PreTrainedTokenizerBase:
+    """The base's tokenizer with right padding, a chat template, and `pad_token_id != eos_token_id`.
+
+    Args:
+        chat_template: a file, Jinja text, the name of one of the tokenizer's templates, or "default" for
+            `DEFAULT_CHAT_TEMPLATE`. None: the tokenizer's own, or else that default.
+
+    Raises:
+        UserError: an unknown template, or no token that can serve as PAD.
+    """
+    with quiet():
+        tokenizer = AutoTokenizer.from_pretrained(base.path, trust_remote_code=False)
+    if tokenizer.eos_token_id is None:
+        raise UserError("model.base", f"the tokenizer of {base.spec!r} has no EOS token", "set eos_token in its config")
+    tokenizer.padding_side = "right"
+    tokenizer.chat_template = _template(tokenizer, chat_template)
+    set_eos(tokenizer)
+    set_pad(tokenizer, _vocab_size(base))
+    return tokenizer
+
+
+def prepare_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the tokenizer's PAD and EOS ids into the model's config and generation config.
+
+    A sequence classifier reads its score at the last token that is not PAD, so it must know which id that is.
+    """
+    text = model.config.get_text_config()
+    for config in (model.config, text):
+        config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    generation: Any = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.pad_token_id = tokenizer.pad_token_id
+        had = generation.eos_token_id
+        others = had if isinstance(had, list) else [had]
+        extra = [i for i in others if i not in (None, tokenizer.eos_token_id, tokenizer.pad_token_id)]
+        generation.eos_token_id = [tokenizer.eos_token_id, *extra] if extra else tokenizer.eos_token_id
+
+
+def set_eos(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make EOS the special token with which the chat template ends an assistant's turn, where it names one."""
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _MARK}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception as error:
+        logger.warning("the chat template does not render a short dialogue (%s); EOS is left as it is", error)
+        return
+    tail = str(text).rpartition(_MARK)[2].lstrip()
+    # The longest match: `<|end|>` and `<|end|>x` may both be tokens.
+    ends = sorted((t for t in special_tokens(tokenizer) if t and tail.startswith(t)), key=len)
+    if ends and ends[-1] != tokenizer.eos_token:
+        logger.info("EOS is %s, with which the chat template ends a turn (was %s)", ends[-1], tokenizer.eos_token)
+        tokenizer.eos_token = ends[-1]
+
+
+def set_pad(tokenizer: Any, vocab_size: int) -> None:
+    """Make PAD a token that is not EOS: one that is there already, so that the embedding need not grow.
+
+    Args:
+        vocab_size: rows of the model's embedding.
+    """
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    if pad is not None and pad not in (eos, tokenizer.bos_token_id) and pad < vocab_size:
+        return
+    specials = {t: i for t, i in special_tokens(tokenizer).items() if i < vocab_size and i != eos}
+    known = [t for t in _KNOWN_PADS if t in specials]
+    unknown = [tokenizer.unk_token] if tokenizer.unk_token in specials else []
+    spare = [t for t in specials if _SPARE.search(t)]
+    # `ÿ` alone is how byte-level vocabularies write byte 0xFF, which never occurs in UTF-8.
+    byte = ["ÿ"] if "ÿ" in tokenizer.get_vocab() and tokenizer.convert_tokens_to_ids("ÿ") < vocab_size else []
+    bos = tokenizer.bos_token
+    for token in [t for t in (*known, *unknown, *spare) if t != bos] + byte:
+        tokenizer.pad_token = token
+        return
+    if len(tokenizer) < vocab_size:
+        # The embedding has rows to spare.
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+        return
+    raise UserError(
+        "model.base", "no token of its vocabulary but EOS can serve as padding", "add a pad token to it and its model"
+    )
+
+
+def special_tokens(tokenizer: Any) -> dict[str, int]:
+    """Every token marked special, with its id, in order of id."""
+    decoder: dict[int, Any] = tokenizer.added_tokens_decoder
+    marked = {str(token): i for i, token in sorted(decoder.items()) if token.special}
+    named = {t: tokenizer.convert_tokens_to_ids(t) for t in tokenizer.all_special_tokens}
+    return marked | named
+
+
+def _template(tokenizer: PreTrainedTokenizerBase, wanted: str | None) -> str:
+    from ..data.template import DEFAULT_CHAT_TEMPLATE
+
+    own = tokenizer.chat_template
+    if wanted is None:
+        if isinstance(own, dict):
+            own = own.get("default") or next(iter(own.values()), None)
+        return own or DEFAULT_CHAT_TEMPLATE
+    if "{{" in wanted or "{%" in wanted:
+        return wanted
+    if isinstance(own, dict) and wanted in own:
+        return own[wanted]
+    if wanted == "default":
+        return DEFAULT_CHAT_TEMPLATE
+    if Path(wanted).expanduser().is_file():
+        return Path(wanted).expanduser().read_text(encoding="utf-8")
+    raise UserError(
+        "model.chat_template", f"{wanted!r} is neither a file, nor Jinja text, nor a name", "give one, or `default`"
+    )
+
+
+def _vocab_size(base: "Base") -> int:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(base.path, trust_remote_code=False).get_text_config().vocab_size

@@ -1,0 +1,157 @@
+"""From the recipe to what the stages and the evaluation take."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .schema import BASE, Data, PPOStage, Recipe, Stage, method_keys
+
+if TYPE_CHECKING:
+    from ..data.spec import DataSpec
+    from ..eval.spec import EvalSpec
+    from ..models.base import Base
+    from ..models.lora import LoraSpec
+    from ..stages.job import StageJob
+    from ..stages.rewards import RewardSource
+
+# Which rows a kind of stage reads.
+ROWS = {"sft": "demo", "reward": "pair", "dpo": "pair", "kto": "label", "ppo": "prompt"}
+_KL_FIELDS = {
+    "coef": "kl_coef",
+    "target": "kl_target",
+    "horizon": "kl_horizon",
+    "estimator": "kl_estimator",
+    "place": "kl_in",
+}
+
+
+def data_spec(entry: Data, seed: int) -> "DataSpec":
+    """The data room's description of an entry; `seed` where the entry has none of its own."""
+    from ..data.spec import DataSpec, SourceSpec
+
+    if entry.sources:
+        sources = tuple(SourceSpec(**each.model_dump()) for each in entry.sources)
+    else:
+        assert entry.path is not None  # the graph's check
+        sources = (
+            SourceSpec(entry.path, split=entry.split, columns=entry.columns, name=entry.name, revision=entry.revision),
+        )
+    return DataSpec(
+        sources,
+        max_prompt_length=entry.max_prompt_length,
+        max_length=entry.max_length,
+        overflow=entry.overflow,
+        limit=entry.limit,
+        held_out=entry.held_out,
+        seed=seed if entry.seed is None else entry.seed,
+        system=entry.system,
+    )
+
+
+def folders(recipe: Recipe) -> tuple[Path, ...]:
+    """Where relative paths are looked up; the data room adds the shipped data."""
+    return (recipe.folder,) if recipe.folder is not None else ()
+
+
+def method_values(stage: Stage) -> dict[str, Any]:
+    """What the recipe says beside `train`, by the names of the method's config (`kl.coef` is `kl_coef` there)."""
+    values = {key: getattr(stage, key) for key in method_keys(stage.kind)}
+    if isinstance(stage, PPOStage):
+        values |= {ours: getattr(stage.kl, field) for field, ours in _KL_FIELDS.items()}
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def lora_spec(recipe: Recipe, name: str) -> "LoraSpec":
+    """The stage's adapter: the recipe's, with what the stage says differently."""
+    from ..models.adapters import LoraSpec
+
+    return LoraSpec(**lora_values(recipe, name))
+
+
+def lora_values(recipe: Recipe, name: str) -> dict[str, Any]:
+    """The same as plain values."""
+    return recipe.lora.model_dump() | recipe.stages[name].lora.model_dump(exclude_none=True)
+
+
+def reward_sources(stage: PPOStage, run_dir: Path) -> "tuple[RewardSource, ...]":
+    """PPO's scores; a reward stage is its folder in the run."""
+    from ..stages.rewards import RewardSource
+
+    made = []
+    for each in stage.reward:
+        if each.stage is not None:
+            made.append(RewardSource("stage", str(run_dir / each.stage), each.weight))
+        elif each.model is not None:
+            made.append(RewardSource("model", each.model, each.weight))
+        else:
+            assert each.function is not None  # the graph's check
+            made.append(RewardSource("function", each.function, each.weight))
+    return tuple(made)
+
+
+def stage_job(
+    recipe: Recipe, name: str, base: "Base", run_dir: Path, output_dir: Path, parent: Path | None = None
+) -> "StageJob":
+    """One stage, resolved.
+
+    Args:
+        run_dir: where the folders of the stages that it needs lie.
+        output_dir: where it writes.
+        parent: an adapter folder to start from instead of the recipe's `from`.
+    """
+    from ..stages.job import StageJob
+
+    stage = recipe.stages[name]
+    if parent is None and stage.parent != BASE:
+        parent = run_dir / stage.parent
+    seed = recipe.seed if stage.seed is None else stage.seed
+    return StageJob(
+        name=name,
+        kind=stage.kind,
+        base=base,
+        dtype=recipe.model.dtype,
+        quantization=recipe.model.quantization,
+        lora=lora_spec(recipe, name),
+        parent=parent,
+        data=data_spec(recipe.data[stage.data], recipe.seed),
+        folders=folders(recipe),
+        method=method_values(stage),
+        train=dict(stage.train),
+        rewards=reward_sources(stage, run_dir) if isinstance(stage, PPOStage) else (),
+        seed=seed,
+        output_dir=output_dir,
+        chat_template=recipe.model.chat_template,
+        data_name=stage.data,
+    )
+
+
+def eval_spec(recipe: Recipe, base: "Base", run_dir: Path, policies: list[str] | None = None) -> "EvalSpec":
+    """The recipe's evaluation (it must have one), of all its policies or of some."""
+    from ..eval.spec import EvalSpec
+
+    part = recipe.eval
+    assert part is not None
+    return EvalSpec(
+        base=base,
+        policies={name: None if name == BASE else run_dir / name for name in policies or part.policies},
+        reference=part.reference,
+        prompts=data_spec(part.prompts, recipe.seed),
+        folders=folders(recipe),
+        judges=tuple(part.judges),
+        dtype=recipe.model.dtype,
+        quantization=recipe.model.quantization,
+        max_new_tokens=part.max_new_tokens,
+        temperature=part.temperature,
+        seed=recipe.seed if part.seed is None else part.seed,
+        kl=part.kl,
+        batch_size=part.batch_size,
+        output_dir=run_dir,
+        chat_template=recipe.model.chat_template,
+    )
+
+
+def data_values(spec: "DataSpec") -> dict[str, Any]:
+    """What of a data entry shapes a stage's rows besides their content: everything but the paths."""
+    values = asdict(spec)
+    del values["sources"]
+    return values

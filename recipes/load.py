@@ -1,0 +1,158 @@
+"""From a file, or a shipped recipe's name, and overrides to a checked recipe."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from ..data.errors import UserError
+from .graph import check_graph, fill_eval
+from .problems import dotted, first_problem, nearest, problem, shown
+from .schema import KINDS, Recipe
+from .text import Path_, Text, parse, parse_value
+
+SHIPPED = Path(__file__).parent
+# Their entries have names of the user's: an override cannot make one up by a slip of the pen.
+_NAMED = ("data", "stages")
+# Methods that are a loss of another kind.
+_VARIANTS = {"ipo": "write kind: dpo and loss_type: ipo", "apo": "write kind: kto and loss_type: apo_zero_unpaired"}
+
+
+def shipped_recipes() -> list[Path]:
+    """The recipes that come with the package, by name."""
+    return sorted(SHIPPED.glob("*.yaml"))
+
+
+def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override, check and fill in a recipe.
+
+    Args:
+        path_or_name: a YAML file, or the name of a shipped recipe.
+        overrides: `stages.dpo.beta=0.2`, values in YAML; a whole entry may be given, or removed with `null`.
+
+    Raises:
+        UserError: whatever is wrong, with file, line and key.
+    """
+    file = find_recipe(path_or_name)
+    try:
+        text = parse(file.read_text(encoding="utf-8"), str(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(str(file), f"cannot be read ({error})", "give a UTF-8 text file") from error
+    if not isinstance(text.values, dict):
+        raise UserError(str(file), f"is {shown(text.values)}, expected a mapping of keys", "see `preftune recipes`")
+    for override in overrides:
+        _override(text, override)
+    _normalise(text)
+    try:
+        recipe = Recipe.model_validate(text.values)
+    except ValidationError as error:
+        raise first_problem(error, text) from None
+    recipe._origin = file.resolve()
+    check_graph(recipe, text)
+    _place_files(recipe, file.resolve().parent)
+    fill_eval(recipe)
+    return recipe
+
+
+def find_recipe(path_or_name: str | Path) -> Path:
+    """The file of a recipe given as a path or by a shipped one's name."""
+    path = Path(path_or_name).expanduser()
+    if path.is_file():
+        return path
+    shipped = {file.stem: file for file in shipped_recipes()}
+    if (name := str(path_or_name)) in shipped:
+        return shipped[name]
+    if path.is_dir():
+        raise UserError(str(path), "is a folder, expected a recipe", f"give a YAML file such as {path / 'recipe.yaml'}")
+    raise UserError(name, "no such recipe, neither a file nor a shipped one", nearest(name, shipped))
+
+
+def _override(text: Text, override: str) -> None:
+    where = f"command line ({override})"
+    key, equals, raw = override.partition("=")
+    if not equals or not key:
+        raise UserError(where, "expected key=value", "write for example stages.dpo.beta=0.2")
+    path: Path_ = tuple(int(part) if part.isdigit() else part for part in key.strip().split("."))
+    value = parse_value(raw, where)
+    values: Any = text.values
+    part: Any
+    for depth, part in enumerate(path):
+        last = depth == len(path) - 1
+        if isinstance(values, list):
+            if not isinstance(part, int) or part >= len(values):
+                raise UserError(where, f"{dotted(path[:depth])} has entries 0 to {len(values) - 1}", "name one of them")
+        elif not isinstance(values, dict):
+            raise UserError(where, f"{dotted(path[:depth])} is {shown(values)} and has no keys", "correct the key")
+        else:
+            part = str(part)  # noqa: PLW2901
+            if depth == 1 and path[0] in _NAMED and part not in values and not (last and isinstance(value, dict)):
+                raise UserError(where, f"no {part!r} in {path[0]}", nearest(part, map(str, values)))
+        if last:
+            _set(values, part, value)
+        else:
+            if isinstance(values, dict) and values.get(part) is None:
+                values[part] = {}
+            values = values[part]
+    text.given[path] = override
+    _take_from_here(text, path)
+
+
+def _set(values: Any, key: str | int, value: Any) -> None:
+    if value is None and isinstance(values, dict):
+        values.pop(key, None)
+    else:
+        values[key] = value
+
+
+def _take_from_here(text: Text, path: Path_) -> None:
+    """A path on the command line is meant from the current folder, one in the recipe from the recipe's."""
+    if path[-1] not in ("path", "base", "chat_template"):
+        return
+    above: Any = text.values
+    for part in path[:-1]:
+        above = above[part]
+    value = above.get(path[-1])
+    if isinstance(value, str) and Path(value).expanduser().exists():
+        above[path[-1]] = str(Path(value).expanduser().resolve())
+
+
+def _normalise(text: Text) -> None:
+    """Write out the two abbreviations: a stage's kind by its name, the evaluation's prompts by a data entry's."""
+    stages, data, evaluation = (text.values.get(key) for key in ("stages", "data", "eval"))
+    for name, stage in stages.items() if isinstance(stages, dict) else ():
+        if not isinstance(stage, dict):
+            raise problem(text, ("stages", name), f"is {shown(stage)}, expected a mapping of keys", "write {from: ...}")
+        if "kind" not in stage:
+            if name not in KINDS:
+                remedy = _VARIANTS.get(name) or f"add kind: one of {', '.join(KINDS)}"
+                raise problem(text, ("stages", name), "lacks its kind", remedy)
+            stage["kind"] = name
+        elif stage["kind"] not in KINDS:
+            said = f"is {shown(stage['kind'])}, no kind of stage"
+            remedy = _VARIANTS.get(stage["kind"]) or nearest(str(stage["kind"]), KINDS)
+            raise problem(text, ("stages", name, "kind"), said, remedy)
+    if isinstance(evaluation, dict) and isinstance(prompts := evaluation.get("prompts"), str):
+        if not isinstance(data, dict) or not isinstance(data.get(prompts), dict):
+            known = data if isinstance(data, dict) else {}
+            raise problem(text, ("eval", "prompts"), f"{prompts!r} is no data entry", nearest(prompts, map(str, known)))
+        evaluation["prompts"] = dict(data[prompts])
+
+
+def _place_files(recipe: Recipe, folder: Path) -> None:
+    """Paths that exist beside the recipe become absolute, so that the resolved recipe works from anywhere."""
+
+    def placed(path: str) -> str:
+        given = Path(path).expanduser()
+        return str((folder / given).resolve()) if (folder / given).exists() else path
+
+    entries = [*recipe.data.values(), *([recipe.eval.prompts] if recipe.eval else [])]
+    for entry in entries:
+        for each in (entry, *(entry.sources or ())):
+            if each.path is not None:
+                each.path = placed(each.path)
+    model = recipe.model
+    if not model.base.startswith(("pypi:", "random:")):
+        model.base = placed(model.base)
+    if model.chat_template is not None and "{" not in model.chat_template:
+        model.chat_template = placed(model.chat_template)

@@ -1,0 +1,151 @@
+"""What is wrong with a recipe, in the user's words: file, line, key, what was expected, what to do."""
+
+import difflib
+from collections.abc import Iterable
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from ..data.errors import UserError
+from .schema import STAGE_MODELS, Recipe
+from .text import Path_, Text
+
+# What people most often write beside `train` instead of in it.
+_TRAIN_WORDS = (
+    "learning_rate",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
+    "warmup_steps",
+    "lr_scheduler_type",
+    "weight_decay",
+    "max_grad_norm",
+    "logging_steps",
+    "eval_strategy",
+    "eval_steps",
+    "save_strategy",
+    "save_steps",
+    "report_to",
+    "packing",
+)
+_SHOWN = 60
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The remedy for an unknown word: the known one that it is most like, or all of them."""
+    names = list(known)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(names)}"
+
+
+def dotted(path: Path_) -> str:
+    """stages.dpo.beta"""
+    return ".".join(str(each) for each in path)
+
+
+def shown(value: Any) -> str:
+    """A value for a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+
+
+def problem(text: Text, path: Path_, what: str, remedy: str) -> UserError:
+    """An error at one key of the recipe."""
+    where = f"{text.place(path)}: {dotted(path)}" if path else text.place(path)
+    return UserError(where, what, remedy)
+
+
+def first_problem(error: ValidationError, text: Text) -> UserError:
+    """The first of pydantic's findings, unknown keys before missing ones (the first is often why the second)."""
+    found = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
+    entry = found[0]
+    path = _path(entry["loc"])
+    if entry["type"] == "extra_forbidden":
+        return _unknown(text, path)
+    if entry["type"] == "missing":
+        missing, above = str(path[-1]), path[:-1]
+        said = f"{dotted(above)} lacks {missing!r}" if above else f"{missing!r} is missing"
+        return UserError(text.place(above), said, f"add {missing}: ...")
+    return problem(text, path, f"is {shown(entry['input'])}, expected {_expected(entry)}", "correct the value")
+
+
+def _path(loc: tuple[str | int, ...]) -> Path_:
+    """Pydantic's location without what it adds: the kind in stages.dpo.<kind>.beta, and the branch of a union."""
+    path = list(loc)
+    if len(path) > 2 and path[0] == "stages" and path[2] in STAGE_MODELS:
+        del path[2]
+    while path and isinstance(path[-1], str) and ("[" in path[-1] or path[-1] in ("str", "literal")):
+        path.pop()
+    return tuple(path)
+
+
+def _unknown(text: Text, path: Path_) -> UserError:
+    key = str(path[-1])
+    known = _known(text.values, path[:-1])
+    if len(path) == 3 and path[0] == "stages" and key in _TRAIN_WORDS:
+        return problem(text, path, "stands beside train", f"write it in {dotted(path[:-1])}.train")
+    return problem(text, path, f"{key!r} is no key of {dotted(path[:-1]) or 'a recipe'}", nearest(key, known))
+
+
+def _known(values: Any, path: Path_) -> list[str]:
+    """The keys that the schema has at that place."""
+    model: Any = Recipe
+    for depth, key in enumerate(path):
+        values = _below(values, key)
+        if depth == 1 and path[0] == "stages":
+            model = STAGE_MODELS.get(str(values.get("kind", key)) if isinstance(values, dict) else str(key))
+        elif isinstance(key, int) or (depth == 1 and path[0] == "data"):
+            continue  # a list's or a mapping's entries are what it is made of
+        elif isinstance(model, type) and issubclass(model, BaseModel):
+            model = _model_of(_annotation(model, str(key)))
+    if not (isinstance(model, type) and issubclass(model, BaseModel)):
+        return []
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _annotation(model: type[BaseModel], key: str) -> Any:
+    fields = {field.alias or name: field for name, field in model.model_fields.items()}
+    return fields[key].annotation if key in fields else None
+
+
+def _model_of(annotation: Any) -> Any:
+    """The one pydantic model within an annotation such as list[Reward] or dict[str, Data]."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for each in get_args(annotation) if (found := _model_of(each)) is not None), None)
+
+
+def _below(values: Any, key: str | int) -> Any:
+    try:
+        return values[key]
+    except (KeyError, IndexError, TypeError):
+        return None
+
+
+_TYPES = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "text",
+    "list": "a list",
+    "dict": "a mapping",
+    "model": "a mapping of keys",
+}
+
+
+def _expected(entry: Any) -> str:
+    kind, context = entry["type"], entry.get("ctx", {})
+    if kind == "literal_error":
+        return str(context["expected"])
+    for name, words in _TYPES.items():
+        if kind.startswith(name) and kind.endswith(("_type", "_parsing", "_from_float")):
+            return words
+    if kind == "string_pattern_mismatch":
+        return "letters, digits, dots, dashes and underscores"
+    for limit, words in (("gt", "more than"), ("ge", "at least"), ("lt", "less than"), ("le", "at most")):
+        if limit in context:
+            return f"{words} {context[limit]:g}"
+    return str(entry["msg"])[0].lower() + str(entry["msg"])[1:]

@@ -1,0 +1,115 @@
+"""YAML with line numbers: plain values, and the line of every key.
+
+Numbers and booleans are read as YAML 1.2 says: `2e-5` is a number, `no` and `off` are text (TRL has options by those
+names), `010` is ten. A key given twice is an error.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from ..data.errors import UserError
+
+Path_ = tuple[str | int, ...]
+
+_FLOAT = re.compile(
+    r"[-+]?(?:\d[\d_]*\.[\d_]*|\.\d[\d_]*|\d[\d_]*)(?:[eE][-+]?\d+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN)"
+)
+_INT = re.compile(r"[-+]?\d[\d_]*")
+_BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with YAML 1.2's scalars."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [pair for pair in pairs if pair[0].rsplit(":", 1)[-1] not in ("bool", "int", "float", "timestamp")]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_anchored = {
+    kind: re.compile(rf"^(?:{pattern.pattern})$")
+    for kind, pattern in (("bool", _BOOL), ("int", _INT), ("float", _FLOAT))
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", _anchored["bool"], list("tTfF"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", _anchored["int"], list("-+0123456789"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _anchored["float"], list("-+.0123456789"))
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value.replace("_", "")))
+
+
+@dataclass
+class Text:
+    """A parsed file: `values`, and the place ("file.yaml:12") of each key by its path from the top."""
+
+    name: str
+    values: Any = None
+    lines: dict[Path_, int] = field(default_factory=dict)
+    given: dict[Path_, str] = field(default_factory=dict)
+
+    def place(self, path: Path_) -> str:
+        """File and line of that key, of the nearest one above it where it is not there; or the override that set it."""
+        for length in range(len(path), -1, -1):
+            if path[:length] in self.given:
+                return f"command line ({self.given[path[:length]]})"
+            if path[:length] in self.lines:
+                return f"{self.name}:{self.lines[path[:length]]}"
+        return self.name
+
+
+def parse(text: str, name: str) -> Text:
+    """Parse one YAML document.
+
+    Args:
+        name: how messages call it.
+
+    Raises:
+        UserError: broken YAML, or a key given twice.
+    """
+    loader = _Loader(text)
+    result = Text(name)
+    try:
+        node = loader.get_single_node()
+        if node is not None:
+            for path, each in _nodes(node, (), loader, name):
+                result.lines[path] = each.start_mark.line + 1
+            result.values = loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = name if mark is None else f"{name}:{mark.line + 1}"
+        raise UserError(where, f"broken YAML ({error.problem})", "correct the indentation or quotes") from error
+    except yaml.YAMLError as error:
+        raise UserError(name, f"broken YAML ({' '.join(str(error).split())})", "correct the file") from error
+    except ValueError as error:
+        raise UserError(name, f"a value cannot be read ({error})", "put it in quotes") from error
+    finally:
+        loader.dispose()
+    return result
+
+
+def parse_value(text: str, name: str) -> Any:
+    """The value of a command line's `key=value`, read as YAML."""
+    return parse(text, name).values
+
+
+def _nodes(node: yaml.Node, path: Path_, loader: _Loader, name: str) -> Iterator[tuple[Path_, yaml.Node]]:
+    yield path, node
+    if isinstance(node, yaml.SequenceNode):
+        for index, each in enumerate(node.value):
+            yield from _nodes(each, (*path, index), loader, name)
+    elif isinstance(node, yaml.MappingNode):
+        seen: dict[Any, int] = {}
+        for key, _ in node.value:
+            text, line = str(key.value), key.start_mark.line + 1
+            if text in seen:
+                dotted = ".".join(map(str, (*path, text)))
+                raise UserError(f"{name}:{line}", f"{dotted} stands on line {seen[text]} too", "keep one of them")
+            seen[text] = line
+        loader.flatten_mapping(node)
+        for key, value in node.value:
+            child = (*path, str(key.value))
+            for below, each in _nodes(value, child, loader, name):
+                # a key's line is the key's own, not that of the block that follows it
+                yield below, key if below == child else each

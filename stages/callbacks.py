@@ -1,0 +1,103 @@
+"""What every trainer of ours calls back to: log.jsonl, progress, the clock."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .metrics import plain, reset_peak_memory
+
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+class LogFile(TrainerCallback):
+    """Every log of the trainer as one JSON object a line, with its step. What is not finite is written as null."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        # a resumed run replays the steps after its checkpoint: their old lines go
+        kept = [line for line in lines if state.global_step and json.loads(line)["step"] <= state.global_step]
+        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        if state.is_world_process_zero and logs is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(plain({"step": state.global_step, **logs}), ensure_ascii=False) + "\n")
+
+
+class Progress(TrainerCallback):
+    """A bar on a terminal; elsewhere a plain line now and then: `sft 12/75 loss 1.23`."""
+
+    def __init__(self, name: str, stream: TextIO | None = None) -> None:
+        self.name, self.stream = name, stream or sys.stderr
+        self.bar: tqdm | None = None
+        self.said_at, self.said_step, self.loss = 0.0, -1, ""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.said_at = time.monotonic()
+        if state.is_world_process_zero and self.stream.isatty() and not args.disable_tqdm:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.name, file=self.stream)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        for key in ("eval_loss", "loss"):
+            if logs and isinstance(logs.get(key), float):
+                self.loss = f"{key} {logs[key]:.4g}"
+        if self.bar is not None:
+            self.bar.set_postfix_str(self.loss)
+        elif state.is_world_process_zero and time.monotonic() - self.said_at > _SECONDS_BETWEEN_LINES:
+            self._say(state)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+        elif state.is_world_process_zero and state.global_step != self.said_step:
+            self._say(state)
+
+    def _say(self, state: TrainerState) -> None:
+        self.said_at, self.said_step = time.monotonic(), state.global_step
+        print(f"{self.name} {state.global_step}/{state.max_steps} {self.loss}".rstrip(), file=self.stream, flush=True)
+
+
+class Clock(TrainerCallback):
+    """Seconds of the training loop, and the epoch that it began at (not 0 in a resumed run)."""
+
+    seconds: float = 0.0
+    first_epoch: float = 0.0
+    _began: float = 0.0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        reset_peak_memory()
+        self.first_epoch = state.epoch or 0.0
+        self._began = time.perf_counter()
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.seconds = time.perf_counter() - self._began

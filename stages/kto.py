@@ -1,0 +1,95 @@
+"""Kahneman-Tversky optimisation (arXiv 2402.01306): single responses labelled good or bad."""
+
+from typing import Any
+
+from datasets import Dataset
+from trl.trainer.kto_config import KTOConfig
+from trl.trainer.kto_trainer import KTOTrainer
+
+from ..data.encode import encode_labels
+from ..data.errors import UserError
+from .job import PolicyStage, StageJob, load_data, open_adapters, open_tokenizer, train_policy
+from .trainers import StageTrainer, check_identity, stage_callbacks, stage_config, worded
+
+
+class KTOStageTrainer(StageTrainer, KTOTrainer):
+    """TRL's KTOTrainer on encoded rows: `prompt_ids`, `completion_ids`, `label` (and `KL_completion_ids`).
+
+    The reference is TRL's frozen copy of the adapter it is given, checked on the first batch as in DPO.
+    """
+
+    mean_logits = True
+    _identity_checked = False
+
+    def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
+        result = super()._compute_loss(model, inputs, return_outputs)
+        if not self._identity_checked and self.model.training:  # pyright: ignore[reportOptionalMemberAccess]
+            self._identity_checked = True
+            if self.state.global_step == 0:
+                check_identity(self, self.beta)
+        return result
+
+    def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
+        self._use_compact_head()  # this runs inside TRL's __init__, before ours puts the head in place
+        return super()._precompute_ref_logps(*args, **kwargs)
+
+
+def with_kl_completions(rows: Dataset, batch_size: int) -> Dataset:
+    """Add `KL_completion_ids`: within each block of `batch_size` rows, every prompt gets the completion before its own.
+
+    z0, the KL estimate that KTO's loss subtracts, is taken over these mismatched pairs (KTO eq. 7); the rotation keeps
+    a block's completions the same set, as TRL's preparation does. A last block of one row takes the completion of the
+    row before it: rotated onto itself it would estimate the reward instead.
+    """
+    completions = rows["completion_ids"][:]
+    rotated = []
+    for start in range(0, len(completions), batch_size):
+        block = completions[start : start + batch_size]
+        rotated += [completions[start - 1]] if len(block) == 1 and start > 0 else [block[-1], *block[:-1]]
+    return rows.add_column("KL_completion_ids", rotated)  # pyright: ignore[reportCallIssue]
+
+
+def run_kto(job: StageJob) -> dict[str, Any]:
+    """Run a KTO stage (see `run_stage`)."""
+    return train_policy(job, build_kto(job))
+
+
+def build_kto(job: StageJob) -> PolicyStage:
+    """Everything up to the first step: data, base, adapters, trainer.
+
+    Raises:
+        UserError: one row a forward with a loss that estimates z0 from the batch (D4).
+    """
+    # 1. tokenizer, data, config
+    tokenizer = open_tokenizer(job)
+    data = load_data(job, "label", encode_labels, tokenizer)
+    args = stage_config(KTOConfig, job, held_out=data.held is not None, max_length=job.data.max_length)
+    # shuffled once here: z0 pairs neighbours, which in a file are often two answers to one prompt
+    train_rows, held_rows = data.train.shuffle(seed=job.seed), data.held
+    if args.loss_type == "kto":
+        _check_batch(job, args.per_device_train_batch_size, len(train_rows))
+        train_rows = with_kl_completions(train_rows, args.per_device_train_batch_size)
+        if held_rows is not None:
+            held_rows = with_kl_completions(held_rows.shuffle(seed=job.seed), args.per_device_eval_batch_size)
+    # 2. the base, the adapter that trains, its frozen copy as the reference
+    adapters = open_adapters(job, tokenizer)
+    with worded(job):
+        trainer = KTOStageTrainer(
+            model=adapters.model,
+            args=args,
+            train_dataset=train_rows,
+            eval_dataset=held_rows,
+            processing_class=tokenizer,
+            callbacks=stage_callbacks(job),
+        )
+    return PolicyStage(trainer, adapters, tokenizer, data)
+
+
+def _check_batch(job: StageJob, batch_size: int, rows: int) -> None:
+    if batch_size < 2 or rows < 2:
+        what = f"per_device_train_batch_size is {batch_size}" if batch_size < 2 else "there is one row"
+        raise UserError(
+            f"stages.{job.name}.train",
+            f"{what}; loss_type kto estimates its KL from mismatched pairs within a batch, so it needs two rows",
+            "use a batch of 2 or more, or loss_type: apo_zero_unpaired",
+        )

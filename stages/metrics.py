@@ -1,0 +1,66 @@
+"""Small measures that stages and the evaluation share: pair accuracy, length baselines, peak memory."""
+
+import math
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+
+def pair_accuracy(chosen: Sequence[float], rejected: Sequence[float]) -> float:
+    """Share of pairs in which the chosen side scores higher; a tie counts one half (R5). NaN for no pairs.
+
+    An all-equal scorer has accuracy 0.5. Raises ValueError where the lengths differ.
+    """
+    if len(chosen) != len(rejected):
+        raise ValueError(f"{len(chosen)} chosen scores for {len(rejected)} rejected ones, expected as many")
+    if not chosen:
+        return math.nan
+    wins = sum(1.0 if good > bad else 0.5 if good == bad else 0.0 for good, bad in zip(chosen, rejected, strict=True))
+    return wins / len(chosen)
+
+
+def length_baselines(chosen: Sequence[int], rejected: Sequence[int]) -> dict[str, float]:
+    """Accuracy of "longer wins" and "shorter wins" on response lengths: what a reward model must beat (R6)."""
+    longer = pair_accuracy(chosen, rejected)
+    return {"longer_wins": longer, "shorter_wins": 1 - longer}
+
+
+def mean_std(values: Sequence[float]) -> dict[str, float]:
+    """Mean and population standard deviation; the deviation of fewer than two values is 1 (it divides)."""
+    tensor = torch.tensor(values, dtype=torch.float64)
+    std = tensor.std(correction=0).item() if len(values) > 1 else 0.0
+    return {"mean": tensor.mean().item() if len(values) else 0.0, "std": std or 1.0}
+
+
+def reset_peak_memory() -> None:
+    """Forget the accelerator's peak so far. A process' own peak cannot be reset."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_memory_bytes() -> int:
+    """The accelerator's peak since `reset_peak_memory`; without one, the process' peak resident size so far."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same mapping for JSON: tensors and numpy scalars as numbers, what is not finite as None."""
+    return {key: _plain(value) for key, value in values.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return plain(value)
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, bool | int | float | str | None) else str(value)

@@ -1,0 +1,119 @@
+"""What a PPO checkpoint holds beyond the Trainer's own files, so that resuming is exact.
+
+    ppo_trainables.safetensors      policy and value, fp32, every parameter that trains
+    ppo_rollout_<process>.safetensors   the rollout in flight, where the checkpoint fell between two minibatches
+    ppo_state.json                  KL coefficient, place in the iteration, metrics so far; written last, atomically
+
+A checkpoint without `ppo_state.json` was cut off while being written and is never resumed from.
+"""
+
+import json
+import os
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ..data.errors import UserError
+from .rollout import Rollout
+
+STATE, TRAINABLES = "ppo_state.json", "ppo_trainables.safetensors"
+
+
+@dataclass
+class LoopState:
+    """Where the loop stands.
+
+    iteration: the one under way, or the next. slot: minibatches of it that are done. stopped: its epochs ended early.
+    log_due: a logging step fell in it. kl_coef: the controller's. running: the running reward scale.
+    metrics: the rollout's. totals: token sums and counts over the minibatches done.
+    """
+
+    iteration: int = 0
+    slot: int = 0
+    stopped: bool = False
+    log_due: bool = False
+    kl_coef: float = 0.0
+    running: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    world_size: int = 1
+    metrics: dict[str, float] = field(default_factory=dict)
+    totals: dict[str, float] = field(default_factory=dict)
+
+
+def save_tensors(folder: Path, trainables: dict[str, nn.Parameter], rollout: Rollout | None, process: int) -> None:
+    """This process' tensors: the parameters (first process only) and the rollout in flight."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if process == 0:
+        save_file({name: p.detach().cpu().contiguous() for name, p in trainables.items()}, folder / TRAINABLES)
+    if rollout is not None:
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in rollout.tensors().items()}
+        save_file(tensors, folder / _rollout_file(process))
+
+
+def save_state(folder: Path, state: LoopState) -> None:
+    """The last file of a checkpoint, renamed into place."""
+    unfinished = folder / (STATE + ".tmp")
+    unfinished.write_text(json.dumps(asdict(state)), encoding="utf-8")
+    os.replace(unfinished, folder / STATE)
+
+
+def load_trainables(folder: Path, trainables: dict[str, nn.Parameter]) -> None:
+    """Copy the saved values into the parameters, in place.
+
+    Raises:
+        UserError: the checkpoint holds other parameters (another rank, value setting or base).
+    """
+    saved = load_file(folder / TRAINABLES)
+    differing = [
+        name for name in {*saved, *trainables}
+        if name not in saved or name not in trainables or saved[name].shape != trainables[name].shape
+    ]  # fmt: skip
+    if differing:
+        raise UserError(
+            str(folder),
+            f"its trained parameters differ from this run's ({len(differing)} of them, first {min(differing)})",
+            "resume with the LoRA and value settings that it was made with",
+        )
+    with torch.no_grad():
+        for name, parameter in trainables.items():
+            parameter.copy_(saved[name])
+
+
+def load_state(folder: Path, world_size: int) -> LoopState:
+    """The loop's place.
+
+    Raises:
+        UserError: no complete PPO checkpoint, or one of another number of processes with a rollout in flight.
+    """
+    if not (folder / STATE).is_file():
+        raise UserError(str(folder), f"it has no {STATE}: no PPO checkpoint, or one cut off", "name another checkpoint")
+    state = LoopState(**json.loads((folder / STATE).read_text(encoding="utf-8")))
+    if state.slot and state.world_size != world_size:
+        raise UserError(
+            str(folder),
+            f"its rollout in flight belongs to {state.world_size} processes, this run has {world_size}",
+            f"launch {state.world_size} processes, or resume from a checkpoint at an iteration's end",
+        )
+    return state
+
+
+def load_rollout(folder: Path, process: int, device: torch.device) -> Rollout:
+    """This process' rollout in flight."""
+    return Rollout.from_tensors(load_file(folder / _rollout_file(process)), device)
+
+
+def last_complete(folder: Path) -> Path | None:
+    """The newest checkpoint in `folder` that was written to its end; None when there is none."""
+    found = [
+        (int(match[1]), path)
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / STATE).is_file()
+    ]
+    return max(found)[1] if found else None
+
+
+def _rollout_file(process: int) -> str:
+    return f"ppo_rollout_{process}.safetensors"

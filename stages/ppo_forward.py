@@ -1,0 +1,85 @@
+"""What PPO asks of the network: log-probs, values and scores, each under its own adapter on the one base.
+
+Legend of shape suffixes: B rows, T positions of prompt + response, R response positions, H hidden size.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..models.adapters import AdapterSet
+from ..models.logprobs import LmHead, ResponseLogprobs, response_logprobs, states_before_response
+from .rollout import Episodes
+
+DROPOUT_FIELDS = ("attention_dropout", "activation_dropout", "dropout", "hidden_dropout", "embd_pdrop", "resid_pdrop")
+
+
+class Trunk:
+    """The base with its adapters, at one temperature.
+
+    `autocast` gives the context of a mixed-precision forward (bf16=True: fp32 LoRA weights, bf16 products).
+
+    The caller runs a backward inside the same `adapters.using(role)` as its forward: with gradient checkpointing the
+    backward runs the layers again, and must meet the same adapter.
+    """
+
+    def __init__(
+        self,
+        adapters: AdapterSet,
+        temperature: float = 1.0,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self.adapters, self.temperature, self.autocast = adapters, temperature, autocast
+        self.head = LmHead.of(adapters.lm_head, adapters.model.config)
+
+    def hidden(self, episodes: Episodes) -> torch.Tensor:
+        """Last hidden states [B, T, H] under the adapter that is active now."""
+        mask_BT = episodes.attention_mask_BT
+        with self.autocast():
+            output = self.adapters.backbone(
+                input_ids=episodes.input_ids_BT,
+                attention_mask=mask_BT,
+                position_ids=(mask_BT.cumsum(-1) - 1).clamp(min=0),
+                use_cache=False,
+            )
+        return output.last_hidden_state
+
+    def logprobs(
+        self, hidden_BTH: torch.Tensor, episodes: Episodes, *, differentiable_entropy: bool = False
+    ) -> ResponseLogprobs:
+        """Log-probs and entropies [B, R] of the response tokens, at the rollout's temperature."""
+        return response_logprobs(
+            hidden_BTH,
+            episodes.input_ids_BT,
+            episodes.start_B,
+            episodes.length_B,
+            self.head,
+            temperature=self.temperature,
+            differentiable_entropy=differentiable_entropy,
+        )
+
+    def values(self, hidden_BTH: torch.Tensor, episodes: Episodes) -> torch.Tensor:
+        """V(s_t) [B, R], s_t being everything before response token t; zero outside the response."""
+        states_BRH = states_before_response(hidden_BTH, episodes.start_B, episodes.length_B)
+        return torch.where(episodes.mask_BR, self.adapters.heads["value"](states_BRH), 0.0)
+
+    def scores(self, role: str, episodes: Episodes) -> torch.Tensor:
+        """The scalar head of `role` at the last response token [B], under that adapter."""
+        with self.adapters.using(role):
+            hidden_BTH = self.hidden(episodes)
+        rows_B = torch.arange(len(episodes), device=hidden_BTH.device)
+        last_BH = hidden_BTH[rows_B, episodes.start_B + episodes.length_B - 1]
+        return self.adapters.heads[role](last_BH[:, None]).squeeze(1)
+
+
+def dropout_off(model: nn.Module) -> None:
+    """No dropout anywhere, LoRA's included, whatever mode the model is in (gradient checkpointing needs train mode)."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name in DROPOUT_FIELDS:
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)

@@ -1,0 +1,99 @@
+"""From what a user hands to `PPOTrainer` to adapters, tokenizer and reward sources."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data.errors import UserError
+from ..models.adapters import AdapterSet, LoraSpec
+from ..models.base import Base, load_model, load_tokenizer, prepare_model, resolve_base
+from ..models.lineage import load_adapter_base
+from .rewards import RewardSource
+
+
+def open_policy(
+    model: AdapterSet | PeftModel | PreTrainedModel | str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    lora: LoraSpec | None,
+    peft_config: LoraConfig | None,
+) -> tuple[AdapterSet, PreTrainedTokenizerBase]:
+    """Adapters with a trainable "default", and the tokenizer.
+
+    Raises:
+        UserError: a tokenizer is missing, both `lora` and `peft_config` are given, or settings that do not fit.
+    """
+    if lora is not None and peft_config is not None:
+        raise UserError("PPOTrainer", "lora and peft_config are both given", "give one of them")
+    lora = lora or (LoraSpec() if peft_config is None else _spec_of(peft_config))
+    if isinstance(model, str):
+        parent = Path(model) if (Path(model) / "adapter_config.json").is_file() else None
+        base = resolve_base(model) if parent is None else load_adapter_base(parent)
+        tokenizer = tokenizer or load_tokenizer(base)
+        dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+        causal = load_model(base, dtype=dtype)
+        prepare_model(causal, tokenizer)
+        return AdapterSet.create(causal, base, lora, parent), tokenizer
+    if tokenizer is None:
+        raise UserError("PPOTrainer", "processing_class is missing", "pass the model's tokenizer")
+    if isinstance(model, AdapterSet):
+        return model, tokenizer
+    if isinstance(model, PeftModel):
+        return _wrap(model), tokenizer
+    model.requires_grad_(False)
+    return AdapterSet.create(model, _base_of(model), lora), tokenizer
+
+
+def reward_sources(
+    reward_funcs: Any, reward_adapter: str | Path | None, rewards: Sequence[RewardSource]
+) -> list[RewardSource]:
+    """All sources in one list: the adapter first, then the functions, then `rewards`.
+
+    Raises:
+        UserError: there is none.
+    """
+    several = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+    sources = [] if reward_adapter is None else [RewardSource("stage", str(reward_adapter))]
+    for each in several:
+        named = isinstance(each, str) and ":" not in each
+        sources.append(RewardSource("model" if named else "function", each))
+    sources += list(rewards)
+    if not sources:
+        raise UserError("PPOTrainer", "no reward is given", "pass reward_funcs, reward_adapter or rewards")
+    return sources
+
+
+def _wrap(model: PeftModel) -> AdapterSet:
+    config = model.peft_config.get("default")
+    if not isinstance(config, LoraConfig) or len(model.peft_config) != 1:
+        raise UserError(
+            "PPOTrainer",
+            f"the PeftModel has the adapters {', '.join(model.peft_config)}, expected one LoRA named 'default'",
+            "load it with PeftModel.from_pretrained and no adapter_name",
+        )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".default." in name)
+    return AdapterSet(model, _base_of(model))  # type: ignore[arg-type]
+
+
+def _base_of(model: Any) -> Base:
+    """Where a loaded model came from; one made in memory has no content hash."""
+    name = str(getattr(model.config, "_name_or_path", "") or "")
+    try:
+        return resolve_base(name)
+    except (UserError, OSError, ValueError):
+        return Base(name or "unsaved", Path(name or "."), None, "")
+
+
+def _spec_of(config: LoraConfig) -> LoraSpec:
+    targets: Any = config.target_modules or "all-linear"
+    return LoraSpec(
+        r=config.r,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        target_modules=targets if isinstance(targets, str) else sorted(targets),
+        use_rslora=config.use_rslora,
+    )

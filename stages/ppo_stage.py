@@ -1,0 +1,97 @@
+"""The PPO stage: from a `StageJob` to a folder with the policy's adapter."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from ..data.encode import encode_prompts
+from ..data.errors import UserError
+from ..models.lineage import check_lineage
+from .job import StageJob, finish, load_data, open_adapters, open_tokenizer
+from .metrics import peak_memory_bytes
+from .options import METHOD_KEYS
+from .ppo import PPOConfig, PPOTrainer
+from .ppo_checkpoint import last_complete
+from .ppo_config import KL_KEYS, PPO_METHOD
+from .trainers import Clock, stage_callbacks, stage_config
+
+METHOD_KEYS.setdefault("ppo", PPO_METHOD)
+
+_LAST = (
+    "objective/kl", "objective/scores", "objective/rlhf_reward", "objective/entropy", "objective/kl_coef",
+    "rollout/length", "rollout/eos_rate", "rollout/logprob_mismatch", "value/explained_variance",
+)  # fmt: skip
+
+
+def run_ppo(job: StageJob) -> dict[str, Any]:
+    """Run a PPO stage (see `run_stage`): the parent's adapter is policy and reference, `job.rewards` score.
+
+    An interrupted run leaves checkpoints in `output_dir/checkpoints`; running the job again continues from the newest.
+    """
+    # 1. tokenizer, data, config
+    if not job.rewards:
+        raise UserError(f"stages.{job.name}.reward", "no reward is given", "name a reward stage, a model or a function")
+    tokenizer = open_tokenizer(job)
+    stages = [Path(str(source.target)) for source in job.rewards if source.kind == "stage"]
+    for folder in stages:
+        check_lineage(folder, job.base, tokenizer)
+    data = load_data(job, "prompt", encode_prompts, tokenizer)
+    args = stage_config(
+        PPOConfig,
+        dataclasses.replace(job, method=flat_method(job)),
+        held_out=False,
+        save_strategy="steps",
+        save_steps=0.1,
+        save_total_limit=1,
+        logging_steps=1,
+        samples_file=str(job.output_dir / "rollouts.jsonl"),
+    )
+    # 2. the base with policy, reference, reward and value
+    adapters = open_adapters(job, tokenizer)
+    trainer = PPOTrainer(
+        adapters, args, tokenizer, data.train, rewards=job.rewards, callbacks=stage_callbacks(job), quiet=True
+    )
+    # 3. train, save
+    newest = last_complete(Path(str(args.output_dir)))
+    trainer.train(None if newest is None else str(newest))
+    if trainer.is_world_process_zero():
+        adapters.save("default", job.output_dir)
+    parents = tuple(folder for folder in (job.parent, *stages) if folder is not None)
+    return finish(job, tokenizer, data, args, _metrics(trainer), parents=parents)
+
+
+def flat_method(job: StageJob) -> dict[str, Any]:
+    """`method` with the group `kl: {coef, target, horizon, in, estimator}` written as PPOConfig's own fields.
+
+    Raises:
+        UserError: an unknown key in the group, or one that is said twice.
+    """
+    method = {key: value for key, value in job.method.items() if key != "kl"}
+    group = job.method.get("kl", {})
+    if not isinstance(group, dict):
+        raise UserError(f"stages.{job.name}.kl", f"{group!r}, expected a group", "write kl: {coef: 0.05}")
+    for key, value in group.items():
+        if key not in KL_KEYS:
+            raise UserError(f"stages.{job.name}.kl.{key}", "unknown key", f"known: {', '.join(KL_KEYS)}")
+        if KL_KEYS[key] in method:
+            raise UserError(f"stages.{job.name}.{KL_KEYS[key]}", f"said twice, also as kl.{key}", "keep one of them")
+        method[KL_KEYS[key]] = value
+    return method
+
+
+def _metrics(trainer: PPOTrainer) -> dict[str, Any]:
+    """The required measures and the last iteration's numbers."""
+    clock = next(each for each in trainer.callback_handler.callbacks if isinstance(each, Clock))
+    seconds = max(clock.seconds, 1e-9)
+    iterations = [entry for entry in trainer.state.log_history if "objective/kl" in entry]
+    last = iterations[-1] if iterations else {}
+    episodes = trainer.loop.iteration * trainer.args.rollout_batch_size
+    return {
+        "train_seconds": seconds,
+        "examples_per_second": trainer.session_episodes / seconds,
+        "tokens_per_second": trainer.session_tokens / seconds,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "steps": trainer.state.global_step,
+        "episodes": episodes,
+        **{name: last[name] for name in _LAST if name in last},
+    }

@@ -1,0 +1,118 @@
+"""The Bradley-Terry reward model: chosen should score above rejected."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch.nn.utils.rnn import pad_sequence
+from trl.trainer.reward_config import RewardConfig
+from trl.trainer.reward_trainer import RewardTrainer
+
+from ..data.encode import encode_pairs
+from ..models.reward_model import create_reward_model, save_reward_model
+from .job import StageJob, finish, load_data, open_tokenizer, torch_dtype
+from .metrics import length_baselines, mean_std, pair_accuracy
+from .trainers import StageTrainer, stage_callbacks, stage_config, train, worded
+
+REFERENCE_RESPONSES = 128
+"""How many chosen responses the stored mean and deviation are taken over at most: the mean's error is std / 11."""
+
+
+class RewardStageTrainer(StageTrainer, RewardTrainer):
+    """TRL's RewardTrainer on encoded rows: `chosen_ids`, `rejected_ids` (both with the prompt), `margin` if there."""
+
+    compact_head = False
+
+
+def with_prompts(pairs: Dataset) -> Dataset:
+    """The pairs as the classifier reads them: the prompt before both sides."""
+    prompts = pairs["prompt_ids"][:]
+    columns: dict[str, Any] = {
+        side: [prompt + reply for prompt, reply in zip(prompts, pairs[side][:], strict=True)]
+        for side in ("chosen_ids", "rejected_ids")
+    }
+    if "margin" in pairs.column_names:
+        columns["margin"] = pairs["margin"][:]
+    return Dataset.from_dict(columns)
+
+
+def run_reward(job: StageJob) -> dict[str, Any]:
+    """Run a reward stage (see `run_stage`). Metrics also hold what `held_out_accuracy` and `reference_scores` say."""
+    # 1. tokenizer, data, config
+    tokenizer = open_tokenizer(job)
+    data = load_data(job, "pair", encode_pairs, tokenizer)
+    train_rows = with_prompts(data.train)
+    held_rows = None if data.held is None else with_prompts(data.held)
+    # 0.01: the centring that TRL's documentation recommends (R4; arXiv 2312.09244)
+    args = stage_config(
+        RewardConfig,
+        job,
+        held_out=held_rows is not None,
+        max_length=job.data.max_length,
+        center_rewards_coefficient=0.01,
+    )
+    # 2. the classifier: the parent's adapter and a fresh fp32 score head
+    quantization: Any = job.quantization
+    model = create_reward_model(
+        job.base,
+        tokenizer,
+        job.lora,
+        job.parent,
+        torch_dtype(job),
+        seed=job.seed,
+        quantization=quantization,
+        device="cuda" if quantization else None,
+    )
+    with worded(job):
+        trainer = RewardStageTrainer(
+            model=model,
+            args=args,
+            train_dataset=train_rows,
+            eval_dataset=held_rows,
+            processing_class=tokenizer,
+            callbacks=stage_callbacks(job),
+        )
+    # 3. train, measure, save
+    metrics = train(trainer, len(train_rows))
+    token: Any = tokenizer.pad_token_id
+    pad, batch_size = int(token), args.per_device_eval_batch_size
+    measured = train_rows if held_rows is None else held_rows
+    reference = mean_std(score(model, measured["chosen_ids"][:REFERENCE_RESPONSES], pad, batch_size))
+    metrics |= {f"reference_reward_{key}": value for key, value in reference.items()}
+    if data.held is not None and held_rows is not None:
+        metrics |= _held_out(model, held_rows, data.held, pad, batch_size)
+    if trainer.is_world_process_zero():
+        save_reward_model(model, job.base, job.output_dir)
+    return finish(job, tokenizer, data, args, metrics, reward=reference)
+
+
+@torch.no_grad()
+def score(model: torch.nn.Module, rows: Sequence[list[int]], pad_token_id: int, batch_size: int = 16) -> list[float]:
+    """A classifier's raw score of each row of token ids, in the rows' order. Rows of like length share a batch."""
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    scores = [0.0] * len(rows)
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        ids = [torch.tensor(rows[index]) for index in batch]
+        mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True).to(device)
+        input_ids = pad_sequence(ids, batch_first=True, padding_value=pad_token_id).to(device)
+        logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
+        for index, value in zip(batch, logits.squeeze(-1).float().tolist(), strict=True):
+            scores[index] = value
+    model.train(was_training)
+    return scores
+
+
+def _held_out(model: torch.nn.Module, rows: Dataset, pairs: Dataset, pad: int, batch_size: int) -> dict[str, float]:
+    """Accuracy on held-out pairs, ties one half (R5), and what the length of the replies alone would reach (R6)."""
+    chosen, rejected = (score(model, rows[side][:], pad, batch_size) for side in ("chosen_ids", "rejected_ids"))
+    lengths = [[len(ids) for ids in pairs[side]] for side in ("chosen_ids", "rejected_ids")]
+    return {
+        "held_out_pairs": len(rows),
+        "held_out_accuracy": pair_accuracy(chosen, rejected),
+        **{f"held_out_{key}": value for key, value in length_baselines(*lengths).items()},
+    }

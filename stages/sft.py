@@ -1,0 +1,43 @@
+"""Supervised fine-tuning: next-token loss on the assistant's tokens, EOS included."""
+
+from typing import Any
+
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
+
+from ..data.encode import encode_demos
+from .job import PolicyStage, StageJob, load_data, open_adapters, open_tokenizer, train_policy
+from .trainers import StageTrainer, stage_callbacks, stage_config, worded
+
+
+class SFTStageTrainer(StageTrainer, SFTTrainer):
+    """TRL's SFTTrainer on encoded rows: `input_ids` and `labels` (-100 where nothing trains)."""
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        # packing is part of TRL's preparation; on encoded rows the rest of it does nothing
+        return SFTTrainer._prepare_dataset(self, dataset, *args, **kwargs) if self.padding_free else dataset
+
+
+def run_sft(job: StageJob) -> dict[str, Any]:
+    """Run an SFT stage (see `run_stage`)."""
+    return train_policy(job, build_sft(job))
+
+
+def build_sft(job: StageJob) -> PolicyStage:
+    """Everything up to the first step: data, base, adapters, trainer."""
+    # 1. tokenizer, data, config
+    tokenizer = open_tokenizer(job)
+    data = load_data(job, "demo", encode_demos, tokenizer)
+    args = stage_config(SFTConfig, job, held_out=data.held is not None, max_length=job.data.max_length)
+    # 2. the base with the adapter that trains
+    adapters = open_adapters(job, tokenizer)
+    with worded(job):
+        trainer = SFTStageTrainer(
+            model=adapters.model,
+            args=args,
+            train_dataset=data.train,
+            eval_dataset=data.held,
+            processing_class=tokenizer,
+            callbacks=stage_callbacks(job),
+        )
+    return PolicyStage(trainer, adapters, tokenizer, data)

@@ -1,0 +1,159 @@
+"""What the SFT, reward, DPO and KTO stages share: token ids in, one training loop, one set of measures."""
+
+import math
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..models.lm_head import use_compact_head
+from .callbacks import Clock, LogFile, Progress
+from .metrics import peak_memory_bytes
+from .options import EARLY_STOPPING, device_defaults, stage_config, worded
+
+__all__ = [
+    "Clock",
+    "LogFile",
+    "Progress",
+    "StageTrainer",
+    "check_identity",
+    "device_defaults",
+    "stage_callbacks",
+    "stage_config",
+    "train",
+    "worded",
+]
+
+
+class StageTrainer(Trainer):
+    """Mixed in before a TRL trainer: its data are encoded already, its LM head is ours where Triton does not run.
+
+    Evaluation inside the loop is timed, so that it does not count as training.
+    """
+
+    compact_head = True
+    mean_logits = False
+    evaluate_seconds = 0.0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with _without_rename_warnings():
+            super().__init__(*args, **kwargs)
+        self._use_compact_head()
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        return dataset
+
+    def _use_compact_head(self) -> None:
+        model: Any = self.model
+        triton = self.args.device.type in ("cuda", "xpu")
+        if not self.compact_head or triton or getattr(self.args, "use_weighting", False):
+            return  # no LM head; TRL's kernel; or WPO's weights, which need `log_sum_sq_probs`
+        use_compact_head(model.get_base_model(), mean_logits=self.mean_logits)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        began = time.perf_counter()
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            self.evaluate_seconds += time.perf_counter() - began
+
+
+def stage_callbacks(job: Any) -> list[Any]:
+    """The callbacks of every trainer of ours: log.jsonl, progress, the clock (and early stopping if asked for).
+
+    Args:
+        job: a StageJob.
+    """
+    callbacks: list[Any] = [LogFile(job.output_dir / "log.jsonl"), Progress(job.name), Clock()]
+    if (patience := job.method.get(EARLY_STOPPING)) is not None:
+        callbacks.append(EarlyStoppingCallback(early_stopping_patience=int(patience)))
+    return callbacks
+
+
+def train(trainer: Trainer, rows: int) -> dict[str, Any]:
+    """Train, from the last checkpoint if an interrupted run left one, and evaluate at the end if rows are held out.
+
+    Args:
+        trainer: with `stage_callbacks`.
+        rows: length of the training set.
+
+    Returns:
+        train_seconds (the loop alone, without evaluation), examples_per_second, tokens_per_second,
+        peak_memory_bytes, steps, epochs, train_loss (mean over the run), final_loss and the last `eval_*` metrics.
+    """
+    for printing in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(printing)
+    clock = next(each for each in trainer.callback_handler.callbacks if isinstance(each, Clock))
+    with _without_rename_warnings():
+        output = trainer.train(resume_from_checkpoint=latest_checkpoint(Path(str(trainer.args.output_dir))))
+    seconds = max(clock.seconds - getattr(trainer, "evaluate_seconds", 0.0), 1e-9)
+    peak = peak_memory_bytes()
+    if trainer.eval_dataset is not None and not _evaluated_last(trainer):
+        trainer.evaluate()
+    history = trainer.state.log_history
+    epochs = trainer.state.epoch or 0.0
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    last_eval = next((entry for entry in reversed(history) if "eval_loss" in entry), {})
+    speeds = ("_runtime", "_per_second", "epoch", "step")
+    return {
+        "train_seconds": seconds,
+        "examples_per_second": (epochs - clock.first_epoch) * rows / seconds,
+        "tokens_per_second": getattr(trainer, "_total_train_tokens", math.nan) / seconds,
+        "peak_memory_bytes": peak,
+        "steps": trainer.state.global_step,
+        "epochs": epochs,
+        "train_loss": output.training_loss,
+        "final_loss": losses[-1] if losses else output.training_loss,
+        **{key: value for key, value in last_eval.items() if not key.endswith(speeds)},
+    }
+
+
+def latest_checkpoint(folder: Path) -> str | None:
+    """The checkpoint that an interrupted run of the same stage left in its folder, or None."""
+    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+
+
+def check_identity(trainer: Any, beta: float) -> None:
+    """At step 0 the policy IS the reference, so every log-ratio is 0 (D1): look at the first batch's metrics.
+
+    Both sides are one computation on equal weights, so they agree far better than the tolerance: 1e-3 nats in the
+    summed log-probability, or in bf16 what rounding may do to a sum of that size. With dropout on nothing is checked.
+
+    Raises:
+        RuntimeError: the reference is not what the policy started from.
+    """
+    if any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in trainer.model.modules()):
+        return
+    metrics = trainer._metrics["train"]
+    low = trainer.args.bf16 or trainer.args.fp16 or trainer.model.dtype != torch.float32
+    precision = torch.finfo(torch.bfloat16 if low else torch.float32).eps
+    for side in ("chosen", "rejected"):
+        if not metrics.get(f"rewards/{side}"):
+            continue  # a KTO batch without this side
+        ratio = metrics[f"rewards/{side}"][-1] / beta if beta else 0.0
+        tolerance = max(1e-3, precision * math.sqrt(abs(metrics[f"logps/{side}"][-1])))
+        if not abs(ratio) <= tolerance:
+            raise RuntimeError(
+                f"step 0: log pi - log pi_ref of the {side} responses is {ratio:.4g} nats, expected 0 within "
+                f"{tolerance:.2g}: the reference is not the adapter that this stage started from"
+            )
+
+
+@contextmanager
+def _without_rename_warnings() -> Iterator[None]:
+    """transformers renamed gradient checkpointing; TRL still reads the old name, which is nothing a user can mend."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+        yield
+
+
+def _evaluated_last(trainer: Trainer) -> bool:
+    """Whether the weights at hand were evaluated last: never after the best checkpoint was loaded back."""
+    steps = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    return bool(steps) and steps[-1] == trainer.state.global_step and not trainer.args.load_best_model_at_end

@@ -1,0 +1,241 @@
+"""The chain with stages that only write a file: what is skipped, run again, kept, continued."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from preftune.cli.chain import Chain, Options
+from preftune.cli.folder import RunFolder
+from preftune.cli.progress import Voice, duration
+from preftune.data.errors import UserError
+from preftune.models.base import Base
+from preftune.recipes.load import load_recipe
+
+RECIPE = """\
+name: t
+model: {base: "random:llama"}
+data:
+  demos: {path: demos.jsonl}
+  pairs: {path: pairs.jsonl}
+stages:
+  ppo: {from: sft, reward: reward, data: demos}
+  sft: {data: demos}
+  reward: {from: sft, data: pairs}
+  dpo: {from: sft, data: pairs, beta: 0.1}
+eval: {prompts: demos, policies: [sft, dpo], reference: sft}
+"""
+
+
+class Workshop:
+    """A recipe in a folder, and stages that note when they ran."""
+
+    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.recipe, self.path, self.capsys = folder / "t.yaml", folder / "run", capsys
+        self.recipe.write_text(RECIPE)
+        (folder / "demos.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+        (folder / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+        self.ran: list[str] = []
+        self.during: Callable[[str, Path], None] = lambda name, output: None
+
+    def run(self, *overrides: str, **options) -> list[str]:
+        """The steps that ran."""
+        self.ran = []
+        chain = Chain(
+            load_recipe(self.recipe, overrides),
+            Options(output_dir=self.path, **options),
+            Voice(),
+            run_stage=self.stage,
+            run_eval=self.evaluate,
+            resolve=lambda spec, revision: Base(spec, self.path, None, "b" * 64),
+        )
+        chain.run()
+        return self.ran
+
+    def stage(self, job) -> dict[str, float]:
+        self.ran.append(job.name)
+        self.during(job.name, job.output_dir)
+        (job.output_dir / "result").write_text(json.dumps({"beta": job.method.get("beta")}))
+        return {"train_loss": 1.0}
+
+    def evaluate(self, spec, run_dir: Path) -> None:
+        self.ran.append("eval")
+        (run_dir / "eval").mkdir(exist_ok=True)
+
+    def states(self) -> dict[str, str]:
+        stages = json.loads((self.path / "run.json").read_text())["stages"]
+        return {name: entry["state"] for name, entry in stages.items()}
+
+    def said(self) -> str:
+        return self.capsys.readouterr().out
+
+
+@pytest.fixture
+def shop(tmp_path: Path, capsys) -> Workshop:
+    return Workshop(tmp_path, capsys)
+
+
+ALL = ["sft", "reward", "ppo", "dpo", "eval"]
+
+
+def test_a_second_run_does_nothing_and_says_so(shop: Workshop):
+    assert shop.run() == ALL
+    entries = json.loads((shop.path / "run.json").read_text())["stages"]
+    assert list(entries) == ALL
+    assert all({"state", "key", "seconds", "started"} <= set(entry) for entry in entries.values())
+    shop.said()
+    assert shop.run() == []
+    assert shop.said().count("unchanged") == len(ALL)
+    assert json.loads((shop.path / "run.json").read_text())["stages"] == entries
+
+
+def test_a_changed_parameter_runs_that_stage_and_what_depends_on_it(shop: Workshop):
+    shop.run()
+    shop.said()
+    assert shop.run("stages.dpo.beta=0.2") == ["dpo", "eval"]
+    assert "dpo: runs again, changed: beta 0.1 -> 0.2" in shop.said()
+    assert json.loads((shop.path / "dpo" / "result").read_text()) == {"beta": 0.2}
+    assert shop.run("stages.dpo.beta=0.2", "stages.reward.train.max_steps=3") == ["reward", "ppo"]
+    said = shop.said()
+    assert "train.max_steps unset -> 3" in said and "ppo: runs again, changed: stage reward" in said
+
+
+def test_changed_rows_run_what_reads_them(shop: Workshop):
+    shop.run()
+    shop.said()
+    row = '{"prompt": "a", "chosen": "b", "rejected": "d"}\n'
+    (shop.recipe.parent / "pairs.jsonl").write_text(row)
+    assert shop.run() == ["reward", "ppo", "dpo", "eval"]
+    assert "changed: the rows of pairs" in shop.said()
+    # the same rows under another name are the same rows
+    (shop.recipe.parent / "moved.jsonl").write_text(row)
+    assert shop.run(f"data.pairs.path={shop.recipe.parent / 'moved.jsonl'}") == []
+
+
+def test_a_changed_seed_or_format_runs_everything(shop: Workshop, monkeypatch):
+    shop.run()
+    assert shop.run("seed=1") == ALL
+    monkeypatch.setattr("preftune.cli.keys.FORMAT", 2)
+    assert shop.run("seed=1") == ALL
+
+
+def test_a_failure_keeps_the_old_folder_and_stops_the_chain(shop: Workshop):
+    shop.run()
+
+    def fail(name: str, output: Path) -> None:
+        (output / "half").write_text("")
+        if name == "reward":
+            raise RuntimeError("out of memory")
+
+    shop.during = fail
+    with pytest.raises(RuntimeError, match="out of memory"):
+        shop.run("stages.reward.train.max_steps=3", "stages.dpo.beta=0.2")
+    assert shop.ran == ["reward"]
+    assert shop.states()["reward"] == "failed"
+    assert (shop.path / "reward" / "result").is_file() and not (shop.path / "reward" / "half").exists()
+    # the same command again continues where it stopped, in the folder that was left
+    left = []
+    shop.during = lambda name, output: left.append((name, (output / "half").exists()))
+    shop.run("stages.reward.train.max_steps=3", "stages.dpo.beta=0.2")
+    assert left == [("reward", True), ("ppo", False), ("dpo", False)]
+    assert set(shop.states().values()) == {"done"}
+    assert not [each for each in shop.path.iterdir() if each.name.endswith((".partial", ".old"))]
+
+
+def test_what_an_interrupted_run_of_another_recipe_left_is_not_continued(shop: Workshop):
+    def stop(name: str, output: Path) -> None:
+        (output / "half").write_text("")
+        raise KeyboardInterrupt
+
+    shop.during = stop
+    with pytest.raises(KeyboardInterrupt):
+        shop.run()
+    assert shop.states() == {"sft": "failed"}
+    left = []
+    shop.during = lambda name, output: left.append((output / "half").exists())
+    shop.run("seed=1", until="sft")
+    assert left == [False]
+
+
+def test_a_deleted_folder_is_made_again(shop: Workshop):
+    shop.run()
+    shop.said()
+    (shop.path / "dpo").rename(shop.path.parent / "gone")
+    assert shop.run() == ["dpo"]
+    assert "dpo: runs, its folder is gone" in shop.said()
+
+
+def test_a_crash_between_the_two_renames_loses_nothing(shop: Workshop):
+    shop.run()
+    (shop.path / "dpo").rename(shop.path / ".dpo.old")
+    assert shop.run() == []
+    assert (shop.path / "dpo" / "result").is_file() and not (shop.path / ".dpo.old").exists()
+
+
+def test_only_until_and_force(shop: Workshop):
+    assert shop.run(until="reward") == ["sft", "reward"]
+    with pytest.raises(UserError, match="ppo"):
+        shop.run(only="pppo")
+    assert shop.run(only="dpo") == ["dpo"]
+    assert shop.run(only="dpo") == []
+    assert shop.run(only="dpo", force=True) == ["dpo"]
+    assert shop.run() == ["ppo", "eval"]
+    assert shop.run(force=True) == ALL
+
+
+def test_only_needs_its_parent_and_says_when_it_is_another_one(shop: Workshop):
+    with pytest.raises(UserError, match=r"needs sft, which is not finished"):
+        shop.run(only="dpo")
+    shop.run(until="sft")
+    shop.said()
+    shop.run("stages.sft.train.max_steps=3", only="dpo")
+    assert "sft: taken as it lies there, made with another recipe: train.max_steps" in shop.said()
+
+
+def test_a_judges_code_is_part_of_the_key(shop: Workshop, monkeypatch):
+    module = shop.recipe.parent / "shop_judges.py"
+    module.write_text("def short(prompts, completions, **_):\n    return [0.0] * len(prompts)\n")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    judge = "eval.judges=[{kind: function, function: 'shop_judges:short'}]"
+    assert shop.run(judge) == ALL
+    assert shop.run(judge) == []
+    module.write_text(module.read_text().replace("0.0", "1.0"))
+    assert shop.run(judge) == ["eval"]
+
+
+def test_one_run_at_a_time_and_a_dead_one_does_not_hold_the_lock(shop: Workshop):
+    shop.path.mkdir()
+    code = (
+        "import sys, time; from pathlib import Path; from preftune.cli.folder import RunFolder\n"
+        "with RunFolder(Path(sys.argv[1])).lock():\n    print('held', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(shop.path)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=rf"another run \(process {other.pid}\)"):
+            shop.run()
+        other.kill()
+        other.wait()
+    assert shop.run() == ALL
+
+
+def test_a_broken_run_json_is_the_users_to_delete(tmp_path: Path):
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(UserError, match="unreadable"):
+        RunFolder(tmp_path).load()
+
+
+def test_recipe_yaml_in_the_run_folder_runs_by_itself(shop: Workshop, monkeypatch):
+    shop.run("stages.dpo.beta=0.2")
+    shop.recipe = shop.path / "recipe.yaml"
+    monkeypatch.chdir(shop.path)
+    assert shop.run() == []
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(3.21, "3.2 s"), (250, "4 min 10 s"), (7500, "2 h 5 min"), (59.97, "60.0 s")]
+)
+def test_durations(seconds: float, text: str):
+    assert duration(seconds) == text

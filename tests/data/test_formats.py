@@ -1,0 +1,211 @@
+"""Every common format is recognised without a mapping, and what is missing is named."""
+
+import json
+
+import pytest
+
+from preftune.data.errors import UserError
+from preftune.data.formats import normalise
+from preftune.data.rows import Unusable
+
+U, A = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}
+U2, A2 = {"role": "user", "content": "More?"}, {"role": "assistant", "content": "Yes."}
+B = {"role": "assistant", "content": "Go away."}
+S = {"role": "system", "content": "Be kind."}
+HH = "\n\nHuman: Hi?\n\nAssistant:"
+
+
+def one(raw, kind, columns=None):
+    [row] = normalise(raw, kind, "rows.jsonl:7", columns)
+    return row
+
+
+@pytest.mark.parametrize("name", ["completion", "response", "output", "answer"])
+@pytest.mark.parametrize("prompt", ["prompt", "instruction", "question", "query", "input"])
+def test_prompt_and_completion_under_their_common_names(prompt, name) -> None:
+    row = one({prompt: "Hi?", name: "Hello.", "id": 3}, "demo")
+    assert (row.prompt, row.completion, row.columns, row.origin) == ([U], [A], {"id": 3}, "rows.jsonl:7")
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"prompt": "Hi?", "completion": "Hello."},
+        {"prompt": [U], "completion": [A]},
+        {"messages": [U, A]},
+        {"conversations": [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Hello."}]},
+        {"instruction": "Hi?", "input": "", "output": "Hello."},
+        {"prompt": HH, "completion": "Hello."},
+        {"prompt": "Hi?", "chosen": "Hello.", "rejected": "Go away."},
+        {"chosen": HH + " Hello.", "rejected": HH + " Go away."},
+    ],
+)
+def test_demonstrations(raw) -> None:
+    row = one(raw, "demo")
+    assert (row.prompt, row.completion) == ([U], [A])
+
+
+def test_alpaca_input_system_and_history() -> None:
+    raw = {"instruction": "Add.", "input": "1+1", "output": "2", "system": "Be kind.", "history": [["Hi?", "Hello."]]}
+    row = one(raw, "demo")
+    assert row.prompt == [S, U, A, {"role": "user", "content": "Add.\n\n1+1"}]
+    assert row.columns == {}
+
+
+def test_multi_turn_demonstration_starts_at_the_first_reply() -> None:
+    row = one({"messages": [S, U, A, U2, A2, U]}, "demo")
+    assert (row.prompt, row.completion) == ([S, U], [A, U2, A2])
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"prompt": "Hi?", "chosen": "Hello.", "rejected": "Go away."},
+        {"prompt": [U], "chosen": [A], "rejected": [B]},
+        {"chosen": [U, A], "rejected": [U, B]},
+        {"prompt": "Hi?", "chosen": [U, A], "rejected": [U, B], "messages": [U, A]},
+        {"chosen": HH + " Hello.", "rejected": HH + " Go away."},
+        {"prompt": HH, "chosen": " Hello.", "rejected": " Go away."},
+        {
+            "conversations": [{"from": "human", "value": "Hi?"}],
+            "chosen": {"from": "gpt", "value": "Hello."},
+            "rejected": {"from": "gpt", "value": "Go away."},
+        },
+    ],
+)
+def test_pairs(raw) -> None:
+    row = one(raw, "pair")
+    assert row.prompt == [U]
+    assert row.chosen is not None and row.rejected is not None
+    assert [m["content"].strip() for m in row.chosen + row.rejected] == ["Hello.", "Go away."]
+
+
+def test_pair_serves_the_other_kinds() -> None:
+    raw = {"prompt": "Hi?", "chosen": "Hello.", "rejected": "Go away."}
+    assert [(r.completion, r.label) for r in normalise(raw, "label", "x")] == [([A], True), ([B], False)]
+    assert one(raw, "prompt").prompt == [U]
+
+
+@pytest.mark.parametrize(("value", "label"), [(True, True), (0, False), ("False", False), ("1", True)])
+def test_unpaired_label(value, label) -> None:
+    row = one({"messages": [U, A, U2, A2], "label": value}, "label")
+    assert (row.prompt, row.completion, row.label) == ([U, A, U2], [A2], label)
+
+
+def test_a_label_that_is_none() -> None:
+    with pytest.raises(UserError, match="'maybe'"):
+        one({"messages": [U, A], "label": "maybe"}, "label")
+
+
+def test_unwanted_completions_are_no_demonstrations() -> None:
+    assert one({"messages": [U, A], "label": True}, "demo").completion == [A]
+    with pytest.raises(Unusable):
+        one({"messages": [U, A], "label": False}, "demo")
+
+
+def test_prompt_only_keeps_the_other_columns() -> None:
+    row = one({"prompt": "Hi?", "answer": "Hello.", "level": 2}, "prompt")
+    assert (row.prompt, row.columns) == ([U], {"answer": "Hello.", "level": 2})
+    assert one({"messages": [U, A, U2, A2]}, "prompt").prompt == [U, A, U2]
+    assert one({"messages": [U, A, U2]}, "prompt").prompt == [U, A, U2]
+
+
+def test_sharegpt_tool_call() -> None:
+    call = {"name": "add", "arguments": {"a": 1}}
+    tools = [{"name": "add", "parameters": {"type": "object"}}]
+    row = one(
+        {
+            "conversations": [
+                {"from": "system", "value": "Be kind."},
+                {"from": "human", "value": "Hi?"},
+                {"from": "function_call", "value": json.dumps(call)},
+                {"from": "observation", "value": "2"},
+                {"from": "gpt", "value": "Hello."},
+            ],
+            "tools": json.dumps(tools),
+        },
+        "demo",
+    )
+    assert row.tools == tools
+    assert row.prompt == [S, U]
+    assert row.completion == [
+        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]},
+        {"role": "tool", "content": "2"},
+        A,
+    ]
+
+
+def test_nulls_that_arrow_filled_in_are_left_out() -> None:
+    raw = {"messages": [{**U, "tool_calls": None, "name": None}, {**A, "tool_calls": []}], "tools": None}
+    row = one(raw, "demo")
+    assert (row.prompt, row.completion, row.tools) == ([U], [A], None)
+
+
+def test_text_parts_are_joined_and_images_refused() -> None:
+    parts = [{"type": "text", "text": "H"}, {"type": "text", "text": "i?"}]
+    assert one({"messages": [{"role": "user", "content": parts}, A]}, "demo").prompt == [U]
+    with pytest.raises(UserError, match=r"messages\[0\]"):
+        one({"messages": [{"role": "user", "content": [{"type": "image"}]}, A]}, "demo")
+
+
+def test_explicit_columns_win_over_recognition() -> None:
+    raw = {"prompt": "wrong", "ask": "Hi?", "good": "Hello.", "bad": "Go away.", "gap": "1.5"}
+    row = one(raw, "pair", {"prompt": "ask", "chosen": "good", "rejected": "bad", "margin": "gap"})
+    assert (row.prompt, row.chosen, row.rejected, row.margin) == ([U], [A], [B], 1.5)
+
+
+def test_mapping_to_an_absent_field() -> None:
+    with pytest.raises(UserError, match="did you mean 'question'"):
+        one({"question": "Hi?", "answer": "Hello."}, "demo", {"prompt": "questions"})
+
+
+def test_missing_field_names_everything() -> None:
+    with pytest.raises(UserError) as error:
+        one({"prompt": "Hi?", "choosen": "Hello.", "rejected": "Go away."}, "pair")
+    assert error.value.where == "rows.jsonl:7"
+    assert "no chosen" in error.value.problem and "prompt, choosen, rejected" in error.value.problem
+    assert error.value.remedy == "map it with columns: {chosen: choosen}"
+
+
+@pytest.mark.parametrize("kind", ["demo", "pair", "label", "prompt"])
+def test_nothing_recognised(kind) -> None:
+    with pytest.raises(UserError, match="found foo"):
+        one({"foo": "x", "bar": None}, kind)
+
+
+def test_two_candidates_are_ambiguous() -> None:
+    with pytest.raises(UserError, match="response and answer"):
+        one({"prompt": "Hi?", "response": "a", "answer": "b"}, "demo")
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"prompt": "Hi?", "chosen": 3, "rejected": "b"},
+        {"prompt": "Hi?", "chosen": [{"text": "a"}], "rejected": "b"},
+        {"prompt": "Hi?", "chosen": "a", "rejected": "b", "margin": "much"},
+        {"messages": [{"from": "ghost", "value": "boo"}], "chosen": "a", "rejected": "b"},
+        {"prompt": "Hi?", "chosen": "a", "rejected": "b", "tools": "{not json"},
+    ],
+)
+def test_wrong_values_are_the_users_to_correct(raw) -> None:
+    with pytest.raises(UserError) as error:
+        one(raw, "pair")
+    assert error.value.where == "rows.jsonl:7"
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"prompt": "Hi?", "chosen": "same", "rejected": "same"},
+        {"chosen": [U, A], "rejected": [U, A]},
+        {"prompt": "Hi?", "chosen": " ", "rejected": "b"},
+        {"prompt": "", "chosen": "a", "rejected": "b"},
+        {"chosen": [U, A, U2, A2], "rejected": [U, B, U2, A2]},
+        {"chosen": HH + " Hello.", "rejected": "\n\nHuman: Ho?\n\nAssistant: Go away."},
+        {"chosen": HH, "rejected": HH + " Go away."},
+    ],
+)
+def test_pairs_that_cannot_serve(raw) -> None:
+    with pytest.raises(Unusable):
+        one(raw, "pair")

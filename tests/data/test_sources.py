@@ -1,0 +1,152 @@
+"""Readers: every format gives the same rows, and every row knows its place."""
+
+import csv
+import gzip
+import json
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from preftune.data.errors import UserError
+from preftune.data.sources import read_source
+from preftune.data.spec import SourceSpec
+
+ROWS = [{"prompt": "Hi?", "completion": 'Hello,\n"friend"'}, {"prompt": "Ünï?", "completion": "Yes."}]
+
+
+def read(path, split=None):
+    return list(read_source(SourceSpec(str(path), split=split), ()))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("form", ["jsonl", "json", "data", "csv", "tsv", "parquet"])
+def test_every_format_gives_the_same_rows(form, packed, tmp_path) -> None:
+    suffix = "json" if form == "data" else form
+    path = tmp_path / f"rows.{suffix}"
+    if form == "jsonl":
+        path.write_text("\n".join(json.dumps(row) for row in ROWS) + "\n\n", encoding="utf-8")
+    elif form in ("json", "data"):
+        content = ROWS if form == "json" else {"data": ROWS}
+        path.write_text(json.dumps(content), encoding="utf-8")
+    elif form == "parquet":
+        pq.write_table(pa.Table.from_pylist(ROWS), path)
+    else:
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(ROWS[0]), delimiter="\t" if form == "tsv" else ",")
+            writer.writeheader()
+            writer.writerows(ROWS)
+    if packed:
+        bigger = path.with_name(path.name + ".gz")
+        bigger.write_bytes(gzip.compress(path.read_bytes()))
+        path = bigger
+    origins, rows = zip(*read(path), strict=True)
+    assert list(rows) == ROWS
+    if form == "jsonl":
+        assert origins == (f"{path}:1", f"{path}:2")
+    elif form in ("csv", "tsv"):
+        # The first row's cell holds a line break: the second starts on line 4.
+        assert origins == (f"{path}:2", f"{path}:4")
+    else:
+        assert origins == (f"{path}: row 1", f"{path}: row 2")
+
+
+def test_broken_json_line_is_named(write) -> None:
+    path = write("rows.jsonl", '{"prompt": "a"}\n\n{"prompt": \n')
+    with pytest.raises(UserError) as error:
+        read(path)
+    assert error.value.where == f"{path}:3"
+    assert "broken JSON" in error.value.problem
+    assert "\n" not in str(error.value)
+
+
+def test_broken_json_file_names_the_line(write) -> None:
+    path = write("rows.json", '[\n{"prompt": "a"},\n{"prompt" "b"}]')
+    with pytest.raises(UserError) as error:
+        read(path)
+    assert error.value.where == f"{path}:3"
+
+
+def test_json_lines_in_a_json_file(write) -> None:
+    assert [row for _, row in read(write("rows.json", '{"a": 1}\n{"a": 2}\n'))] == [{"a": 1}, {"a": 2}]
+
+
+@pytest.mark.parametrize("line", ["3", '"text"', "[1]"])
+def test_a_line_that_is_no_object(line, write) -> None:
+    with pytest.raises(UserError, match="expected an object"):
+        read(write("rows.jsonl", line + "\n"))
+
+
+@pytest.mark.parametrize("line", ["only", "a,b,c"])
+def test_csv_line_with_too_few_or_too_many_cells(line, write) -> None:
+    path = write("rows.csv", f"prompt,completion\nx,y\n{line}\n")
+    with pytest.raises(UserError) as error:
+        read(path)
+    assert error.value.where == f"{path}:3"
+
+
+def test_csv_cell_with_messages_and_cell_with_other_json(write) -> None:
+    path = write("rows.csv", 'messages,note\n"[{""role"": ""user"", ""content"": ""Hi""}]","[{""a"": 1}]"\n')
+    [(_, row)] = read(path)
+    assert row == {"messages": [{"role": "user", "content": "Hi"}], "note": '[{"a": 1}]'}
+
+
+def test_what_is_not_there_names_where_it_was_sought(tmp_path) -> None:
+    with pytest.raises(UserError) as error:
+        list(read_source(SourceSpec("absent.jsonl"), (tmp_path,)))
+    assert str(tmp_path) in error.value.problem
+
+
+def test_unknown_format(write) -> None:
+    with pytest.raises(UserError, match=r"\.jsonl"):
+        read(write("rows.xml", "<a/>"))
+
+
+def test_not_utf8_and_not_gzip(tmp_path) -> None:
+    for name in ("rows.jsonl", "rows.jsonl.gz", "rows.parquet"):
+        (tmp_path / name).write_bytes(b'{"prompt": "\xff"}')
+        with pytest.raises(UserError):
+            read(tmp_path / name)
+
+
+def test_folders_are_searched_in_order(write, tmp_path) -> None:
+    write("first/rows.jsonl", [{"a": 1}])
+    write("second/rows.jsonl", [{"a": 2}])
+    write("second/other.jsonl", [{"a": 3}])
+    folders = (tmp_path / "first", tmp_path / "second")
+    assert list(read_source(SourceSpec("rows.jsonl"), folders)) == [("rows.jsonl:1", {"a": 1})]
+    assert list(read_source(SourceSpec("other.jsonl"), folders)) == [("other.jsonl:1", {"a": 3})]
+
+
+def test_folder_of_files_keeps_test_rows_out_of_training(write, tmp_path) -> None:
+    write("set/train-00000-of-00002.jsonl", [{"a": 1}])
+    write("set/train-00001-of-00002.jsonl", [{"a": 2}])
+    write("set/test.jsonl", [{"a": 3}])
+    assert [row["a"] for _, row in read(tmp_path / "set")] == [1, 2]
+    assert [row["a"] for _, row in read(tmp_path / "set", "test")] == [3]
+    with pytest.raises(UserError, match="holdout"):
+        read(tmp_path / "set", "holdout")
+
+
+def test_saved_datasets(tmp_path) -> None:
+    one = datasets.Dataset.from_list(ROWS)
+    one.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": one, "test": one.select([1])}).save_to_disk(tmp_path / "several")
+    assert [row for _, row in read(tmp_path / "one")] == ROWS
+    assert [row for _, row in read(tmp_path / "several")] == ROWS
+    assert read(tmp_path / "several", "test") == [(f"{tmp_path / 'several'}[test]: row 1", ROWS[1])]
+    with pytest.raises(UserError, match="train, test"):
+        read(tmp_path / "several", "dev")
+
+
+def test_hub_id_offline_says_what_to_do() -> None:
+    with pytest.raises(UserError) as error:
+        read("nobody/no-such-dataset")
+    assert "go online" in error.value.remedy
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_column_name_in_a_mapping() -> None:
+    with pytest.raises(UserError, match="did you mean 'chosen'"):
+        SourceSpec("rows.jsonl", columns={"choosen": "better"})

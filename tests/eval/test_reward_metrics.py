@@ -1,0 +1,50 @@
+"""Reward-model metrics: hand-computed numbers and the traps they guard against."""
+
+import math
+
+import numpy as np
+import pytest
+
+from preftune.eval.reward_metrics import calibration_error, log_loss, reward_metrics
+
+
+@pytest.mark.checklist("R5")
+def test_r05_an_all_equal_model_has_accuracy_one_half():
+    metrics = reward_metrics([0.3] * 40, [0.3] * 40, [5] * 40, [9] * 40)
+    assert metrics["accuracy"] == 0.5
+    assert metrics["ties"] == 40
+    assert metrics["log_loss"] == pytest.approx(math.log(2))
+    assert metrics["calibration_error"] == pytest.approx(0.0)
+
+
+@pytest.mark.checklist("R6")
+def test_r06_everything_is_reported_beside_the_length_baselines():
+    metrics = reward_metrics([2.0, 1.0, 0.0, 1.0], [0.0, 0.0, 1.0, 1.0], [9, 4, 4, 7], [5, 5, 5, 7])
+    assert metrics["accuracy"] == pytest.approx(2.5 / 4)
+    assert metrics["ci_low"] < metrics["accuracy"] < metrics["ci_high"]
+    assert metrics["longer_wins"] == pytest.approx(1.5 / 4)
+    assert metrics["shorter_wins"] == pytest.approx(2.5 / 4)
+    assert metrics["margin_mean"] == pytest.approx(0.5)
+
+
+def test_log_loss_of_a_sure_model():
+    assert log_loss([50.0, 50.0]) == pytest.approx(0.0, abs=1e-12)
+    assert log_loss([-1000.0]) == pytest.approx(1000.0)
+
+
+def test_calibration_of_draws_from_its_own_probabilities():
+    rng = np.random.default_rng(0)
+    margins = np.abs(rng.normal(size=20000)) * 2
+    agrees = rng.random(20000) < 1 / (1 + np.exp(-margins))
+    assert calibration_error(np.where(agrees, margins, -margins)) < 0.02
+    # Sure of itself and right half the time: off by one half.
+    assert calibration_error(np.tile([30.0, -30.0], 50)) == pytest.approx(0.5)
+
+
+def test_pairs_of_one_prompt_stay_together():
+    rng = np.random.default_rng(1)
+    good = rng.integers(0, 2, 30).astype(float)
+    chosen, zeros, lengths = np.repeat(good, 6).tolist(), [0.5] * 180, [1] * 180
+    together = reward_metrics(chosen, zeros, lengths, lengths, prompts=np.repeat(np.arange(30), 6).tolist())
+    apart = reward_metrics(chosen, zeros, lengths, lengths)
+    assert together["ci_high"] - together["ci_low"] > 1.8 * (apart["ci_high"] - apart["ci_low"])

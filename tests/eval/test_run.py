@@ -1,0 +1,162 @@
+"""The whole evaluation on a random model: rows, files, and what is refused."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from preftune.data.errors import UserError
+from preftune.data.load import load_rows
+from preftune.data.spec import DataSpec, SourceSpec
+from preftune.data.split import split_rows
+from preftune.eval.commands import eval_kl, eval_perplexity, eval_reward, eval_winrate
+from preftune.eval.report import write_report
+from preftune.eval.run import EvalSpec, run_eval
+from preftune.models.adapters import AdapterSet, LoraSpec
+from preftune.models.base import load_model, resolve_base
+
+from .conftest import shake
+
+KEYS = {
+    *("policy", "reference", "judge", "n", "mean_score", "win_rate", "ci_low", "ci_high", "ties", "length", "eos_rate"),
+    *("kl", "kl_se", "kl_per_token", "temperature", "seed"),
+}
+RUBRIC = {"kind": "rubric", "checks": [{"kind": "max_words", "value": 2}, {"kind": "excludes_any", "values": ["e"]}]}
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory) -> Path:
+    """A run folder with two adapters, one of them with a score head, and the data."""
+    root = tmp_path_factory.mktemp("run")
+    base = resolve_base("random:llama")
+    adapters = AdapterSet.create(load_model(base), base, LoraSpec(r=2, alpha=4), parent=None)
+    adapters.save("default", root / "sft")
+    shake(adapters, "default", seed=1)
+    adapters.save("default", root / "dpo")
+    prompts = [{"prompt": f"question {place}", "topic": place} for place in range(6)]
+    demos = [{"prompt": f"question {place}", "completion": "an answer" * (place + 1)} for place in range(12)]
+    pairs = [{"prompt": f"question {place}", "chosen": "yes please", "rejected": "no"} for place in range(5)]
+    for name, rows in (("prompts", prompts), ("demos", demos), ("pairs", pairs)):
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+def source(name: str) -> DataSpec:
+    return DataSpec((SourceSpec(f"{name}.jsonl"),))
+
+
+def make_spec(run_dir: Path, **changes) -> EvalSpec:
+    settings = {
+        "base": resolve_base("random:llama"),
+        "policies": {"base": None, "sft": run_dir / "sft", "dpo": run_dir / "dpo"},
+        "reference": "sft",
+        "prompts": source("prompts"),
+        "folders": (run_dir,),
+        "judges": (RUBRIC,),
+        "max_new_tokens": 8,
+    }
+    return EvalSpec(**(settings | changes))
+
+
+def test_results_have_a_row_for_every_policy_and_judge(run_dir):
+    judges = (RUBRIC, RUBRIC | {"name": "again"})
+    rows = run_eval(make_spec(run_dir, judges=judges), run_dir)
+    assert rows == json.loads((run_dir / "eval" / "results.json").read_text())
+    assert [(row["policy"], row["judge"]) for row in rows] == [
+        (policy, judge) for policy in ("base", "sft", "dpo") for judge in ("rubric", "again")
+    ]
+    for row in rows:
+        assert set(row) >= KEYS
+        assert (row["reference"], row["n"], row["temperature"], row["seed"]) == ("sft", 6, 0.7, 0)
+        assert 0 < row["length"] <= 8
+    by_policy = {row["policy"]: row for row in rows}
+    # An untrained adapter is its base: the same replies and no KL at all.
+    for policy in ("base", "sft"):
+        assert (by_policy[policy]["win_rate"], by_policy[policy]["ties"], by_policy[policy]["kl"]) == (0.5, 6, 0.0)
+    assert by_policy["dpo"]["kl"] > 0
+    samples = [json.loads(line) for line in (run_dir / "eval" / "samples.jsonl").read_text().splitlines()]
+    assert [(line["policy"], line["prompt_index"]) for line in samples] == [
+        (policy, place) for policy in ("base", "sft", "dpo") for place in range(6)
+    ]
+    assert set(samples[0]["scores"]) == {"rubric", "again"}
+    assert write_report(run_dir).is_file()
+
+
+def test_a_second_run_replaces_the_first_and_leaves_nothing_beside(run_dir):
+    spec = make_spec(run_dir, policies={"dpo": run_dir / "dpo"}, reference="base", judges=(), kl=False)
+    first = run_eval(spec, run_dir)
+    assert run_eval(spec, run_dir) == first
+    assert [row["policy"] for row in first] == ["base", "dpo"]
+    assert all(row["judge"] is None and row["kl"] is None and row["win_rate"] is None for row in first)
+    assert not [path for path in run_dir.iterdir() if path.name.startswith(".eval")]
+
+
+def test_single_measurements(run_dir):
+    spec = make_spec(run_dir)
+    rates, kls = eval_winrate(spec), eval_kl(spec)
+    assert "kl" not in rates[0]
+    assert [row["policy"] for row in kls] == ["base", "sft", "dpo"]
+    assert kls[2]["tokens"] == pytest.approx(6 * rates[2]["length"])
+    assert kls[2]["kl_per_token"] * kls[2]["tokens"] == pytest.approx(6 * kls[2]["kl"])
+
+
+def test_perplexity_rows(run_dir):
+    rows = eval_perplexity(make_spec(run_dir), source("demos"))
+    assert [row["policy"] for row in rows] == ["base", "sft", "dpo"]
+    assert rows[0]["nll"] == pytest.approx(rows[1]["nll"], abs=1e-6)
+    assert rows[0]["nll"] != pytest.approx(rows[2]["nll"], abs=1e-3)
+    assert rows[0]["n"] == 12
+    assert rows[0]["ci_low"] < rows[0]["perplexity"] < rows[0]["ci_high"]
+
+
+def test_only_what_training_left_out_is_measured(run_dir):
+    data = source("demos")
+    _, held = split_rows(load_rows(data, "demo", (run_dir,)).rows, 0.5, data.seed)
+    (row,) = eval_perplexity(make_spec(run_dir, policies={}, reference="base"), replace(data, held_out=0.5))
+    assert 0 < row["n"] == len(held) < 12
+
+
+def test_reward_rows_and_the_reward_judge(run_dir, reward_adapter):
+    (row,) = eval_reward(make_spec(run_dir), {"rm": reward_adapter}, source("pairs"))
+    assert (row["stage"], row["n"], row["longer_wins"]) == ("rm", 5, 1.0)
+    assert 0 <= row["accuracy"] <= 1
+    judge = {"kind": "reward", "adapter": str(reward_adapter), "name": "rm"}
+    rows = eval_winrate(make_spec(run_dir, judges=(judge,)))
+    assert [each["judge"] for each in rows] == ["rm"] * 3
+    assert rows[2]["mean_score"] != rows[1]["mean_score"]
+
+
+@pytest.fixture(scope="module")
+def reward_adapter(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("reward") / "rm"
+    base = resolve_base("random:llama")
+    adapters = AdapterSet.create(load_model(base), base, LoraSpec(r=2, alpha=4), parent=None)
+    adapters.add_head("default", bias=False)
+    shake(adapters, "default", seed=3)
+    adapters.save("default", folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"reference": "ppo"}, "'ppo' is not among the policies"),
+        ({"temperature": 0}, "no KL"),
+        ({"temperature": -1.0}, "expected 0 or more"),
+        ({"max_new_tokens": 0}, "expected 1 or more"),
+    ],
+)
+def test_a_wrong_spec_is_refused(run_dir, changes, said):
+    with pytest.raises(UserError, match=said):
+        make_spec(run_dir, **changes)
+
+
+def test_a_policy_without_an_adapter_is_refused(run_dir):
+    with pytest.raises(UserError, match="holds no adapter"):
+        run_eval(make_spec(run_dir, policies={"ppo": run_dir / "ppo"}, reference="base"), run_dir)
+
+
+def test_greedy_works_without_kl(run_dir):
+    rows = eval_winrate(make_spec(run_dir, temperature=0, kl=False))
+    assert rows[0]["temperature"] == 0

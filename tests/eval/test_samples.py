@@ -1,0 +1,56 @@
+"""The same prompts and the same random streams for every policy."""
+
+import pytest
+
+from preftune.eval.samples import Prompt, generate_samples, read_prompts
+from preftune.models.adapters import AdapterSet, LoraSpec
+from preftune.models.base import load_model, load_tokenizer, resolve_base
+
+from .conftest import shake
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(resolve_base("random:llama"))
+
+
+@pytest.fixture
+def adapters() -> AdapterSet:
+    base = resolve_base("random:llama")
+    made = AdapterSet.create(load_model(base), base, LoraSpec(r=2, alpha=4), parent=None)
+    shake(made, "default", seed=1)
+    return made
+
+
+def draw(adapters, tokenizer, role, **changes):
+    prompts = [Prompt([{"role": "user", "content": "x" * n}], [5 + n] * n, {"n": n}) for n in (3, 1, 7)]
+    settings = {"max_new_tokens": 6, "temperature": 0.8, "seed": 0} | changes
+    return generate_samples(adapters, role, str(role), prompts, tokenizer, **settings)
+
+
+@pytest.mark.checklist("E5")
+def test_e05_two_policies_that_agree_say_the_same(adapters, tokenizer):
+    adapters.copy("twin")
+    ours, theirs = draw(adapters, tokenizer, "default"), draw(adapters, tokenizer, "twin", batch_size=2)
+    assert [sample.tokens for sample in ours] == [sample.tokens for sample in theirs]
+    assert [sample.prompt for sample in ours] == [sample.prompt for sample in theirs]
+    assert [sample.prompt_index for sample in ours] == [0, 1, 2]
+
+
+@pytest.mark.checklist("E5")
+def test_e05_another_policy_or_seed_says_something_else(adapters, tokenizer):
+    ours = [sample.tokens for sample in draw(adapters, tokenizer, "default")]
+    assert ours != [sample.tokens for sample in draw(adapters, tokenizer, None)]
+    assert ours != [sample.tokens for sample in draw(adapters, tokenizer, "default", seed=1)]
+
+
+def test_a_sample_knows_its_text_and_whether_it_ended(adapters, tokenizer):
+    for sample in draw(adapters, tokenizer, "default", max_new_tokens=20):
+        assert sample.finished == (sample.tokens[-1] == tokenizer.eos_token_id)
+        assert sample.completion == tokenizer.decode(sample.tokens, skip_special_tokens=True)
+
+
+def test_prompts_from_encoded_rows():
+    message = {"role": "user", "content": "hi"}
+    rows = [{"prompt_ids": [1, 2], "prompt": [message], "columns": '{"topic": "x"}'}]
+    assert read_prompts(rows) == [Prompt([message], [1, 2], {"topic": "x"})]

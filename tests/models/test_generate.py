@@ -1,0 +1,147 @@
+"""The sampler against transformers' own `generate`, and against distributions worked out by hand."""
+
+import pytest
+import torch
+
+from preftune.models.adapters import AdapterSet, LoraSpec
+from preftune.models.base import load_model, load_tokenizer, resolve_base
+from preftune.models.generate import Sampling, choose, filter_probs, left_pad, merged, sample
+
+PROMPTS = [[5, 6, 7, 8, 9], [40], [90, 12, 33], [7, 7, 7, 7, 7, 7, 7, 7]]
+
+
+@pytest.fixture(scope="module")
+def adapters() -> AdapterSet:
+    base = resolve_base("random:llama")
+    made = AdapterSet.create(load_model(base), base, LoraSpec(r=4, alpha=8), parent=None)
+    torch.manual_seed(1)
+    for name, p in made.model.named_parameters():
+        if "lora_B" in name:
+            p.data.normal_(std=0.2)
+    return made
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(resolve_base("random:llama"))
+
+
+def reference_greedy(adapters, tokenizer, new_tokens):
+    ids, mask = left_pad(PROMPTS, tokenizer.pad_token_id, torch.device("cpu"))
+    out = adapters.model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    rows = []
+    for row in out[:, ids.size(1) :].tolist():
+        if tokenizer.eos_token_id in row:
+            row = row[: row.index(tokenizer.eos_token_id) + 1]
+        rows.append(row)
+    return rows
+
+
+@pytest.mark.parametrize("merge", [True, False])
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_greedy_is_generate_token_by_token(adapters, tokenizer, merge, batch_size):
+    ours = sample(
+        adapters,
+        "default",
+        PROMPTS,
+        max_new_tokens=12,
+        temperature=0,
+        seed=0,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        batch_size=batch_size,
+        merge=merge,
+    )
+    assert ours.tokens == reference_greedy(adapters, tokenizer, 12)
+
+
+def draw(adapters, tokenizer, **changes):
+    settings = dict(max_new_tokens=10, seed=3, temperature=0.9, batch_size=4, eos_token_id=tokenizer.eos_token_id)
+    settings |= changes
+    return sample(adapters, "default", PROMPTS, pad_token_id=tokenizer.pad_token_id, **settings)
+
+
+def test_a_row_does_not_depend_on_its_neighbours(adapters, tokenizer):
+    together, alone = draw(adapters, tokenizer), draw(adapters, tokenizer, batch_size=1)
+    assert together.tokens == alone.tokens
+    assert draw(adapters, tokenizer, seed=4).tokens != together.tokens
+
+
+def test_logprobs_are_those_of_a_full_forward(adapters, tokenizer):
+    out = draw(adapters, tokenizer, temperature=0.7, merge=False)
+    for prompt, tokens, logprobs in zip(PROMPTS, out.tokens, out.logprobs, strict=True):
+        with torch.no_grad(), adapters.using("default"):
+            logits = adapters.model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+        full = torch.log_softmax(logits / 0.7, -1)[torch.arange(len(tokens)), torch.tensor(tokens)]
+        torch.testing.assert_close(torch.tensor(logprobs), full, atol=2e-5, rtol=0)
+
+
+def test_rows_stop_at_eos_and_leave_the_batch(adapters, tokenizer):
+    free = draw(adapters, tokenizer, max_new_tokens=8)
+    stop = free.tokens[0][2]
+    out = draw(adapters, tokenizer, max_new_tokens=8, eos_token_id=stop)
+    for ended, row, full in zip(out.finished, out.tokens, free.tokens, strict=True):
+        expected = full[: full.index(stop) + 1] if stop in full else full
+        assert row == expected
+        assert ended == (stop in full)
+
+
+def test_merged_gives_the_base_back_bit_for_bit(adapters):
+    before = adapters.digest(None)
+    with merged(adapters, "default"):
+        assert adapters.digest(None) != before
+    assert adapters.digest(None) == before
+
+
+def test_choose_inverts_the_cumulative_distribution():
+    logits = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log().repeat(5, 1)
+    token, logp = choose(logits, torch.tensor([0.0, 0.09, 0.31, 0.59, 0.999999]), Sampling())
+    assert token.tolist() == [0, 0, 2, 2, 3]
+    torch.testing.assert_close(logp.exp(), torch.tensor([0.1, 0.1, 0.3, 0.3, 0.4]))
+
+
+def test_frequencies_follow_the_temperature():
+    probs = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    n = 20_000
+    token, _ = choose(probs.log().repeat(n, 1), torch.rand(n), Sampling(temperature=0.5))
+    sharpened = probs**2 / (probs**2).sum()
+    assert (torch.bincount(token, minlength=4) / n - sharpened).abs().max() < 0.015
+
+
+def test_a_draw_at_the_very_end_never_takes_a_token_without_mass():
+    logits = torch.tensor([[0.0, 0.0, float("-inf"), float("-inf")]])
+    token, _ = choose(logits, torch.tensor([1.0]), Sampling())
+    assert token.tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("sampling", "kept"),
+    [
+        (Sampling(top_k=2), [0, 1]),
+        (Sampling(top_p=0.45), [0]),
+        (Sampling(top_p=0.55), [0, 1]),
+        (Sampling(min_p=0.5), [0, 1]),
+        (Sampling(), [0, 1, 2, 3]),
+    ],
+)
+def test_filters_keep_what_their_names_say(sampling, kept):
+    left = filter_probs(torch.tensor([[0.5, 0.3, 0.15, 0.05]]), sampling)
+    assert left[0].nonzero().squeeze(-1).tolist() == kept
+
+
+@pytest.mark.parametrize("bad", [{"temperature": -1}, {"top_p": 0}, {"min_p": 1}, {"top_k": -2}])
+def test_settings_out_of_range_are_refused(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        Sampling(**bad)
+
+
+def test_an_empty_prompt_is_refused(adapters, tokenizer):
+    with pytest.raises(ValueError, match="empty"):
+        sample(adapters, None, [[1], []], max_new_tokens=2, eos_token_id=2, pad_token_id=0, seed=0)

@@ -1,0 +1,165 @@
+"""The packed forward gives the padded forward's numbers, on every architecture that takes it."""
+
+import pytest
+import torch
+from transformers import AutoModel, Gemma3TextConfig, GPT2Config, LlamaConfig, MistralConfig, Phi3Config, Qwen3Config
+
+from preftune.models.packing import build_tree, tree_attention, use_packed_forward
+
+SMALL = dict(
+    vocab_size=50,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+CONFIGS = {
+    "llama": LlamaConfig(**SMALL),
+    "qwen3": Qwen3Config(**SMALL),
+    "mistral": MistralConfig(**SMALL, sliding_window=4),
+    "gemma3": Gemma3TextConfig(**SMALL, sliding_window=4, layer_types=["sliding_attention", "full_attention"]),
+    "phi3": Phi3Config(**SMALL, sliding_window=5, original_max_position_embeddings=4096),
+    "gpt2": GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0, attn_pdrop=0),
+}
+
+
+def batch(seed: int, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pairs that share prompts, one row that is a prefix of another, one row twice."""
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda n: torch.randint(3, 50, (n,), generator=g).tolist()  # noqa: E731
+    system = draw(3)
+    rows = []
+    for _ in range(3):
+        prompt = system + draw(4)
+        rows += [prompt + draw(6), prompt + draw(3)]
+    rows += [rows[0][:8], rows[1], draw(5)]
+    width = max(map(len, rows))
+    pad = [[0] * (width - len(r)) for r in rows]
+    ids = [p + r if left else r + p for p, r in zip(pad, rows, strict=True)]
+    ones = [[1] * len(r) for r in rows]
+    mask = [p + o if left else o + p for p, o in zip(pad, ones, strict=True)]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("left", [False, True])
+def test_hidden_states_and_gradients_equal_the_padded_forward(name, left):
+    torch.manual_seed(0)
+    model = AutoModel.from_config(CONFIGS[name], attn_implementation="sdpa").eval()
+    ids, mask = batch(1, left)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    weights = torch.randn(*ids.shape, 32) * mask[..., None]
+
+    def run():
+        model.zero_grad()
+        hidden = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
+        (hidden * weights).sum().backward()
+        return hidden.detach() * mask[..., None], {n: p.grad.clone() for n, p in model.named_parameters()}
+
+    plain, plain_grads = run()
+    assert use_packed_forward(model)
+    packed, packed_grads = run()
+    torch.testing.assert_close(packed, plain, atol=1e-5, rtol=1e-5)
+    for n, grad in plain_grads.items():
+        error = (packed_grads[n] - grad).abs().max() / grad.abs().max()
+        assert error < 1e-5, (n, float(error))
+
+
+@pytest.mark.checklist("D6")
+def test_d06_no_sequence_sees_another():
+    torch.manual_seed(0)
+    model = AutoModel.from_config(CONFIGS["llama"], attn_implementation="sdpa").eval()
+    use_packed_forward(model)
+    ids, mask = batch(2)
+    with torch.no_grad():
+        before = model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        changed = ids.clone()
+        changed[0, 7:13] = 9  # a reply: every other row keeps its states, its own prompt too
+        after = model(input_ids=changed, attention_mask=mask, use_cache=False).last_hidden_state
+    torch.testing.assert_close(after[1:], before[1:], atol=1e-6, rtol=0)
+    torch.testing.assert_close(after[0, :7], before[0, :7], atol=1e-6, rtol=0)
+    assert (after[0, 7:13] - before[0, 7:13]).abs().max() > 1e-2
+
+
+def test_the_tree_holds_each_shared_prefix_once():
+    ids = torch.tensor([[5, 6, 7, 8], [5, 6, 9, 0], [5, 6, 7, 8]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1]])
+    tree = build_tree(ids, mask)
+    assert tree.ids_N.tolist() == [5, 6, 7, 8, 9]
+    assert tree.depth_N.tolist() == [0, 1, 2, 3, 2]
+    assert tree.end_N.tolist() == [5, 5, 4, 4, 5]
+    assert tree.index_BL.tolist() == [[0, 1, 2, 3], [0, 1, 4, 0], [0, 1, 2, 3]]
+    assert tree.blocks == ((0, 5),)
+
+
+def test_a_full_block_is_closed_and_the_next_repeats_its_prefix():
+    ids = torch.tensor([[5, 6, 7, 8], [5, 6, 9, 9]])
+    tree = build_tree(ids, torch.ones_like(ids), block_tokens=5)
+    assert tree.blocks == ((0, 4), (4, 8))
+    assert tree.ids_N.tolist() == [5, 6, 7, 8, 5, 6, 9, 9]
+
+
+@pytest.mark.parametrize("block_tokens", [1, 12, 1000])
+def test_the_size_of_blocks_changes_nothing(monkeypatch, block_tokens):
+    torch.manual_seed(0)
+    model = AutoModel.from_config(CONFIGS["qwen3"], attn_implementation="sdpa").eval()
+    ids, mask = batch(3)
+    with torch.no_grad():
+        plain = model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state * mask[..., None]
+        monkeypatch.setattr("preftune.models.packing.build_tree", lambda i, m: build_tree(i, m, block_tokens))
+        use_packed_forward(model)
+        packed = model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    torch.testing.assert_close(packed, plain, atol=1e-5, rtol=1e-5)
+
+
+def test_gradient_checkpointing_meets_the_same_tree():
+    torch.manual_seed(0)
+    model = AutoModel.from_config(CONFIGS["llama"], attn_implementation="sdpa")
+    use_packed_forward(model)
+    ids, mask = batch(4)
+    grads = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+            model.train()
+        model.zero_grad()
+        model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.square().sum().backward()
+        grads.append(model.layers[0].mlp.up_proj.weight.grad.clone())
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_generation_with_a_cache_is_untouched():
+    torch.manual_seed(0)
+    model = AutoModel.from_config(CONFIGS["llama"], attn_implementation="sdpa").eval()
+    ids, mask = batch(5)
+    with torch.no_grad():
+        plain = model(input_ids=ids, attention_mask=mask, use_cache=True)
+        use_packed_forward(model)
+        packed = model(input_ids=ids, attention_mask=mask, use_cache=True)
+    assert packed.past_key_values is not None
+    assert torch.equal(packed.last_hidden_state, plain.last_hidden_state)
+
+
+def test_a_backbone_that_cannot_take_it_falls_back(caplog):
+    from transformers import MambaConfig
+
+    model = AutoModel.from_config(MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, state_size=4))
+    forward = model.forward
+    with caplog.at_level("INFO"):
+        assert not use_packed_forward(model)
+    assert model.forward == forward
+    assert "padded rows" in caplog.text
+
+
+def test_without_a_tree_the_attention_is_plain_sdpa():
+    q = torch.randn(1, 4, 6, 8)
+    module = torch.nn.Module()
+    module.is_causal = True
+    out, _ = tree_attention(module, q, q, q, None)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+    torch.testing.assert_close(out, expected.transpose(1, 2))

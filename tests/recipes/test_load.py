@@ -1,0 +1,220 @@
+"""Reading recipes: what is wrong is said in one line with file, line and key; overrides; shipped recipes."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from preftune.data.errors import UserError
+from preftune.recipes.build import data_spec, eval_spec, method_values, stage_job
+from preftune.recipes.graph import needed_for, order, parents
+from preftune.recipes.load import load_recipe, shipped_recipes
+from preftune.recipes.schema import STAGE_MODELS, Recipe, method_keys
+from preftune.recipes.text import parse, parse_value
+
+RECIPE = """\
+name: t
+model: {base: "random:llama"}
+data:
+  demos: {path: demos.jsonl}
+  pairs: {path: quickstart/pairs.jsonl, held_out: 1e-1}
+stages:
+  ppo: {from: sft, reward: reward, data: demos, kl: {coef: 0.05, in: loss}}
+  sft: {data: demos, train: {learning_rate: 2e-4, eval_strategy: no}}
+  reward: {from: sft, data: pairs}
+  ipo:
+    kind: dpo
+    from: sft
+    data: pairs
+    beta: 0.1
+eval:
+  prompts: demos
+  judges: [{kind: reward, stage: reward}]
+"""
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    file = tmp_path / "t.yaml"
+    file.write_text(RECIPE)
+    (tmp_path / "demos.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    return file
+
+
+def refused(file: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_recipe(file, overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_numbers_and_words_are_read_as_meant(recipe_file: Path):
+    recipe = load_recipe(recipe_file)
+    assert recipe.stages["sft"].train == {"learning_rate": 2e-4, "eval_strategy": "no"}
+    assert recipe.data["pairs"].held_out == 0.1
+    assert parse_value("[1e3, 010, off, true, null, -.5, 1.5e+2, 1:30, 2024-01-02]", "x") == [
+        1000.0, 10, "off", True, None, -0.5, 150.0, "1:30", "2024-01-02"
+    ]  # fmt: skip
+    assert parse("a: &x {b: 1}\nc: {<<: *x, d: 2}", "x").values["c"] == {"b": 1, "d": 2}
+
+
+def test_paths_beside_the_recipe_become_absolute_and_shipped_ones_stay(recipe_file: Path):
+    recipe = load_recipe(recipe_file)
+    assert recipe.data["demos"].path == str(recipe_file.parent / "demos.jsonl")
+    assert recipe.data["pairs"].path == "quickstart/pairs.jsonl"
+
+
+def test_a_path_on_the_command_line_is_meant_from_here(recipe_file: Path, tmp_path: Path, monkeypatch):
+    here = tmp_path / "elsewhere"
+    here.mkdir()
+    (here / "mine.jsonl").write_text("{}")
+    monkeypatch.chdir(here)
+    recipe = load_recipe(recipe_file, ["data.demos.path=mine.jsonl"])
+    assert recipe.data["demos"].path == str(here / "mine.jsonl")
+
+
+def test_resolved_recipe_loads_back_as_the_same(recipe_file: Path, tmp_path: Path):
+    recipe = load_recipe(recipe_file, ["data.demos.max_length=null", "stages.ipo.lora={r: 32, alpha: 64}"])
+    again = tmp_path / "again" / "recipe.yaml"
+    again.parent.mkdir()
+    again.write_text(yaml.safe_dump(recipe.resolved(), sort_keys=False))
+    assert load_recipe(again).resolved() == recipe.resolved()
+
+
+def test_overrides(recipe_file: Path):
+    recipe = load_recipe(
+        recipe_file,
+        ["stages.ipo.beta=2e-1", "stages.ipo.train.max_steps=3", "eval.judges.0.name=rm", "stages.ppo=null", "seed=7"],
+    )
+    assert recipe.stages["ipo"].beta == 0.2
+    assert recipe.stages["ipo"].train == {"max_steps": 3}
+    assert recipe.eval is not None and recipe.eval.judges[0] == {"kind": "reward", "stage": "reward", "name": "rm"}
+    assert "ppo" not in recipe.stages and recipe.seed == 7
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("stages.ipo.bta=1", ["stages.ipo.bta", "did you mean 'beta'?"]),
+        ("stages.ip.beta=1", ["no 'ip' in stages", "did you mean 'ipo'?"]),
+        ("stages.ipo.learning_rate=1", ["stands beside train", "stages.ipo.train"]),
+        ("stages.ipo.train.beta=1", ["said twice", "0.1"]),
+        ("stages.ppo.train.kl_coef=1", ["said twice", "0.05"]),
+        ("stages.ppo.kl.cof=1", ["stages.ppo.kl.cof", "did you mean 'coef'?"]),
+        ("stages.ppo.kl.in=los", ["'los'", "'reward' or 'loss'"]),
+        ("stages.ppo.reward=sft", ["'sft' is of kind sft", "reward"]),
+        ("stages.ppo.reward=[{stage: reward, wait: 2}]", ["reward.0.wait", "'weight'"]),
+        ("stages.sft.from=ipo", ["a circle", "sft -> ipo -> sft"]),
+        ("stages.ipo.from=stf", ["no stage 'stf'", "did you mean 'sft'?"]),
+        ("stages.ipo.from=reward", ["'reward' is a reward model"]),
+        ("stages.ipo.data=pair", ["no data entry 'pair'", "did you mean 'pairs'?"]),
+        ("stages.ipo.kind=ipo", ["no kind of stage", "loss_type: ipo"]),
+        ("data.demos.pth=3", ["data.demos.pth", "did you mean 'path'?"]),
+        ("data.pairs.held_out=2", ["held_out", "less than 1"]),
+        ("data.demos.sources=[{path: x}]", ["data.demos.sources: stands beside path"]),
+        ("model.dtype=fp32", ["'fp32'", "'bfloat16'"]),
+        ("lora.r=0", ["lora.r", "at least 1"]),
+        ("lora.rank=8", ["lora.rank", "use one of r, alpha"]),
+        ("eval.policies=[bse]", ["'bse' is no policy", "did you mean 'base'?"]),
+        ("eval.policies=[reward]", ["'reward' is no policy"]),
+        ("eval.prompts=demo", ["no data entry", "did you mean 'demos'?"]),
+        ("eval.judges.0.stage=rewrd", ["no reward stage 'rewrd'", "did you mean 'reward'?"]),
+        ("sed=1", ["'sed' is no key of a recipe", "did you mean 'seed'?"]),
+        ("seed", ["expected key=value"]),
+        ("stages.eval={kind: sft, data: demos}", ["'eval' is no name for a stage"]),
+    ],
+)
+def test_what_is_wrong_is_said_with_its_place_and_remedy(recipe_file: Path, override: str, parts: list[str]):
+    said = refused(recipe_file, override)
+    assert said.startswith(f"command line ({override})")
+    for part in parts:
+        assert part in said
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "part"),
+    [
+        ("    beta: 0.1", "    bata: 0.1", 14, "stages.ipo.bata"),
+        ("    data: pairs\n    beta", "    beta: 0.2\n    data: pairs\n    beta", 15, "stands on line 13 too"),
+        ("    kind: dpo\n", "", 10, "lacks its kind"),
+        ("    data: pairs\n", "", 10, "stages.ipo lacks 'data'"),
+        ("    beta: 0.1", "    beta: much", 14, "expected a number"),
+        ("from: sft, reward", "from: [sft, reward", 7, "broken YAML"),
+    ],
+)
+def test_errors_in_the_file_name_their_line(recipe_file: Path, old: str, new: str, line: int, part: str):
+    recipe_file.write_text(RECIPE.replace(old, new))
+    said = refused(recipe_file)
+    assert said.startswith(f"{recipe_file}:{line}: ")
+    assert part in said
+
+
+def test_an_unknown_recipe_names_the_nearest_shipped_one():
+    with pytest.raises(UserError, match="did you mean 'quickstart'"):
+        load_recipe("quickstrat")
+
+
+def test_order_puts_every_stage_after_its_parents(recipe_file: Path):
+    recipe = load_recipe(recipe_file)
+    assert order(recipe) == ["sft", "reward", "ppo", "ipo"]
+    assert parents(recipe, "ppo") == ["sft", "reward"]
+    assert needed_for(recipe, ["ipo"]) == ["sft", "ipo"]
+    assert recipe.eval is not None and recipe.eval.policies == ["base", "sft", "ppo", "ipo"]
+
+
+@pytest.mark.parametrize("file", shipped_recipes(), ids=lambda file: file.stem)
+def test_every_shipped_recipe_is_right(file: Path, tmp_path: Path):
+    """Every word of it, the fields in `train` included, is one that its config knows."""
+    from preftune.eval.judges import plan_judges
+    from preftune.models.base import Base
+    from preftune.recipes.train_keys import check_train_keys
+
+    recipe = load_recipe(file.stem)
+    assert recipe.name == file.stem
+    base = Base("random:llama", tmp_path, None, "")
+    for name in order(recipe):
+        check_train_keys(stage_job(recipe, name, base, tmp_path, tmp_path / name))
+    assert recipe.eval is not None
+    eval_spec(recipe, base, tmp_path)
+    plan_judges(recipe.eval.judges, tmp_path)
+
+
+def test_method_parameters_are_those_that_the_stages_take():
+    from preftune.stages.options import METHOD_KEYS
+    from preftune.stages.ppo_config import KL_KEYS, PPO_METHOD
+
+    for kind in ("sft", "reward", "dpo", "kto"):
+        assert set(method_keys(kind)) == set(METHOD_KEYS[kind])
+    # `samples_file` is a place and not a parameter; the kl group stands for the kl_ fields
+    assert {*method_keys("ppo"), *KL_KEYS.values(), "kl", "samples_file"} == set(PPO_METHOD)
+    ppo = STAGE_MODELS["ppo"].model_validate(
+        {"kind": "ppo", "data": "d", "reward": "r", "kl": {"coef": 1, "in": "loss", "target": 2, "horizon": 3}}
+    )
+    assert method_values(ppo) == {"kl_coef": 1, "kl_in": "loss", "kl_target": 2, "kl_horizon": 3}
+
+
+def test_a_job_holds_what_the_recipe_says(tmp_path: Path):
+    from preftune.models.base import Base
+
+    recipe = Recipe.model_validate(
+        {
+            "name": "t",
+            "seed": 3,
+            "model": {"base": "random:llama", "dtype": "bfloat16"},
+            "lora": {"r": 8, "alpha": 16},
+            "data": {"mix": {"sources": [{"path": "a", "weight": 2}, {"path": "b", "limit": 5}], "seed": 9}},
+            "stages": {
+                "sft": {"kind": "sft", "data": "mix"},
+                "dpo": {"kind": "dpo", "from": "sft", "data": "mix", "beta": 0.3, "seed": 4, "lora": {"r": 16}},
+            },
+        }
+    )
+    base = Base("random:llama", tmp_path, None, "")
+    sft, dpo = (stage_job(recipe, name, base, tmp_path, tmp_path / f".{name}") for name in ("sft", "dpo"))
+    assert (sft.parent, sft.seed, sft.dtype, sft.method) == (None, 3, "bfloat16", {})
+    assert (dpo.parent, dpo.seed, dpo.method) == (tmp_path / "sft", 4, {"beta": 0.3})
+    assert (dpo.lora.r, dpo.lora.alpha) == (16, 16)
+    assert [(s.path, s.weight, s.limit) for s in dpo.data.sources] == [("a", 2, None), ("b", 1, 5)]
+    assert dpo.data.seed == 9
+    assert {f.name for f in dataclasses.fields(data_spec(recipe.data["mix"], 0))} >= {"max_length", "overflow"}

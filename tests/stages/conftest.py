@@ -1,0 +1,110 @@
+"""Tiny jobs for every kind of stage: a random Llama, a handful of rows."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from preftune.data.spec import DataSpec, SourceSpec
+from preftune.models.adapters import LoraSpec
+from preftune.models.base import Base, load_tokenizer, resolve_base
+from preftune.stages.job import StageJob
+
+WORDS = ("red", "green", "blue", "black", "white", "brown")
+
+PAIRS = [
+    {
+        "prompt": f"Name colour {number}.",
+        "chosen": f"The colour is {word}.",
+        "rejected": f"I will not say {word} to you, go away." if number % 2 else "No.",
+    }
+    for number, word in enumerate(WORDS * 2)
+]
+ROWS = {
+    "demo": [{"prompt": row["prompt"], "completion": row["chosen"]} for row in PAIRS],
+    "pair": PAIRS,
+    "label": [
+        {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+        for row in PAIRS[:4]
+        for side in ("chosen", "rejected")
+    ],
+}
+DATA_OF = {"sft": "demo", "reward": "pair", "dpo": "pair", "kto": "label"}
+
+
+@pytest.fixture(scope="session")
+def base(preftune_cache: Path) -> Base:
+    return resolve_base("random:llama")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(base: Base) -> Any:
+    return load_tokenizer(base)
+
+
+@pytest.fixture
+def pair_rows() -> list[dict[str, Any]]:
+    return list(PAIRS)
+
+
+@pytest.fixture
+def rows_of() -> Callable[[str], list[dict[str, Any]]]:
+    return lambda kind: list(ROWS[DATA_OF[kind]])
+
+
+@pytest.fixture
+def make_job(base: Base, tmp_path: Path) -> Callable[..., StageJob]:
+    """make_job(kind, name=..., train={...}, rows=[...], held_out=0.0, **fields of StageJob) -> StageJob."""
+
+    def make(
+        kind: str,
+        name: str | None = None,
+        *,
+        rows: list[dict[str, Any]] | None = None,
+        held_out: float = 0.0,
+        **given: Any,
+    ) -> StageJob:
+        name = name or kind
+        file = tmp_path / f"{name}.jsonl"
+        rows = ROWS[DATA_OF[kind]] if rows is None else rows
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        train = {"per_device_train_batch_size": 4, "max_steps": 2, "learning_rate": 1e-3, **given.pop("train", {})}
+        return StageJob(
+            name=name,
+            kind=kind,
+            base=base,
+            lora=given.pop("lora", LoraSpec(r=4, alpha=8)),
+            data=DataSpec(sources=(SourceSpec(path=str(file)),), held_out=held_out),
+            folders=(tmp_path,),
+            train={key: value for key, value in train.items() if value is not None},
+            output_dir=tmp_path / "run" / name,
+            data_name=DATA_OF[kind],
+            **given,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def sft_folder(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A parent: an SFT adapter that has really moved away from the base."""
+    from preftune.stages.job import run_stage
+
+    folder = tmp_path_factory.mktemp("parent")
+    file = folder / "demos.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS["demo"]), encoding="utf-8")
+    job = StageJob(
+        name="sft",
+        kind="sft",
+        base=base,
+        lora=LoraSpec(r=4, alpha=8),
+        data=DataSpec(sources=(SourceSpec(path=str(file)),)),
+        folders=(folder,),
+        train={"per_device_train_batch_size": 4, "max_steps": 6, "learning_rate": 1e-2},
+        output_dir=folder / "sft",
+        data_name="demos",
+    )
+    run_stage(job)
+    return job.output_dir

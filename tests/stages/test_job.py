@@ -1,0 +1,152 @@
+"""From a job to a folder: what is written, what is refused and in which words."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from preftune.data.errors import UserError
+from preftune.models.lineage import read_lineage
+from preftune.stages.job import StageJob, run_stage
+from preftune.stages.options import device_defaults
+from preftune.stages.sft import build_sft
+from preftune.stages.trainers import latest_checkpoint
+
+KINDS = ("sft", "reward", "dpo", "kto")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_writes_its_folder(make_job, sft_folder, kind):
+    job = make_job(kind, parent=None if kind == "sft" else sft_folder)
+    metrics = run_stage(job)
+    names = {file.name for file in job.output_dir.iterdir()}
+    expected = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "lineage.json"}
+    assert expected | {"metrics.json", "log.jsonl"} <= names
+    assert "checkpoints" not in names
+    lines = [json.loads(line) for line in (job.output_dir / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2]
+    assert metrics["steps"] == 2
+    lineage = read_lineage(job.output_dir)
+    assert (lineage.stage, lineage.kind, lineage.seed) == (kind, kind, 0)
+    assert lineage.data["rows"] > 0
+    assert lineage.config["train"]["learning_rate"] == 1e-3
+    assert len(lineage.parents) == (kind != "sft")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_runs_repeat_bit_for_bit(make_job, sft_folder, kind):
+    adapters = []
+    for name in ("once", "again"):
+        job = make_job(kind, name, parent=None if kind == "sft" else sft_folder)
+        run_stage(job)
+        adapters.append((job.output_dir / "adapter_model.safetensors").read_bytes())
+    assert adapters[0] == adapters[1]
+
+
+@pytest.mark.parametrize(
+    ("method", "train", "message"),
+    [
+        ({}, {"learning_rte": 1.0}, "stages.dpo.train.learning_rte: .* did you mean learning_rate"),
+        ({"bta": 0.1}, {}, "stages.dpo.bta: .* did you mean beta"),
+        ({"beta": 0.1}, {"beta": 0.2}, "beta is said twice, as 0.1 beside train and as 0.2 in it"),
+        ({"loss_type": "exo_pair"}, {}, "Label smoothing must be greater than 0.0"),
+        ({}, {"max_length": 3}, "set max_length of the data entry"),
+        ({}, {"eval_strategy": "steps"}, "set data.pair.held_out"),
+        ({"early_stopping_patience": 2}, {}, "set data.pair.held_out"),
+        ({}, {"learning_rate": "fast"}, "'fast' is text, expected a number"),
+        ({}, {"lr_scheduler_type": "wavy"}, "wavy is not a valid SchedulerType"),
+    ],
+)
+def test_wrong_words_are_refused_in_one_line(make_job, method, train, message):
+    with pytest.raises(UserError, match=message) as caught:
+        run_stage(make_job("dpo", method=method, train=train))
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_kind_is_refused(make_job):
+    job = make_job("sft")
+    wrong = StageJob(**{**job.__dict__, "kind": "sfft"})
+    with pytest.raises(UserError, match="'sfft' is no kind of stage"):
+        run_stage(wrong)
+
+
+def test_numbers_written_as_text_are_numbers(make_job):
+    stage = build_sft(make_job("sft", train={"learning_rate": "2e-4", "num_train_epochs": "2"}))
+    assert stage.trainer.args.learning_rate == 2e-4
+    assert stage.trainer.args.num_train_epochs == 2
+
+
+def test_a_parent_of_another_base_is_refused(make_job, sft_folder, tmp_path):
+    other = tmp_path / "parent"
+    shutil.copytree(sft_folder, other)
+    lineage = json.loads((other / "lineage.json").read_text())
+    lineage["base"]["sha256"] = "0" * 64
+    (other / "lineage.json").write_text(json.dumps(lineage))
+    with pytest.raises(UserError, match=r"base\.sha256 differs"):
+        run_stage(make_job("dpo", parent=other))
+
+
+def test_held_out_rows_are_evaluated_and_the_best_kept(make_job):
+    method = {"early_stopping_patience": 1}
+    train = {"max_steps": None, "num_train_epochs": 6, "learning_rate": 0.3}
+    metrics = run_stage(make_job("sft", held_out=0.3, method=method, train=train))
+    assert metrics["eval_loss"] > 0
+    assert metrics["epochs"] < 6  # such a learning rate does not improve for long
+
+
+def test_the_best_checkpoint_is_what_is_saved(make_job):
+    train = {"max_steps": None, "num_train_epochs": 4, "learning_rate": 0.1, "load_best_model_at_end": True}
+    job = make_job("sft", held_out=0.3, train=train)
+    metrics = run_stage(job)
+    lines = [json.loads(line) for line in (job.output_dir / "log.jsonl").read_text().splitlines()]
+    losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    assert metrics["eval_loss"] == pytest.approx(min(losses), rel=1e-6)
+    assert not (job.output_dir / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_interrupted_run_resumes_exactly(make_job, sft_folder, kind, monkeypatch):
+    parent = None if kind == "sft" else sft_folder
+    train = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole = make_job(kind, "whole", parent=parent, train=train)
+    run_stage(whole)
+    killed = make_job(kind, "killed", parent=parent, train=train)
+    from preftune.stages import callbacks
+
+    class Killed(Exception):
+        pass
+
+    def at_three(self, args, state, control, **_):
+        if state.global_step == 3:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks.Progress, "on_step_end", at_three)
+        with pytest.raises(Killed):
+            run_stage(killed)
+    assert latest_checkpoint(killed.output_dir / "checkpoints").endswith("checkpoint-2")
+    run_stage(killed)
+    weights = [(job.output_dir / "adapter_model.safetensors").read_bytes() for job in (whole, killed)]
+    assert weights[0] == weights[1]
+    steps = [json.loads(line)["step"] for line in (killed.output_dir / "log.jsonl").read_text().splitlines()]
+    assert [step for step in steps[:-1]] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fewer_rows_than_a_batch(make_job, rows_of, kind):
+    metrics = run_stage(make_job(kind, rows=rows_of(kind)[:3], train={"per_device_train_batch_size": 8}))
+    assert metrics["steps"] == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what a CPU needs")
+def test_device_defaults_of_a_cpu():
+    values = device_defaults("float32")
+    assert values["use_cpu"] and not values["bf16"] and not values["gradient_checkpointing"]
+    assert device_defaults("bfloat16")["bf16"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bfloat16_base_trains(make_job, sft_folder, kind):
+    job = make_job(kind, parent=None if kind == "sft" else sft_folder, dtype="bfloat16")
+    assert run_stage(job)["steps"] == 2
