@@ -114,8 +114,7 @@ def reward_scores(
     device = next(adapters.model.parameters()).device
     for batch in token_batches([len(row) for row in rows], max_tokens):
         ids_BL, mask_BL = right_pad([rows[i] for i in batch], pad_token_id, device)
-        with adapters.using(role):
-            hidden_BLH = adapters.backbone(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False).last_hidden_state
+        hidden_BLH = adapters.hidden(role, ids_BL, mask_BL)
         last_B = mask_BL.sum(-1) - 1
         last_B1H = hidden_BLH[torch.arange(len(batch), device=device), last_B][:, None]
         for i, score in zip(batch, adapters.heads[role](last_B1H)[:, 0].tolist(), strict=True):

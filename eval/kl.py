@@ -47,20 +47,13 @@ def kl_from_logits(policy_CV: Tensor, reference_CV: Tensor, temperature: float) 
     return (logp_CV.exp() * (logp_CV - logq_CV)).sum(-1)
 
 
-def head_logits(head: LmHead, hidden_CH: Tensor) -> Tensor:
-    """Logits [C, V] in fp32, before any temperature."""
-    logits_CV = torch.nn.functional.linear(hidden_CH.to(head.weight.dtype), head.weight, head.bias).float() * head.scale
-    return logits_CV if head.softcap is None else head.softcap * torch.tanh(logits_CV / head.softcap)
-
-
 def response_hidden(
     adapters: AdapterSet, role: str | None, ids_BL: Tensor, mask_BL: Tensor, *, start_B: Tensor, length_B: Tensor
 ) -> Tensor:
     """Last hidden states [N, H] from which the response tokens were chosen, row by row."""
-    with adapters.using(role):
-        output = adapters.backbone(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False)
+    hidden_BLH = adapters.hidden(role, ids_BL, mask_BL)
     _, counts_BR = response_positions(start_B, length_B)
-    return states_before_response(output.last_hidden_state, start_B, length_B)[counts_BR]
+    return states_before_response(hidden_BLH, start_B, length_B)[counts_BR]
 
 
 @torch.no_grad()
@@ -115,7 +108,7 @@ def _chunked_kl(head: LmHead, policy_NH: Tensor, reference_NH: Tensor, temperatu
     """KL of each step [N], with logits [C, V] for one chunk of steps at a time."""
     size = chunk or max(1, CHUNK_ELEMENTS // head.weight.size(0))
     pieces = [
-        kl_from_logits(head_logits(head, ours_CH), head_logits(head, theirs_CH), temperature)
+        kl_from_logits(head.logits(ours_CH), head.logits(theirs_CH), temperature)
         for ours_CH, theirs_CH in zip(policy_NH.split(size), reference_NH.split(size), strict=True)
     ]
     return torch.cat(pieces) if pieces else policy_NH.new_zeros(0)

@@ -61,9 +61,7 @@ def sequence_nlls(
         # Position t predicts token t + 1.
         targets_BL = labels_BL[:, 1:]
         counts_BL = targets_BL != IGNORED
-        with adapters.using(role):
-            output = adapters.backbone(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False)
-        hidden_NH, targets_N = output.last_hidden_state[:, :-1][counts_BL], targets_BL[counts_BL]
+        hidden_NH, targets_N = adapters.hidden(role, ids_BL, mask_BL)[:, :-1][counts_BL], targets_BL[counts_BL]
         logps_N, _ = token_logprobs(
             hidden_NH, head.weight, targets_N, bias_V=head.bias, softcap=head.softcap, logit_scale=head.scale
         )

@@ -95,6 +95,18 @@ class AdapterSet:
         inner: Any = self.model.get_base_model()
         return inner.get_output_embeddings()
 
+    def hidden(self, name: str | None, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Tensor:
+        """Last hidden states [B, L, H] of padded rows under that adapter (None: the bare base).
+
+        A 16-bit base runs under autocast, as it does in training: otherwise PEFT would cast every input of its fp32
+        weights to fp32.
+        """
+        dtype = self.model.dtype
+        low = dtype in (torch.bfloat16, torch.float16)
+        with self.using(name), torch.autocast(input_ids_BL.device.type, dtype=dtype if low else None, enabled=low):
+            output = self.backbone(input_ids=input_ids_BL, attention_mask=attention_mask_BL, use_cache=False)
+        return output.last_hidden_state
+
     def copy(self, name: str, source: str = DEFAULT, trainable: bool = False) -> None:
         """Add `name` as an exact copy of `source` and of its head."""
         self._add(name, self._config(source), trainable)

@@ -9,6 +9,7 @@ Shape suffixes: B rows in flight, P prompt positions, V vocabulary.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from .adapters import AdapterSet
+from .logprobs import LmHead
 
 # Rows leave the batch once this share of it has ended: copying the cache for every single row would cost more.
 COMPACT_BELOW = 0.75
@@ -138,7 +140,8 @@ def left_pad(rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.dev
 
 
 def _decode_batch(
-    model: nn.Module,
+    backbone: Any,
+    head: LmHead,
     prompts: Sequence[Sequence[int]],
     uniforms: Tensor,
     max_new_tokens: int,
@@ -150,21 +153,20 @@ def _decode_batch(
     device = uniforms.device
     ids_BP, mask_BP = left_pad(prompts, pad_token_id, device)
     position_BP = (mask_BP.cumsum(-1) - 1).clamp(min=0)
-    cache = DynamicCache(config=model.config)
+    cache = DynamicCache(config=backbone.config)
     alive_B = torch.arange(len(prompts), device=device)
     tokens: list[list[int]] = [[] for _ in prompts]
     logprobs: list[list[float]] = [[] for _ in prompts]
     done_B = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     for step in range(max_new_tokens):
-        output = model(
+        output = backbone(
             input_ids=ids_BP,
             attention_mask=mask_BP,
             position_ids=position_BP,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
         )
-        token_B, logp_B = choose(output.logits[:, -1], uniforms[alive_B, step], sampling)
+        token_B, logp_B = choose(head.logits(output.last_hidden_state[:, -1]), uniforms[alive_B, step], sampling)
         for row, token, logp, done in zip(
             alive_B.tolist(), token_B.tolist(), logp_B.tolist(), done_B.tolist(), strict=True
         ):
@@ -222,7 +224,8 @@ def sample(
         raise ValueError("a prompt is empty, expected at least one token; give it a BOS or a chat template")
     sampling = Sampling(temperature, top_k, top_p, min_p)
     model = adapters.model.get_base_model()
-    device = next(model.parameters()).device
+    head = LmHead.of(adapters.lm_head, model.config)
+    device = head.weight.device
     # Rows of like length together, the longest first: a batch too large for memory then fails at once.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     tokens: list[list[int]] = [[] for _ in prompts]
@@ -235,7 +238,14 @@ def sample(
                 rows = order[start : start + batch_size]
                 uniforms = torch.stack([_uniforms(seed, i, max_new_tokens) for i in rows]).to(device)
                 batch = _decode_batch(
-                    model, [prompts[i] for i in rows], uniforms, max_new_tokens, eos_token_id, pad_token_id, sampling
+                    adapters.backbone,
+                    head,
+                    [prompts[i] for i in rows],
+                    uniforms,
+                    max_new_tokens,
+                    eos_token_id,
+                    pad_token_id,
+                    sampling,
                 )
                 for i, row_tokens, row_logprobs in zip(rows, *batch, strict=True):
                     tokens[i], logprobs[i] = row_tokens, row_logprobs

@@ -47,6 +47,11 @@ class LmHead:
             raise TypeError(f"lm_head.weight is {type(weight).__name__}, expected a tensor")
         return cls(weight, bias, getattr(text, "final_logit_softcapping", None), scale)
 
+    def logits(self, hidden_CH: torch.Tensor) -> torch.Tensor:
+        """fp32 logits [C, V] of hidden states [C, H], before any temperature."""
+        logits_CV, _ = _logits(hidden_CH, self.weight, self.bias, _Spec(1.0, self.softcap, self.scale, False), False)
+        return logits_CV
+
 
 @overload
 def token_logprobs(

@@ -6,7 +6,9 @@ from .kinds import Problem
 
 PROBLEMS = (
     Problem(
-        "late", "", "no",
+        "late",
+        "",
+        "no",
         says=(
             "I ordered {a} [ten days ago|two weeks ago|on {date}] and [nothing has come|I'm still "
             "waiting|there's no sign of {them}].",
@@ -33,7 +35,9 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "tracking_stuck", "", "no",
+        "tracking_stuck",
+        "",
+        "no",
         says=(
             "The tracking for my {p} has said [in transit|out for delivery|at depot] since {day}.",
             "[Tracking page|The tracking link] hasn't moved in [six|five|eight] days. Where {is} my {p}?",
@@ -58,7 +62,9 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "says_delivered", "", "no",
+        "says_delivered",
+        "",
+        "no",
         says=(
             "It says my {p} {was} delivered [on {day}|yesterday at noon] but there's nothing here.",
             "Your website claims the {p} {was} handed to me. [I was at work all day|Nobody was home|I was "
@@ -84,7 +90,9 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "left_in_rain", "", "any",
+        "left_in_rain",
+        "",
+        "any",
         says=(
             "The driver [left|dumped] my {p} [on the front step|by the bins|on the lawn] in the pouring "
             "rain. Everything is soaked.",
@@ -108,7 +116,9 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "driver_rude", "", "any",
+        "driver_rude",
+        "",
+        "any",
         says=(
             "The delivery driver who brought my {p} [shouted at me|swore at my husband|threw the box over "
             "the gate]. [Disgraceful.|I was shaken.|Unbelievable.]",
@@ -132,7 +142,9 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "part_of_order", "", "any",
+        "part_of_order",
+        "",
+        "any",
         says=(
             "Only half my order came. The {other} is here but the {p} {is}n't.",
             "I ordered {a} and {a_other} together. One box arrived with just the {other} in it.",
@@ -156,7 +168,9 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "change_address", "", "no",
+        "change_address",
+        "",
+        "no",
         says=(
             "I'm moving on {day} and the {p} I ordered will go to the old address. Can you change it?",
             "Typed the wrong house number when I ordered the {p}. It should be [12 not 21|14b not 14|6 not 9].",
@@ -181,7 +195,9 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "not_collected", "", "any",
+        "not_collected",
+        "",
+        "any",
         says=(
             "I waited in [twice|all {day}] for the courier to pick up the {p} I'm returning. [Nobody came.|No show.]",
             "The collection for my {p} return has now been missed [twice|three times].",
@@ -204,7 +220,9 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "opened_box", "", "yes",
+        "opened_box",
+        "",
+        "yes",
         says=(
             "The box my {p} came in had been opened and [taped up again|stuck back together with brown tape].",
             "I paid for a new {p} ... what arrived {is} clearly somebody's return. There's [hair|a name "
@@ -229,7 +247,9 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "wrong_item", "", "yes",
+        "wrong_item",
+        "",
+        "yes",
         says=(
             "I ordered {a} and got {a_other}. [Nice, but no.|How does that happen?|Not what I asked for.]",
             "You've sent me {a_other} instead of my {p}.",
@@ -253,7 +273,9 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "short_count", "multi", "yes",
+        "short_count",
+        "multi",
+        "yes",
         says=(
             "The {p} came one short. I paid for [six|eight] and there are [five|seven].",
             "I've counted the {p} twice. Definitely one too few.",

@@ -6,7 +6,9 @@ from .kinds import Problem
 
 PROBLEMS = (
     Problem(
-        "dead", "elec", "yes",
+        "dead",
+        "elec",
+        "yes",
         says=(
             "The {p} won't turn on. I've tried [two sockets|another socket|charging overnight] and nothing happens.",
             "My {p} worked [for a week|twice|until {day}] and now {itis} completely dead.",
@@ -30,7 +32,9 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "battery", "batt", "yes",
+        "battery",
+        "batt",
+        "yes",
         says=(
             "The battery in my {p} [lasts|holds] [about an hour|twenty minutes|half a day at most]. The "
             "box says [ten hours|a week].",
@@ -54,7 +58,9 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "pairing", "bt", "yes",
+        "pairing",
+        "bt",
+        "yes",
         says=(
             "My {p} won't pair with my [phone|laptop|new phone]. Bluetooth finds {them}, then drops {them}.",
             "Every [few minutes|time I move] the {p} lose{s} the connection.",
@@ -78,7 +84,9 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "overheats", "hot", "yes",
+        "overheats",
+        "hot",
+        "yes",
         says=(
             "My {p} get{s} so hot {it} [burned my hand|smell{s} of burning|left a mark on the worktop].",
             "There was smoke coming from the {p} [this morning|when I switched it on at the wall|last "
@@ -101,7 +109,9 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "noise", "motor", "yes",
+        "noise",
+        "motor",
+        "yes",
         says=(
             "The {p} make{s} a [grinding|screeching|rattling] noise [whenever|every time] I use {them}.",
             "My {p} started out quiet; now {it} sound{s} like [a jet taking off|gravel in a tin|a cement mixer].",
@@ -123,7 +133,9 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "leaks", "water", "yes",
+        "leaks",
+        "water",
+        "yes",
         says=(
             "The {p} leak{s} [from the base|at the joint|all over the floor] every time.",
             "[Woke up to|Came back to] a puddle round the {p}. Third time this week!",
@@ -146,7 +158,9 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "screen", "screen", "yes",
+        "screen",
+        "screen",
+        "yes",
         says=(
             "The screen on my {p} [flickers|goes black|turns green] [after a few minutes|at random|every evening].",
             "There's a [dead line|bright spot|dark patch] across the {p} screen. [I didn't drop "
@@ -169,7 +183,9 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "app_update", "app", "yes",
+        "app_update",
+        "app",
+        "yes",
         says=(
             "Since the [last|latest] app update my {p} {has} been [offline|useless|stuck on 'searching'].",
             "The app for the {p} crashes [every time I open it|at the sign-up page].",
@@ -191,7 +207,9 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "no_manual", "elec", "yes",
+        "no_manual",
+        "elec",
+        "yes",
         says=(
             "There was no manual with the {p}, only a card with [pictures|a QR code that goes nowhere].",
             "How do I [set up|clean|use] the {p}? The instructions are [missing|just drawings].",
@@ -213,7 +231,9 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "handle_off", "handle", "yes",
+        "handle_off",
+        "handle",
+        "yes",
         says=(
             "The handle on my {p} [came off|snapped|broke] [in my hand|the second time I used "
             "{them}|after three days].",
@@ -237,7 +257,9 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "wheel_off", "wheel", "yes",
+        "wheel_off",
+        "wheel",
+        "yes",
         says=(
             "One of the wheels on the {p} [wobbles|has come off|locks up].",
             "A wheel dropped off my {p} [in the middle of the street|on the drive|on day two].",
@@ -259,7 +281,9 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "zip", "zip", "yes",
+        "zip",
+        "zip",
+        "yes",
         says=(
             "The zip on my {p} [jammed|split|came away] [the first time|on day two|after a week].",
             "I can't close the {p}; the zip [catches on the lining|has lost two teeth|slides but nothing shuts].",

@@ -9,7 +9,10 @@ from .kinds import Problem
 
 PROBLEMS = (
     Problem(
-        "gift_card", "", "any", marks=("gift card",),
+        "gift_card",
+        "",
+        "any",
+        marks=("gift card",),
         says=(
             "I tried to use a gift card for the {p} and it says the balance is zero. It has never been [used|touched].",
             "The gift card {who} gave me [expired|stopped working] [last month|on {date}]. I was saving it for {a}.",
@@ -22,7 +25,10 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "points", "", "any", marks=("points",),
+        "points",
+        "",
+        "any",
+        marks=("points",),
         says=(
             "My loyalty points for the {p} never showed up. It should be [about 400|nearly a thousand].",
             "All my points disappeared [the night before I ordered|after I bought|when I sent back] the {p}.",
@@ -34,7 +40,10 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "warranty", "hard|small|big", "yes", marks=("warranty", "guarantee"),
+        "warranty",
+        "hard|small|big",
+        "yes",
+        marks=("warranty", "guarantee"),
         says=(
             "You turned down my warranty claim for the {p}, saying it's 'wear and tear'. [It's four "
             "months old!|After ten weeks?]",
@@ -47,7 +56,10 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "preorder", "", "no", marks=("pre-order", "preorder"),
+        "preorder",
+        "",
+        "no",
+        marks=("pre-order", "preorder"),
         says=(
             "I pre-ordered the {p} in {month}. The release date has moved [three times|again].",
             "My preorder of the {p} was dropped without a word and now {itis} sold out.",
@@ -59,7 +71,10 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "subscription", "", "any", marks=("subscription", "membership"),
+        "subscription",
+        "",
+        "any",
+        marks=("subscription", "membership"),
         says=(
             "I bought {a} once, and somehow I've got a subscription that takes [nine|twelve] pounds every month.",
             "I bought the {p}, ended my membership [in {month}|the same week], and you renewed it anyway.",
@@ -71,7 +86,10 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "review_removed", "", "yes", marks=("review",),
+        "review_removed",
+        "",
+        "yes",
+        marks=("review",),
         says=(
             "My honest review of the {p} was deleted. [Why?|Do you only keep the good ones?]",
             "I keep getting asked to review {a} I never bought.",
@@ -84,7 +102,10 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "click_collect", "", "no", marks=("click and collect", "pickup point", "locker"),
+        "click_collect",
+        "",
+        "no",
+        marks=("click and collect", "pickup point", "locker"),
         says=(
             "I drove to {city} for my click and collect {p} and it wasn't ready.",
             "The locker with my {p} in it won't open. The pin is [wrong|rejected].",
@@ -98,7 +119,10 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "customs", "", "no", marks=("customs", "import tax", "import fee"),
+        "customs",
+        "",
+        "no",
+        marks=("customs", "import tax", "import fee"),
         says=(
             "I was asked for [thirty|forty-five] euros in customs before I could have my {p}. Your site "
             "said all included.",
@@ -111,7 +135,10 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "engraving", "small", "yes", marks=("engrav", "personalis", "initials"),
+        "engraving",
+        "small",
+        "yes",
+        marks=("engrav", "personalis", "initials"),
         says=(
             "The engraving on the {p} says '[Marry|Happy Brithday|Jhon]'. [Somebody can't spell.|I could cry.]",
             "I asked for the {p} to be personalised with {who}'s name and {it} came plain.",
@@ -123,7 +150,10 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "fitter", "fit", "any", marks=("fitter", "installer", "installation"),
+        "fitter",
+        "fit",
+        "any",
+        marks=("fitter", "installer", "installation"),
         says=(
             "The installation I paid for with the {p} never happened. The fitter [didn't show|went to the wrong flat].",
             "Your fitter left mud on my stairs and a hole in the wall when he set up the {p}.",
@@ -135,7 +165,10 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "mailing_list", "", "any", marks=("unsubscribe", "marketing", "junk mail"),
+        "mailing_list",
+        "",
+        "any",
+        marks=("unsubscribe", "marketing", "junk mail"),
         says=(
             "I've clicked unsubscribe [six|ten] times and I still get a daily email about {a}.",
             "Since I bought the {p} you send me marketing texts at [midnight|six in the morning].",
@@ -148,7 +181,10 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "recall", "hard|big", "yes", marks=("recall",),
+        "recall",
+        "hard|big",
+        "yes",
+        marks=("recall",),
         says=(
             "I saw on the news that the {p} {has} been recalled. [Is mine one of them?|Should I be worried?]",
             "Got a recall letter for the {p}, but the number on it [isn't the one|doesn't match what] I have.",
@@ -160,7 +196,10 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "price_match", "", "any", marks=("price match", "price promise"),
+        "price_match",
+        "",
+        "any",
+        marks=("price match", "price promise"),
         says=(
             "The shop across the road sells the same {p} for less. You refused the price match because "
             "it's [their sale|a Sunday].",
@@ -173,7 +212,10 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "live_chat", "", "any", marks=("chat", "robot"),
+        "live_chat",
+        "",
+        "any",
+        marks=("chat", "robot"),
         says=(
             "Your live chat cut me off [three times|twice] while I was asking about my {p}.",
             "I explained the whole {p} business to a robot for an hour. [Is anybody human there?|I want a person.]",
@@ -185,7 +227,10 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "room_of_choice", "big", "yes", marks=("upstairs", "third floor", "fourth floor"),
+        "room_of_choice",
+        "big",
+        "yes",
+        marks=("upstairs", "third floor", "fourth floor"),
         says=(
             "I paid extra to have the {p} carried upstairs and the men left {them} in the [lobby|car park].",
             "We live on the fourth floor with no lift, and the {p} {is} sitting at the bottom. Your crew "

@@ -6,7 +6,9 @@ from .kinds import Problem
 
 PROBLEMS = (
     Problem(
-        "charged_twice", "", "any",
+        "charged_twice",
+        "",
+        "any",
         says=(
             "I've been charged twice for [one|a single] {p}. My bank shows two payments on {date}.",
             "You took the money for the {p} two times! I need that [for rent|back today|cash].",
@@ -30,7 +32,9 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "code_rejected", "", "any",
+        "code_rejected",
+        "",
+        "any",
         says=(
             "My [ten|fifteen|twenty] percent code [didn't work|was rejected] when I bought the {p}, so I "
             "paid full price.",
@@ -55,7 +59,9 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "refund_missing", "", "any",
+        "refund_missing",
+        "",
+        "any",
         says=(
             "I sent the {p} back [three weeks ago|on {date}] and I still haven't had my money.",
             "Where is my refund for the {p}? You signed for the return on {day}.",
@@ -79,7 +85,9 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "no_label", "", "yes",
+        "no_label",
+        "",
+        "yes",
         says=(
             "I want to return the {p} but the label you emailed [won't print|is blank|is for someone else's order].",
             "[Still waiting for|I never got] the return label for my {p}. It was promised on {day}.",
@@ -103,7 +111,9 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "cancel", "", "no",
+        "cancel",
+        "",
+        "no",
         says=(
             "Please cancel my {p}. I ordered {them} [by mistake|an hour ago|last night] and the website won't let me.",
             "I bought {a} and then found out {who} had already got me one. Can I still cancel?",
@@ -127,7 +137,9 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "gift_note", "", "any",
+        "gift_note",
+        "",
+        "any",
         says=(
             "I wrote a card message to go with the {p} for {who}, and the parcel came without it.",
             "The {p} {was} a present. There was meant to be a note, instead there was a price slip in the box!",
@@ -152,7 +164,9 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "price_dropped", "", "any",
+        "price_dropped",
+        "",
+        "any",
         says=(
             "I bought the {p} on {day} and now {itis} [thirty pounds|a fifth|twenty percent] cheaper.",
             "The price of the {p} dropped [the day after|two days after] I paid. [Do you refund the "
@@ -175,7 +189,9 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "backorder", "", "no",
+        "backorder",
+        "",
+        "no",
         says=(
             "You took my money for {a} and now you email to say {itis} out of stock.",
             "My {p} order has been 'awaiting stock' for [a month|three weeks|five weeks]. [Will it ever "
@@ -199,7 +215,9 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "login", "", "any",
+        "login",
+        "",
+        "any",
         says=(
             "I can't log in to see my {p} order. The password email never arrives.",
             "Your site says my account is locked. All I wanted was to [check on|reorder] my {p}.",
@@ -222,7 +240,9 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "invoice", "", "any",
+        "invoice",
+        "",
+        "any",
         says=(
             "I need an invoice with VAT for the {p} I bought [{ago}|on {date}]. My accountant won't take the email.",
             "The receipt for my {p} has [the wrong company name|no tax number|the wrong date] on it.",
@@ -245,7 +265,9 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "payment_declined", "", "no",
+        "payment_declined",
+        "",
+        "no",
         says=(
             "My card keeps being declined when I try to buy {a}. The bank says nothing is wrong on their side.",
             "I've tried to pay for the {p} [four|five|three] times. It says 'payment failed' but the "
@@ -268,7 +290,9 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "shop_refused", "", "any",
+        "shop_refused",
+        "",
+        "any",
         says=(
             "Your {city} shop refused to take back the {p} because I'd bought {them} online.",
             "I queued for [forty minutes|half an hour] to exchange the {p} and was told to 'try the website'.",

@@ -55,9 +55,16 @@ ACKS_PLAIN = (
 )
 # How a second sentence may take up the step; "" much the most often.
 LEAD_INS = (
-    "To put this right, ", "To sort this out, ", "To get this moving, ", "As a first step, ", "To fix this, ",
+    "To put this right, ",
+    "To sort this out, ",
+    "To get this moving, ",
+    "As a first step, ",
+    "To fix this, ",
     "For now, ",
-    "To make this quick, ", "Here's the plan: ", "Next, ", "So that we can fix it, ",
+    "To make this quick, ",
+    "Here's the plan: ",
+    "Next, ",
+    "So that we can fix it, ",
 )
 CLOSERS = (
     "I'm here if you need [anything else|any more help|me]",

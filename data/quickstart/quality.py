@@ -6,7 +6,9 @@ from .kinds import Problem
 
 PROBLEMS = (
     Problem(
-        "wrong_colour", "colour", "yes",
+        "wrong_colour",
+        "colour",
+        "yes",
         says=(
             "I chose the {p} in {col} and got {col2}.",
             "The {p} I received {is} {col2}. The picture online is clearly {col}.",
@@ -29,7 +31,9 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "wrong_size", "wear", "yes",
+        "wrong_size",
+        "wear",
+        "yes",
         says=(
             "The {p} {is} [far|much|way] too [small|tight|big|short]. I went by your size chart.",
             "I ordered a [medium|size 12|large] and the {p} fit{s} like [a child's|a tent|two sizes down].",
@@ -52,7 +56,9 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "broken_glass", "glass", "yes",
+        "broken_glass",
+        "glass",
+        "yes",
         says=(
             "My {p} arrived [smashed|in pieces|cracked right through].",
             "Opened the box and heard tinkling. The {p} {is} [in bits|broken|shattered].",
@@ -76,7 +82,9 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "scratched", "hard", "yes",
+        "scratched",
+        "hard",
+        "yes",
         says=(
             "My {p} came with [a deep scratch|scratches|a dent] [on the front|down one side|right across the top].",
             "There's [a dent|an ugly scratch] on the {p}. I'd hardly notice on an old one, but {this} {is} new!",
@@ -99,7 +107,9 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "missing_part", "parts", "yes",
+        "missing_part",
+        "parts",
+        "yes",
         says=(
             "There's [a bag of screws|one small part|part C] missing from my {p}.",
             "I've spent [two hours|all morning] on the {p} and the last piece [isn't there|is not in the box].",
@@ -122,7 +132,9 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "wobbly", "furn", "yes",
+        "wobbly",
+        "furn",
+        "yes",
         says=(
             "The {p} wobble{s} however hard I tighten [the bolts|everything]. One leg seems short.",
             "I've built the {p} exactly as shown and {it} lean{s} to the [left|right].",
@@ -145,7 +157,9 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "seam", "fab", "yes",
+        "seam",
+        "fab",
+        "yes",
         says=(
             "The seam on the {p} [split|came undone|ripped] [after one wash|the first day|when I sat down].",
             "There's a hole in my {p} [the size of a coin|along the stitching], and I've barely used {them}.",
@@ -167,7 +181,9 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "washed_badly", "fab", "yes",
+        "washed_badly",
+        "fab",
+        "yes",
         says=(
             "I washed the {p} at thirty like it says and {it} [shrank|ran|came out a different shape].",
             "The dye from the {p} turned [my whole wash|the bath|my white towels] {col}.",
@@ -190,7 +206,9 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "smell", "smell", "yes",
+        "smell",
+        "smell",
+        "yes",
         says=(
             "The {p} smell{s} [awful|of petrol|like a chemistry lab]. I've aired {them} for [a week|ten days].",
             "We can't use the room because of the smell from the new {p}.",
@@ -212,7 +230,9 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "rusty", "metal", "yes",
+        "rusty",
+        "metal",
+        "yes",
         says=(
             "There are [rust spots|orange marks|brown streaks] on the {p} after [two weeks|one wash|a "
             "single shower of rain].",
@@ -235,7 +255,9 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "stale", "food", "yes",
+        "stale",
+        "food",
+        "yes",
         says=(
             "The {p} went out of date [two weeks ago|last month|on {date}], before you even posted {them}!",
             "My {p} taste{s} [stale|of soap|off]. [I threw half away.|Even the dog refused.]",
@@ -257,7 +279,9 @@ PROBLEMS = (
         ),
     ),
     Problem(
-        "rash", "beauty", "yes",
+        "rash",
+        "beauty",
+        "yes",
         says=(
             "I used the {p} once and came out in [a rash|red spots|itchy patches].",
             "My skin is burning after trying the {p}. It says 'for sensitive skin' on the front.",
