@@ -73,8 +73,10 @@ def merged(adapters: AdapterSet, role: str | None) -> Iterator[None]:
     Decoding then costs what the base costs. The base's tensors are set aside, never written to, so they come back bit
     for bit. A quantised base cannot be merged exactly: there the adapter runs beside it as in training.
     """
-    layers = [m for m in adapters.model.modules() if isinstance(m, LoraLayer) and role in m.lora_A]
-    weights = [layer.get_base_layer().weight for layer in layers]
+    layers: list[Any] = [
+        m for m in adapters.model.modules() if role is not None and isinstance(m, LoraLayer) and role in m.lora_A
+    ]
+    weights: list[Any] = [layer.get_base_layer().weight for layer in layers]
     if role is None or not all(type(w) is nn.Parameter and w.is_floating_point() for w in weights):
         with adapters.using(role):
             yield

@@ -31,7 +31,7 @@ ATTENTION = "preftune_tree"
 """The attention function's name in transformers' registry; without a tree it is plain SDPA."""
 
 BLOCK_TOKENS = 320
-"""Tokens of one attention block. Smaller blocks repeat more prefixes, larger ones mask more: 256 to 384 measured best."""
+"""Tokens of one attention block: smaller ones repeat more prefixes, larger ones mask more; 256 to 384 measured best."""
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,8 @@ def reference_greedy(adapters, tokenizer, new_tokens):
     )
     rows = []
     for row in out[:, ids.size(1) :].tolist():
-        if tokenizer.eos_token_id in row:
-            row = row[: row.index(tokenizer.eos_token_id) + 1]
-        rows.append(row)
+        ended = tokenizer.eos_token_id in row
+        rows.append(row[: row.index(tokenizer.eos_token_id) + 1] if ended else row)
     return rows
 
 
