@@ -39,8 +39,31 @@ def run_all(run: Run, overrides: Overrides = None, json: AsJson = False) -> None
 
 
 @app.command()
-def winrate(run: Run, overrides: Overrides = None, policies: Policies = None, json: AsJson = False) -> None:
-    """Win-rates against the reference, with intervals."""
+def winrate(
+    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="A run folder.")] = None,
+    overrides: Overrides = None,
+    policies: Policies = None,
+    annotations: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="PATH...", help="Score preferences that exist already: JSONL, one file a model."),
+    ] = None,
+    json: AsJson = False,
+) -> None:
+    """Win-rates against the reference, with intervals; or those of --annotations PATH..., fitted jointly.
+
+    A row of annotations: {"prompt": id, "baseline_length": int, "model_length": int, "preference": 1..2}, where 2 says
+    that the model wins.
+    """
+    if annotations:
+        if policies:
+            raise UserError("--policies", "means nothing with --annotations", "leave it out")
+        from ..eval.annotations import annotation_rows
+
+        # An option takes one value: the paths after the first stand where a run and its overrides would.
+        _print(annotation_rows([*annotations, *([run] if run else []), *map(Path, overrides or ())]), json)
+        return
+    if run is None:
+        raise UserError("eval winrate", "neither a run folder nor --annotations", "give one of them")
     _, spec = _open(run, overrides, policies)
     from ..eval.commands import eval_winrate
 
@@ -133,7 +156,21 @@ def _data(recipe: "Recipe", given: str | None, kind: str) -> "DataSpec":
     return data_spec(Data(path=str(here.resolve()) if here.exists() else given), recipe.seed)
 
 
-def _print(rows: Any, json: bool) -> None:
+def _print(rows: list[dict[str, Any]], json: bool) -> None:
+    """The rows; as tables, the matrix of all pairs stands apart from the rest."""
     from .progress import Voice
 
-    Voice(json).rows(rows)
+    voice = Voice(json)
+    if json:
+        voice.rows(rows)
+        return
+    voice.rows({key: value for key, value in row.items() if key != "against"} for row in rows)
+    matrix = [row for row in rows if row.get("against")]
+    if len(matrix) > 2:
+        voice.say("\nwin-rate of the row's policy against the column's")
+        others = list(dict.fromkeys(row["policy"] for row in matrix))
+        voice.rows(
+            {key: row[key] for key in ("policy", "judge")}
+            | {other: row["against"].get(other, {}).get("win_rate") for other in others}
+            for row in matrix
+        )

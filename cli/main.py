@@ -13,6 +13,7 @@ import typer
 from ..data.errors import UserError
 from ..version import __version__
 from . import evaluate
+from .launch import StageFailed
 
 app = typer.Typer(
     name="preftune",
@@ -38,10 +39,14 @@ Launch = Annotated[
 
 def main() -> None:
     """The console script: a user's mistake is one line and exit code 2, anything else 1."""
-    # what libraries say to one another about their next versions
+    calm()
+    sys.exit(guarded(lambda: app(standalone_mode=False)))
+
+
+def calm() -> None:
+    """Leave out what libraries say to one another about their next versions."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(transformers|peft|trl|torch)\.")
-    sys.exit(guarded(lambda: app(standalone_mode=False)))
 
 
 def guarded(work: Callable[[], object]) -> int:
@@ -52,6 +57,8 @@ def guarded(work: Callable[[], object]) -> int:
     except UserError as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return 2
+    except StageFailed as error:
+        print(error, file=sys.stderr)
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted; the same command continues", file=sys.stderr)
     except BrokenPipeError:

@@ -10,7 +10,8 @@ A check is `{name, kind, ...}` with the fields of its kind:
 | ends_with | values | it ends in one of the strings, white space at its end aside |
 | sentence_count | min, max (one or both) | the number of sentences is within the bounds |
 
-The score of a reply is the share of checks that it passes.
+The score of a reply is the share of checks that it passes. In a recipe, `checks` may also name a YAML file with such a
+list.
 """
 
 import difflib

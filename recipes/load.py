@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..data.errors import UserError
+from ..data.sources import find
 from .graph import check_graph, fill_eval
 from .problems import dotted, first_problem, nearest, problem, shown
 from .schema import KINDS, Recipe
@@ -44,6 +45,7 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
     for override in overrides:
         _override(text, override)
     _normalise(text)
+    _read_checks(text, file.resolve().parent)
     try:
         recipe = Recipe.model_validate(text.values)
     except ValidationError as error:
@@ -137,6 +139,18 @@ def _normalise(text: Text) -> None:
             known = data if isinstance(data, dict) else {}
             raise problem(text, ("eval", "prompts"), f"{prompts!r} is no data entry", nearest(prompts, map(str, known)))
         evaluation["prompts"] = dict(data[prompts])
+
+
+def _read_checks(text: Text, folder: Path) -> None:
+    """A rubric's `checks` may name a YAML file; the run keeps what it said, so later edits change no old result."""
+    evaluation = text.values.get("eval")
+    judges = evaluation.get("judges") if isinstance(evaluation, dict) else None
+    for place, judge in enumerate(judges if isinstance(judges, list) else ()):
+        if isinstance(judge, dict) and isinstance(named := judge.get("checks"), str):
+            file = find(named, (folder,))
+            if file is None or not file.is_file():
+                raise problem(text, ("eval", "judges", place, "checks"), f"no file {named!r}", "correct the path")
+            judge["checks"] = parse(file.read_text(encoding="utf-8"), str(file)).values
 
 
 def _place_files(recipe: Recipe, folder: Path) -> None:

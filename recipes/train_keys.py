@@ -29,6 +29,4 @@ def check_train_keys(job: "StageJob") -> None:
     """
     from ..stages.options import check_words
 
-    if job.kind == "ppo":
-        importlib.import_module("..stages.ppo_stage", __package__)  # says which words PPO takes
     check_words(config_class(job.kind), job)

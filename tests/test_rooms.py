@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("data", "models", "stages", "eval", "recipes", "cli")
-MAX_LINES = 360
+MAX_LINES = 320
 FILES = [file for room in ROOMS for file in sorted((ROOT / room).rglob("*.py"))]
 
 

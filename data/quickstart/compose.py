@@ -140,7 +140,8 @@ def pair(author: Author, problem: Problem, product: Product, place: int) -> Row:
     if longer and place % 6 == 0:
         flaws = rng.choice(LONG_FLAWS)
     else:
-        flaws = rng.choice(ONE_FLAW if rng.random() < 0.3 else MANY_FLAWS)
+        # mostly near misses: rude or idle talk is told apart at once, and teaches a reward model little of the rubric
+        flaws = rng.choice(ONE_FLAW if rng.random() < 0.75 else MANY_FLAWS)
     low, high = (18, 30) if longer and "long" not in flaws else (20, 42)
     chosen = author.good(scene, named, low, high)
     size, rule = len(chosen.split()), length_rule(flaws)

@@ -150,6 +150,16 @@ def test_errors_in_the_file_name_their_line(recipe_file: Path, old: str, new: st
     assert part in said
 
 
+def test_a_rubric_may_lie_in_a_file_and_becomes_part_of_the_recipe(recipe_file: Path):
+    (recipe_file.parent / "mine.yaml").write_text("- {name: short, kind: max_words, value: 9}\n")
+    recipe = load_recipe(recipe_file, ["eval.judges=[{kind: rubric, checks: mine.yaml}]"])
+    assert recipe.eval is not None
+    assert recipe.eval.judges == [{"kind": "rubric", "checks": [{"name": "short", "kind": "max_words", "value": 9}]}]
+    said = refused(recipe_file, "eval.judges=[{kind: rubric, checks: other.yaml}]")
+    assert "eval.judges.0.checks" in said
+    assert "other.yaml" in said
+
+
 def test_an_unknown_recipe_names_the_nearest_shipped_one():
     with pytest.raises(UserError, match="did you mean 'quickstart'"):
         load_recipe("quickstrat")
