@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -12,6 +13,24 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from .metrics import plain, reset_peak_memory
 
 _SECONDS_BETWEEN_LINES = 5.0
+
+
+def keep_rows(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Leave only the rows that `keep` wants in a file of JSON lines (made if it is not there).
+
+    A row that a kill cut off goes too. Not `splitlines`: a text may hold other line ends, which JSON does not escape.
+    """
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if keep(row):
+            kept.append(line + "\n")
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text("".join(kept), encoding="utf-8")
+    beside.replace(path)
 
 
 class LogFile(TrainerCallback):
@@ -24,10 +43,8 @@ class LogFile(TrainerCallback):
         if not state.is_world_process_zero:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         # a resumed run replays the steps after its checkpoint: their old lines go
-        kept = [line for line in lines if state.global_step and json.loads(line)["step"] <= state.global_step]
-        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        keep_rows(self.path, lambda row: state.global_step > 0 and row["step"] <= state.global_step)
 
     def on_log(
         self,

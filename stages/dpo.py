@@ -7,30 +7,12 @@ from trl.trainer.dpo_trainer import DPOTrainer
 
 from ..data.encode import encode_pairs
 from .job import PolicyStage, StageJob, load_data, open_adapters, open_tokenizer, train_policy
-from .trainers import StageTrainer, check_identity, stage_callbacks, stage_config, worded
+from .reference import ReferenceTrainer
+from .trainers import stage_callbacks, stage_config, worded
 
 
-class DPOStageTrainer(StageTrainer, DPOTrainer):
-    """TRL's DPOTrainer on encoded rows: `prompt_ids`, `chosen_ids`, `rejected_ids` (the last two without the prompt).
-
-    The reference is the frozen copy `ref` that TRL makes of the adapter `default` it is given: the parent's copy, or,
-    started from the base, a fresh adapter that changes nothing. The first batch is checked against that.
-    """
-
-    mean_logits = True
-    _identity_checked = False
-
-    def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
-        result = super()._compute_loss(model, inputs, return_outputs)
-        if not self._identity_checked and self.model.training:  # pyright: ignore[reportOptionalMemberAccess]
-            self._identity_checked = True
-            if self.state.global_step == 0:
-                check_identity(self, self.beta)
-        return result
-
-    def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
-        self._use_compact_head()  # this runs inside TRL's __init__, before ours puts the head in place
-        return super()._precompute_ref_logps(*args, **kwargs)
+class DPOStageTrainer(ReferenceTrainer, DPOTrainer):
+    """TRL's DPOTrainer on encoded rows: `prompt_ids`, and `chosen_ids` and `rejected_ids` without the prompt."""
 
 
 def run_dpo(job: StageJob) -> dict[str, Any]:

@@ -9,29 +9,12 @@ from trl.trainer.kto_trainer import KTOTrainer
 from ..data.encode import encode_labels
 from ..data.errors import UserError
 from .job import PolicyStage, StageJob, load_data, open_adapters, open_tokenizer, train_policy
-from .trainers import StageTrainer, check_identity, stage_callbacks, stage_config, worded
+from .reference import ReferenceTrainer
+from .trainers import stage_callbacks, stage_config, worded
 
 
-class KTOStageTrainer(StageTrainer, KTOTrainer):
-    """TRL's KTOTrainer on encoded rows: `prompt_ids`, `completion_ids`, `label` (and `KL_completion_ids`).
-
-    The reference is TRL's frozen copy of the adapter it is given, checked on the first batch as in DPO.
-    """
-
-    mean_logits = True
-    _identity_checked = False
-
-    def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
-        result = super()._compute_loss(model, inputs, return_outputs)
-        if not self._identity_checked and self.model.training:  # pyright: ignore[reportOptionalMemberAccess]
-            self._identity_checked = True
-            if self.state.global_step == 0:
-                check_identity(self, self.beta)
-        return result
-
-    def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
-        self._use_compact_head()  # this runs inside TRL's __init__, before ours puts the head in place
-        return super()._precompute_ref_logps(*args, **kwargs)
+class KTOStageTrainer(ReferenceTrainer, KTOTrainer):
+    """TRL's KTOTrainer on encoded rows: `prompt_ids`, `completion_ids`, `label` (and `KL_completion_ids`)."""
 
 
 def with_kl_completions(rows: Dataset, batch_size: int) -> Dataset:

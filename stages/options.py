@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from ..data.errors import UserError
+from .ppo_config import PPO_METHOD
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -36,6 +37,7 @@ METHOD_KEYS: dict[str, tuple[str, ...]] = {
         EARLY_STOPPING,
     ),
     "kto": ("beta", "loss_type", "desirable_weight", "undesirable_weight", EARLY_STOPPING),
+    "ppo": PPO_METHOD,
 }
 """What stands beside `train:` in a stage, by kind."""
 

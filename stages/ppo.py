@@ -1,59 +1,34 @@
 """PPO with a KL penalty: the policy, its value, its reference and its reward are adapters on one frozen base.
 
-An iteration reads top to bottom in `PPOTrainer._iteration`: sample prompts, generate, score, KL, advantages
-(`ppo_collect.py`), then the minibatch epochs (`ppo_update.py`). Sources: Ouyang et al. 2022 (arXiv 2203.02155),
-Huang et al. 2024 (arXiv 2403.17031).
+An iteration reads top to bottom in `PPOTrainer._iteration`: sample prompts, generate, score, KL, advantages (steps 1 to
+5, `ppo_collect.py`), then the minibatch epochs (step 6, `ppo_update.py`, with the losses in `losses.py`). Who is who on
+the base is said in `ppo_roles.py`; how a run begins, saves, resumes and ends in `ppo_run.py`. Sources: Ouyang et al.
+2022 (arXiv 2203.02155), Huang et al. 2024 (arXiv 2403.17031).
 """
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import LoraConfig, PeftModel
-from torch import nn
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-)
-from transformers.trainer_callback import ExportableState, TrainerState
-from transformers.trainer_utils import TrainOutput, speed_metrics
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.trainer_utils import TrainOutput
 
-from ..data.errors import UserError
 from ..models.adapters import AdapterSet, LoraSpec
 from .kl_control import kl_controller
-from .ppo_checkpoint import (
-    LoopState,
-    last_complete,
-    load_rollout,
-    load_state,
-    load_trainables,
-    save_state,
-    save_tensors,
-)
+from .ppo_checkpoint import LoopState
 from .ppo_collect import Collector
 from .ppo_config import PPOConfig
 from .ppo_forward import Trunk, dropout_off
-from .ppo_metrics import (
-    FULL_TOLERANCE,
-    LOW_TOLERANCE,
-    add_report,
-    check_ratio,
-    check_reference,
-    update_metrics,
-)
+from .ppo_metrics import add_report, check_ratio, check_reference, tolerance, update_metrics
 from .ppo_models import open_policy, reward_sources
 from .ppo_prompts import Prompts, seed_of
 from .ppo_roles import add_reference, add_value, trainable_parameters, value_start
+from .ppo_run import PPORun
 from .ppo_samples import SampleLog
 from .ppo_update import Updater, minibatches
-from .rewards import RewardSource, RunningScale
+from .rewards import RewardSource
 from .rollout import Rollout
 from .scorers import build_scorers
 
@@ -62,12 +37,7 @@ __all__ = ["PPOConfig", "PPOTrainer"]
 RewardFunc = str | Callable[..., list[float]]
 
 
-def _no_collator(rows: list[Any]) -> Any:
-    """Never called: prompts are kept as lists of ids, and padded nowhere but in the rollout."""
-    return rows
-
-
-class PPOTrainer(Trainer):
+class PPOTrainer(PPORun):
     """PPO on adapters.
 
     One optimiser step is one minibatch and counts as one `global_step`. Where the epochs of an iteration stop early,
@@ -124,33 +94,28 @@ class PPOTrainer(Trainer):
         if quiet:
             self.remove_callback(PrinterCallback)
             self.remove_callback(ProgressCallback)
-        self._check_launch()
-        self.trunk = Trunk(self.adapters, args.temperature, self._autocast)
+        self.check_launch()
+        self.trunk = Trunk(self.adapters, args.temperature, self.autocast)
         self._build_roles(sources, tokenizer, prompts)
         self.loop = LoopState(kl_coef=args.kl_coef, world_size=args.world_size)
         self.rollout: Rollout | None = None
-        # of this call of `train`, not of the run that it resumes
         self.session_episodes, self.session_tokens = 0, 0.0
-
-    def _check_launch(self) -> None:
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise UserError(
-                "accelerate launch",
-                "the base is to be sharded (DeepSpeed or FSDP), but PPO keeps a whole frozen base on each device",
-                "launch with distributed_type MULTI_GPU or MULTI_CPU, or quantize the base",
-            )
-        self.args._n_gpu = min(self.args.n_gpu, 1)
 
     def _build_roles(self, sources: list[RewardSource], tokenizer: PreTrainedTokenizerBase, prompts: Prompts) -> None:
         """The frozen reference and rewards, the value, and what works with them."""
         args, adapters = self.args, self.adapters
         self.own_reference = add_reference(adapters)
-        scorers = build_scorers(sources, self.trunk, device=args.device, batch_size=args.per_device_train_batch_size)
-        add_value(
-            adapters,
-            shared=args.value == "shared",
-            normal=value_start(sources, scorers, centre=args.normalize_rewards, rescale=args.reward_scale == "std"),
+        scorers = build_scorers(
+            sources, self.trunk, tokenizer, device=args.device, batch_size=args.per_device_train_batch_size
         )
+        start = value_start(
+            sources,
+            scorers,
+            centre=args.normalize_rewards,
+            rescale=args.reward_scale == "std",
+            weighted=args.reward_combination == "sum",
+        )
+        add_value(adapters, shared=args.value == "shared", start=start)
         for head in adapters.heads.values():
             head.to(args.device)
         dropout_off(adapters.model)
@@ -158,47 +123,26 @@ class PPOTrainer(Trainer):
         policy, value = trainable_parameters(adapters, shared=args.value == "shared")
         self.trainables = {f"policy.{i}": p for i, p in enumerate(policy)}
         self.trainables |= {f"value.{i}": p for i, p in enumerate(value)}
-        self.updater = Updater(args, self.trunk, policy, value, self._reduce)
+        self.share_start()
+        self.updater = Updater(args, self.trunk, policy, value, self.reduce)
         self.collector = Collector(
-            args, self.trunk, tokenizer, prompts, sources, scorers=scorers, device=args.device, reduce=self._reduce
+            args, self.trunk, tokenizer, prompts, sources, scorers=scorers, device=args.device, reduce=self.reduce
         )
         self.samples = SampleLog(
             Path(args.samples_file or Path(str(args.output_dir)) / "rollouts.jsonl"),
             every=args.log_samples_every if self.is_world_process_zero() else 0,
         )
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        return self.accelerator.autocast()
-
-    def _reduce(self, tensor: torch.Tensor, how: str) -> torch.Tensor:
-        """Over all processes: "sum" or "max"."""
-        if self.args.world_size == 1:
-            return tensor
-        if how == "max":
-            return self.accelerator.gather(tensor.reshape(1)).max()  # type: ignore[union-attr]
-        return self.accelerator.reduce(tensor, "sum")  # type: ignore[return-value]
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train, from the start or exactly where a checkpoint left off (True: the newest complete one)."""
-        if resume_from_checkpoint is True:
-            newest = last_complete(Path(str(self.args.output_dir)))
-            if newest is None:
-                raise UserError(str(self.args.output_dir), "it holds no complete checkpoint", "start without resuming")
-            resume_from_checkpoint = str(newest)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
     def _inner_training_loop(self, *_: Any, **kwargs: Any) -> TrainOutput:
-        args, loop = self.args, self.loop
-        resume = kwargs.get("resume_from_checkpoint")
+        args = self.args
         iterations = args.num_iterations(len(self.collector.prompts))
-        self._begin(iterations * args.steps_per_iteration(), resume)
-        loop = self.loop
-        began, first = time.time(), loop.iteration
+        self.begin(iterations * args.steps_per_iteration(), kwargs.get("resume_from_checkpoint"))
+        loop, began, first = self.loop, time.time(), self.loop.iteration
         self.control = self.callback_handler.on_train_begin(args, self.state, self.control)
         self.samples.start(loop.iteration + (self.rollout is not None))
         while loop.iteration < iterations and not self.control.should_training_stop:
             self._iteration()
-        return self._end(began, (loop.iteration - first) * args.rollout_batch_size)
+        return self.end(began, (loop.iteration - first) * args.rollout_batch_size)
 
     def _iteration(self) -> None:
         """One iteration, or the rest of one that a checkpoint interrupted."""
@@ -206,15 +150,7 @@ class PPOTrainer(Trainer):
 
         # 1-5. Prompts, generation, scores, KL, advantages.
         if self.rollout is None:
-            collected = self.collector.collect(loop.iteration, loop.kl_coef)
-            self.rollout = collected.rollout
-            loop.metrics, loop.totals = collected.metrics, {}
-            loop.slot, loop.stopped, loop.log_due = 0, False, False
-            self.session_episodes += args.rollout_batch_size
-            self.session_tokens += loop.metrics["rollout/length"] * args.rollout_batch_size
-            if loop.iteration == 0 and self.own_reference:
-                check_reference(collected.rollout, self._tolerance())
-            self.samples.write(loop.iteration, collected.samples)
+            self.rollout = self._collect()
 
         # 6. Minibatch epochs, a fresh shuffle each.
         for slot in range(loop.slot, args.steps_per_iteration()):
@@ -235,6 +171,20 @@ class PPOTrainer(Trainer):
                 self.control = self.callback_handler.on_save(args, self.state, self.control)
             if self.control.should_training_stop:
                 break
+
+    def _collect(self) -> Rollout:
+        """A fresh rollout; the loop stands before its first minibatch."""
+        args, loop = self.args, self.loop
+        collected = self.collector.collect(loop.iteration, loop.kl_coef)
+        loop.metrics, loop.totals = collected.metrics, {}
+        loop.slot, loop.stopped, loop.log_due = 0, False, False
+        self.session_episodes += args.rollout_batch_size
+        self.session_tokens += loop.metrics["rollout/length"] * args.rollout_batch_size
+        if loop.iteration == 0 and self.own_reference:
+            check_reference(collected.rollout, self._tolerance())
+            self.own_reference = False  # a second `train` starts where the first one ended
+        self.samples.write(loop.iteration, collected.samples)
+        return collected.rollout
 
     def _minibatch(self, rollout: Rollout, slot: int) -> None:
         """One optimiser step, unless a brake says no."""
@@ -271,89 +221,14 @@ class PPOTrainer(Trainer):
             self.log({**found, "episode": loop.iteration * args.rollout_batch_size})
 
     def _tolerance(self) -> float:
-        full = self.trunk.head.weight.dtype == torch.float32 and not (self.args.bf16 or self.args.fp16)
-        return FULL_TOLERANCE if full else LOW_TOLERANCE
+        return tolerance(self.trunk.head.weight.dtype, autocast=self.args.bf16 or self.args.fp16)
 
     def _epochs_done(self) -> float:
         """Passes over the prompts, the part of the iteration under way included."""
         parts = self.loop.iteration + self.loop.slot / self.args.steps_per_iteration()
         return parts * self.args.rollout_batch_size / len(self.collector.prompts)
 
-    def _begin(self, max_steps: int, resume: str | None) -> None:
-        args = self.args
-        self.state = TrainerState(
-            stateful_callbacks=[  # pyright: ignore[reportArgumentType]
-                each for each in [*self.callback_handler.callbacks, self.control] if isinstance(each, ExportableState)
-            ]
-        )
-        self.rollout = None
-        self.session_episodes, self.session_tokens = 0, 0.0
-        self.optimizer, self.lr_scheduler = (None, None) if self._created_lr_scheduler else (
-            self.optimizer, self.lr_scheduler
-        )  # fmt: skip
-        if resume is None:
-            self.loop = LoopState(kl_coef=args.kl_coef, world_size=args.world_size)
-        else:
-            self.state = TrainerState.load_from_json(str(Path(resume) / "trainer_state.json"))
-            self._load_callback_state()
-            self.loop = load_state(Path(resume), args.world_size)
-        self.state.train_batch_size = args.per_device_train_batch_size
-        self.state.compute_steps(args, max_steps)
-        self.state.init_training_references(self, max_steps, int(args.num_train_epochs), None)
-        self.create_optimizer()
-        self.create_scheduler(max_steps)
-        self.collector.running = RunningScale(*self.loop.running)
-        if resume is not None:
-            self._load_optimizer_and_scheduler(resume)
-            self._load_rng_state(resume)
-            if self.loop.slot:
-                self.rollout = load_rollout(Path(resume), args.process_index, args.device)
-        for name in ("model", "optimizer", "lr_scheduler"):
-            setattr(self.callback_handler, name, getattr(self, name))
-        self.control.should_training_stop = False
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """One optimiser, two groups: policy and value, each with its learning rate."""
-        if self.optimizer is None:
-            cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, None)
-            rate = self.args.learning_rate
-            groups: list[dict[str, Any]] = [
-                {"params": self.updater.policy, "lr": rate, "weight_decay": self.args.weight_decay},
-                {
-                    "params": self.updater.value,
-                    "lr": rate if self.args.value_learning_rate is None else self.args.value_learning_rate,
-                    "weight_decay": self.args.weight_decay,
-                },
-            ]
-            self.optimizer = cls(groups, **kwargs)
-        return self.optimizer  # type: ignore[return-value]
-
-    def _end(self, began: float, episodes: int) -> TrainOutput:
-        tokens = self.loop.totals.get("tokens", 0.0)
-        loss = self.loop.totals["policy_loss"] / tokens if tokens else 0.0
-        metrics = speed_metrics("train", began, num_samples=episodes, num_steps=self.state.global_step)
-        metrics["train_loss"] = loss
-        self.log(dict(metrics))
-        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
-        self.is_in_train = False
-        return TrainOutput(self.state.global_step, loss, metrics)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """The policy as an ordinary PEFT adapter, with the tokenizer."""
-        folder = Path(str(output_dir or self.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        self.adapters.save("default", folder)
-        self.processing_class.save_pretrained(folder)  # type: ignore[union-attr]
-
-    def _save_checkpoint(self, model: nn.Module | None, trial: Any) -> None:
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        if not self.args.save_only_model:
-            save_tensors(folder, self.trainables, self.rollout, self.args.process_index)
-        super()._save_checkpoint(model, trial)  # type: ignore[arg-type]
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save and not self.args.save_only_model and folder.is_dir():
-            self.loop.running = self.collector.running.state()
-            save_state(folder, self.loop)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_trainables(Path(resume_from_checkpoint), self.trainables)
+def _no_collator(rows: list[Any]) -> Any:
+    """Never called: prompts are kept as lists of ids, and padded nowhere but in the rollout."""
+    return rows

@@ -10,6 +10,7 @@ A checkpoint without `ppo_state.json` was cut off while being written and is nev
 import json
 import os
 import re
+import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -41,6 +42,11 @@ class LoopState:
     world_size: int = 1
     metrics: dict[str, float] = field(default_factory=dict)
     totals: dict[str, float] = field(default_factory=dict)
+
+
+def reopen(folder: Path) -> None:
+    """Before a checkpoint's first file is written: what an earlier run left in its place is complete no more."""
+    (folder / STATE).unlink(missing_ok=True)
 
 
 def save_tensors(folder: Path, trainables: dict[str, nn.Parameter], rollout: Rollout | None, process: int) -> None:
@@ -107,12 +113,27 @@ def load_rollout(folder: Path, process: int, device: torch.device) -> Rollout:
 
 def last_complete(folder: Path) -> Path | None:
     """The newest checkpoint in `folder` that was written to its end; None when there is none."""
-    found = [
+    found = [(number, path) for number, path in _checkpoints(folder) if (path / STATE).is_file()]
+    return max(found)[1] if found else None
+
+
+def remove_older(newest: Path, limit: int | None) -> None:
+    """Remove the oldest checkpoints beside `newest`, a complete one, so that `limit` are left (None or 0: all)."""
+    if not limit:
+        return
+    # by time, not by step: another run in the same folder may have come further
+    others = [path for _, path in _checkpoints(newest.parent) if path != newest]
+    others.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    for path in others[limit - 1 :]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    return [
         (int(match[1]), path)
         for path in (folder.iterdir() if folder.is_dir() else ())
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / STATE).is_file()
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
     ]
-    return max(found)[1] if found else None
 
 
 def _rollout_file(process: int) -> str:

@@ -1,5 +1,7 @@
 """What PPO logs about its updates, and the identities that must hold before the first one."""
 
+import torch
+
 from .ppo_update import STATS, StepReport
 from .rollout import Rollout
 
@@ -40,6 +42,11 @@ def update_metrics(totals: dict[str, float], *, kl_in_loss: bool) -> dict[str, f
         "time/update": totals["seconds"],
         "lr": totals["lr"],
     }
+
+
+def tolerance(dtype: torch.dtype, *, autocast: bool) -> float:
+    """What two forwards of the same tokens may differ by, for the head's dtype."""
+    return FULL_TOLERANCE if dtype == torch.float32 and not autocast else LOW_TOLERANCE
 
 
 def check_reference(rollout: Rollout, tolerance: float) -> None:

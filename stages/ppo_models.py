@@ -1,18 +1,25 @@
 """From what a user hands to `PPOTrainer` to adapters, tokenizer and reward sources."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.errors import UserError
 from ..models.adapters import AdapterSet, LoraSpec
 from ..models.base import Base, load_model, load_tokenizer, prepare_model, resolve_base
-from ..models.lineage import load_adapter_base
-from .rewards import RewardSource
+from ..models.lineage import LINEAGE, check_lineage, load_adapter_base
+from ..models.lora import read_adapter
+from .rewards import RewardKind, RewardSource
+
+# what would make an adapter more, or start it elsewhere, than a `LoraSpec` can say
+_PLAIN = (
+    "use_dora", "lora_bias", "bias", "rank_pattern", "alpha_pattern", "layers_to_transform", "modules_to_save",
+    "init_lora_weights",
+)  # fmt: skip
 
 
 def open_policy(
@@ -28,15 +35,9 @@ def open_policy(
     """
     if lora is not None and peft_config is not None:
         raise UserError("PPOTrainer", "lora and peft_config are both given", "give one of them")
-    lora = lora or (LoraSpec() if peft_config is None else _spec_of(peft_config))
+    lora = lora if peft_config is None else _spec_of(peft_config)
     if isinstance(model, str):
-        parent = Path(model) if (Path(model) / "adapter_config.json").is_file() else None
-        base = resolve_base(model) if parent is None else load_adapter_base(parent)
-        tokenizer = tokenizer or load_tokenizer(base)
-        dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-        causal = load_model(base, dtype=dtype)
-        prepare_model(causal, tokenizer)
-        return AdapterSet.create(causal, base, lora, parent), tokenizer
+        return _load(model, tokenizer, lora)
     if tokenizer is None:
         raise UserError("PPOTrainer", "processing_class is missing", "pass the model's tokenizer")
     if isinstance(model, AdapterSet):
@@ -44,7 +45,7 @@ def open_policy(
     if isinstance(model, PeftModel):
         return _wrap(model), tokenizer
     model.requires_grad_(False)
-    return AdapterSet.create(model, _base_of(model), lora), tokenizer
+    return AdapterSet.create(model, _base_of(model), lora or LoraSpec()), tokenizer
 
 
 def reward_sources(
@@ -57,13 +58,41 @@ def reward_sources(
     """
     several = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
     sources = [] if reward_adapter is None else [RewardSource("stage", str(reward_adapter))]
-    for each in several:
-        named = isinstance(each, str) and ":" not in each
-        sources.append(RewardSource("model" if named else "function", each))
+    sources += [RewardSource(_kind_of(each), each) for each in several if each is not None]
     sources += list(rewards)
     if not sources:
         raise UserError("PPOTrainer", "no reward is given", "pass reward_funcs, reward_adapter or rewards")
     return sources
+
+
+def _load(
+    spec: str, tokenizer: PreTrainedTokenizerBase | None, lora: LoraSpec | None
+) -> tuple[AdapterSet, PreTrainedTokenizerBase]:
+    """A base with a fresh adapter, or a stage's folder: its base, its adapter's settings and its chat template."""
+    parent = Path(spec) if _is_adapter(spec) else None
+    base = resolve_base(spec) if parent is None else load_adapter_base(parent)
+    if tokenizer is None:
+        saved = parent is not None and (parent / "tokenizer_config.json").is_file()
+        tokenizer = load_tokenizer(base, AutoTokenizer.from_pretrained(parent).chat_template if saved else None)
+    if parent is not None:
+        if (parent / LINEAGE).is_file():
+            check_lineage(parent, base, tokenizer)
+        lora = lora or _spec_of(read_adapter(parent)[0])
+    causal = load_model(base, dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+    prepare_model(causal, tokenizer)
+    return AdapterSet.create(causal, base, lora or LoraSpec(), parent), tokenizer
+
+
+def _is_adapter(spec: str) -> bool:
+    return (Path(spec) / "adapter_config.json").is_file()
+
+
+def _kind_of(reward: str | Callable[..., list[float]]) -> RewardKind:
+    if not isinstance(reward, str):
+        return "function"
+    if _is_adapter(reward):
+        return "stage"
+    return "function" if ":" in reward else "model"
 
 
 def _wrap(model: PeftModel) -> AdapterSet:
@@ -89,6 +118,15 @@ def _base_of(model: Any) -> Base:
 
 
 def _spec_of(config: LoraConfig) -> LoraSpec:
+    """Rank, scaling, dropout and modules.
+
+    Raises:
+        UserError: the config asks for more than a plain LoRA.
+    """
+    plain = LoraConfig()
+    for name in _PLAIN:
+        if getattr(config, name) != getattr(plain, name):
+            raise UserError("PPOTrainer", f"peft_config has {name}={getattr(config, name)!r}", "use a plain LoRA")
     targets: Any = config.target_modules or "all-linear"
     return LoraSpec(
         r=config.r,

@@ -29,41 +29,42 @@ def add_reference(adapters: AdapterSet) -> bool:
 
 
 def value_start(
-    sources: Sequence[RewardSource], scorers: Sequence[Scorer], *, centre: bool, rescale: bool
+    sources: Sequence[RewardSource], scorers: Sequence[Scorer], *, centre: bool, rescale: bool, weighted: bool
 ) -> ValueStart | None:
     """What the value starts from: the first reward stage; None when no source is one.
 
     Args:
         centre: scores have the reference mean subtracted. rescale: they are divided by the lineage's std.
+        weighted: they are summed with their weights (an ensemble's are not).
     """
     for source, scorer in zip(sources, scorers, strict=True):
         if source.kind == "stage":
             mean, std = scorer.normal if scorer.normal is not None and centre else (0.0, 1.0)
-            return ValueStart(REWARD, mean, std if rescale else 1.0, source.weight)
+            return ValueStart(REWARD, mean, std if rescale else 1.0, source.weight if weighted else 1.0)
     return None
 
 
-def add_value(adapters: AdapterSet, *, shared: bool, normal: ValueStart | None) -> None:
+def add_value(adapters: AdapterSet, *, shared: bool, start: ValueStart | None) -> None:
     """Give the adapters a value function: adapter "value" (none when shared) and head "value", both trainable.
 
     Args:
         shared: the head stands on the policy's own trunk, and starts at zero.
-        normal: the reward that the value starts from: head and bias are set so that at a response's last token the
+        start: the reward that the value starts from: head and bias are set so that at a response's last token the
             value is the normalised score. None: a copy of the policy with a zero head.
     """
     if VALUE in adapters.names:
         return
-    if shared or normal is None:
+    if shared or start is None:
         if not shared:
             adapters.copy(VALUE, source=DEFAULT, trainable=True)
         adapters.add_head(VALUE, bias=True, zero=True)
         return
-    adapters.copy(VALUE, source=normal.role, trainable=True)
-    source = adapters.heads[normal.role].score
+    adapters.copy(VALUE, source=start.role, trainable=True)
+    source = adapters.heads[start.role].score
     head = adapters.add_head(VALUE, bias=True, zero=True).score
     with torch.no_grad():
-        head.weight.copy_(source.weight * (normal.weight / normal.std))
-        head.bias.fill_(-normal.mean * normal.weight / normal.std)
+        head.weight.copy_(source.weight * (start.weight / start.std))
+        head.bias.fill_(-start.mean * start.weight / start.std)
 
 
 def trainable_parameters(adapters: AdapterSet, *, shared: bool) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

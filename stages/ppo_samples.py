@@ -5,6 +5,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from .callbacks import keep_rows
+
 logger = logging.getLogger(__name__)
 
 
@@ -23,9 +25,7 @@ class SampleLog:
         """The run stands before `iteration`: rows of it and of later ones, left by an interrupted run, go."""
         if not self.every or not self.path.exists():
             return
-        rows = self.path.read_text(encoding="utf-8").splitlines()
-        kept = [row for row in rows if json.loads(row)["iteration"] < iteration]
-        self.path.write_text("".join(row + "\n" for row in kept), encoding="utf-8")
+        keep_rows(self.path, lambda row: row["iteration"] < iteration)
 
     def write(self, iteration: int, samples: list[dict[str, Any]]) -> None:
         """Write an iteration's samples, if it is one that is written, and show the first."""

@@ -9,13 +9,10 @@ from ..data.errors import UserError
 from ..models.lineage import check_lineage
 from .job import StageJob, finish, load_data, open_adapters, open_tokenizer
 from .metrics import peak_memory_bytes
-from .options import METHOD_KEYS
 from .ppo import PPOConfig, PPOTrainer
 from .ppo_checkpoint import last_complete
-from .ppo_config import KL_KEYS, PPO_METHOD
+from .ppo_config import KL_KEYS
 from .trainers import Clock, stage_callbacks, stage_config
-
-METHOD_KEYS.setdefault("ppo", PPO_METHOD)
 
 _LAST = (
     "objective/kl", "objective/scores", "objective/rlhf_reward", "objective/entropy", "objective/kl_coef",

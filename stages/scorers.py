@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
 from ..data.errors import UserError
-from ..models.lineage import read_lineage
+from ..models.adapters import AdapterSet
+from ..models.lineage import adapter_sha256, check_lineage, read_lineage
 from .ppo_forward import Trunk
 from .rewards import RewardSource
 from .rollout import Episodes, micro_batches
@@ -77,7 +79,10 @@ class AdapterScorer:
 
 
 class ModelScorer:
-    """Any sequence-classification model with one output: decode, re-template with its own tokenizer, encode."""
+    """Any sequence-classification model with one output: decode, re-template with its own tokenizer, encode.
+
+    A score is what the model's plain forward gives for that text alone; batching and padding change nothing.
+    """
 
     normal = None
 
@@ -92,39 +97,60 @@ class ModelScorer:
                 f"the model has {self.model.config.num_labels} outputs, expected 1",
                 "take a reward model with num_labels=1, or wrap this one in a function",
             )
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        # the classifier looks for its last token by this id
-        self.model.config.pad_token_id = self.tokenizer.pad_token_id
-        self.tokenizer.padding_side = "right"
+        config = self.model.config.get_text_config()
+        self.pad_token_id: int | None = config.pad_token_id
+        self.limit = min(self.tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or 1 << 30)
+        # a text that is too long loses the prompt's beginning, never the response
+        self.tokenizer.truncation_side = "left"
 
     @torch.no_grad()
     def __call__(self, responses: Responses) -> torch.Tensor:
-        texts = [self._text(p, t) for p, t in zip(responses.prompts, responses.texts, strict=True)]
-        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+        texts = [self._encode(p, t) for p, t in zip(responses.prompts, responses.texts, strict=True)]
+        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]["input_ids"]))
         scores_B = torch.zeros(len(texts), device=self.device)
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
-            # a template writes its own BOS
-            plain = isinstance(responses.prompts[0], str)
-            batch = self.tokenizer(
-                [texts[i] for i in rows], return_tensors="pt", padding=True, truncation=True, add_special_tokens=plain
-            )
-            scores_B[rows] = self.model(**batch.to(self.device)).logits[:, 0].float()
+            scores_B[rows] = self.model(**self._batch([texts[i] for i in rows])).logits[:, 0].float()
         return scores_B
 
-    def _text(self, prompt: Prompt, text: str) -> str:
-        if isinstance(prompt, str):
-            return prompt + text
+    def _encode(self, prompt: Prompt, text: str) -> dict[str, list[int]]:
+        templated = not isinstance(prompt, str)
+        # a template writes its own BOS
+        return dict(
+            self.tokenizer(
+                self._template(prompt, text) if templated else prompt + text,
+                add_special_tokens=not templated,
+                truncation=True,
+                max_length=self.limit,
+            )
+        )
+
+    def _template(self, prompt: list[dict[str, Any]], text: str) -> str:
         if self.tokenizer.chat_template is None:
             raise UserError(
                 f"reward {self.name}",
                 "its tokenizer has no chat template and the prompts are conversations",
                 "use a reward model with a template, or wrap it in a function",
             )
-        return str(
-            self.tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": text}], tokenize=False)
-        )
+        turns = [*prompt, {"role": "assistant", "content": text}]
+        return str(self.tokenizer.apply_chat_template(turns, tokenize=False))
+
+    def _batch(self, texts: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        """Right-padded. A decoder's classifier reads its score at the last token that is not its config's PAD; where
+        that names none, one is taken that no text of the batch holds."""
+        pad = self.pad_token_id
+        if pad is None:
+            used = {token for each in texts for token in each["input_ids"]}
+            pad = next(token for token in range(len(used) + 1) if token not in used)
+            self.model.config.get_text_config().pad_token_id = pad
+        return {
+            name: pad_sequence(
+                [torch.tensor(each[name]) for each in texts],
+                batch_first=True,
+                padding_value=pad if name == "input_ids" else 0,
+            ).to(self.device)
+            for name in texts[0]
+        }
 
 
 class FunctionScorer:
@@ -168,24 +194,44 @@ class FunctionScorer:
 
 
 def build_scorers(
-    sources: Sequence[RewardSource], trunk: Trunk, *, device: torch.device, batch_size: int
+    sources: Sequence[RewardSource],
+    trunk: Trunk,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    device: torch.device,
+    batch_size: int,
 ) -> list[Scorer]:
-    """One scorer a source; a reward stage becomes the frozen adapter "reward" (the next ones "reward_2", ...)."""
+    """One scorer a source; a reward stage becomes the frozen adapter "reward" (the next ones "reward_2", ...).
+
+    Raises:
+        UserError: a reward stage of another base or tokenizer, or a model or function that cannot score.
+    """
     scorers: list[Scorer] = []
     stages = 0
     for source in sources:
         if source.kind == "stage":
             stages += 1
             role = "reward" if stages == 1 else f"reward_{stages}"
-            trunk.adapters.load(role, _path(source), trainable=False)
-            if role not in trunk.adapters.heads:
-                raise UserError(f"reward {source.name}", "the adapter has no score head", "name a reward stage")
+            check_lineage(_path(source), trunk.adapters.base, tokenizer)
+            _load_stage(trunk.adapters, role, source)
             scorers.append(AdapterScorer(trunk, role, source, batch_size))
         elif source.kind == "model":
             scorers.append(ModelScorer(source, device, batch_size))
         else:
             scorers.append(FunctionScorer(source))
     return scorers
+
+
+def _load_stage(adapters: AdapterSet, role: str, source: RewardSource) -> None:
+    """The stage's frozen adapter; one that an earlier trainer has put there is kept if it is the same."""
+    if role not in adapters.names:
+        adapters.load(role, _path(source), trainable=False)
+    elif adapters.digest(role) != adapter_sha256(_path(source)):
+        raise UserError(
+            f"reward {source.name}", f"the adapters hold another {role!r} already", "start from a fresh AdapterSet"
+        )
+    if role not in adapters.heads:
+        raise UserError(f"reward {source.name}", "the adapter has no score head", "name a reward stage")
 
 
 def import_function(spec: str) -> Callable[..., list[float]]:

@@ -90,6 +90,7 @@ def test_r02_the_head_starts_with_std_one_over_root_hidden_plus_one(base, tokeni
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
     assert first.shape == (1, 128)
+    assert first.std().item() == pytest.approx(129**-0.5, rel=0.15)
 
 
 @pytest.mark.checklist("R3")

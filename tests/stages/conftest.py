@@ -10,7 +10,7 @@ import pytest
 from preftune.data.spec import DataSpec, SourceSpec
 from preftune.models.adapters import LoraSpec
 from preftune.models.base import Base, load_tokenizer, resolve_base
-from preftune.stages.job import StageJob
+from preftune.stages.job import StageJob, run_stage
 
 WORDS = ("red", "green", "blue", "black", "white", "brown")
 
@@ -74,7 +74,7 @@ def make_job(base: Base, tmp_path: Path) -> Callable[..., StageJob]:
         return StageJob(
             name=name,
             kind=kind,
-            base=base,
+            base=given.pop("base", base),
             lora=given.pop("lora", LoraSpec(r=4, alpha=8)),
             data=DataSpec(sources=(SourceSpec(path=str(file)),), held_out=held_out),
             folders=(tmp_path,),
@@ -90,9 +90,11 @@ def make_job(base: Base, tmp_path: Path) -> Callable[..., StageJob]:
 @pytest.fixture(scope="session")
 def sft_folder(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A parent: an SFT adapter that has really moved away from the base."""
-    from preftune.stages.job import run_stage
+    return sft_on(base, tmp_path_factory.mktemp("parent"))
 
-    folder = tmp_path_factory.mktemp("parent")
+
+def sft_on(base: Base, folder: Path) -> Path:
+    """An SFT stage's folder on that base."""
     file = folder / "demos.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in ROWS["demo"]), encoding="utf-8")
     job = StageJob(

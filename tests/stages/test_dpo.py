@@ -126,12 +126,3 @@ def test_a_run_learns_and_names_its_parent(make_job, sft_folder):
     lineage = read_lineage(job.output_dir)
     assert [parent["stage"] for parent in lineage.parents] == ["sft"]
     assert not (job.output_dir / "ref").exists()
-
-
-def test_precomputed_reference_gives_the_same_loss(make_job, sft_folder):
-    losses = []
-    for name, ahead in (("live", False), ("ahead", True)):
-        stage = build_dpo(make_job("dpo", name, parent=sft_folder, train={"precompute_ref_log_probs": ahead}))
-        stage.trainer.train()
-        losses.append([entry["loss"] for entry in stage.trainer.state.log_history if "loss" in entry])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

@@ -1,15 +1,19 @@
 """The reward stage on a tiny random model."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification
+from trl import RewardConfig
 
 from preftune.data.encode import encode_pairs
 from preftune.models.lineage import read_lineage
 from preftune.models.reward_model import create_reward_model, load_reward_model
 from preftune.stages.job import load_data, run_stage
 from preftune.stages.metrics import length_baselines, mean_std, pair_accuracy
-from preftune.stages.reward import score, with_prompts
+from preftune.stages.options import stage_config
+from preftune.stages.reward import RewardStageTrainer, score, with_prompts
 
 ROWS = [[5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16, 17, 18]]
 
@@ -58,15 +62,37 @@ def test_r03_padding_changes_no_score(base, tokenizer, make_job):
 
 
 @pytest.mark.checklist("R4")
-def test_r04_margin_and_centring_enter_the_loss(make_job, sft_folder, pair_rows):
-    losses = {}
-    for name, coefficient, margin in (("plain", 0.0, None), ("centred", 0.5, None), ("margin", 0.0, 2.0)):
-        rows = [{**row, "margin": margin} if margin else row for row in pair_rows]
-        method = {"center_rewards_coefficient": coefficient}
-        train = {"max_steps": 1, "per_device_train_batch_size": 12}
-        losses[name] = run_stage(make_job("reward", name, parent=sft_folder, rows=rows, method=method, train=train))
-    assert losses["centred"]["train_loss"] > losses["plain"]["train_loss"]
-    assert losses["margin"]["train_loss"] > losses["plain"]["train_loss"] + 1
+@pytest.mark.parametrize(
+    ("margins", "coefficient", "loss"),
+    [
+        # chosen 2 and 1, rejected 0 and 3: -log sigmoid(2) = 0.126928, -log sigmoid(-2) = 2.126928
+        (None, 0.0, (0.126928 + 2.126928) / 2),
+        # less the margins: -log sigmoid(1) = 0.313262, -log sigmoid(-2.5) = 2.578889
+        ([1.0, 0.5], 0.0, (0.313262 + 2.578889) / 2),
+        # the sums of a pair's scores, 2 and 4, squared
+        (None, 0.01, (0.126928 + 2.126928) / 2 + 0.01 * (4 + 16) / 2),
+    ],
+)
+def test_r04_margin_and_centring_by_hand(make_job, tokenizer, pair_rows, margins, coefficient, loss):
+    rows = [{**row, "margin": margin} for row, margin in zip(pair_rows, margins or (), strict=False)]
+    method = {"center_rewards_coefficient": coefficient}
+    train = {"per_device_train_batch_size": 2, "train_sampling_strategy": "sequential"}
+    job = make_job("reward", rows=rows or pair_rows[:2], method=method, train=train)
+    trainer = RewardStageTrainer(
+        model=create_reward_model(job.base, tokenizer, job.lora),
+        args=stage_config(RewardConfig, job, held_out=False),
+        train_dataset=with_prompts(load_data(job, "pair", encode_pairs, tokenizer).train),
+        processing_class=tokenizer,
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    scored = SimpleNamespace(logits=torch.tensor([[2.0], [1.0], [0.0], [3.0]]))
+    assert trainer.compute_loss(lambda **_: scored, batch).item() == pytest.approx(loss, abs=1e-5)
+
+
+@pytest.mark.checklist("R4")
+def test_r04_centring_is_on_at_one_hundredth_unless_said_otherwise(reward_folder):
+    job, _ = reward_folder
+    assert read_lineage(job.output_dir).config["train"]["center_rewards_coefficient"] == 0.01
 
 
 @pytest.mark.checklist("R5")

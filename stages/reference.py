@@ -1,0 +1,70 @@
+"""What DPO and KTO share: a frozen reference that is what the policy started from, and its log-probs, cached safely."""
+
+import json
+from typing import Any
+
+from datasets.fingerprint import Hasher
+
+from ..models.lineage import tokenizer_info
+from .trainers import StageTrainer, check_identity
+
+
+class ReferenceTrainer(StageTrainer):
+    """Mixed in before TRL's DPOTrainer or KTOTrainer.
+
+    The reference is the frozen copy `ref` that TRL makes of the adapter `default` it is given: the parent's copy, or,
+    started from the base, a fresh adapter that changes nothing. The first batch is checked against that.
+    """
+
+    beta: float
+    mean_logits = True
+    _identity_checked = False
+    _reference_key: str | None = None
+
+    def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
+        trl: Any = super()
+        result = trl._compute_loss(model, inputs, return_outputs)
+        if not self._identity_checked and self.model.training:  # pyright: ignore[reportOptionalMemberAccess]
+            self._identity_checked = True
+            if self.state.global_step == 0:
+                check_identity(self, self.beta)
+        return result
+
+    def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
+        # the first call runs inside TRL's __init__, before ours puts the head in place
+        self._use_compact_head()
+        if self._reference_key is None:
+            self._reference_key = reference_key(self)
+            # TRL's cache file is named after this and the dataset's fingerprint
+            self._precompute_model_hash = self._reference_key
+        trl: Any = super()
+        return trl._precompute_ref_logps(*args, **kwargs)
+
+
+def reference_key(trainer: Any) -> str:
+    """Everything but the rows that the reference's log-probs depend on (D2), as a hash.
+
+    TRL's own key has the weights alone: with it a cache would be taken over by a run whose adapter is scaled otherwise
+    (LoRA's alpha is no weight), that computes in another precision or cuts its rows elsewhere.
+    """
+    args, model = trainer.args, trainer.model
+    cut = {name: getattr(trainer.data_collator, name, None) for name in ("max_length", "truncation_mode")}
+    return Hasher.hash(
+        json.dumps(
+            {
+                "weights": trainer._precompute_model_hash,
+                "adapters": {name: _json(config.to_dict()) for name, config in model.peft_config.items()},
+                "dtype": [str(model.dtype), bool(args.bf16), bool(args.fp16)],
+                "tokenizer": tokenizer_info(trainer.processing_class),
+                "truncation": cut,
+                # LD-DPO weighs the tokens beyond the shorter response's length before they are summed
+                "ld_alpha": getattr(args, "ld_alpha", None),
+            },
+            sort_keys=True,
+            default=str,
+        )
+    )
+
+
+def _json(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: sorted(map(str, value)) if isinstance(value, set) else value for key, value in config.items()}

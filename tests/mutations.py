@@ -1,0 +1,249 @@
+"""Breaks the checklist's rules one at a time and says which tests notice.
+
+    python tests/mutations.py            # every row; a Markdown table, exit code 1 if a break goes unnoticed
+    python tests/mutations.py P17 P22    # some rows
+
+Each break is one small edit in a temporary copy of the package; the tests of its row, and only they, run against that
+copy. Tests in several processes are left out: every rule must show in one.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("data", "models", "stages", "eval", "recipes", "cli", "benchmarks", "tests")
+SEVERAL_PROCESSES = ("test_ppo_distributed.py", "test_ppo_resume.py")
+
+
+class Mutation(NamedTuple):
+    """`old` stands exactly once in `file` (from the package's root) and becomes `new`."""
+
+    row: str
+    broken: str
+    file: str
+    old: str
+    new: str
+
+
+MUTATIONS = [
+    Mutation(
+        "P1", "training's log-probs are read at temperature 1", "stages/ppo_forward.py",
+        "temperature=self.temperature,", "temperature=1.0,",
+    ),
+    Mutation("P1", "a nucleus that nobody asked for", "stages/ppo_collect.py", "top_p=config.top_p,", "top_p=0.9,"),
+    Mutation(
+        "P2", "the sampler's log-probs are taken for the old policy's", "stages/ppo_collect.py",
+        "(old.logps_BR, ref.logps_BR, values_BR", "(part.sampler_logps_BR, ref.logps_BR, values_BR",
+    ),
+    Mutation(
+        "P2", "the merged weights are 1% off", "models/generate.py",
+        "layer.get_delta_weight(role).float()", "0.99 * layer.get_delta_weight(role).float()",
+    ),
+    Mutation(
+        "P3", "the ratio is taken to the reference", "stages/ppo_update.py",
+        "now.logps_BR, r.logps_BR, r.advantages_BR", "now.logps_BR, r.ref_logps_BR, r.advantages_BR",
+    ),
+    Mutation("P4", "dropout stays on", "stages/ppo.py", "        dropout_off(adapters.model)\n", ""),
+    Mutation(
+        "P5", "positions count the padding on the left", "models/generate.py",
+        "position_BP = (mask_BP.cumsum(-1) - 1).clamp(min=0)",
+        "position_BP = torch.arange(ids_BP.size(1), device=device).expand_as(ids_BP)",
+    ),
+    Mutation(
+        "P6", "the mask goes by what equals EOS, not by length", "stages/rollout.py",
+        "return (step_T < (self.start_B + self.length_B)[:, None]).long()",
+        "return (step_T < 0) | (self.input_ids_BT != 2)",
+    ),
+    Mutation(
+        "P7", "one token after the end counts", "models/logprobs.py",
+        "mask_BR = step_R < length_B[:, None]", "mask_BR = step_R <= length_B[:, None]",
+    ),
+    Mutation(
+        "P8", "the score lands one after EOS", "stages/losses.py",
+        "last_B1 = mask_BR.long().sum(1, keepdim=True) - 1",
+        "last_B1 = mask_BR.long().sum(1, keepdim=True).clamp(max=mask_BR.shape[1] - 1)",
+    ),
+    Mutation(
+        "P9", "the penalty replaces the score", "stages/rewards.py",
+        "torch.where(finished_B, scores_B, scores_B - penalty)", "torch.where(finished_B, scores_B, -penalty)",
+    ),
+    Mutation(
+        "P10", "the KL penalty is clamped at 0", "stages/losses.py",
+        "-kl_coef * delta_BR, 0.0)", "-kl_coef * delta_BR.clamp(min=0), 0.0)",
+    ),
+    Mutation(
+        "P11", "k1 in the loss", "stages/losses.py", "0.5 * delta_BR.sum(1).square().sum()", "delta_BR.sum(1).sum()"
+    ),
+    Mutation(
+        "P11", "k3 with delta's sign turned", "stages/losses.py",
+        "torch.expm1(-delta_BR) + delta_BR", "torch.expm1(delta_BR) - delta_BR",
+    ),
+    Mutation(
+        "P12", "the controller counts iterations, not episodes", "stages/kl_control.py",
+        "error * episodes / self.horizon", "error / self.horizon",
+    ),
+    Mutation(
+        "P12", "the controller's sign is turned", "stages/kl_control.py", "1.0 + error *", "1.0 - error *"
+    ),
+    Mutation(
+        "P13", "values after the end are not zeroed", "stages/advantages.py",
+        "    values_BR = torch.where(mask_BR, values_BR, 0.0)\n", "",
+    ),
+    Mutation(
+        "P14", "the value's bias starts at 0", "stages/ppo_roles.py",
+        "head.bias.fill_(-start.mean * start.weight / start.std)", "head.bias.zero_()",
+    ),
+    Mutation(
+        "P14", "the value starts as the policy", "stages/ppo_roles.py",
+        "adapters.copy(VALUE, source=start.role,", "adapters.copy(VALUE, source=DEFAULT,",
+    ),
+    Mutation(
+        "P15", "the smaller of the two errors", "stages/losses.py",
+        "torch.maximum(error_BR, clipped_error_BR)", "torch.minimum(error_BR, clipped_error_BR)",
+    ),
+    Mutation(
+        "P16", "whitening per process", "stages/ppo_collect.py",
+        'mean_and_variance(self.reduce(masked_moments(x_BR, mask_BR), "sum"))',
+        "mean_and_variance(masked_moments(x_BR, mask_BR))",
+    ),
+    Mutation("P16", "reward whitening takes the mean away", "stages/ppo_collect.py", ", keep_mean=True)", ")"),
+    Mutation(
+        "P17", "each micro-batch is averaged over its own tokens", "stages/ppo_update.py",
+        "self._backward(rollout.rows(part), tokens, kl_coef)",
+        "self._backward(rollout.rows(part), float(rollout.episodes.length_B[part].sum()), kl_coef)",
+    ),
+    Mutation(
+        "P18", "every epoch takes the same order", "stages/ppo.py",
+        "loop.iteration, epoch, args.process_index", "loop.iteration, args.process_index",
+    ),
+    Mutation(
+        "P19", "nothing is clipped", "stages/ppo_update.py",
+        'limit = self.config.max_grad_norm or float("inf")', 'limit = float("inf")',
+    ),
+    Mutation("P20", "the brake comes ten times too late", "stages/ppo_update.py", "1.5 * target", "15 * target"),
+    Mutation(
+        "P20", "the controller's target stops the epochs", "stages/ppo_update.py",
+        "target = config.target_approx_kl", "target = config.kl_target",
+    ),
+    Mutation(
+        "P20", "an exploding ratio is not skipped", "stages/ppo_update.py",
+        "config.max_ratio is not None and not ratio <= config.max_ratio", "False",
+    ),
+    Mutation(
+        "P21", "all processes sample from one stream", "stages/ppo_collect.py",
+        'config.seed, "rollout", iteration, config.process_index', 'config.seed, "rollout", iteration',
+    ),
+    Mutation(
+        "P22", "the reference mean is not subtracted", "stages/ppo_collect.py",
+        "scores_B = (scores_B - mean) /", "scores_B = scores_B /",
+    ),
+    Mutation(
+        "P22", "the constants are those of rejected responses", "stages/reward.py",
+        'measured["chosen_ids"]', 'measured["rejected_ids"]',
+    ),
+    Mutation(
+        "P23", "the value is not restored", "stages/ppo_checkpoint.py",
+        "parameter.copy_(saved[name])", 'parameter.copy_(saved[name] if "policy" in name else parameter)',
+    ),
+    Mutation(
+        "P23", "the running reward scale is not restored", "stages/ppo_run.py",
+        "RunningScale(*self.loop.running)", "RunningScale()",
+    ),
+    Mutation(
+        "P24", "adding an adapter unfreezes the others", "models/adapters.py",
+        "parameter.requires_grad_(before.get(id(parameter), trainable))", "parameter.requires_grad_(True)",
+    ),
+    Mutation(
+        "P24", "the reward's adapter serves as the value", "stages/ppo_roles.py",
+        "value = list(adapters.heads[VALUE].parameters()) if shared else adapters.parameters(VALUE)",
+        "value = [p.requires_grad_(True) for p in adapters.parameters(list(adapters.heads)[0])]",
+    ),
+    Mutation(
+        "P25", "a minibatch's mean counts once, whatever its tokens", "stages/ppo_metrics.py",
+        'totals[name] / totals["tokens"]', 'totals[name] / totals["steps"]',
+    ),
+    Mutation(
+        "P25", "the entropy is averaged over padding", "stages/ppo_collect.py",
+        "masked_mean(entropy_BR, mask_BR, 1)", "entropy_BR.mean(1)",
+    ),
+    Mutation(
+        "D2", "the cache goes by the weights alone", "stages/reference.py",
+        "            self._precompute_model_hash = self._reference_key\n", "",
+    ),
+]  # fmt: skip
+
+
+def copy_package(folder: Path) -> Path:
+    """A copy that `import preftune` finds before any installed one, with `folder` on PYTHONPATH."""
+    package = folder / "preftune"
+    for room in ROOMS:
+        shutil.copytree(ROOT / room, package / room, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in (*ROOT.glob("*.py"), ROOT / "pyproject.toml"):
+        shutil.copy(file, package)
+    return package
+
+
+def python(package: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(package.parent), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=package, env=environment, capture_output=True, text=True, check=False)
+
+
+def red_tests(package: Path, rows: list[str]) -> list[str]:
+    """Which of these rows' tests fail in that copy."""
+    marks = [f'checklist("{row}")' for row in rows]
+    files = [
+        str(file)
+        for file in sorted((package / "tests").rglob("test_*.py"))
+        if file.name not in SEVERAL_PROCESSES and any(mark in file.read_text(encoding="utf-8") for mark in marks)
+    ]
+    names = " or ".join(f"test_{row[0].lower()}{int(row[1:]):02d}_" for row in rows)
+    options = ["-m", "checklist", "-k", names, "-q", "--tb=no", "-rfE", "-p", "no:cacheprovider"]
+    done = python(package, "-m", "pytest", *files, *options)
+    if done.returncode not in (0, 1):
+        raise SystemExit(f"pytest could not run the tests of {', '.join(rows)}:\n{done.stdout}\n{done.stderr}")
+    return re.findall(r"^(?:FAILED|ERROR) \S*::(\S+)", done.stdout, re.MULTILINE)
+
+
+def apply(package: Path, mutation: Mutation) -> str:
+    """Break the rule; returns the file's text as it was."""
+    file = package / mutation.file
+    text = file.read_text(encoding="utf-8")
+    if (count := text.count(mutation.old)) != 1:
+        raise SystemExit(f"{mutation.row}: {mutation.old!r} stands {count} times in {mutation.file}, expected once")
+    file.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
+    return text
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="*", help="rows of the checklist; all of them if none is named")
+    wanted = [row.upper() for row in parser.parse_args().rows] or list(dict.fromkeys(m.row for m in MUTATIONS))
+    with tempfile.TemporaryDirectory() as folder:
+        package = copy_package(Path(folder))
+        found = python(package, "-c", "import preftune; print(preftune.__file__)").stdout.strip()
+        if Path(found) != package / "__init__.py":
+            raise SystemExit(f"preftune is imported from {found}, expected the copy {package}")
+        if already := red_tests(package, wanted):
+            raise SystemExit(f"{', '.join(already)} fails before anything is broken")
+        unnoticed = 0
+        print("| row | what was broken | tests that went red |\n|---|---|---|")
+        for mutation in (each for each in MUTATIONS if each.row in wanted):
+            text = apply(package, mutation)
+            red = red_tests(package, [mutation.row])
+            (package / mutation.file).write_text(text, encoding="utf-8")
+            unnoticed += not red
+            names = ", ".join(f"`{name}`" for name in red) or "**none**"
+            print(f"| {mutation.row} | {mutation.broken} | {names} |", flush=True)
+    return 1 if unnoticed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""PPO in two real processes, against one: `ppo_worker.py` runs once each way, the tests judge what it wrote."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from preftune.data.errors import UserError
+from preftune.models.base import Base
+from preftune.stages.ppo_checkpoint import load_state
+
+pytestmark = pytest.mark.slow
+
+WORKER = Path(__file__).with_name("ppo_worker.py")
+CONFIG = """\
+compute_environment: LOCAL_MACHINE
+distributed_type: MULTI_CPU
+use_cpu: true
+num_machines: 1
+num_processes: 2
+main_process_port: 0
+"""
+
+
+class Outcome(NamedTuple):
+    """one: the tensors of a single process. two: those of each of two. found: what else each of the two saw."""
+
+    folder: Path
+    one: dict[str, torch.Tensor]
+    two: list[dict[str, torch.Tensor]]
+    found: list[dict[str, Any]]
+
+
+@pytest.fixture(scope="session")
+def outcome(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    folder = tmp_path_factory.mktemp("processes")
+    (folder / "config.yaml").write_text(CONFIG)
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    # accelerate's own launcher of CPU processes needs mpirun; see `preftune.cli.launch`
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(folder / "config.yaml"), "--multi_gpu"]
+    for command in ([str(WORKER), "alone"], [*launch, str(WORKER), "together"]):
+        out = folder / command[-1]
+        out.mkdir()
+        subprocess.run([sys.executable, *command, str(out)], check=True, env=environment, timeout=600)
+    together = folder / "together"
+    return Outcome(
+        together,
+        load_file(folder / "alone" / "step0.safetensors"),
+        [load_file(together / f"step{process}.safetensors") for process in range(2)],
+        [json.loads((together / f"found{process}.json").read_text(encoding="utf-8")) for process in range(2)],
+    )
+
+
+@pytest.mark.checklist("P16")
+def test_p16_one_process_equals_two(outcome: Outcome) -> None:
+    one, two = outcome.one, outcome.two
+    assert one["lengths"].tolist() == torch.cat([each["lengths"] for each in two]).tolist()
+    both = torch.cat([each["advantages"] for each in two]).double()
+    assert float(both.mean()) == pytest.approx(0, abs=1e-6)
+    assert float(both.std(correction=0)) == pytest.approx(1, abs=1e-6)
+    # whitened by the two together: neither has mean 0 by itself
+    assert all(abs(float(each["advantages"].mean())) > 0.01 for each in two)
+    for name in ("advantages", "returns"):
+        torch.testing.assert_close(torch.cat([each[name] for each in two]), one[name], rtol=0, atol=5e-6)
+
+
+@pytest.mark.checklist("P17")
+def test_p17_gradients_do_not_depend_on_the_number_of_processes(outcome: Outcome) -> None:
+    one, two = outcome.one, outcome.two
+    # unlike shares of the tokens, so a mean of the processes' means would be another gradient
+    assert [int(each["lengths"].sum()) for each in two] == [26, 13] and float(one["tokens"]) == 39
+    for each in two:
+        assert torch.equal(each["before"], one["before"]) and float(each["tokens"]) == 39
+        # far above the limit of 0.01: the clipping is part of what must not depend
+        assert float(one["norms"].min()) > 0.1
+        torch.testing.assert_close(each["norms"], one["norms"], rtol=1e-5, atol=0)
+        torch.testing.assert_close(each["sums"], one["sums"], rtol=1e-5, atol=1e-5)
+        largest = float(one["gradient"].abs().max())
+        torch.testing.assert_close(each["gradient"], one["gradient"], rtol=0, atol=1e-5 * largest)
+        moved = one["after"] - one["before"]
+        assert float(moved.abs().max()) > 1e-4
+        torch.testing.assert_close(each["after"], one["after"], rtol=0, atol=1e-5 * float(moved.abs().max()) + 6e-8)
+    assert torch.equal(two[0]["after"], two[1]["after"])
+
+
+@pytest.mark.checklist("P20")
+@pytest.mark.parametrize(("statistic", "brake"), [("approx_kl", "stop"), ("ratio", "skip")])
+def test_p20_processes_stop_and_skip_together(outcome: Outcome, statistic: str, brake: str) -> None:
+    seen = [each["brakes"][statistic] for each in outcome.found]
+    own = [each["own"] for each in seen]
+    assert min(own) < seen[0]["all"] == seen[1]["all"] < max(own)
+    place = ["stop", "skip"].index(brake)
+    # the limit stands between the lower process and both, then between both and the higher one
+    for case, expected in ((0, True), (1, False)):
+        alone = [each["decided"][case]["alone"][place] for each in seen]
+        together = [each["decided"][case]["together"][place] for each in seen]
+        assert sorted(alone) == [False, True]
+        assert together == [expected, expected]
+
+
+@pytest.mark.checklist("P21")
+def test_p21_processes_sample_differently_and_reruns_agree(outcome: Outcome) -> None:
+    first, second = (each["whole"]["texts"] for each in outcome.found)
+    everything = [tuple(row) for texts in (first, second) for rows in texts.values() for row in rows]
+    # one prompt, asked 16 times: by two processes in two iterations
+    assert len(everything) == len(set(everything)) == 16
+    for each in outcome.found:
+        assert each["again"] == each["whole"]["texts"]["0"]
+        assert each["resumed"]["texts"] == {"1": each["whole"]["texts"]["1"]}
+
+
+@pytest.mark.checklist("P23")
+def test_p23_two_processes_resume_exactly(outcome: Outcome) -> None:
+    checkpoint = outcome.folder / "whole" / "checkpoint-3"
+    assert {f"ppo_rollout_{process}.safetensors" for process in range(2)} <= {p.name for p in checkpoint.iterdir()}
+    for each in outcome.found:
+        whole, resumed = each["whole"], each["resumed"]
+        assert resumed["digests"] == whole["digests"] and resumed["kl_coef"] == whole["kl_coef"] != 0.05
+        assert [timeless(log) for log in resumed["logs"]] == [timeless(log) for log in whole["logs"]]
+
+
+@pytest.mark.checklist("P23")
+def test_p23_a_rollout_in_flight_needs_its_number_of_processes(outcome: Outcome) -> None:
+    with pytest.raises(UserError, match="belongs to 2 processes, this run has 1"):
+        load_state(outcome.folder / "whole" / "checkpoint-3", 1)
+    # at an iteration's end nothing is in flight
+    assert load_state(outcome.folder / "whole" / "checkpoint-8", 1).iteration == 2
+
+
+@pytest.mark.checklist("P24")
+def test_p24_policy_and_value_are_the_same_on_every_process(outcome: Outcome) -> None:
+    first, second = (each["whole"]["digests"] for each in outcome.found)
+    assert first == second
+    start = outcome.found[0]["whole"]["start"]
+    assert {name for name in start if start[name] != first[name]} == {"default", "value"}
+
+
+def test_a_model_drawn_differently_on_each_process_starts_as_the_first_ones(outcome: Outcome) -> None:
+    first, second = (each["unlike"] for each in outcome.found)
+    assert first.pop("before") != second.pop("before")
+    assert first == second and {"default", "ref", "value"} <= first.keys()
+
+
+@pytest.mark.checklist("P25")
+def test_p25_every_process_logs_the_means_over_all(outcome: Outcome) -> None:
+    whole = [each["whole"] for each in outcome.found]
+    assert len(whole[0]["logs"]) == 2
+    for iteration, logs in enumerate(zip(whole[0]["logs"], whole[1]["logs"], strict=True)):
+        assert timeless(logs[0]) == timeless(logs[1])
+        scores, lengths = [], []
+        for each in whole:
+            scores += each["scores"][str(iteration)]
+            lengths += [len(row) for row in each["texts"][str(iteration)]]
+        assert logs[0]["objective/scores"] == pytest.approx(sum(scores) / 8, abs=1e-6)
+        assert logs[0]["rollout/length"] == sum(lengths) / 8
+
+
+def test_only_the_first_process_writes(outcome: Outcome) -> None:
+    assert [each["whole"]["first"] for each in outcome.found] == [True, False]
+    # the resumed run had a folder for each process
+    second = {file.name for file in (outcome.folder / "resumed1").rglob("*") if file.is_file()}
+    assert second == {"rng_state_1.pth", "ppo_rollout_1.safetensors"}
+    first = {file.name for file in (outcome.folder / "resumed0").rglob("*") if file.is_file()}
+    assert {"adapter_model.safetensors", "optimizer.pt", "ppo_state.json", "rollouts.jsonl"} <= first
+    with (outcome.folder / "whole" / "log.jsonl").open(encoding="utf-8") as lines:
+        assert [json.loads(line)["step"] for line in lines] == [4, 8, 8]  # two iterations, and the run's summary
+
+
+def timeless(log: dict[str, Any]) -> dict[str, Any]:
+    """A log entry without what the clock says."""
+    return {name: x for name, x in log.items() if not name.startswith("time/") and name != "rollout/tokens_per_second"}

@@ -1,0 +1,143 @@
+"""PPO runs that SIGKILL ended, continued by a fresh process: nothing may differ from a run that was never killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from preftune.models.base import Base
+from preftune.stages.callbacks import keep_rows
+from preftune.stages.ppo_checkpoint import STATE, last_complete, remove_older, reopen
+from preftune.stages.ppo_samples import SampleLog
+
+WORKER = Path(__file__).with_name("ppo_worker.py")
+
+
+def train(out: Path, *kill: str) -> int:
+    """Exit code of a training process; out/end.pt holds what it ended with."""
+    command = [sys.executable, str(WORKER), "train", str(out), *kill]
+    return subprocess.run(command, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600).returncode
+
+
+def rows(file: Path) -> list[dict[str, Any]]:
+    with file.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def timeless(logs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The iterations' logs without what the clock says."""
+    clock = ("time/", "rollout/tokens_per_second")
+    return [{k: x for k, x in log.items() if not k.startswith(clock)} for log in logs if "objective/kl" in log]
+
+
+def assert_same(one: Any, two: Any) -> None:
+    """Equal bit for bit, tensors in nested dictionaries and lists included."""
+    assert type(one) is type(two)
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, two)
+    elif isinstance(one, dict):
+        assert one.keys() == two.keys()
+        for key in one:
+            assert_same(one[key], two[key])
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(two)
+        for a, b in zip(one, two, strict=True):
+            assert_same(a, b)
+    else:
+        assert one == two
+
+
+@pytest.fixture(scope="session")
+def whole(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing interrupted: 3 iterations of 4 steps, saved after steps 5 and 10."""
+    out = tmp_path_factory.mktemp("whole")
+    assert train(out) == 0
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.checklist("P23")
+@pytest.mark.parametrize(
+    ("kill", "left"),
+    [
+        # two steps after a checkpoint that fell between the minibatches of an epoch
+        ("step 7", {"checkpoint-5"}),
+        # all but the last file of the next one is written, and only one is to be kept
+        ("saving 10", {"checkpoint-5", "checkpoint-10"}),
+    ],
+)
+def test_p23_killed_and_resumed_equals_never_killed(whole: Path, tmp_path: Path, kill: str, left: set[str]) -> None:
+    assert train(tmp_path, kill) == -signal.SIGKILL
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == left
+    assert last_complete(tmp_path) == tmp_path / "checkpoint-5"
+    assert (tmp_path / "checkpoint-5" / "ppo_rollout_0.safetensors").is_file()
+    assert train(tmp_path) == 0
+
+    ends = [torch.load(folder / "end.pt") for folder in (whole, tmp_path)]
+    assert [end.pop("from") for end in ends] == [None, "checkpoint-5"]
+    logs = [timeless(end.pop("logs")) for end in ends]
+    assert logs[0] == logs[1] and len(logs[0]) == 3
+    # the controller has moved, and the scale has seen all 24 scores
+    assert ends[0]["kl_coef"] != 0.05 and ends[0]["running"][0] == 24
+    assert ends[0]["optimizer"]["state"] and ends[0]["trainables"]
+    assert_same(*ends)
+
+    texts = [rows(folder / "rollouts.jsonl") for folder in (whole, tmp_path)]
+    assert texts[0] == texts[1] and [row["iteration"] for row in texts[0]] == [0] * 8 + [1] * 8 + [2] * 8
+    assert timeless(rows(whole / "log.jsonl")) == timeless(rows(tmp_path / "log.jsonl"))
+
+
+def checkpoint(folder: Path, step: int, *, complete: bool = True) -> Path:
+    made = folder / f"checkpoint-{step}"
+    made.mkdir()
+    if complete:
+        (made / STATE).write_text("{}")
+    os.utime(made, (step, step))
+    return made
+
+
+@pytest.mark.checklist("P23")
+def test_p23_only_complete_checkpoints_count(tmp_path: Path) -> None:
+    assert last_complete(tmp_path / "none") is None and last_complete(tmp_path) is None
+    checkpoint(tmp_path, 9)
+    checkpoint(tmp_path, 10)
+    checkpoint(tmp_path, 20, complete=False)
+    (tmp_path / "checkpoint-30.bak").mkdir()
+    assert last_complete(tmp_path) == tmp_path / "checkpoint-10"
+    # written anew, it counts again only when its last file is there
+    reopen(tmp_path / "checkpoint-10")
+    assert last_complete(tmp_path) == tmp_path / "checkpoint-9"
+
+
+@pytest.mark.parametrize(("limit", "left"), [(None, {2, 4, 6}), (0, {2, 4, 6}), (2, {2, 6}), (1, {2}), (5, {2, 4, 6})])
+def test_the_oldest_checkpoints_go_and_never_the_one_just_written(tmp_path: Path, limit: int | None, left: set) -> None:
+    for step in (4, 6):
+        checkpoint(tmp_path, step)
+    # another run's came further, but this one is the newest
+    newest = checkpoint(tmp_path, 2)
+    os.utime(newest, (7, 7))
+    remove_older(newest, limit)
+    assert {int(path.name.partition("-")[2]) for path in tmp_path.iterdir()} == left
+
+
+def test_rows_of_the_steps_to_come_go_and_so_does_one_cut_off(tmp_path: Path) -> None:
+    file = tmp_path / "rollouts.jsonl"
+    log = SampleLog(file, every=1)
+    # JSON leaves these line ends as they are; `str.splitlines` breaks at every one of them
+    texts = ["a\u2028b", "c\x85d", "e\nf\r"]
+    for iteration, text in enumerate(texts):
+        log.write(iteration, [{"completion": text, "score": 1.0}])
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write('{"iteration": 1, "comple')
+    log.start(2)
+    assert [(row["iteration"], row["completion"]) for row in rows(file)] == [(0, texts[0]), (1, texts[1])]
+    log.write(2, [{"completion": texts[2], "score": 1.0}])
+    assert [row["completion"] for row in rows(file)] == texts
+    keep_rows(file, lambda row: False)
+    assert file.read_text() == ""
