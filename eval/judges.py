@@ -1,8 +1,8 @@
 """Judges: what gives a reply a score.
 
 A recipe lists judges as mappings with a `kind`; `plan_judges` checks them before any model is loaded, and opens them
-once the base is there. All judges here score one reply at a time, so the order of two replies cannot matter; a judge
-that reads both at once goes through `winrate.order_outcomes`.
+once the base is there. All judges here but people score one reply at a time, so the order of two replies cannot
+matter; a model that reads both at once goes through `winrate.order_outcomes`.
 """
 
 import inspect
@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -18,20 +18,11 @@ from ..data.errors import UserError
 from ..models.adapters import AdapterSet
 from ..stages.scorers import import_function
 from .batches import TOKENS_PER_BATCH, right_pad, token_batches
+from .human import HumanJudge, read_votes
 from .rubric import Rubric, parse_rubric
 from .samples import Sample
 from .spec import check_adapter
-
-
-class Judge(Protocol):
-    """Anything with a name that turns samples into scores; more is better."""
-
-    @property
-    def name(self) -> str: ...
-
-    def score(self, samples: Sequence[Sample]) -> list[float]:
-        """One score a sample, in order; nan where the judge has none."""
-        ...
+from .verdicts import Judge, PairJudge
 
 
 @dataclass(frozen=True)
@@ -130,7 +121,7 @@ class JudgePlan:
     """A judge that was checked and not opened yet: `open(adapters, tokenizer)` makes it."""
 
     name: str
-    open: Callable[[AdapterSet, Any], Judge]
+    open: Callable[[AdapterSet, Any], Judge | PairJudge]
 
 
 def plan_judges(raw: Sequence[Mapping[str, Any]], run_dir: Path | None, where: str = "eval.judges") -> list[JudgePlan]:
@@ -138,8 +129,10 @@ def plan_judges(raw: Sequence[Mapping[str, Any]], run_dir: Path | None, where: s
 
     Args:
         raw: mappings `{kind: rubric, checks: [...]}`, `{kind: reward, stage: NAME}` or `{kind: reward, adapter: DIR}`,
-            `{kind: function, function: "module:function"}`, each with an optional `name`.
-        run_dir: the run folder, in which a reward judge's stage is looked up.
+            `{kind: function, function: "module:function"}`, `{kind: human, votes: FILE}` (see `human.py`), each with an
+            optional `name`.
+        run_dir: the run folder, in which a reward judge's stage is looked up, and a file of votes before it is looked
+            up from here.
 
     Raises:
         UserError: for an unknown kind, a missing or unknown field, a name given twice.
@@ -202,8 +195,22 @@ def _plan_function(entry: dict[str, Any], where: str, run_dir: Path | None) -> J
     return JudgePlan(judge.name, lambda adapters, tokenizer: judge)
 
 
+def _plan_human(entry: dict[str, Any], where: str, run_dir: Path | None) -> JudgePlan:
+    named = entry.get("votes")
+    if not isinstance(named, str):
+        raise UserError(f"{where}.votes", f"is {named!r}, expected a file", "write votes: votes.jsonl")
+    places = [folder / Path(named).expanduser() for folder in (run_dir, Path()) if folder is not None]
+    file = next((place for place in places if place.is_file()), None)
+    if file is None:
+        looked = ", ".join(str(place.parent) for place in places)
+        raise UserError(f"{where}.votes", f"no file {named!r} (looked in {looked})", "correct the path")
+    judge = HumanJudge(entry.get("name", "human"), read_votes(file))
+    return JudgePlan(judge.name, lambda adapters, tokenizer: judge)
+
+
 _KINDS: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any], str, Path | None], JudgePlan]]] = {
     "rubric": (("checks",), _plan_rubric),
     "reward": (("stage", "adapter"), _plan_reward),
     "function": (("function",), _plan_function),
+    "human": (("votes",), _plan_human),
 }

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from jinja2 import ChainableUndefined, Environment
 
 from ..data.errors import UserError
 from . import svg
+from .verdicts import LENGTH_CONTROL_PROMPTS
 
 SAMPLE_PROMPTS = 20
 CURVES = 12
@@ -38,6 +39,9 @@ def write_report(run_dir: Path) -> Path:
     page = environment.from_string(template).render(
         name=run_dir.resolve().name,
         results=[_result(row) for row in results],
+        controlled=any(row.get("length_controlled_win_rate") is not None for row in results),
+        length_control_prompts=LENGTH_CONTROL_PROMPTS,
+        matrices=_matrices(results),
         stages=stages,
         samples=read_samples(run_dir / "eval" / "samples.jsonl"),
         recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
@@ -112,6 +116,13 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
 def _result(row: Mapping[str, Any]) -> dict[str, Any]:
     rate, low, high = row["win_rate"], row["ci_low"], row["ci_high"]
     return {**row, "bar": "" if rate is None or low is None or high is None else svg.interval_bar(rate, low, high)}
+
+
+def _matrices(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Mapping[str, Any]]]]:
+    """(judge, its rows) of every judge that compared more than two policies; two are a pair, and stand above."""
+    judges = list(dict.fromkeys(row["judge"] for row in results if row.get("against")))
+    tables = [(judge, [row for row in results if row["judge"] == judge]) for judge in judges]
+    return [(judge, table) for judge, table in tables if len(table) > 2]
 
 
 def _read_json(path: Path) -> Any:

@@ -1,11 +1,10 @@
 """The whole evaluation: samples of every policy, scored by every judge, with win-rates and KL."""
 
 import json
-import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from .kl import KL, sequence_kls, summarise
 from .progress import meter
 from .samples import Sample
 from .spec import EvalSpec
-from .winrate import against_itself, score_outcomes, win_rate
+from .verdicts import COLUMNS, Verdicts, verdict_columns
 from .workbench import Workbench
 
 __all__ = ["EvalSpec", "Evaluation", "evaluate", "run_eval"]
@@ -30,7 +29,7 @@ class Evaluation:
     Attributes:
         rows: one mapping per policy x judge, the rows of results.json.
         samples: policy -> its replies, one a prompt.
-        scores: (policy, judge) -> one score a reply.
+        scores: (policy, judge) -> one score a reply, of the judges that score.
     """
 
     rows: list[dict[str, Any]]
@@ -46,8 +45,10 @@ def run_eval(spec: EvalSpec, run_dir: Path | None = None) -> list[dict[str, Any]
 
     Returns:
         The rows of results.json: policy, reference, judge, n, mean_score, win_rate, ci_low, ci_high, ties, unparsable,
-        length, eos_rate, kl, kl_se, kl_per_token, temperature, seed. Rates are fractions of 1, lengths tokens, KL nats;
-        None where something was not measured.
+        length_controlled_win_rate, rating_log_odds, rating_low, rating_high, against, length, eos_rate, kl, kl_se,
+        kl_per_token, temperature, seed. Rates are fractions of 1, lengths tokens, KL nats, ratings Bradley-Terry
+        log-odds of mean 0; `against` is the policy's row of the matrix of all pairs. None where something was not
+        measured, as length control with few prompts.
 
     Raises:
         UserError: for what the user can put right in policies, prompts or judges.
@@ -67,17 +68,21 @@ def evaluate(spec: EvalSpec, run_dir: Path | None = None) -> Evaluation:
     judges = [plan.open(bench.adapters, bench.tokenizer) for plan in plans]
     prompts = bench.prompts()
     samples = {policy: bench.samples(policy, prompts) for policy in bench.roles}
-    scores = {}
-    for policy, replies in samples.items():
-        for judge in judges:
-            scores[policy, judge.name] = judge.score(replies)
+    lengths = {policy: [len(reply.tokens) for reply in replies] for policy, replies in samples.items()}
+    scores, judged = {}, {}
+    for judge in judges:
+        verdicts = Verdicts.of(judge, samples)
+        scores |= {(policy, judge.name): given for policy, given in verdicts.scores.items()}
+        judged[judge.name] = verdict_columns(verdicts, lengths, spec.reference, spec.seed)
     kls = {policy: measure_kl(bench, replies) if spec.kl else None for policy, replies in samples.items()}
     rows = []
     for policy, replies in samples.items():
         for judge in [judge.name for judge in judges] or [None]:
             names = {"policy": policy, "reference": spec.reference, "judge": judge}
-            measured = _score_columns(spec, policy, judge, scores, len(prompts)) | _reply_columns(replies, kls[policy])
-            rows.append(plain(names | measured | {"temperature": spec.temperature, "seed": spec.seed}))
+            # Without a judge: how many replies there are and nothing else.
+            said = judged[judge][policy] if judge else dict.fromkeys(COLUMNS) | {"n": len(prompts)}
+            drawn = {"temperature": spec.temperature, "seed": spec.seed}
+            rows.append(plain(names | said | _reply_columns(replies, kls[policy]) | drawn))
     return Evaluation(rows, samples, scores)
 
 
@@ -99,23 +104,6 @@ def measure_kl(bench: Workbench, replies: Sequence[Sample]) -> KL:
             on_batch=done,
         )
     return summarise(kls, lengths, spec.temperature)
-
-
-def _score_columns(
-    spec: EvalSpec, policy: str, judge: str | None, scores: Mapping[tuple[str, str], list[float]], n: int
-) -> dict[str, Any]:
-    """What a judge says of a policy; without a judge, how many replies there are and nothing else."""
-    columns = ("n", "mean_score", "win_rate", "ci_low", "ci_high", "ties", "unparsable")
-    if judge is None:
-        return dict.fromkeys(columns) | {"n": n}
-    ours = np.asarray(scores[policy, judge], dtype=np.float64)
-    if policy == spec.reference:
-        rate = against_itself(n)
-    else:
-        rate = win_rate(score_outcomes(ours.tolist(), scores[spec.reference, judge]), seed=spec.seed)
-    mean = float(np.nanmean(ours)) if not np.isnan(ours).all() else math.nan
-    given = asdict(rate) | {"mean_score": mean}
-    return {column: given[column] for column in columns}
 
 
 def _reply_columns(replies: Sequence[Sample], kl: KL | None) -> dict[str, Any]:

@@ -52,6 +52,22 @@ def test_the_page_stands_alone(run):
     assert [path.name for path in run.iterdir() if path.name.startswith(".")] == []
 
 
+def test_the_matrix_of_all_pairs_and_length_control(run):
+    results = []
+    for place, policy in enumerate(("sft", "dpo", "ppo")):
+        cell = {"win_rate": 0.615 + place / 100, "ci_low": 0.5, "ci_high": 0.7, "n": 60}
+        against = {other: cell for other in ("sft", "dpo", "ppo") if other != policy}
+        rated = {"rating_log_odds": place - 1.0625, "rating_low": -2.0, "rating_high": 2.0}
+        results.append(ROW | {"policy": policy, "length_controlled_win_rate": 0.585, "against": against} | rated)
+    (run / "eval" / "results.json").write_text(json.dumps(results))
+    page = write_report(run).read_text()
+    assert page.count("58.5%") == 3
+    assert [page.count(text) for text in ("61.5%", "62.5%", "63.5%")] == [2, 2, 2]
+    assert [text in page for text in ("-1.062", "-0.0625", "0.9375")] == [True] * 3
+    (run / "eval" / "results.json").write_text(json.dumps([each | {"against": None} for each in results]))
+    assert "All pairs" not in write_report(run).read_text()
+
+
 @pytest.mark.parametrize(
     "gone", ["eval/results.json", "eval/samples.jsonl", "recipe.yaml", "run.json", "sft/log.jsonl"]
 )

@@ -20,6 +20,7 @@ from .conftest import shake
 
 KEYS = {
     *("policy", "reference", "judge", "n", "mean_score", "win_rate", "ci_low", "ci_high", "ties", "length", "eos_rate"),
+    *("length_controlled_win_rate", "rating_log_odds", "rating_low", "rating_high", "against"),
     *("kl", "kl_se", "kl_per_token", "temperature", "seed"),
 }
 RUBRIC = {"kind": "rubric", "checks": [{"kind": "max_words", "value": 2}, {"kind": "excludes_any", "values": ["e"]}]}
@@ -75,6 +76,12 @@ def test_results_have_a_row_for_every_policy_and_judge(run_dir):
     for policy in ("base", "sft"):
         assert (by_policy[policy]["win_rate"], by_policy[policy]["ties"], by_policy[policy]["kl"]) == (0.5, 6, 0.0)
     assert by_policy["dpo"]["kl"] > 0
+    assert by_policy["dpo"]["against"]["sft"]["win_rate"] == by_policy["dpo"]["win_rate"]
+    # six ties are no certainty: the interval is Wilson's of 3 in 6
+    assert by_policy["base"]["against"]["sft"] == {
+        "win_rate": 0.5, "ci_low": pytest.approx(0.18762, abs=1e-5), "ci_high": pytest.approx(0.81238, abs=1e-5), "n": 6
+    }  # fmt: skip
+    assert sum(row["rating_log_odds"] for row in by_policy.values()) == pytest.approx(0.0, abs=1e-9)
     samples = [json.loads(line) for line in (run_dir / "eval" / "samples.jsonl").read_text().splitlines()]
     assert [(line["policy"], line["prompt_index"]) for line in samples] == [
         (policy, place) for policy in ("base", "sft", "dpo") for place in range(6)
@@ -89,6 +96,7 @@ def test_a_second_run_replaces_the_first_and_leaves_nothing_beside(run_dir):
     assert run_eval(spec, run_dir) == first
     assert [row["policy"] for row in first] == ["base", "dpo"]
     assert all(row["judge"] is None and row["kl"] is None and row["win_rate"] is None for row in first)
+    assert all(row["against"] is None and row["length_controlled_win_rate"] is None for row in first)
     assert not [path for path in run_dir.iterdir() if path.name.startswith(".eval")]
 
 
@@ -99,6 +107,16 @@ def test_single_measurements(run_dir):
     assert [row["policy"] for row in kls] == ["base", "sft", "dpo"]
     assert kls[2]["tokens"] == pytest.approx(6 * rates[2]["length"])
     assert kls[2]["kl_per_token"] * kls[2]["tokens"] == pytest.approx(6 * kls[2]["kl"])
+
+
+def test_people_judge_where_they_voted(run_dir):
+    vote = {"prompt": 2, "policy_a": "dpo", "policy_b": "sft", "preference": 1}
+    (run_dir / "votes.jsonl").write_text(json.dumps(vote) + "\n")
+    rows = eval_winrate(make_spec(run_dir, judges=(RUBRIC, {"kind": "human", "votes": "votes.jsonl"})), run_dir)
+    people = {row["policy"]: row for row in rows if row["judge"] == "human"}
+    assert (people["dpo"]["n"], people["dpo"]["win_rate"], people["dpo"]["unparsable"]) == (1, 1.0, 5)
+    assert people["dpo"]["against"]["base"]["win_rate"] is None
+    assert people["base"]["win_rate"] is people["base"]["mean_score"] is people["dpo"]["rating_log_odds"] is None
 
 
 def test_perplexity_rows(run_dir):

@@ -1,0 +1,119 @@
+"""What a judge says of every pair of policies, and the columns of results.json that follow from it."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from .length_control import control_length
+from .ratings import rate_policies
+from .samples import Sample
+from .winrate import WinRate, against_itself, score_outcomes, win_rate
+
+# Fewer judged prompts than this say too little about the effect of length to take it out.
+LENGTH_CONTROL_PROMPTS = 50
+COLUMNS = (
+    *("n", "mean_score", "win_rate", "ci_low", "ci_high", "ties", "unparsable"),
+    *("length_controlled_win_rate", "rating_log_odds", "rating_low", "rating_high", "against"),
+)
+
+
+class Judge(Protocol):
+    """Anything with a name that turns samples into scores; more is better."""
+
+    @property
+    def name(self) -> str: ...
+
+    def score(self, samples: Sequence[Sample]) -> list[float]:
+        """One score a sample, in order; nan where the judge has none."""
+        ...
+
+
+@runtime_checkable
+class PairJudge(Protocol):
+    """Anything with a name that compares two policies' replies to the same prompts."""
+
+    @property
+    def name(self) -> str: ...
+
+    def compare(self, policy: Sequence[Sample], other: Sequence[Sample]) -> list[float]:
+        """What the first policy gets on each prompt: 1 win, 0.5 tie, 0 loss, or between; nan without a verdict."""
+        ...
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """One judge on all policies.
+
+    Attributes:
+        scores: policy -> one score a prompt; empty for a judge that compares.
+        outcomes: (policy, other) -> [N] outcomes of the policy, for every two policies in both orders.
+    """
+
+    scores: dict[str, list[float]]
+    outcomes: dict[tuple[str, str], np.ndarray]
+
+    @classmethod
+    def of(cls, judge: Judge | PairJudge, samples: Mapping[str, list[Sample]]) -> "Verdicts":
+        """Asks the judge. Every policy's samples answer the same prompts in the same order."""
+        pairs = [(ours, theirs) for ours in samples for theirs in samples if ours != theirs]
+        if isinstance(judge, PairJudge):
+            compared = {(a, b): np.array(judge.compare(samples[a], samples[b])) for a, b in pairs}
+            return cls({}, compared)
+        scores = {policy: judge.score(replies) for policy, replies in samples.items()}
+        return cls(scores, {(a, b): score_outcomes(scores[a], scores[b]) for a, b in pairs})
+
+
+def verdict_columns(
+    verdicts: Verdicts, lengths: Mapping[str, Sequence[int]], reference: str, seed: int
+) -> dict[str, dict[str, Any]]:
+    """policy -> its `COLUMNS`; nan where there is nothing to say.
+
+    Args:
+        lengths: policy -> length of each of its replies, for the length control. Its order is that of the policies.
+
+    `against` is the policy's row of the matrix of all pairs: other policy -> win_rate, ci_low, ci_high, n.
+    """
+    policies = list(lengths)
+    ratings = rate_policies(policies, verdicts.outcomes, seed=seed)
+    controlled = _length_controlled(verdicts, lengths, reference, seed)
+    columns = {}
+    for policy in policies:
+        rates = {other: win_rate(verdicts.outcomes[policy, other], seed=seed) for other in policies if other != policy}
+        rate = against_itself(len(lengths[policy])) if policy == reference else rates[reference]
+        rating = ratings[policy]
+        given = asdict(rate) | {
+            "mean_score": _mean(verdicts.scores.get(policy, ())),
+            "length_controlled_win_rate": 0.5 if policy == reference else controlled.get(policy, math.nan),
+            "rating_log_odds": rating.log_odds,
+            "rating_low": rating.low,
+            "rating_high": rating.high,
+            "against": {other: _cell(each) for other, each in rates.items()},
+        }
+        columns[policy] = {column: given[column] for column in COLUMNS}
+    return columns
+
+
+def _length_controlled(
+    verdicts: Verdicts, lengths: Mapping[str, Sequence[int]], reference: str, seed: int
+) -> dict[str, float]:
+    """policy -> length-controlled win-rate against the reference, of those with enough judged prompts."""
+    outcomes = {policy: verdicts.outcomes[policy, reference] for policy in lengths if policy != reference}
+    enough = [p for p, each in outcomes.items() if np.count_nonzero(~np.isnan(each)) >= LENGTH_CONTROL_PROMPTS]
+    if not enough:
+        return {}
+    base = np.asarray(lengths[reference], dtype=np.float64)
+    differences = [np.asarray(lengths[policy], dtype=np.float64) - base for policy in enough]
+    rates = control_length([outcomes[p] for p in enough], differences, [range(len(base))] * len(enough), seed)
+    return dict(zip(enough, rates, strict=True))
+
+
+def _cell(rate: WinRate) -> dict[str, Any]:
+    return {key: getattr(rate, key) for key in ("win_rate", "ci_low", "ci_high", "n")}
+
+
+def _mean(scores: Sequence[float]) -> float:
+    array = np.asarray(scores, dtype=np.float64)
+    return float(np.nanmean(array)) if np.count_nonzero(~np.isnan(array)) else math.nan
