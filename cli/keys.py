@@ -113,6 +113,7 @@ class Keys:
             "model.dtype": model.dtype,
             "model.quantization": model.quantization,
             "model.chat_template": template,
+            "model.packed": model.packed,
         }
 
 

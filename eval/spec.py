@@ -30,6 +30,7 @@ class EvalSpec:
         kl: measure KL(policy || reference); needs a temperature above 0.
         output_dir: the run folder, used where `run_eval` is given none.
         chat_template: a template instead of the tokenizer's own.
+        packed: forwards run without padding and repeated prefixes.
     """
 
     base: Base
@@ -47,6 +48,7 @@ class EvalSpec:
     batch_size: int = 32
     output_dir: Path | None = None
     chat_template: str | None = None
+    packed: bool = True
 
     def __post_init__(self) -> None:
         if self.reference not in self.policies and self.reference != BASE:

@@ -44,6 +44,7 @@ class Workbench:
             dtype=_dtype(spec.dtype),
             quantization=spec.quantization,
             device="cuda" if torch.cuda.is_available() else None,
+            packed=spec.packed,
         )
         prepare_model(model, tokenizer)
         # The set wants a trainable adapter; nothing trains here, so the smallest one, which no policy uses.

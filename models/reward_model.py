@@ -25,6 +25,7 @@ def create_reward_model(
     quantization: Quantization | None = None,
     device: torch.device | str | None = None,
     attn_implementation: str | None = None,
+    packed: bool = True,
 ) -> PeftModelForSequenceClassification:
     """A reward model ready for TRL's RewardTrainer.
 
@@ -35,6 +36,7 @@ def create_reward_model(
         tokenizer: from `load_tokenizer`; the score is read at the last token that is not its PAD.
         parent: adapter to start from; None: the bare base.
         dtype: of the frozen trunk.
+        packed: see `load_model`.
 
     Raises:
         UserError: the parent cannot be taken over exactly, or the base has no classifier.
@@ -49,6 +51,7 @@ def create_reward_model(
         device=device,
         attn_implementation=attn_implementation,
         seed=seed,
+        packed=packed,
     )
     prepare_model(model, tokenizer)
     with torch.random.fork_rng(devices=[]):

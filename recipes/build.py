@@ -121,6 +121,7 @@ def stage_job(
         seed=seed,
         output_dir=output_dir,
         chat_template=recipe.model.chat_template,
+        packed=recipe.model.packed,
         data_name=stage.data,
     )
 
@@ -147,6 +148,7 @@ def eval_spec(recipe: Recipe, base: "Base", run_dir: Path, policies: list[str] |
         batch_size=part.batch_size,
         output_dir=run_dir,
         chat_template=recipe.model.chat_template,
+        packed=recipe.model.packed,
     )
 
 

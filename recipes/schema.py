@@ -19,13 +19,17 @@ class Part(BaseModel):
 
 
 class Model(Part):
-    """The frozen base. `base`: a hub id, a folder, a .gguf file, pypi:DIST==VERSION or random:llama."""
+    """The frozen base. `base`: a hub id, a folder, a .gguf file, pypi:DIST==VERSION or random:llama.
+
+    `packed: false` runs padded rows as they are, without leaving out padding and repeated prefixes.
+    """
 
     base: str
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     quantization: Literal["4bit", "8bit"] | None = None
     chat_template: str | None = None
+    packed: bool = True
 
 
 class Lora(Part):

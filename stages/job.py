@@ -65,6 +65,7 @@ class StageJob:
         train: fields of the TRL / Transformers config by their own names.
         rewards: where PPO's scores come from.
         output_dir: gets the adapter, the tokenizer, lineage.json, metrics.json and log.jsonl.
+        packed: forwards run without padding and repeated prefixes.
         data_name: the data entry's name in the recipe, for messages and lineage.
     """
 
@@ -83,6 +84,7 @@ class StageJob:
     seed: int = 0
     output_dir: Path
     chat_template: str | None = None
+    packed: bool = True
     data_name: str = "data"
 
 
@@ -183,7 +185,11 @@ def open_adapters(job: StageJob, tokenizer: PreTrainedTokenizerBase) -> AdapterS
     """The causal base with a trainable `default` adapter: a copy of the parent, or a fresh one on the base."""
     quantization: Any = job.quantization
     model = load_model(
-        job.base, dtype=torch_dtype(job), quantization=quantization, device="cuda" if job.quantization else None
+        job.base,
+        dtype=torch_dtype(job),
+        quantization=quantization,
+        device="cuda" if job.quantization else None,
+        packed=job.packed,
     )
     prepare_model(model, tokenizer)
     return AdapterSet.create(model, job.base, job.lora, job.parent, seed=job.seed)

@@ -1,17 +1,19 @@
 """The Bradley-Terry reward model: chosen should score above rejected."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import RewardTrainer
 
 from ..data.encode import encode_pairs
 from ..models.reward_model import create_reward_model, save_reward_model
-from .job import StageJob, finish, load_data, open_tokenizer, torch_dtype
+from .job import StageData, StageJob, finish, load_data, open_tokenizer, torch_dtype
 from .metrics import length_baselines, mean_std, pair_accuracy
 from .trainers import StageTrainer, stage_callbacks, stage_config, train, worded
 
@@ -37,8 +39,18 @@ def with_prompts(pairs: Dataset) -> Dataset:
     return Dataset.from_dict(columns)
 
 
-def run_reward(job: StageJob) -> dict[str, Any]:
-    """Run a reward stage (see `run_stage`). Metrics also hold what `held_out_accuracy` and `reference_scores` say."""
+@dataclass(frozen=True)
+class RewardStage:
+    """A reward stage, built and ready for its first step; `held` is the held-out rows as the classifier reads them."""
+
+    trainer: RewardStageTrainer
+    tokenizer: PreTrainedTokenizerBase
+    data: StageData
+    held: Dataset | None
+
+
+def build_reward(job: StageJob) -> RewardStage:
+    """Everything up to the first step: data, base, classifier, trainer."""
     # 1. tokenizer, data, config
     tokenizer = open_tokenizer(job)
     data = load_data(job, "pair", encode_pairs, tokenizer)
@@ -63,6 +75,7 @@ def run_reward(job: StageJob) -> dict[str, Any]:
         seed=job.seed,
         quantization=quantization,
         device="cuda" if quantization else None,
+        packed=job.packed,
     )
     with worded(job):
         trainer = RewardStageTrainer(
@@ -73,18 +86,26 @@ def run_reward(job: StageJob) -> dict[str, Any]:
             processing_class=tokenizer,
             callbacks=stage_callbacks(job),
         )
-    # 3. train, measure, save
-    metrics = train(trainer, len(train_rows))
-    token: Any = tokenizer.pad_token_id
-    pad, batch_size = int(token), args.per_device_eval_batch_size
-    measured = train_rows if held_rows is None else held_rows
+    return RewardStage(trainer, tokenizer, data, held_rows)
+
+
+def run_reward(job: StageJob) -> dict[str, Any]:
+    """Run a reward stage (see `run_stage`). Metrics also hold what `held_out_accuracy` and `reference_scores` say."""
+    stage = build_reward(job)
+    trainer, data = stage.trainer, stage.data
+    rows: Any = trainer.train_dataset
+    metrics = train(trainer, len(rows))
+    model: Any = trainer.model
+    token: Any = stage.tokenizer.pad_token_id
+    pad, batch_size = int(token), trainer.args.per_device_eval_batch_size
+    measured = rows if stage.held is None else stage.held
     reference = mean_std(score(model, measured["chosen_ids"][:REFERENCE_RESPONSES], pad, batch_size))
     metrics |= {f"reference_reward_{key}": value for key, value in reference.items()}
-    if data.held is not None and held_rows is not None:
-        metrics |= _held_out(model, held_rows, data.held, pad, batch_size)
+    if data.held is not None and stage.held is not None:
+        metrics |= _held_out(model, stage.held, data.held, pad, batch_size)
     if trainer.is_world_process_zero():
         save_reward_model(model, job.base, job.output_dir)
-    return finish(job, tokenizer, data, args, metrics, reward=reference)
+    return finish(job, stage.tokenizer, data, trainer.args, metrics, reward=reference)
 
 
 @torch.no_grad()

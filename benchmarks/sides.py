@@ -1,0 +1,100 @@
+"""Two makers of the same trainer: our stages, and TRL's own trainers as their documentation shows them.
+
+Both get the same base, rows, order, batch, LoRA, learning rate and dtype. TRL reads the messages and tokenises them by
+itself; it is given our tokenizer, whose PAD is not its EOS.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from ..data.spec import DataSpec, SourceSpec
+from ..models.adapters import LoraSpec
+from ..models.base import load_tokenizer
+from ..stages.job import StageJob
+from .workload import base
+
+LORA = LoraSpec(r=16, alpha=32)
+
+TUNED: dict[str, dict[str, Any]] = {
+    # rows of like length in one batch: the least padding that the Trainer's samplers can give
+    "dpo": {"train_sampling_strategy": "group_by_length", "length_column_name": "length"},
+    "reward": {"train_sampling_strategy": "group_by_length", "length_column_name": "length"},
+    # one row without padding; on a CPU its attention is SDPA, with a block mask that transformers makes of positions
+    "sft": {"padding_free": True, "max_length": None},
+}
+"""What TRL's options offer against padding on this work (its DPO has disabled `padding_free`)."""
+
+
+def our_trainer(kind: str, rows: Path, train: dict[str, Any], output: Path, *, packed: bool) -> Any:
+    """The trainer that the stage runs."""
+    job = StageJob(
+        name=kind,
+        kind=kind,
+        base=base(),
+        dtype="bfloat16",
+        lora=LORA,
+        data=DataSpec((SourceSpec(str(rows)),), max_length=None),
+        train=train,
+        output_dir=output,
+        packed=packed,
+    )
+    if kind == "sft":
+        from ..stages.sft import build_sft
+
+        return build_sft(job).trainer
+    if kind == "dpo":
+        from ..stages.dpo import build_dpo
+
+        return build_dpo(job).trainer
+    from ..stages.reward import build_reward
+
+    return build_reward(job).trainer
+
+
+def trl_trainer(kind: str, rows: Path, train: dict[str, Any], output: Path, *, tuned: bool) -> Any:
+    """TRL's trainer on the same rows.
+
+    Args:
+        train: fields of its config, beside which all is as TRL has it. tuned: with `TUNED`.
+    """
+    from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+
+    trainers: dict[str, tuple[Any, Any]] = {
+        "sft": (SFTTrainer, SFTConfig),
+        "dpo": (DPOTrainer, DPOConfig),
+        "reward": (RewardTrainer, RewardConfig),
+    }
+    trainer_class, config_class = trainers[kind]
+    reward = kind == "reward"
+    tokenizer = load_tokenizer(base())
+    auto: Any = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
+    model = auto.from_pretrained(base().path, dtype=torch.bfloat16, **({"num_labels": 1} if reward else {}))
+    model.config.pad_token_id = tokenizer.pad_token_id
+    options = {"max_length": None, **train, **(TUNED[kind] if tuned else {})}
+    return trainer_class(
+        model=model,
+        args=config_class(output_dir=str(output), report_to="none", save_strategy="no", disable_tqdm=True, **options),
+        train_dataset=_dataset(rows, tokenizer, lengths=tuned and kind != "sft"),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(
+            r=LORA.r,
+            lora_alpha=int(LORA.alpha),
+            target_modules="all-linear",
+            task_type="SEQ_CLS" if reward else "CAUSAL_LM",
+            modules_to_save=["score"] if reward else None,
+        ),
+    )
+
+
+def _dataset(rows: Path, tokenizer: Any, *, lengths: bool) -> Dataset:
+    made = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
+    for row in made if lengths else ():
+        texts = [tokenizer.apply_chat_template(row["prompt"] + row[s], tokenize=False) for s in ("chosen", "rejected")]
+        row["length"] = max(len(tokenizer(text).input_ids) for text in texts)
+    return Dataset.from_list(made)
