@@ -1,9 +1,10 @@
 """The one sampler: PPO's rollouts, evaluation and chat all draw their completions here.
 
-A batch of prompts is prefilled once and decoded with a key-value cache; rows that have ended leave the batch. Every row
-draws from a random stream of its own, so what it says does not depend on its neighbours.
+Prompts are prefilled, each distinct one once, and decoded together with a key-value cache; a row that has ended gives
+its place to a waiting prompt. Every row draws from a random stream of its own, so what it says does not depend on its
+neighbours.
 
-Shape suffixes: B rows in flight, P prompt positions, V vocabulary.
+Shape suffixes: N requests, B rows in flight, P prompt positions, W columns in use, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,36 +19,12 @@ from transformers import DynamicCache
 
 from .adapters import AdapterSet
 from .logprobs import LmHead
+from .row_cache import RowCache
+from .sampling import Sampling, choose, uniforms
 
-# Rows leave the batch once this share of it has ended: copying the cache for every single row would cost more.
-COMPACT_BELOW = 0.75
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen.
-
-    Attributes:
-        temperature: divides the logits; 0 means greedy.
-        top_k: keep the k likeliest tokens (0: all).
-        top_p: keep the smallest set of tokens with at least this probability (1: all).
-        min_p: keep tokens with at least this share of the likeliest token's probability (0: all).
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature is {self.temperature}, expected 0 (greedy) or more")
-        if self.top_k < 0:
-            raise ValueError(f"top_k is {self.top_k}, expected 0 (all tokens) or more")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}, expected a number in (0, 1]")
-        if not 0 <= self.min_p < 1:
-            raise ValueError(f"min_p is {self.min_p}, expected a number in [0, 1)")
+# Places are refilled, or the batch made smaller, once this share of it has ended: copying for every single row would
+# cost more than it saves.
+RENEW_AT = 1 / 8
 
 
 @dataclass(frozen=True)
@@ -92,47 +69,6 @@ def merged(adapters: AdapterSet, role: str | None) -> Iterator[None]:
             w.data = data
 
 
-def filter_probs(probs_BV: Tensor, sampling: Sampling) -> Tensor:
-    """Probabilities [B, V] with the tokens that top-k, top-p and min-p cut away set to 0 (not renormalised)."""
-    keep_BV = torch.ones_like(probs_BV, dtype=torch.bool)
-    if sampling.min_p > 0:
-        keep_BV &= probs_BV >= sampling.min_p * probs_BV.amax(-1, keepdim=True)
-    if 0 < sampling.top_k < probs_BV.size(-1):
-        keep_BV &= probs_BV >= probs_BV.topk(sampling.top_k, dim=-1).values[:, -1:]
-    if sampling.top_p < 1:
-        sorted_BV, order_BV = probs_BV.sort(dim=-1, descending=True)
-        # A token stays while the mass before it is short of top_p, so the likeliest token always stays.
-        inside_BV = sorted_BV.cumsum(-1) - sorted_BV < sampling.top_p
-        keep_BV &= torch.zeros_like(keep_BV).scatter(-1, order_BV, inside_BV)
-    return probs_BV * keep_BV
-
-
-def choose(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """The next token of each row and its log-probability.
-
-    Args:
-        logits_BV: raw logits [B, V].
-        uniform_B: one draw in [0, 1) a row; the token is found by inverting the cumulative distribution, which is
-            several times cheaper than `torch.multinomial` over a large vocabulary.
-
-    Returns:
-        token ids [B] and their log-probabilities [B] under softmax(logits / temperature) (greedy: temperature 1).
-    """
-    logits_BV = logits_BV.float()
-    if sampling.temperature == 0:
-        token_B = logits_BV.argmax(-1)
-    else:
-        logits_BV = logits_BV / sampling.temperature
-    logps_BV = logits_BV - logits_BV.logsumexp(-1, keepdim=True)
-    if sampling.temperature > 0:
-        cdf_BV = filter_probs(logps_BV.exp(), sampling).cumsum(-1)
-        total_B1 = cdf_BV[:, -1:]
-        token_B = torch.searchsorted(cdf_BV, uniform_B[:, None] * total_B1, right=True).squeeze(-1)
-        # Rounding can put a draw at the very end of the mass: then it is the last token that has any.
-        token_B = torch.where(token_B == cdf_BV.size(-1), (cdf_BV >= total_B1).int().argmax(-1), token_B)
-    return token_B, logps_BV.gather(-1, token_B[:, None]).squeeze(-1)
-
-
 def left_pad(rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask [B, P], every row's last token in the last column."""
     width = max(len(row) for row in rows)
@@ -141,53 +77,132 @@ def left_pad(rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.dev
     return ids_BP, mask_BP
 
 
-def _decode_batch(
-    backbone: Any,
-    head: LmHead,
-    prompts: Sequence[Sequence[int]],
-    uniforms: Tensor,
-    max_new_tokens: int,
-    eos_token_id: int,
-    pad_token_id: int,
-    sampling: Sampling,
-) -> tuple[list[list[int]], list[list[float]]]:
-    """Tokens and log-probabilities of one batch of prompts; `uniforms` [B, max_new_tokens] on the model's device."""
-    device = uniforms.device
-    ids_BP, mask_BP = left_pad(prompts, pad_token_id, device)
-    position_BP = (mask_BP.cumsum(-1) - 1).clamp(min=0)
-    cache = DynamicCache(config=backbone.config)
-    alive_B = torch.arange(len(prompts), device=device)
-    tokens: list[list[int]] = [[] for _ in prompts]
-    logprobs: list[list[float]] = [[] for _ in prompts]
-    done_B = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    for step in range(max_new_tokens):
-        output = backbone(
+class _Decoder:
+    """One call's requests and the rows in flight.
+
+    Attributes:
+        tokens_NS, logps_NS: what was sampled, S = `max_new_tokens`; one row more than requests, for idle places.
+        count_N: tokens of each request so far.
+        request_B: which request each row serves; N where the place is idle.
+        step_B: tokens sampled so far. length_B: prompt and sampled tokens, the newest not yet in the cache included.
+        idle: places that serve no request.
+    """
+
+    def __init__(
+        self,
+        backbone: Any,
+        head: LmHead,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        max_new_tokens: int,
+        stop_ids: Sequence[int],
+        pad_token_id: int,
+        seed: int,
+        batch_size: int,
+        done: Callable[[int], None] | None,
+    ) -> None:
+        self.backbone, self.head, self.prompts, self.sampling = backbone, head, prompts, sampling
+        self.max_new_tokens, self.pad_token_id, self.done = max_new_tokens, pad_token_id, done
+        device = self.device = head.weight.device
+        n = len(prompts)
+        self.stop_ids = torch.tensor(stop_ids, device=device)
+        self.uniforms_NS = torch.stack([uniforms(seed, i, max_new_tokens) for i in (*range(n), n)]).to(device)
+        self.tokens_NS = torch.full((n + 1, max_new_tokens), pad_token_id, device=device)
+        self.logps_NS = torch.zeros((n + 1, max_new_tokens), device=device)
+        self.count_N = torch.zeros(n + 1, dtype=torch.long, device=device)
+        # The longest first: a batch too large for memory fails at once, and a later prompt always fits. Equal prompts
+        # stand together, so that they are prefilled once.
+        self.waiting = sorted(range(n), key=lambda i: (-len(prompts[i]), list(prompts[i])))[::-1]
+        rows = min(batch_size, n)
+        self.request_B = torch.full((rows,), n, device=device)
+        self.step_B, self.length_B = self.request_B.new_zeros(rows), self.request_B.new_zeros(rows)
+        self.newest_B = self.request_B.new_full((rows,), pad_token_id)
+        self.idle = rows
+        width = max(map(len, prompts)) + max_new_tokens
+        self.cache = RowCache(rows, width, backbone.config.get_text_config().num_hidden_layers)
+
+    def run(self) -> None:
+        """Until every request has its completion."""
+        while self.waiting or self.idle < len(self.request_B):
+            if self.idle >= RENEW_AT * len(self.request_B):
+                ended = self._admit() if self.waiting else self._shrink()
+            else:
+                ended = self._step()
+            if ended:
+                self.idle = int((self.request_B == len(self.prompts)).sum())
+                if self.done is not None:
+                    self.done(len(self.prompts) - len(self.waiting) - (len(self.request_B) - self.idle))
+
+    def _admit(self) -> bool:
+        """Waiting prompts take the idle places; whether one of them ended with its first token."""
+        slots = (self.request_B == len(self.prompts)).nonzero().squeeze(-1)[: len(self.waiting)]
+        requests = [self.waiting.pop() for _ in range(len(slots))]
+        distinct: dict[tuple[int, ...], int] = {}
+        source = torch.tensor(
+            [distinct.setdefault(tuple(self.prompts[i]), len(distinct)) for i in requests], device=self.device
+        )
+        ids_BP, mask_BP = left_pad(list(distinct), self.pad_token_id, self.device)
+        # a plain cache keeps every position, of layers with a sliding window too
+        prefilled = DynamicCache()
+        output = self.backbone(
             input_ids=ids_BP,
             attention_mask=mask_BP,
-            position_ids=position_BP,
+            position_ids=(mask_BP.cumsum(-1) - 1).clamp(min=0),
+            past_key_values=prefilled,
+            use_cache=True,
+        )
+        self.cache.insert(slots, prefilled, source)
+        self.idle -= len(requests)
+        self.request_B[slots] = torch.tensor(requests, device=self.device)
+        self.step_B[slots] = 0
+        self.length_B[slots] = mask_BP.sum(-1)[source]
+        return self._sample(output.last_hidden_state[:, -1][source], slots)
+
+    def _step(self) -> bool:
+        """One more token for every row; whether one ended."""
+        cache = self.cache
+        cache.make_room()
+        # rows that have ended count as short, so that they hold no column
+        width = int(self.length_B.max())
+        cache.start = cache.stop - (width - 1)
+        column_W = torch.arange(width, device=self.device)
+        output = self.backbone(
+            input_ids=self.newest_B[:, None],
+            attention_mask=(column_W >= width - self.length_B[:, None]).long(),
+            position_ids=self.length_B[:, None] - 1,
             past_key_values=cache,
             use_cache=True,
         )
-        token_B, logp_B = choose(head.logits(output.last_hidden_state[:, -1]), uniforms[alive_B, step], sampling)
-        for row, token, logp, done in zip(
-            alive_B.tolist(), token_B.tolist(), logp_B.tolist(), done_B.tolist(), strict=True
-        ):
-            if not done:
-                tokens[row].append(token)
-                logprobs[row].append(logp)
-        done_B = done_B | (token_B == eos_token_id)
-        n_alive = int((~done_B).sum())
-        if n_alive == 0:
-            break
-        if n_alive <= COMPACT_BELOW * done_B.numel():
-            keep = (~done_B).nonzero().squeeze(-1)
-            cache.batch_select_indices(keep)
-            alive_B, token_B, done_B = alive_B[keep], token_B[keep], done_B[keep]
-            mask_BP, position_BP = mask_BP[keep], position_BP[keep]
-        ids_BP = token_B[:, None]
-        mask_BP = torch.cat([mask_BP, mask_BP.new_ones(mask_BP.size(0), 1)], dim=1)
-        position_BP = position_BP[:, -1:] + 1
-    return tokens, logprobs
+        cache.stop += 1
+        return self._sample(output.last_hidden_state[:, -1], slice(None))
+
+    def _sample(self, hidden_BH: Tensor, slots: Tensor | slice) -> bool:
+        """Choose and keep the next token of these rows; whether one of them ended with it."""
+        n = len(self.prompts)
+        request_B, step_B = self.request_B[slots], self.step_B[slots]
+        token_B, logp_B = choose(self.head.logits(hidden_BH), self.uniforms_NS[request_B, step_B], self.sampling)
+        self.tokens_NS[request_B, step_B] = token_B
+        self.logps_NS[request_B, step_B] = logp_B
+        step_B = step_B + 1
+        self.count_N[request_B] = step_B
+        active_B = request_B != n
+        ended_B = active_B & (torch.isin(token_B, self.stop_ids) | (step_B == self.max_new_tokens))
+        goes_on_B = active_B & ~ended_B
+        self.newest_B[slots] = token_B
+        self.step_B[slots] = step_B * goes_on_B
+        self.length_B[slots] = torch.where(goes_on_B, self.length_B[slots] + 1, 1)
+        self.request_B[slots] = torch.where(goes_on_B, request_B, n)
+        return bool(ended_B.any())
+
+    def _shrink(self) -> bool:
+        """No prompt waits: idle places go. Nothing ends by it."""
+        keep = (self.request_B != len(self.prompts)).nonzero().squeeze(-1)
+        self.cache.keep(keep)
+        for name in ("request_B", "step_B", "length_B", "newest_B"):
+            setattr(self, name, getattr(self, name)[keep])
+        self.idle = 0
+        return False
 
 
 @torch.no_grad()
@@ -197,7 +212,7 @@ def sample(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    eos_token_id: int,
+    eos_token_id: int | Sequence[int],
     pad_token_id: int,
     seed: int,
     temperature: float = 1.0,
@@ -208,58 +223,52 @@ def sample(
     merge: bool = True,
     on_batch: Callable[[int], None] | None = None,
 ) -> Generation:
-    """Draw one completion for each prompt.
+    """Draw one completion for each prompt; a prompt that is to have n completions stands n times in the list.
 
     Args:
         adapters: the base with its adapters.
         role: the adapter that speaks; None is the base.
         prompts: token ids, ending where the reply begins; not one may be empty.
         max_new_tokens: at most so many tokens a completion, EOS included.
+        eos_token_id: a completion ends with this token, or with the first of these.
         seed: with a prompt's place in the list it fixes that row's random stream, whatever the batch size.
+        batch_size: rows decoded at once.
         merge: fold the adapter into the base's weights while decoding (see `merged`).
-        on_batch: called with the number of prompts done so far, after each batch.
+        on_batch: called with the number of completions done so far, whenever some ended.
 
     Raises:
         ValueError: an empty prompt, or a setting out of its range.
     """
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("a prompt is empty, expected at least one token; give it a BOS or a chat template")
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}, expected 1 or more")
     sampling = Sampling(temperature, top_k, top_p, min_p)
+    if not prompts:
+        return Generation()
     model = adapters.model.get_base_model()
-    head = LmHead.of(adapters.lm_head, model.config)
-    device = head.weight.device
-    # Rows of like length together, the longest first: a batch too large for memory then fails at once.
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    tokens: list[list[int]] = [[] for _ in prompts]
-    logprobs: list[list[float]] = [[] for _ in prompts]
+    stop_ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
     was_training = model.training
     model.eval()
     try:
         with merged(adapters, role) if merge else adapters.using(role):
-            for start in range(0, len(order), batch_size):
-                rows = order[start : start + batch_size]
-                uniforms = torch.stack([_uniforms(seed, i, max_new_tokens) for i in rows]).to(device)
-                batch = _decode_batch(
-                    adapters.backbone,
-                    head,
-                    [prompts[i] for i in rows],
-                    uniforms,
-                    max_new_tokens,
-                    eos_token_id,
-                    pad_token_id,
-                    sampling,
-                )
-                for i, row_tokens, row_logprobs in zip(rows, *batch, strict=True):
-                    tokens[i], logprobs[i] = row_tokens, row_logprobs
-                if on_batch is not None:
-                    on_batch(start + len(rows))
+            decoder = _Decoder(
+                adapters.backbone,
+                LmHead.of(adapters.lm_head, model.config),
+                prompts,
+                sampling,
+                max_new_tokens=max_new_tokens,
+                stop_ids=stop_ids,
+                pad_token_id=pad_token_id,
+                seed=seed,
+                batch_size=batch_size,
+                done=on_batch,
+            )
+            decoder.run()
     finally:
         model.train(was_training)
-    return Generation(tokens, logprobs, [bool(row) and row[-1] == eos_token_id for row in tokens])
-
-
-def _uniforms(seed: int, index: int, count: int) -> Tensor:
-    """`count` draws in [0, 1) of the stream that (seed, index) names, made on the CPU so that devices agree."""
-    # Two primes far apart: neighbouring seeds and neighbouring rows never share a stream.
-    generator = torch.Generator().manual_seed((seed * 2_147_483_647 + index * 1_000_003) % (2**63))
-    return torch.rand(count, generator=generator)
+    counts = decoder.count_N.tolist()[: len(prompts)]
+    tokens = [row[:count] for row, count in zip(decoder.tokens_NS.tolist(), counts, strict=False)]
+    logprobs = [row[:count] for row, count in zip(decoder.logps_NS.tolist(), counts, strict=False)]
+    return Generation(tokens, logprobs, [row[-1] in stop_ids for row in tokens])

@@ -5,7 +5,8 @@ import torch
 
 from preftune.models.adapters import AdapterSet, LoraSpec
 from preftune.models.base import load_model, load_tokenizer, resolve_base
-from preftune.models.generate import Sampling, choose, filter_probs, left_pad, merged, sample
+from preftune.models.generate import left_pad, merged, sample
+from preftune.models.sampling import Sampling, choose, filter_probs
 
 PROMPTS = [[5, 6, 7, 8, 9], [40], [90, 12, 33], [7, 7, 7, 7, 7, 7, 7, 7]]
 
@@ -144,3 +145,78 @@ def test_settings_out_of_range_are_refused(bad):
 def test_an_empty_prompt_is_refused(adapters, tokenizer):
     with pytest.raises(ValueError, match="empty"):
         sample(adapters, None, [[1], []], max_new_tokens=2, eos_token_id=2, pad_token_id=0, seed=0)
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 16])
+def test_a_place_that_a_row_leaves_is_taken_by_a_waiting_prompt(adapters, tokenizer, batch_size):
+    prompts = [[5 + i % 7] * (1 + i % 5) for i in range(20)]
+    settings = dict(max_new_tokens=9, seed=1, temperature=1.3, pad_token_id=tokenizer.pad_token_id)
+    # several stop tokens: rows end at many different times
+    stops = list(range(3, 60))
+    together = sample(adapters, None, prompts, batch_size=batch_size, eos_token_id=stops, **settings)
+    assert len({len(row) for row in together.tokens}) > 2
+    assert any(together.finished) and not all(together.finished)
+    alone = sample(adapters, None, prompts, batch_size=1, eos_token_id=stops, **settings)
+    assert together.tokens == alone.tokens
+    for ours, theirs in zip(together.logprobs, alone.logprobs, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+def test_equal_prompts_are_prefilled_once_and_answered_differently(adapters, tokenizer):
+    widths = []
+    plain = adapters.backbone.forward
+
+    def counting(*args, **kwargs):
+        if kwargs["input_ids"].size(1) > 1:
+            widths.append(kwargs["input_ids"].size(0))
+        return plain(*args, **kwargs)
+
+    adapters.backbone.forward = counting
+    try:
+        prompts = [[5, 6, 7], [8, 9, 10]] * 4
+        out = draw_from(adapters, tokenizer, prompts, batch_size=8)
+    finally:
+        adapters.backbone.forward = plain
+    assert widths == [2]
+    assert len({tuple(row) for row in out.tokens[::2]}) == 4
+
+
+def draw_from(adapters, tokenizer, prompts, **changes):
+    settings = dict(max_new_tokens=6, seed=3, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    return sample(adapters, None, prompts, **(settings | changes))
+
+
+def test_the_buffers_move_back_when_they_are_full(adapters, tokenizer):
+    """A long queue of short prompts through few places uses many more columns than the buffers have."""
+    prompts = [[5 + i % 11] for i in range(30)]
+    few = draw_from(adapters, tokenizer, prompts, batch_size=2)
+    assert few.tokens == draw_from(adapters, tokenizer, prompts, batch_size=30).tokens
+
+
+def test_done_counts_up_to_all(adapters, tokenizer):
+    seen = []
+    draw_from(adapters, tokenizer, [[5, 6]] * 5, batch_size=2, on_batch=seen.append)
+    assert seen == sorted(seen)
+    assert seen[-1] == 5
+
+
+def test_a_sliding_window_reaches_as_far_as_in_generate(tokenizer):
+    from transformers import AutoModelForCausalLM, MistralConfig
+
+    from preftune.models.base import Base
+
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, sliding_window=4, pad_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    ids, mask = left_pad(PROMPTS, 0, torch.device("cpu"))
+    expected = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=8, do_sample=False, eos_token_id=299)
+    made = AdapterSet.create(model, Base("x", resolve_base("random:llama").path, "local", ""), LoraSpec(r=2, alpha=4))
+    for batch_size in (2, 4):
+        out = sample(
+            made, None, PROMPTS, max_new_tokens=8, temperature=0, seed=0, eos_token_id=299, pad_token_id=0,
+            batch_size=batch_size,
+        )  # fmt: skip
+        assert out.tokens == expected[:, ids.size(1) :].tolist()
