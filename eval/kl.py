@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..models.adapters import AdapterSet
-from ..models.logprobs import CHUNK_ELEMENTS, LmHead, response_positions, states_before_response
+from ..models.logprobs import LmHead, chunk_rows, response_positions, states_before_response
 from .batches import TOKENS_PER_BATCH, right_pad, token_batches
 from .intervals import mean_se, ratio_se
 
@@ -106,7 +106,7 @@ def sequence_kls(
 
 def _chunked_kl(head: LmHead, policy_NH: Tensor, reference_NH: Tensor, temperature: float, chunk: int | None) -> Tensor:
     """KL of each step [N], with logits [C, V] for one chunk of steps at a time."""
-    size = chunk or max(1, CHUNK_ELEMENTS // head.weight.size(0))
+    size = chunk or chunk_rows(head.weight)
     pieces = [
         kl_from_logits(head.logits(ours_CH), head.logits(theirs_CH), temperature)
         for ours_CH, theirs_CH in zip(policy_NH.split(size), reference_NH.split(size), strict=True)

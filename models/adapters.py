@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .base import Base
+from .fused_lora import use_fused_lora
 from .heads import ScalarHead
 from .lineage import check_base
 from .lora import (
@@ -73,6 +74,7 @@ class AdapterSet:
             peft = PeftModelForCausalLM(model, lora.config(model, "CAUSAL_LM"), adapter_name=DEFAULT)
         # PEFT's new dropout layers are in training mode, whatever mode the model is in.
         peft.train(model.training)
+        use_fused_lora(peft)
         adapters = cls(peft, base)
         if parent is not None:
             embed_parent(lora_state(adapters._layers, DEFAULT), lora, parent)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
-from .logprobs import CHUNK_ELEMENTS, LmHead, token_logprobs
+from .logprobs import LmHead, chunk_rows, token_logprobs
 
 _IGNORED = -100
 _NOT_OURS = ("output_router_logits", "output_multiplier", "lm_head_multiplier")
@@ -112,6 +112,6 @@ def _mean_logits(hidden_NH: torch.Tensor, head: LmHead) -> torch.Tensor:
         return head.scale * (mean_N if head.bias is None else mean_N + head.bias.float().mean())
     parts = [
         (head.softcap * torch.tanh(head.scale * F.linear(part, head.weight, head.bias).float() / head.softcap)).mean(-1)
-        for part in hidden_NH.split(max(32, CHUNK_ELEMENTS // head.weight.shape[0]))
+        for part in hidden_NH.split(chunk_rows(head.weight))
     ]
     return torch.cat(parts)

@@ -25,13 +25,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from .block_attention import LONGEST_BLOCK, block_attention
+
 logger = logging.getLogger(__name__)
 
 ATTENTION = "preftune_tree"
 """The attention function's name in transformers' registry; without a tree it is plain SDPA."""
 
-BLOCK_TOKENS = 320
-"""Tokens of one attention block: smaller ones repeat more prefixes, larger ones mask more; 256 to 384 measured best."""
+BLOCK_TOKENS = 448
+"""Tokens of one attention block: smaller ones repeat more prefixes, larger ones mask more; 384 to 512 measured best."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,10 @@ class Tree:
             blank_TT = torch.zeros(seen_TT.shape, dtype=dtype, device=seen_TT.device)
             self.masks[key] = blank_TT.masked_fill_(~seen_TT, float("-inf"))[None, None]
         return self.masks[key]
+
+    def longest_block(self) -> int:
+        """Tokens of the longest block."""
+        return max(stop - start for start, stop in self.blocks)
 
 
 def build_tree(input_ids_BL: Tensor, attention_mask_BL: Tensor, block_tokens: int = BLOCK_TOKENS) -> Tree:
@@ -160,6 +166,10 @@ def tree_attention(
             sliding_window=sliding_window,
             **kwargs,
         )
+    if _as_products(query, dropout) and tree.longest_block() <= LONGEST_BLOCK:
+        masks = [tree.mask(block, sliding_window, query.dtype)[0, 0] for block in tree.blocks]
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return block_attention(query[0], key[0], value[0], tree.blocks, masks, scale)[None], None
     grouped = query.size(1) != key.size(1)
     outputs = [
         F.scaled_dot_product_attention(
@@ -174,6 +184,11 @@ def tree_attention(
         for start, stop in tree.blocks
     ]
     return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def _as_products(query: Tensor, dropout: float) -> bool:
+    """Where the fused kernel is slow. In fp32 it is what everybody else runs, and its last digit is worth keeping."""
+    return query.device.type == "cpu" and query.dtype != torch.float32 and not dropout
 
 
 AttentionInterface.register(ATTENTION, tree_attention)

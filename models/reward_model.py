@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .adapters import DEFAULT
 from .base import Base, Quantization, load_model, prepare_model
+from .fused_lora import use_fused_lora
 from .lineage import check_base
 from .lora import SCORE, LoraSpec, embed_parent, fill, lora_layers, lora_state, read_adapter, write_adapter
 
@@ -58,6 +59,7 @@ def create_reward_model(
         torch.manual_seed(seed)
         config = lora.config(model, "SEQ_CLS", modules_to_save=["score"])
         peft = PeftModelForSequenceClassification(model, config, adapter_name=DEFAULT)
+    use_fused_lora(peft)
     # PEFT's new dropout layers are in training mode, whatever mode the model is in.
     peft.eval()
     # PEFT appends its own list of usual head names.
@@ -106,6 +108,7 @@ def load_reward_model(
     prepare_model(model, tokenizer)
     config.modules_to_save = ["score"]
     peft = PeftModelForSequenceClassification(model, config, adapter_name=DEFAULT)
+    use_fused_lora(peft)
     config.modules_to_save = ["score"]
     fill({**lora_state(lora_layers(peft), DEFAULT), SCORE: _score(peft).weight}, tensors, str(folder))
     return peft.requires_grad_(False).eval()

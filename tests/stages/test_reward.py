@@ -42,7 +42,7 @@ def test_r01_the_head_is_saved_and_loads_alone(reward_folder, tokenizer):
     ours = score(load_reward_model(job.output_dir, job.base, tokenizer), ROWS, tokenizer.pad_token_id)
     alone = AutoPeftModelForSequenceClassification.from_pretrained(job.output_dir, num_labels=1, dtype=torch.float32)
     alone.config.pad_token_id = tokenizer.pad_token_id
-    assert score(alone, ROWS, tokenizer.pad_token_id) == pytest.approx(ours, abs=1e-6)
+    assert score(alone, ROWS, tokenizer.pad_token_id) == pytest.approx(ours, abs=1e-5)
     fresh = create_reward_model(job.base, tokenizer, job.lora, job.parent)
     assert score(fresh, ROWS, tokenizer.pad_token_id) != pytest.approx(ours, abs=1e-3)
 

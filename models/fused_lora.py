@@ -1,0 +1,98 @@
+"""A LoRA layer in as few passes over memory as it can be: y = x W' + (scaling * x A') B', gradients by hand.
+
+PEFT's own forward casts the input to the adapter's dtype, makes the update as a matrix of the output's size, scales it
+and adds it: four passes over activations that the base's product has just written. Here the update is added by the
+product itself, and only the thin [N, r] matrix is scaled. W is frozen, so its gradient is never made.
+
+Legend of shape suffixes: N tokens, I input size, O output size, R rank.
+"""
+
+import types
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+def use_fused_lora(model: nn.Module) -> None:
+    """Give every LoRA layer on a plain frozen `nn.Linear` the fused forward. Calling it twice changes nothing.
+
+    Which adapter is active is looked at on each call; whatever is more than one plain LoRA in one dtype goes to PEFT's
+    own forward: several active adapters, dropout, DoRA and other variants, merged weights, a quantised base.
+    """
+    for module in model.modules():
+        if type(module) is LoraLinear and type(module.get_base_layer()) is nn.Linear:
+            module.forward = types.MethodType(_forward, module)
+
+
+def _forward(self: LoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    fused = None if args or kwargs else _parts(self, x)
+    if fused is None:
+        return LoraLinear.forward(self, x, *args, **kwargs)
+    a_RI, b_OR, scaling, dtype = fused
+    base: Any = self.get_base_layer()
+    y_NO = _FusedLora.apply(
+        x.reshape(-1, x.shape[-1]).to(dtype), base.weight.to(dtype), base.bias, a_RI.to(dtype), b_OR.to(dtype), scaling
+    )
+    return y_NO.view(*x.shape[:-1], -1)
+
+
+def _parts(layer: LoraLinear, x: Tensor) -> tuple[Tensor, Tensor, float, torch.dtype] | None:
+    """A, B, scaling and the dtype to compute in; None where PEFT's own forward is needed."""
+    names = layer.active_adapters
+    if layer.disable_adapters or layer.merged or len(names) != 1 or names[0] not in layer.lora_A:
+        return None
+    name = names[0]
+    dropout: Any = layer.lora_dropout[name]
+    if name in layer.lora_variant or (dropout.training and getattr(dropout, "p", 0.0) > 0):
+        return None
+    weight: Any = layer.get_base_layer().weight
+    a_RI: Any = layer.lora_A[name].weight
+    b_OR: Any = layer.lora_B[name].weight
+    # ZeRO-3 brings a weight back when its own module is called, and FSDP's shards are no plain tensors
+    if weight.requires_grad or hasattr(weight, "ds_id") or not all(_plain(each) for each in (weight, a_RI, b_OR)):
+        return None
+    if layer.lora_A[name].bias is not None or layer.lora_B[name].bias is not None:
+        return None
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    elif x.dtype == weight.dtype == a_RI.dtype == b_OR.dtype:
+        dtype = x.dtype
+    else:
+        return None
+    return a_RI, b_OR, layer.scaling[name], dtype
+
+
+def _plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.is_floating_point()
+
+
+class _FusedLora(torch.autograd.Function):
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,
+        x_NI: Tensor,
+        weight_OI: Tensor,
+        bias_O: Tensor | None,
+        a_RI: Tensor,
+        b_OR: Tensor,
+        scaling: float,
+    ) -> Tensor:
+        down_NR = torch.mm(x_NI, a_RI.t()).mul_(scaling)
+        y_NO = torch.nn.functional.linear(x_NI, weight_OI, bias_O)
+        ctx.save_for_backward(x_NI, weight_OI, a_RI, b_OR, down_NR)
+        ctx.scaling = scaling
+        return y_NO.addmm_(down_NR, b_OR.t())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x_NI, weight_OI, a_RI, b_OR, down_NR = ctx.saved_tensors
+        needs_x, _, _, needs_a, needs_b, _ = ctx.needs_input_grad
+        grad_down_NR = torch.mm(grad_NO, b_OR).mul_(ctx.scaling)
+        grad_a_RI = torch.mm(grad_down_NR.t(), x_NI) if needs_a else None
+        grad_b_OR = torch.mm(grad_NO.t(), down_NR) if needs_b else None
+        grad_x_NI = torch.mm(grad_NO, weight_OI).addmm_(grad_down_NR, a_RI) if needs_x else None
+        return grad_x_NI, None, None, grad_a_RI, grad_b_OR, None

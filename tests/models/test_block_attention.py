@@ -1,0 +1,54 @@
+"""Attention as products against the fused kernel, block by block."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from preftune.models.block_attention import block_attention
+
+BLOCKS = ((0, 5), (5, 12))
+
+
+def expected(q, k, v, masks, scale):
+    parts = [
+        F.scaled_dot_product_attention(
+            q[None, :, start:stop],
+            k[None, :, start:stop],
+            v[None, :, start:stop],
+            attn_mask=mask[None, None],
+            scale=scale,
+            enable_gqa=True,
+        )[0]
+        for (start, stop), mask in zip(BLOCKS, masks, strict=True)
+    ]
+    return torch.cat(parts, dim=1).transpose(0, 1)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (3, 1)])
+def test_values_and_gradients_are_the_fused_kernels(heads):
+    torch.manual_seed(0)
+    h, k = heads
+    tensors = [torch.randn(n, 12, 8, dtype=torch.float64, requires_grad=True) for n in (h, k, k)]
+    # a tree's mask: causal, and a token of the second block that does not see its neighbour
+    seen = [torch.ones(t, t, dtype=torch.bool).tril() for t in (5, 7)]
+    seen[1][4, 3] = False
+    masks = [torch.zeros(s.shape, dtype=torch.float64).masked_fill(~s, float("-inf")) for s in seen]
+    weights = torch.randn(12, h, 8, dtype=torch.float64)
+    found = []
+    for attend in (lambda: block_attention(*tensors, BLOCKS, masks, 0.3), lambda: expected(*tensors, masks, 0.3)):
+        out = attend()
+        found.append((out.detach(), *torch.autograd.grad((out * weights).sum(), tensors)))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-10)
+
+
+def test_bf16_is_close_to_fp32():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(n, 12, 64) for n in (6, 2, 2))
+    masks = [torch.zeros(t, t).masked_fill(torch.ones(t, t, dtype=torch.bool).triu(1), float("-inf")) for t in (5, 7)]
+    exact = block_attention(q, k, v, BLOCKS, masks, 0.125)
+    low = block_attention(*(x.bfloat16() for x in (q, k, v)), BLOCKS, [m.bfloat16() for m in masks], 0.125)
+    fused = expected(*(x.bfloat16() for x in (q, k, v)), [m.bfloat16() for m in masks], 0.125)
+    error, kernels = (float((each.float() - exact).norm() / exact.norm()) for each in (low, fused))
+    assert error < 1e-2
+    assert error < 2 * kernels
