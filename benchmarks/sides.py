@@ -22,13 +22,13 @@ from .workload import base
 LORA = LoraSpec(r=16, alpha=32)
 
 TUNED: dict[str, dict[str, Any]] = {
-    # rows of like length in one batch: the least padding that the Trainer's samplers can give
-    "dpo": {"train_sampling_strategy": "group_by_length", "length_column_name": "length"},
-    "reward": {"train_sampling_strategy": "group_by_length", "length_column_name": "length"},
     # one row without padding; on a CPU its attention is SDPA, with a block mask that transformers makes of positions
-    "sft": {"padding_free": True, "max_length": None},
+    "sft": {"padding_free": True},
+    # their trainers know no padding-free batches (DPO's option is disabled), so rows of like length share a batch
+    "reward": {},
+    "dpo": {},
 }
-"""What TRL's options offer against padding on this work (its DPO has disabled `padding_free`)."""
+"""What TRL's options offer against padding on this work."""
 
 
 def our_trainer(kind: str, rows: Path, train: dict[str, Any], output: Path, *, packed: bool) -> Any:
@@ -61,7 +61,8 @@ def trl_trainer(kind: str, rows: Path, train: dict[str, Any], output: Path, *, t
     """TRL's trainer on the same rows.
 
     Args:
-        train: fields of its config, beside which all is as TRL has it. tuned: with `TUNED`.
+        train: fields of its config, beside which all is as TRL has it. tuned: with `TUNED`, and rows after the first
+            batch sorted by length.
     """
     from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
@@ -80,7 +81,7 @@ def trl_trainer(kind: str, rows: Path, train: dict[str, Any], output: Path, *, t
     return trainer_class(
         model=model,
         args=config_class(output_dir=str(output), report_to="none", save_strategy="no", disable_tqdm=True, **options),
-        train_dataset=_dataset(rows, tokenizer, lengths=tuned and kind != "sft"),
+        train_dataset=_dataset(rows, tokenizer, after=train["per_device_train_batch_size"] if tuned else None),
         processing_class=tokenizer,
         peft_config=LoraConfig(
             r=LORA.r,
@@ -92,9 +93,13 @@ def trl_trainer(kind: str, rows: Path, train: dict[str, Any], output: Path, *, t
     )
 
 
-def _dataset(rows: Path, tokenizer: Any, *, lengths: bool) -> Dataset:
+def _dataset(rows: Path, tokenizer: Any, *, after: int | None) -> Dataset:
+    """The rows; those behind the first `after` ones sorted by length, where that is given."""
     made = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
-    for row in made if lengths else ():
-        texts = [tokenizer.apply_chat_template(row["prompt"] + row[s], tokenize=False) for s in ("chosen", "rejected")]
-        row["length"] = max(len(tokenizer(text).input_ids) for text in texts)
-    return Dataset.from_list(made)
+
+    def length(row: dict[str, Any]) -> int:
+        sides = [row[name] for name in ("chosen", "rejected", "completion") if name in row]
+        texts = [tokenizer.apply_chat_template(row["prompt"] + side, tokenize=False) for side in sides]
+        return max(len(tokenizer(text).input_ids) for text in texts)
+
+    return Dataset.from_list(made if after is None else made[:after] + sorted(made[after:], key=length))

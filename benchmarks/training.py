@@ -114,6 +114,8 @@ def _measure(side: str, args: argparse.Namespace) -> dict[str, Any]:
         "logging_steps": 1,
         "gradient_checkpointing": bool(args.checkpointing[0]),
         "seed": 0,
+        # all sides count the same rows: those after the first batch
+        "train_sampling_strategy": "sequential",
     }
     if not _cuda():
         train["use_cpu"] = True

@@ -5,8 +5,9 @@ rows' distinct tokens out once (chosen and rejected share their prompt; so do n 
 system turn), runs the real backbone on them as one row with their depths as positions, and scatters the hidden states
 back to [B, L, H]. Nothing downstream notices, except the clock.
 
-Tokens attend to their ancestors in the tree. The attention runs block by block, because a tree's mask over all tokens
-would cost more than the sharing saves; a block starts with whole rows and repeats the prefix it needs.
+Tokens attend to their ancestors in the tree. On a CPU the attention runs block by block, because a tree's mask over all
+tokens would cost more than the sharing saves; a block starts with whole rows and repeats the prefix it needs. On a GPU
+FlexAttention takes the tree in one piece.
 
 Legend of shape suffixes: B rows, L padded positions, N distinct tokens, H hidden size, T tokens of a block.
 """
@@ -26,6 +27,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .block_attention import LONGEST_BLOCK, block_attention
+from .flex_tree import flex_applies, flex_tree_attention, tree_block_mask
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +49,7 @@ class Tree:
         blocks: (start, stop) of each attention block; no token's ancestors lie outside its block.
         index_BL: where each padded position's token lies (0 where there is padding).
         mask_BL: the batch's attention mask, boolean.
-        masks: masks of the blocks already made, by block, window and dtype.
+        masks: masks already made, by block, window and dtype.
     """
 
     ids_N: Tensor
@@ -56,7 +58,7 @@ class Tree:
     blocks: tuple[tuple[int, int], ...]
     index_BL: Tensor
     mask_BL: Tensor
-    masks: dict[Any, Tensor] = field(default_factory=dict)
+    masks: dict[Any, Any] = field(default_factory=dict)
 
     def mask(self, block: tuple[int, int], window: int | None, dtype: torch.dtype) -> Tensor:
         """Additive mask [1, 1, T, T] of a block: 0 for ancestors within the layer's sliding window, else -inf."""
@@ -70,6 +72,13 @@ class Tree:
                 seen_TT &= depth_T[:, None] - depth_T < window
             blank_TT = torch.zeros(seen_TT.shape, dtype=dtype, device=seen_TT.device)
             self.masks[key] = blank_TT.masked_fill_(~seen_TT, float("-inf"))[None, None]
+        return self.masks[key]
+
+    def flex_mask(self, window: int | None) -> Any:
+        """The same for the whole tree, as FlexAttention wants it."""
+        key = ("flex", window)
+        if key not in self.masks:
+            self.masks[key] = tree_block_mask(self.depth_N, self.end_N, window)
         return self.masks[key]
 
     def longest_block(self) -> int:
@@ -166,6 +175,10 @@ def tree_attention(
             sliding_window=sliding_window,
             **kwargs,
         )
+    if flex_applies(query.device) and not dropout:
+        out = flex_tree_attention(query, key, value, tree.flex_mask(sliding_window), scaling)
+        if out is not None:
+            return out.transpose(1, 2), None
     if _as_products(query, dropout) and tree.longest_block() <= LONGEST_BLOCK:
         masks = [tree.mask(block, sliding_window, query.dtype)[0, 0] for block in tree.blocks]
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -224,7 +237,8 @@ def use_packed_forward(backbone: Any) -> bool:
         if not _understood(input_ids, attention_mask, kwargs):
             return plain(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
         assert input_ids is not None and attention_mask is not None
-        tree = build_tree(input_ids, attention_mask)
+        whole = flex_applies(input_ids.device)
+        tree = build_tree(input_ids, attention_mask, input_ids.numel() if whole else BLOCK_TOKENS)
         output = plain(
             input_ids=tree.ids_N[None],
             # any 4-D mask passes through transformers' mask making untouched; the attention reads the tree instead
