@@ -75,7 +75,8 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     tokenizer = load_tokenizer(base())
     prompts = _prompts(work, tokenizer)
     # nothing ends a forced rollout
-    stop = tokenizer.eos_token_id if work == "natural" else -1
+    eos: Any = tokenizer.eos_token_id
+    stop = int(eos) if work == "natural" else -1
     batch = 1 if work == "one" else 32
     run = _ours(args, tokenizer, stop, batch) if args.worker == "ours" else _generate(args, tokenizer, stop, batch)
     run(prompts[: min(batch, 4)])
@@ -128,7 +129,7 @@ def _generate(args: argparse.Namespace, tokenizer: Any, stop: int, batch: int) -
     with merged(adapters, "default"):
         named = adapters.model.get_base_model().named_parameters()
         weights = {name.replace(".base_layer", ""): parameter.data for name, parameter in named}
-        model = AutoModelForCausalLM.from_pretrained(base().path, dtype=torch.bfloat16).to(device).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(base().path, dtype=torch.bfloat16).to(device).eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(weights[name])

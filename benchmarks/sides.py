@@ -64,7 +64,12 @@ def trl_trainer(kind: str, rows: Path, train: dict[str, Any], output: Path, *, t
         train: fields of its config, beside which all is as TRL has it. tuned: with `TUNED`, and rows after the first
             batch sorted by length.
     """
-    from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+    from trl.trainer.dpo_config import DPOConfig
+    from trl.trainer.dpo_trainer import DPOTrainer
+    from trl.trainer.reward_config import RewardConfig
+    from trl.trainer.reward_trainer import RewardTrainer
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
 
     trainers: dict[str, tuple[Any, Any]] = {
         "sft": (SFTTrainer, SFTConfig),
