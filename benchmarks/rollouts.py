@@ -24,7 +24,8 @@ from ..data.load import load_rows
 from ..data.spec import DataSpec, SourceSpec
 from ..models.adapters import AdapterSet, LoraSpec
 from ..models.base import load_model, load_tokenizer, prepare_model
-from ..models.generate import left_pad, merged, sample
+from ..models.decoder import left_pad
+from ..models.generate import merged, sample
 from .measure import alternate, machine, measured_apart, write_result
 from .workload import base
 

@@ -5,7 +5,8 @@ import torch
 
 from preftune.models.adapters import AdapterSet, LoraSpec
 from preftune.models.base import load_model, load_tokenizer, resolve_base
-from preftune.models.generate import left_pad, merged, sample
+from preftune.models.decoder import left_pad
+from preftune.models.generate import keeps_a_state, merged, sample
 from preftune.models.sampling import Sampling, choose, filter_probs
 
 PROMPTS = [[5, 6, 7, 8, 9], [40], [90, 12, 33], [7, 7, 7, 7, 7, 7, 7, 7]]
@@ -220,3 +221,24 @@ def test_a_sliding_window_reaches_as_far_as_in_generate(tokenizer):
             batch_size=batch_size,
         )  # fmt: skip
         assert out.tokens == expected[:, ids.size(1) :].tolist()
+
+
+def test_a_model_that_keeps_a_state_is_decoded_by_the_batch(adapters, tokenizer, monkeypatch):
+    """The same completions, by another way of keeping the past."""
+    expected = draw(adapters, tokenizer, batch_size=2)
+    seen = []
+    monkeypatch.setattr("preftune.models.generate.keeps_a_state", lambda backbone: True)
+    assert draw(adapters, tokenizer, batch_size=2, on_batch=seen.append).tokens == expected.tokens
+    assert seen == [2, 4]
+
+
+def test_which_models_keep_a_state(adapters):
+    from transformers import AutoModel, BambaConfig
+
+    assert not keeps_a_state(adapters.backbone)
+    config = BambaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, attn_layer_indices=[1], mamba_n_heads=2, mamba_d_head=16, mamba_d_state=8,
+        mamba_n_groups=1,
+    )  # fmt: skip
+    assert keeps_a_state(AutoModel.from_config(config))
