@@ -90,13 +90,15 @@ class Chain:
         with self.folder.lock():
             self.folder.load()
             write_recipe(self.path, self.recipe)
-            # 2. the base
+            # 2. the base and the data
             self.base = (self._resolve or _resolve_base)(self.recipe.model.base, self.recipe.model.revision)
             self.parts = Keys(self.recipe, self.base, self.path)
+            evaluates = self.recipe.eval is not None and self.options.only is None and self.options.until is None
+            self.parts.read_data(selected, evaluation=evaluates)
             # 3. the stages
             done = [self._stage(name) for name in selected]
             # 4. the evaluation, and the report
-            if self.recipe.eval is not None and self.options.only is None and self.options.until is None:
+            if evaluates:
                 done.append(self._evaluation())
             if any(each.state == "ran" for each in done) or not (self.path / "report.html").is_file():
                 self._report()

@@ -3,7 +3,7 @@
 import hashlib
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,14 @@ class Keys:
     def __init__(self, recipe: Recipe, base: "Base", run_dir: Path) -> None:
         self.recipe, self.base, self.run_dir = recipe, base, run_dir
         self._fingerprints: dict[Any, str] = {}
+
+    def read_data(self, stages: Iterable[str], *, evaluation: bool) -> None:
+        """Read what these stages and the evaluation read: a wrong file is known before the first of them trains."""
+        for name in stages:
+            stage = self.recipe.stages[name]
+            self.fingerprint(data_spec(self.recipe.data[stage.data], self.recipe.seed), ROWS[stage.kind])
+        if evaluation and self.recipe.eval is not None:
+            self.fingerprint(data_spec(self.recipe.eval.prompts, self.recipe.seed), "prompt")
 
     def stage(self, name: str, known: Mapping[str, str], from_adapter: Path | None = None) -> dict[str, Any]:
         """What the stage's result depends on.

@@ -239,3 +239,11 @@ def test_recipe_yaml_in_the_run_folder_runs_by_itself(shop: Workshop, monkeypatc
 )
 def test_durations(seconds: float, text: str):
     assert duration(seconds) == text
+
+
+def test_a_wrong_file_of_a_later_stage_is_known_before_the_first_one_trains(shop: Workshop):
+    (shop.recipe.parent / "pairs.jsonl").write_text('{"prompt": "a", "rejected": "c"}\n')
+    with pytest.raises(UserError, match=r"pairs\.jsonl:1: no chosen"):
+        shop.run()
+    assert shop.ran == []
+    assert shop.run(only="sft") == ["sft"]
