@@ -134,6 +134,15 @@ def _run(run_dir: Path, name: str, from_adapter: Path | None) -> None:
     base = resolve_base(recipe.model.base, recipe.model.revision)
     output = RunFolder(run_dir).partial(name)
     run_stage(stage_job(recipe, name, base, run_dir, output, from_adapter))
+    _leave_group()
+
+
+def _leave_group() -> None:
+    """A process that ends with its group still open is now and then aborted by one of the group's threads."""
+    import torch.distributed
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _end_with_parent() -> None:

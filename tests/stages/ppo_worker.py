@@ -267,3 +267,6 @@ if __name__ == "__main__":
         train(Path(folder), *rest)
     else:
         several(mode, Path(folder))
+    if torch.distributed.is_initialized():
+        # a process that ends with its group still open is now and then aborted by one of the group's threads
+        torch.distributed.destroy_process_group()
