@@ -24,8 +24,8 @@ from ..data.load import load_rows
 from ..data.spec import DataSpec, SourceSpec
 from ..models.adapters import AdapterSet, LoraSpec
 from ..models.base import load_model, load_tokenizer, prepare_model
-from ..models.decoder import left_pad
 from ..models.generate import merged, sample
+from ..models.prefill import left_pad
 from .measure import alternate, machine, measured_apart, write_result
 from .workload import base
 
@@ -71,7 +71,8 @@ def _arguments() -> argparse.Namespace:
 
 
 def _measure(args: argparse.Namespace) -> dict[str, Any]:
-    """What a worker does: the work once to warm up (a part of it), then once against the clock."""
+    """What a worker does: one whole batch to warm up (products are compiled for the shapes that they meet), then the
+    work against the clock."""
     work = args.work[0]
     tokenizer = load_tokenizer(base())
     prompts = _prompts(work, tokenizer)
@@ -80,7 +81,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     stop = int(eos) if work == "natural" else -1
     batch = 1 if work == "one" else 32
     run = _ours(args, tokenizer, stop, batch) if args.worker == "ours" else _generate(args, tokenizer, stop, batch)
-    run(prompts[: min(batch, 4)])
+    run(prompts[:batch])
     began = time.perf_counter()
     tokens = run(prompts)
     seconds = time.perf_counter() - began

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -17,6 +18,29 @@ LONGEST_BLOCK = 512
 """Tokens of a block beyond which its kept probabilities (H * T * T of them, a layer) would cost too much memory."""
 
 Block = tuple[int, int]
+
+
+def token_attention(query_BHD: Tensor, key_BKCD: Tensor, value_BKCD: Tensor, mask_BHC: Tensor, scale: float) -> Tensor:
+    """softmax(scale * q k' + mask) v of one query a row, C its columns: what a decode step needs. No gradient.
+
+    Heads that share keys are the rows of one product. On a CPU in 16 bit the products are made one after the other, in
+    about half the fused kernel's time; elsewhere the fused kernel makes them.
+
+    Args:
+        query_BHD, key_BKCD, value_BKCD: H query heads, K key-value heads.
+        mask_BHC: additive, in the query's dtype, contiguous.
+
+    Returns:
+        [B, H, D]
+    """
+    b, k, c, d = key_BKCD.shape
+    if query_BHD.device.type != "cpu" or query_BHD.dtype == torch.float32:
+        query_BKGD, mask_BKGC = query_BHD.reshape(b, k, -1, d), mask_BHC.view(b, k, -1, c)
+        out = F.scaled_dot_product_attention(query_BKGD, key_BKCD, value_BKCD, attn_mask=mask_BKGC, scale=scale)
+        return out.reshape(query_BHD.shape)
+    query, mask = query_BHD.reshape(b * k, -1, d), mask_BHC.view(b * k, -1, c)
+    scores = torch.baddbmm(mask, query, key_BKCD.reshape(b * k, c, d).transpose(1, 2), alpha=scale)
+    return torch.bmm(torch.softmax(scores, -1), value_BKCD.reshape(b * k, c, d)).view(query_BHD.shape)
 
 
 def block_attention(

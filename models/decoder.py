@@ -1,30 +1,25 @@
 """Decoding many prompts together: who is in flight, what each row drew, when a row leaves.
 
-Shape suffixes: N requests, S steps, B rows in flight, P prompt positions, W columns in use, H hidden size.
+Shape suffixes: N requests, S steps, B rows in flight, C columns of the cache, H hidden size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 from .logprobs import LmHead
+from .packing import ATTENTION
+from .prefill import left_pad, prefill
 from .row_cache import RowCache
 from .sampling import Sampling, choose, uniforms
+from .token_step import Product, TokenStep, sees_everything
 
 # Places are refilled, or the batch made smaller, once this share of it has ended: copying for every single row would
 # cost more than it saves.
-RENEW_AT = 1 / 8
-
-
-def left_pad(rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask [B, P], every row's last token in the last column."""
-    width = max(len(row) for row in rows)
-    ids_BP = torch.tensor([[pad_token_id] * (width - len(row)) + list(row) for row in rows], device=device)
-    mask_BP = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return ids_BP, mask_BP
+RENEW_AT = 1 / 16
 
 
 class Decoder:
@@ -51,6 +46,7 @@ class Decoder:
         seed: int,
         batch_size: int,
         done: Callable[[int], None] | None,
+        joint: Mapping[nn.Module, Product] | None = None,
     ) -> None:
         self.backbone, self.head, self.prompts, self.sampling = backbone, head, prompts, sampling
         self.max_new_tokens, self.pad_token_id, self.done = max_new_tokens, pad_token_id, done
@@ -64,68 +60,73 @@ class Decoder:
         # The longest first: a batch too large for memory fails at once, and a later prompt always fits. Equal prompts
         # stand together, so that they are prefilled once.
         self.waiting = sorted(range(n), key=lambda i: (-len(prompts[i]), list(prompts[i])))[::-1]
+        # A batch's worth of prompts is prefilled at once, more than there may be places for at that moment.
+        self.prefilled: list[int] = []
         rows = min(batch_size, n)
         self.request_B = torch.full((rows,), n, device=device)
         self.step_B, self.length_B = self.request_B.new_zeros(rows), self.request_B.new_zeros(rows)
         self.newest_B = self.request_B.new_full((rows,), pad_token_id)
         self.idle = rows
-        width = max(map(len, prompts)) + max_new_tokens
-        self.cache = RowCache(rows, width, backbone.config.get_text_config().num_hidden_layers)
+        self.whole_mask = sees_everything(backbone) and backbone.config._attn_implementation in ("sdpa", ATTENTION)
+        self.token_step = TokenStep(backbone, joint or {}) if TokenStep.applies(backbone) else None
+        self.cache = RowCache(rows, backbone.config.get_text_config().num_hidden_layers)
 
     def run(self) -> None:
         """Until every request has its completion."""
-        while self.waiting or self.idle < len(self.request_B):
+        while self.left or self.idle < len(self.request_B):
             if self.idle >= RENEW_AT * len(self.request_B):
-                ended = self._admit() if self.waiting else self._shrink()
+                ended = self._admit() if self.left else self._shrink()
             else:
                 ended = self._step()
             if ended:
                 self.idle = int((self.request_B == len(self.prompts)).sum())
                 if self.done is not None:
-                    self.done(len(self.prompts) - len(self.waiting) - (len(self.request_B) - self.idle))
+                    self.done(len(self.prompts) - self.left - (len(self.request_B) - self.idle))
+
+    @property
+    def left(self) -> int:
+        """Requests that have no place yet."""
+        return len(self.waiting) + len(self.prefilled)
 
     def _admit(self) -> bool:
         """Waiting prompts take the idle places; whether one of them ended with its first token."""
-        slots = (self.request_B == len(self.prompts)).nonzero().squeeze(-1)[: len(self.waiting)]
-        requests = [self.waiting.pop() for _ in range(len(slots))]
-        distinct: dict[tuple[int, ...], int] = {}
-        source = torch.tensor(
-            [distinct.setdefault(tuple(self.prompts[i]), len(distinct)) for i in requests], device=self.device
-        )
-        ids_BP, mask_BP = left_pad(list(distinct), self.pad_token_id, self.device)
-        # a plain cache keeps every position, of layers with a sliding window too
-        prefilled = DynamicCache()
-        output = self.backbone(
-            input_ids=ids_BP,
-            attention_mask=mask_BP,
-            position_ids=(mask_BP.cumsum(-1) - 1).clamp(min=0),
-            past_key_values=prefilled,
-            use_cache=True,
-        )
-        self.cache.insert(slots, prefilled, source)
-        self.idle -= len(requests)
+        if not self.prefilled:
+            coming = [self.waiting.pop() for _ in range(min(len(self.request_B), len(self.waiting)))]
+            prompts = [self.prompts[i] for i in coming]
+            self.prefill, self.prefilled = prefill(self.backbone, prompts, self.pad_token_id, self.device), coming[::-1]
+        slots = (self.request_B == len(self.prompts)).nonzero().squeeze(-1)[: len(self.prefilled)]
+        requests = [self.prefilled.pop() for _ in range(len(slots))]
+        source = self.prefill.rows([self.prompts[i] for i in requests])
+        self.cache.insert(slots, self.prefill, source)
         self.request_B[slots] = torch.tensor(requests, device=self.device)
         self.step_B[slots] = 0
-        self.length_B[slots] = mask_BP.sum(-1)[source]
-        return self._sample(output.last_hidden_state[:, -1][source], slots)
+        self.length_B[slots] = self.prefill.length_B[source]
+        self.idle -= len(slots)
+        return self._sample(self.prefill.last_BH[source], slots)
 
     def _step(self) -> bool:
         """One more token for every row; whether one ended."""
         cache = self.cache
-        cache.make_room()
         # rows that have ended count as short, so that they hold no column
-        width = int(self.length_B.max())
-        cache.start = cache.stop - (width - 1)
-        column_W = torch.arange(width, device=self.device)
-        output = self.backbone(
-            input_ids=self.newest_B[:, None],
-            attention_mask=(column_W >= width - self.length_B[:, None]).long(),
-            position_ids=self.length_B[:, None] - 1,
-            past_key_values=cache,
-            use_cache=True,
-        )
+        cache.make_room(int(self.length_B.max()) - 1)
+        column_C = torch.arange(cache.columns, device=self.device)
+        seen_BC = (column_C > cache.stop - self.length_B[:, None]) & (column_C <= cache.stop)
+        # additive, so that not every layer makes it so again
+        mask_BC = torch.zeros(seen_BC.shape, dtype=self.head.weight.dtype, device=self.device)
+        mask_BC = mask_BC.masked_fill_(~seen_BC, float("-inf"))
+        if self.token_step is not None:
+            hidden_BH = self.token_step(self.newest_B, self.length_B - 1, mask_BC, cache)
+        else:
+            hidden_BH = self.backbone(
+                input_ids=self.newest_B[:, None],
+                # where it can be, ready made: transformers then has no mask to make
+                attention_mask=mask_BC[:, None, None] if self.whole_mask else seen_BC.long(),
+                position_ids=self.length_B[:, None] - 1,
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state[:, -1]
         cache.stop += 1
-        return self._sample(output.last_hidden_state[:, -1], slice(None))
+        return self._sample(hidden_BH, slice(None))
 
     def _sample(self, hidden_BH: Tensor, slots: Tensor | slice) -> bool:
         """Choose and keep the next token of these rows; whether one of them ended with it."""

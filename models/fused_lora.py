@@ -28,11 +28,13 @@ def use_fused_lora(model: nn.Module) -> None:
 
 
 def _forward(self: LoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    base: Any = self.get_base_layer()
+    if self.disable_adapters and not self.merged:
+        return base(x)
     fused = None if args or kwargs else _parts(self, x)
     if fused is None:
         return LoraLinear.forward(self, x, *args, **kwargs)
     a_RI, b_OR, scaling, dtype = fused
-    base: Any = self.get_base_layer()
     y_NO = _FusedLora.apply(
         x.reshape(-1, x.shape[-1]).to(dtype), base.weight.to(dtype), base.bias, a_RI.to(dtype), b_OR.to(dtype), scaling
     )
@@ -42,7 +44,7 @@ def _forward(self: LoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 def _parts(layer: LoraLinear, x: Tensor) -> tuple[Tensor, Tensor, float, torch.dtype] | None:
     """A, B, scaling and the dtype to compute in; None where PEFT's own forward is needed."""
     names = layer.active_adapters
-    if layer.disable_adapters or layer.merged or len(names) != 1 or names[0] not in layer.lora_A:
+    if layer.merged or len(names) != 1 or names[0] not in layer.lora_A:
         return None
     name = names[0]
     dropout: Any = layer.lora_dropout[name]

@@ -7,7 +7,7 @@ what it says does not depend on its neighbours.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import nn
 from .adapters import AdapterSet
 from .decoder import Decoder, StatefulDecoder
 from .logprobs import LmHead
+from .prepack import Product, prepack, prepacked, prepacks
 from .sampling import Sampling
 
 
@@ -54,12 +55,29 @@ def merged(adapters: AdapterSet, role: str | None) -> Iterator[None]:
     originals = [w.data for w in weights]
     try:
         for layer, w in zip(layers, weights, strict=True):
-            w.data = (w.data.float() + layer.get_delta_weight(role).float()).to(w.dtype)
+            w.data = layer.get_delta_weight(role).float().add_(w.data).to(w.dtype)
         with adapters.using(None):
             yield
     finally:
         for w, data in zip(weights, originals, strict=True):
             w.data = data
+
+
+@contextmanager
+def _ready(adapters: AdapterSet, role: str | None, merge: bool) -> Iterator[tuple[LmHead, dict[nn.Module, Product]]]:
+    """The model in evaluation mode, speaking through that adapter, its weights laid out for many small products: its
+    head, and what `prepacked` yields."""
+    model = adapters.model.get_base_model()
+    head = LmHead.of(adapters.lm_head, model.config)
+    if prepacks(head.weight):
+        head = replace(head, product=prepack(head.weight, head.bias))
+    was_training = model.training
+    model.eval()
+    try:
+        with merged(adapters, role) if merge else adapters.using(role), prepacked(adapters.backbone) as joint:
+            yield head, joint
+    finally:
+        model.train(was_training)
 
 
 def keeps_a_state(backbone: Any) -> bool:
@@ -70,7 +88,7 @@ def keeps_a_state(backbone: Any) -> bool:
     return bool(getattr(backbone, "_is_stateful", False) or shared or kinds - {"full_attention", "sliding_attention"})
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def sample(
     adapters: AdapterSet,
     role: str | None,
@@ -112,28 +130,23 @@ def sample(
     sampling = Sampling(temperature, top_k, top_p, min_p)
     if not prompts:
         return Generation()
-    model = adapters.model.get_base_model()
     stop_ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
-    was_training = model.training
-    model.eval()
-    try:
-        with merged(adapters, role) if merge else adapters.using(role):
-            backbone: Any = adapters.backbone
-            decoder = (StatefulDecoder if keeps_a_state(backbone) else Decoder)(
-                backbone,
-                LmHead.of(adapters.lm_head, model.config),
-                prompts,
-                sampling,
-                max_new_tokens=max_new_tokens,
-                stop_ids=stop_ids,
-                pad_token_id=pad_token_id,
-                seed=seed,
-                batch_size=batch_size,
-                done=on_batch,
-            )
-            decoder.run()
-    finally:
-        model.train(was_training)
+    with _ready(adapters, role, merge) as (head, joint):
+        backbone: Any = adapters.backbone
+        decoder = (StatefulDecoder if keeps_a_state(backbone) else Decoder)(
+            backbone,
+            head,
+            prompts,
+            sampling,
+            max_new_tokens=max_new_tokens,
+            stop_ids=stop_ids,
+            pad_token_id=pad_token_id,
+            seed=seed,
+            batch_size=batch_size,
+            done=on_batch,
+            joint=joint,
+        )
+        decoder.run()
     counts = decoder.count_N.tolist()[: len(prompts)]
     tokens = [row[:count] for row, count in zip(decoder.tokens_NS.tolist(), counts, strict=False)]
     logprobs = [row[:count] for row, count in zip(decoder.logps_NS.tolist(), counts, strict=False)]

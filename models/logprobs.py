@@ -10,6 +10,7 @@ Legend of shape suffixes: N tokens, C tokens of a chunk, H hidden size, V vocabu
 response, R positions of the longest response.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, overload
 
@@ -33,13 +34,14 @@ class LmHead:
     """What turns hidden states into logits: softcap(scale * (hidden @ weight.T + bias)).
 
     weight [V, H]; bias [V] or None; softcap: Gemma's c * tanh(x / c), None for none; scale: Cohere's `logit_scale`,
-    Granite's 1 / `logits_scaling`.
+    Granite's 1 / `logits_scaling`. product: what makes hidden @ weight.T + bias, if not `F.linear`.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
     softcap: float | None = None
     scale: float = 1.0
+    product: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     @classmethod
     def of(cls, lm_head: torch.nn.Module, config: Any) -> "LmHead":
@@ -55,8 +57,9 @@ class LmHead:
 
     def logits(self, hidden_CH: torch.Tensor) -> torch.Tensor:
         """fp32 logits [C, V] of hidden states [C, H], before any temperature."""
-        logits_CV, _ = _logits(hidden_CH, self.weight, self.bias, _Spec(1.0, self.softcap, self.scale, False), False)
-        return logits_CV
+        hidden_CH = hidden_CH.to(self.weight.dtype)
+        raw_CV = self.product(hidden_CH) if self.product else F.linear(hidden_CH, self.weight, self.bias)
+        return _shaped(raw_CV.float(), _Spec(1.0, self.softcap, self.scale, False), False)[0]
 
 
 @overload
@@ -278,7 +281,10 @@ def _logits(
     hidden_CH: torch.Tensor, weight_VH: torch.Tensor, bias_V: torch.Tensor | None, spec: _Spec, want_slope: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """fp32 logits / temperature of one chunk, and the soft cap's slope (None without a cap)."""
-    logits_CV = F.linear(hidden_CH.to(weight_VH.dtype), weight_VH, bias_V).float()
+    return _shaped(F.linear(hidden_CH.to(weight_VH.dtype), weight_VH, bias_V).float(), spec, want_slope)
+
+
+def _shaped(logits_CV: torch.Tensor, spec: _Spec, want_slope: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     if spec.scale != 1:
         logits_CV = logits_CV * spec.scale
     slope_CV = None

@@ -14,7 +14,7 @@ Legend of shape suffixes: B rows, L padded positions, N distinct tokens, H hidde
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .block_attention import LONGEST_BLOCK, block_attention
+from .block_attention import LONGEST_BLOCK, block_attention, token_attention
 from .flex_tree import flex_applies, flex_tree_attention, tree_block_mask
 
 logger = logging.getLogger(__name__)
@@ -34,8 +34,9 @@ logger = logging.getLogger(__name__)
 ATTENTION = "preftune_tree"
 """The attention function's name in transformers' registry; without a tree it is plain SDPA."""
 
-BLOCK_TOKENS = 448
-"""Tokens of one attention block: smaller ones repeat more prefixes, larger ones mask more; 384 to 512 measured best."""
+BLOCK_TOKENS, BLOCK_ROWS = 448, 4
+"""At most so many tokens, and about so many rows, make one attention block: smaller ones repeat more prefixes, larger
+ones mask more. For rows of 200 tokens 384 to 512 tokens measured best, for rows of 65 256 to 320."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Tree:
         return max(stop - start for start, stop in self.blocks)
 
 
-def build_tree(input_ids_BL: Tensor, attention_mask_BL: Tensor, block_tokens: int = BLOCK_TOKENS) -> Tree:
+def build_tree(input_ids_BL: Tensor, attention_mask_BL: Tensor, block_tokens: int | None = None) -> Tree:
     """The prefix tree of the rows' real tokens.
 
     Rows in sorted order share their prefix with the row before or with none, so laying out each row's new tokens after
@@ -95,11 +96,13 @@ def build_tree(input_ids_BL: Tensor, attention_mask_BL: Tensor, block_tokens: in
     Args:
         input_ids_BL: token ids [B, L], padded on either side.
         attention_mask_BL: 1 where a token counts [B, L]; every row holds at least one.
-        block_tokens: a block is closed before the row that would make it longer.
+        block_tokens: a block is closed before the row that would make it longer; None: by the rows' mean length.
     """
     mask_BL = attention_mask_BL.bool()
     rows = [ids[kept] for ids, kept in zip(input_ids_BL.cpu().numpy(), mask_BL.cpu().numpy(), strict=True)]
     rows = [row.tolist() for row in rows]
+    if block_tokens is None:
+        block_tokens = min(BLOCK_TOKENS, BLOCK_ROWS * -(-sum(map(len, rows)) // len(rows)))
     ids: list[int] = []
     depth: list[int] = []
     end: list[int] = []
@@ -163,6 +166,11 @@ def tree_attention(
     Returns:
         [1, N, heads, head dimension], and no weights.
     """
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if tree is None and query.size(2) == 1 and _as_products(query, dropout) and _per_row(attention_mask):
+        assert attention_mask is not None
+        mask_BHC = attention_mask[:, :, 0].expand(-1, query.size(1), -1).contiguous()
+        return token_attention(query[:, :, 0], key, value, mask_BHC, scale)[:, None], None
     if tree is None:
         return sdpa_attention_forward(
             module,
@@ -181,7 +189,6 @@ def tree_attention(
             return out.transpose(1, 2), None
     if _as_products(query, dropout) and tree.longest_block() <= LONGEST_BLOCK:
         masks = [tree.mask(block, sliding_window, query.dtype)[0, 0] for block in tree.blocks]
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return block_attention(query[0], key[0], value[0], tree.blocks, masks, scale)[None], None
     grouped = query.size(1) != key.size(1)
     outputs = [
@@ -202,6 +209,10 @@ def tree_attention(
 def _as_products(query: Tensor, dropout: float) -> bool:
     """Where the fused kernel is slow. In fp32 it is what everybody else runs, and its last digit is worth keeping."""
     return query.device.type == "cpu" and query.dtype != torch.float32 and not dropout
+
+
+def _per_row(mask: Tensor | None) -> bool:
+    return mask is not None and mask.dim() == 4 and mask.size(1) == 1 and mask.is_floating_point()
 
 
 AttentionInterface.register(ATTENTION, tree_attention)
@@ -238,20 +249,26 @@ def use_packed_forward(backbone: Any) -> bool:
             return plain(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
         assert input_ids is not None and attention_mask is not None
         whole = flex_applies(input_ids.device)
-        tree = build_tree(input_ids, attention_mask, input_ids.numel() if whole else BLOCK_TOKENS)
-        output = plain(
-            input_ids=tree.ids_N[None],
-            # any 4-D mask passes through transformers' mask making untouched; the attention reads the tree instead
-            attention_mask=torch.ones(1, 1, 1, 1, device=input_ids.device),
-            position_ids=tree.depth_N[None],
-            **{**kwargs, "use_cache": False, "tree": tree},
-        )
-        hidden_NH = output.last_hidden_state[0]
+        tree = build_tree(input_ids, attention_mask, input_ids.numel() if whole else None)
+        hidden_NH = forward_tree(plain, tree, **{**kwargs, "use_cache": False})
         hidden_BLH = hidden_NH[tree.index_BL].masked_fill(~tree.mask_BL[..., None], 0)
         return BaseModelOutputWithPast(last_hidden_state=hidden_BLH)
 
     backbone.forward = forward
     return True
+
+
+def forward_tree(backbone: Callable[..., Any], tree: Tree, **kwargs: Any) -> Tensor:
+    """Last hidden states [N, H] of a tree's tokens, through a backbone whose attention is `ATTENTION`."""
+    output = backbone(
+        input_ids=tree.ids_N[None],
+        # any 4-D mask passes through transformers' mask making untouched; the attention reads the tree instead
+        attention_mask=torch.ones(1, 1, 1, 1, device=tree.ids_N.device),
+        position_ids=tree.depth_N[None],
+        tree=tree,
+        **kwargs,
+    )
+    return output.last_hidden_state[0]
 
 
 def packs(backbone: Any) -> bool:

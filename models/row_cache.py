@@ -1,78 +1,101 @@
-"""Keys and values of the rows that are being decoded, in buffers made once.
+"""Keys and values of the rows that are being decoded.
 
 All rows end in the same column: a row's last token stands in column `stop - 1`, its first one wherever its length puts
 it. So one write serves all rows, distances between columns are distances between tokens (sliding windows hold), and a
 row that joins later is copied in with its end where the others end.
 
-Legend of shape suffixes: B rows, H key-value heads, C columns, D head dimension, P prompt positions.
+Legend of shape suffixes: B rows, H key-value heads, C columns, D head dimension.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from .prefill import Prefilled
+
+ROOM = 16
+"""Columns that buffers have to spare, at most, when they are made. A forward sees whole buffers, because products of a
+part of one would copy it first; so more room means more columns that are read for nothing, and less that buffers are
+made anew more often."""
+
 
 class RowCache(Cache):
-    """A transformers cache for `rows` rows of at most `width` tokens.
-
-    Columns are used from left to right; at the buffers' end what is in use moves back to their beginning, so buffers
-    twice as wide as a row are moved once in `width` steps.
+    """A transformers cache for `rows` rows, all of whose columns a forward sees: the caller's mask hides those before a
+    row's first token and after its last.
 
     Attributes:
         rows: rows in use, the first ones.
-        start, stop: the columns in use: [start, stop).
+        columns: of each buffer. stop: the first one that is free.
     """
 
-    def __init__(self, rows: int, width: int, layers: int) -> None:
-        self.rows, self.columns = rows, 2 * width
-        self.start, self.stop = 0, 0
-        super().__init__(layers=[_Layer(self) for _ in range(layers)])
+    def __init__(self, rows: int, layers: int) -> None:
+        self.rows, self.columns, self.stop = rows, 0, 0
+        super().__init__(layers=[_Layer(self, index) for index in range(layers)])
 
-    def make_room(self) -> None:
-        """One more column is needed."""
+    def make_room(self, kept: int) -> None:
+        """One more column is needed; the longest row has `kept` tokens here, and nothing before them is kept."""
         if self.stop < self.columns:
             return
-        kept = self.stop - self.start
+        start, self.columns = self.stop - kept, _round_up(kept)
         for layer in self._layers():
-            for buffer in (layer.keys, layer.values):
-                assert buffer is not None
-                buffer[: self.rows, :, :kept] = buffer[: self.rows, :, self.start : self.stop].clone()
-        self.start, self.stop = 0, kept
+            layer.keys, layer.values = (
+                _widened(each[: self.rows, :, start : self.stop], self.columns)
+                for each in (layer.keys, layer.values)
+                if each is not None
+            )
+        self.stop = kept
 
-    def insert(self, slots: Sequence[int] | Tensor, prefilled: Cache, source: Tensor) -> None:
+    def insert(self, slots: Tensor, prefilled: Prefilled, source: Tensor) -> None:
         """Copy prompts into rows.
 
         Args:
             slots: the rows to fill.
-            prefilled: a cache of left-padded prompts, not wider than `stop` allows; the first one sets `stop`.
+            prefilled: where the prompts are; none is longer than `stop` allows, and the first ones set `stop`.
             source: for each slot its prompt's place in `prefilled`.
         """
-        width = prefilled.layers[0].keys.shape[2]  # type: ignore[union-attr]
+        width = int(prefilled.length_B[source].max())
         if self.stop < width:
             if self.stop:
                 raise ValueError(f"a prompt of {width} tokens after shorter ones, expected the longest first")
-            self.stop = width
+            self.stop, self.columns = width, _round_up(width)
         span = slice(self.stop - width, self.stop)
-        for layer, prompt in zip(self._layers(), prefilled.layers, strict=True):
-            found: Any = prompt
-            layer.reserve(found.keys)
+        for index, layer in enumerate(self._layers()):
+            keys, values = prefilled.layer(index, source, width)
+            layer.reserve(keys)
             assert layer.keys is not None and layer.values is not None
-            layer.keys[slots, :, span] = found.keys[source]
-            layer.values[slots, :, span] = found.values[source]
+            layer.keys[slots, :, span] = keys
+            layer.values[slots, :, span] = values
 
     def keep(self, rows: Tensor) -> None:
         """Only these rows go on, as the first ones, in the given order (ascending)."""
         for layer in self._layers():
             for buffer in (layer.keys, layer.values):
                 assert buffer is not None
-                buffer[: len(rows), :, self.start : self.stop] = buffer[rows, :, self.start : self.stop]
+                buffer[: len(rows)] = buffer[rows]
         self.rows = len(rows)
+
+    def put(self, index: int, keys_BHD: Tensor, values_BHD: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the newest column of a layer; all that the rows have there [B, H, C, D]."""
+        layer = self._layers()[index]
+        assert layer.keys is not None and layer.values is not None
+        layer.keys[: self.rows, :, self.stop] = keys_BHD
+        layer.values[: self.rows, :, self.stop] = values_BHD
+        return layer.keys[: self.rows], layer.values[: self.rows]
 
     def _layers(self) -> "list[_Layer]":
         return self.layers  # type: ignore[return-value]
+
+
+def _round_up(columns: int) -> int:
+    return columns // ROOM * ROOM + ROOM
+
+
+def _widened(buffer_BHCD: Tensor, columns: int) -> Tensor:
+    # zeros, not whatever was in memory: a hidden column counts 0 times its value, and 0 times NaN is NaN
+    return F.pad(buffer_BHCD, (0, 0, 0, columns - buffer_BHCD.size(2)))
 
 
 class _Layer(CacheLayerMixin):
@@ -80,9 +103,9 @@ class _Layer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, cache: RowCache) -> None:
+    def __init__(self, cache: RowCache, index: int) -> None:
         super().__init__()
-        self.cache = cache
+        self.cache, self.index = cache, index
 
     def reserve(self, like: Tensor) -> None:
         if self.keys is None:
@@ -94,18 +117,13 @@ class _Layer(CacheLayerMixin):
         self.reserve(key_states)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        cache = self.cache
-        assert self.keys is not None and self.values is not None
-        self.keys[: cache.rows, :, cache.stop] = key_states[:, :, 0]
-        self.values[: cache.rows, :, cache.stop] = value_states[:, :, 0]
-        seen = slice(cache.start, cache.stop + 1)
-        return self.keys[: cache.rows, :, seen], self.values[: cache.rows, :, seen]
+        return self.cache.put(self.index, key_states[:, :, 0], value_states[:, :, 0])
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
+        return self.cache.columns, 0
 
     def get_seq_length(self) -> int:
-        return self.cache.stop - self.cache.start
+        return self.cache.stop
 
     def get_max_length(self) -> int:
         return -1

@@ -1,12 +1,14 @@
 """How the next token is chosen: temperature, cuts, and one random stream a row.
 
-Shape suffixes: B rows, V vocabulary.
+Shape suffixes: B rows, V vocabulary, K blocks of the vocabulary, T tokens of a block.
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -58,24 +60,43 @@ def choose(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling) -> tuple[Te
 
     Args:
         logits_BV: raw logits [B, V].
-        uniform_B: one draw in [0, 1) a row; the token is found by inverting the cumulative distribution, which is
-            several times cheaper than `torch.multinomial` over a large vocabulary.
+        uniform_B: one draw in [0, 1) a row, see `invert_cdf`.
 
     Returns:
         token ids [B] and their log-probabilities [B] under softmax(logits / temperature) (greedy: temperature 1).
     """
-    logits_BV = logits_BV.float()
     if sampling.temperature == 0:
-        token_B = logits_BV.argmax(-1)
-    elif sampling.temperature != 1:
-        logits_BV = logits_BV / sampling.temperature
-    if sampling.temperature > 0:
-        cdf_BV = filter_probs(logits_BV.softmax(-1), sampling).cumsum(-1)
-        total_B1 = cdf_BV[:, -1:]
-        token_B = torch.searchsorted(cdf_BV, uniform_B[:, None] * total_B1, right=True).squeeze(-1)
-        # Rounding can put a draw at the very end of the mass: then it is the last token that has any.
-        token_B = torch.where(token_B == cdf_BV.size(-1), (cdf_BV >= total_B1).int().argmax(-1), token_B)
-    return token_B, logits_BV.gather(-1, token_B[:, None]).squeeze(-1) - logits_BV.logsumexp(-1)
+        token_B1 = logits_BV.argmax(-1, keepdim=True)
+        return token_B1.squeeze(-1), logits_BV.float().log_softmax(-1).gather(-1, token_B1).squeeze(-1)
+    scaled_BV = logits_BV.to(torch.float32, copy=True).div_(sampling.temperature)
+    probs_BV = torch.softmax(scaled_BV, -1, out=scaled_BV)
+    token_B1 = invert_cdf(filter_probs(probs_BV, sampling), uniform_B)
+    # A token that can be drawn has a probability far above fp32's smallest, so its logarithm loses nothing.
+    return token_B1.squeeze(-1), probs_BV.gather(-1, token_B1).log().squeeze(-1)
+
+
+def invert_cdf(mass_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """The tokens [B, 1] at which the cumulative mass first exceeds `uniform` times the whole.
+
+    First the block of tokens is found, then the token in it: sums of blocks cost one fast pass, where a cumulative sum
+    over a large vocabulary is slow (and `torch.multinomial` many times slower). A token without mass is never chosen.
+    """
+    blocks = mass_BV.size(1) // BLOCK
+    whole_BK = mass_BV[:, : blocks * BLOCK].view(len(mass_BV), blocks, BLOCK).sum(-1)
+    block_BK = torch.cat([whole_BK, mass_BV[:, blocks * BLOCK :].sum(-1, keepdim=True)], dim=-1)
+    cdf_BK = block_BK.cumsum(-1)
+    draw_B1 = _below(uniform_B[:, None] * cdf_BK[:, -1:], cdf_BK[:, -1:])
+    found_B1 = torch.searchsorted(cdf_BK, draw_B1, right=True)
+    draw_B1 = draw_B1 - (cdf_BK - block_BK).gather(1, found_B1)
+    index_BT = found_B1 * BLOCK + torch.arange(BLOCK, device=mass_BV.device)
+    inside_BT = index_BT < mass_BV.size(1)
+    cdf_BT = (mass_BV.gather(1, index_BT.clamp(max=mass_BV.size(1) - 1)) * inside_BT).cumsum(-1)
+    return found_B1 * BLOCK + torch.searchsorted(cdf_BT, _below(draw_B1, cdf_BT[:, -1:]), right=True)
+
+
+def _below(draw_B1: Tensor, total_B1: Tensor) -> Tensor:
+    """The draw, kept within [0, total): rounding can put it on the edge, which no token exceeds."""
+    return torch.minimum(draw_B1.clamp(min=0), total_B1.nextafter(torch.zeros_like(total_B1)))
 
 
 def uniforms(seed: int, index: int, count: int) -> Tensor:

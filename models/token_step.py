@@ -1,0 +1,118 @@
+"""One decode step of a Llama-like decoder: one token a row, nothing that only training or long inputs need.
+
+A step of a small model is bound by the number of operations, on a CPU as on a GPU. transformers' forward spends about
+as many again on modules, masks and separate heads as the arithmetic needs. Here query, key and value are one product,
+their rotation is one, and attention goes by groups of heads. Arithmetic and weights are the model's own; the tests hold
+it against the model's forward. Decoders that are not listed keep theirs.
+
+Legend of shape suffixes: B rows, C columns of the cache, E hidden size, H query heads, K key-value heads, D head
+dimension.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .block_attention import token_attention
+from .row_cache import RowCache
+
+LLAMA_LIKE = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
+"""Decoders of transformers whose layers are norm, attention with rotary positions, norm, gated MLP; Qwen3 also norms
+each query and key head."""
+
+Product = Callable[[Tensor], Tensor]
+
+
+class TokenStep:
+    """A decoder's step.
+
+    Args:
+        backbone: one for which `applies` is true.
+        joint: products of query, key and value at once, by attention module, where they are at hand.
+    """
+
+    def __init__(self, backbone: Any, joint: Mapping[nn.Module, Product]) -> None:
+        self.embed, self.rotary, self.norm = backbone.embed_tokens, backbone.rotary_emb, _norm(backbone.norm)
+        self.layers = [_Layer(layer, joint) for layer in backbone.layers]
+        self.heads = backbone.config.num_attention_heads
+
+    @staticmethod
+    def applies(backbone: Any) -> bool:
+        """Whether this decoder is known here, sees all columns in every layer, and has no hooks that must run."""
+        hooked = any(hasattr(m, "_hf_hook") or m._forward_hooks or m._forward_pre_hooks for m in backbone.modules())
+        return type(backbone).__name__ in LLAMA_LIKE and sees_everything(backbone) and not hooked
+
+    def __call__(self, ids_B: Tensor, position_B: Tensor, mask_BC: Tensor, cache: RowCache) -> Tensor:
+        """Last hidden states [B, E] of one more token a row, whose keys and values go into the cache's column `stop`.
+
+        Args:
+            mask_BC: additive, -inf where a row must not look; in the model's dtype.
+        """
+        x_BE = self.embed(ids_B)
+        cos_B1D, sin_B1D = self.rotary(x_BE[:, None], position_ids=position_B[:, None])
+        # rotate_half negates the half that it moves to the front; here the sine carries the sign
+        half = sin_B1D.shape[-1] // 2
+        signed_B1D = torch.cat([-sin_B1D[..., :half], sin_B1D[..., half:]], dim=-1)
+        mask_BHC = mask_BC[:, None].expand(-1, self.heads, -1).contiguous()
+        for index, layer in enumerate(self.layers):
+            x_BE = layer(x_BE, cos_B1D, signed_B1D, mask_BHC, cache, index)
+        return self.norm(x_BE)
+
+
+class _Layer:
+    def __init__(self, layer: Any, joint: Mapping[nn.Module, Product]) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.input_norm, self.output_norm = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
+        parts = [_product(each) for each in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        self.qkv = joint.get(attention) or (lambda x_BE: torch.cat([part(x_BE) for part in parts], dim=-1))
+        self.norms = [_norm(getattr(attention, name)) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
+        self.out, self.scale, self.dim = _product(attention.o_proj), attention.scaling, attention.head_dim
+        self.gate, self.up, self.down = (_product(each) for each in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        self.activation = mlp.act_fn
+        self.groups = attention.num_key_value_groups
+
+    def __call__(
+        self, x_BE: Tensor, cos_B1D: Tensor, sin_B1D: Tensor, mask_BHC: Tensor, cache: RowCache, index: int
+    ) -> Tensor:
+        b, d = len(x_BE), self.dim
+        qkv_BHD = self.qkv(self.input_norm(x_BE)).view(b, -1, d)
+        kv_heads = qkv_BHD.size(1) // (self.groups + 2)
+        turning_BHD, value_BKD = qkv_BHD[:, :-kv_heads], qkv_BHD[:, -kv_heads:]
+        if self.norms:
+            query, key = turning_BHD[:, :-kv_heads], turning_BHD[:, -kv_heads:]
+            turning_BHD = torch.cat([self.norms[0](query), self.norms[1](key)], dim=1)
+        swapped_BHD = torch.cat([turning_BHD[..., d // 2 :], turning_BHD[..., : d // 2]], dim=-1)
+        turned_BHD = torch.addcmul(turning_BHD * cos_B1D, swapped_BHD, sin_B1D)
+        keys_BKCD, values_BKCD = cache.put(index, turned_BHD[:, -kv_heads:], value_BKD)
+        query_BHD = turned_BHD[:, :-kv_heads]
+        mixed_BHD = token_attention(query_BHD, keys_BKCD, values_BKCD, mask_BHC, self.scale)
+        x_BE = x_BE + self.out(mixed_BHD.reshape(b, -1))
+        y_BE = self.output_norm(x_BE)
+        return x_BE + self.down(self.activation(self.gate(y_BE)) * self.up(y_BE))
+
+
+def sees_everything(backbone: Any) -> bool:
+    """Whether every layer attends to all earlier tokens, through an attention function that takes a mask ready made."""
+    text = backbone.config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ())
+    window = getattr(text, "sliding_window", None) if not kinds else None
+    return kinds <= {"full_attention"} and not window
+
+
+def _norm(module: Any) -> Callable[[Tensor], Tensor]:
+    """Root-mean-square norm as Llama has it: in fp32, rounded, then times the weight."""
+    weight, eps = module.weight, module.variance_epsilon
+
+    def norm(x: Tensor) -> Tensor:
+        x32 = x.float()
+        factor = x32.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        return weight * (x32 * factor).to(x.dtype)
+
+    return norm
+
+
+def _product(layer: nn.Module) -> Product:
+    """What the layer's call comes to; a forward that was put in its place spares the module's own call."""
+    return layer.__dict__.get("forward") or layer
