@@ -44,8 +44,10 @@ def build(name: str, dtype: torch.dtype = torch.float32, *, packed: bool = True)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation="sdpa").eval()
     for key, parameter in model.named_parameters():
-        if "norm" in key or "bias" in key:
+        if "norm" in key:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        elif "embed" not in key:
+            torch.nn.init.normal_(parameter, std=0.2)
     if packed:
         use_packed_forward(model.base_model)
     base = Base("x", resolve_base("random:llama").path, "local", "")
