@@ -15,6 +15,7 @@ from .packing import ATTENTION
 from .prefill import left_pad, prefill
 from .row_cache import RowCache
 from .sampling import Sampling, choose, uniforms
+from .stopping import Stops
 from .token_step import Product, TokenStep, sees_everything
 
 # Places are refilled, or the batch made smaller, once this share of it has ended: copying for every single row would
@@ -27,7 +28,7 @@ class Decoder:
 
     Attributes:
         tokens_NS, logps_NS: what was sampled, S = `max_new_tokens`; one row more than requests, for idle places.
-        count_N: tokens of each request so far.
+        count_N: tokens of each request so far. stopped_N: whether its newest one ended it (not the length limit).
         request_B: which request each row serves; N where the place is idle.
         step_B: tokens sampled so far. length_B: prompt and sampled tokens, the newest not yet in the cache included.
         idle: places that serve no request.
@@ -41,9 +42,9 @@ class Decoder:
         sampling: Sampling,
         *,
         max_new_tokens: int,
-        stop_ids: Sequence[int],
+        stops: Stops,
         pad_token_id: int,
-        seed: int,
+        seed: int | Sequence[int],
         batch_size: int,
         done: Callable[[int], None] | None,
         joint: Mapping[nn.Module, Product] | None = None,
@@ -52,11 +53,13 @@ class Decoder:
         self.max_new_tokens, self.pad_token_id, self.done = max_new_tokens, pad_token_id, done
         device = self.device = head.weight.device
         n = len(prompts)
-        self.stop_ids = torch.tensor(stop_ids, device=device)
-        self.uniforms_NS = torch.stack([uniforms(seed, i, max_new_tokens) for i in (*range(n), n)]).to(device)
+        self.stops = stops
+        streams = [(seed, i) for i in range(n)] if isinstance(seed, int) else [(each, 0) for each in seed]
+        self.uniforms_NS = torch.stack([uniforms(s, i, max_new_tokens) for s, i in (*streams, (0, n))]).to(device)
         self.tokens_NS = torch.full((n + 1, max_new_tokens), pad_token_id, device=device)
         self.logps_NS = torch.zeros((n + 1, max_new_tokens), device=device)
         self.count_N = torch.zeros(n + 1, dtype=torch.long, device=device)
+        self.stopped_N = torch.zeros(n + 1, dtype=torch.bool, device=device)
         # The longest first: a batch too large for memory fails at once, and a later prompt always fits. Equal prompts
         # stand together, so that they are prefilled once.
         self.waiting = sorted(range(n), key=lambda i: (-len(prompts[i]), list(prompts[i])))[::-1]
@@ -135,10 +138,11 @@ class Decoder:
         token_B, logp_B = choose(self.head.logits(hidden_BH), self.uniforms_NS[request_B, step_B], self.sampling)
         self.tokens_NS[request_B, step_B] = token_B
         self.logps_NS[request_B, step_B] = logp_B
+        self.stopped_N[request_B] = stopped_B = self.stops(self.tokens_NS, request_B, step_B)
         step_B = step_B + 1
         self.count_N[request_B] = step_B
         active_B = request_B != n
-        ended_B = active_B & (torch.isin(token_B, self.stop_ids) | (step_B == self.max_new_tokens))
+        ended_B = active_B & (stopped_B | (step_B == self.max_new_tokens))
         goes_on_B = active_B & ~ended_B
         self.newest_B[slots] = token_B
         self.step_B[slots] = step_B * goes_on_B

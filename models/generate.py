@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from .adapters import AdapterSet
 from .decoder import Decoder, StatefulDecoder
 from .logprobs import LmHead
 from .prepack import Product, prepack, prepacked, prepacks
 from .sampling import Sampling
+from .stopping import Stops
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,10 @@ class Generation:
     """Completions in the order of their prompts.
 
     Attributes:
-        tokens: ids of each completion, its EOS included where it was reached.
+        tokens: ids of each completion, what stopped it included.
         logprobs: log-probability of each of those tokens under the whole temperature-scaled distribution, before any
             top-k, top-p or min-p cut: the quantity that training recomputes.
-        finished: whether the completion ended at EOS (False: at `max_new_tokens`).
+        finished: whether the completion was stopped, by EOS as a rule (False: it was cut at `max_new_tokens`).
     """
 
     tokens: list[list[int]] = field(default_factory=list)
@@ -97,11 +99,13 @@ def sample(
     max_new_tokens: int,
     eos_token_id: int | Sequence[int],
     pad_token_id: int,
-    seed: int,
+    seed: int | Sequence[int],
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
+    stop_strings: Sequence[str] = (),
+    tokenizer: PreTrainedTokenizerBase | None = None,
     batch_size: int = 32,
     merge: bool = True,
     on_batch: Callable[[int], None] | None = None,
@@ -114,7 +118,10 @@ def sample(
         prompts: token ids, ending where the reply begins; not one may be empty.
         max_new_tokens: at most so many tokens a completion, EOS included.
         eos_token_id: a completion ends with this token, or with the first of these.
-        seed: with a prompt's place in the list it fixes that row's random stream, whatever the batch size.
+        seed: with a prompt's place in the list it fixes that row's random stream, whatever the batch size; or one for
+            each prompt, which does so alone.
+        stop_strings: a completion also ends where its text ends in one of these (see `stopping.Stops`; needs the
+            `tokenizer`).
         batch_size: rows decoded at once.
         merge: fold the adapter into the base's weights while decoding (see `merged`).
         on_batch: called with the number of completions done so far, whenever some ended.
@@ -130,7 +137,9 @@ def sample(
     sampling = Sampling(temperature, top_k, top_p, min_p)
     if not prompts:
         return Generation()
-    stop_ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    if not isinstance(seed, int) and len(seed) != len(prompts):
+        raise ValueError(f"{len(seed)} seeds for {len(prompts)} prompts, expected one each, or one for all")
+    stops = Stops(eos_token_id, stop_strings, tokenizer)
     with _ready(adapters, role, merge) as (head, joint):
         backbone: Any = adapters.backbone
         decoder = (StatefulDecoder if keeps_a_state(backbone) else Decoder)(
@@ -139,7 +148,7 @@ def sample(
             prompts,
             sampling,
             max_new_tokens=max_new_tokens,
-            stop_ids=stop_ids,
+            stops=stops,
             pad_token_id=pad_token_id,
             seed=seed,
             batch_size=batch_size,
@@ -150,4 +159,4 @@ def sample(
     counts = decoder.count_N.tolist()[: len(prompts)]
     tokens = [row[:count] for row, count in zip(decoder.tokens_NS.tolist(), counts, strict=False)]
     logprobs = [row[:count] for row, count in zip(decoder.logps_NS.tolist(), counts, strict=False)]
-    return Generation(tokens, logprobs, [row[-1] in stop_ids for row in tokens])
+    return Generation(tokens, logprobs, decoder.stopped_N.tolist()[: len(prompts)])

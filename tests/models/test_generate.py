@@ -5,6 +5,7 @@ import torch
 
 from preftune.models.adapters import AdapterSet, LoraSpec
 from preftune.models.base import load_model, load_tokenizer, resolve_base
+from preftune.models.beam import beam_search
 from preftune.models.generate import keeps_a_state, merged, sample
 from preftune.models.prefill import left_pad
 from preftune.models.sampling import Sampling, choose, filter_probs
@@ -241,3 +242,53 @@ def test_which_models_keep_a_state(adapters):
         mamba_n_groups=1,
     )  # fmt: skip
     assert keeps_a_state(AutoModel.from_config(config))
+
+
+def test_every_prompt_may_have_a_seed_of_its_own(adapters, tokenizer):
+    """The same seed says the same to the same prompt wherever it stands; one list of seeds is one reply each."""
+    prompts = [[5, 6, 7]] * 4
+    out = draw_from(adapters, tokenizer, prompts, seed=[8, 9, 8, 10], max_new_tokens=12)
+    assert out.tokens[0] == out.tokens[2]
+    assert len({tuple(row) for row in out.tokens}) == 3
+    assert draw_from(adapters, tokenizer, prompts[:1], seed=[9], max_new_tokens=12).tokens[0] == out.tokens[1]
+    with pytest.raises(ValueError, match="2 seeds for 4 prompts"):
+        draw_from(adapters, tokenizer, prompts, seed=[1, 2])
+
+
+def stopped_at(adapters, tokenizer, strings):
+    return sample(
+        adapters, "default", PROMPTS, max_new_tokens=24, seed=3, temperature=0.9, batch_size=4, eos_token_id=-1,
+        pad_token_id=tokenizer.pad_token_id, stop_strings=strings, tokenizer=tokenizer,
+    )  # fmt: skip
+
+
+def test_a_stop_string_ends_a_completion_where_its_text_has_it(adapters, tokenizer):
+    free = draw(adapters, tokenizer, max_new_tokens=24, eos_token_id=-1)
+    texts = [tokenizer.decode(row) for row in free.tokens]
+    wanted = tokenizer.decode(free.tokens[1][3:6])  # three tokens: the string spans them
+    out = stopped_at(adapters, tokenizer, [wanted])
+    assert out.finished[1] and out.tokens[1] == free.tokens[1][:6]
+    for row, whole, ended, text in zip(out.tokens, free.tokens, out.finished, texts, strict=True):
+        assert row == whole[: len(row)]
+        assert ended == (wanted in text)
+        if not ended:
+            assert row == whole
+
+
+def test_stop_strings_that_cannot_be_are_refused(adapters, tokenizer):
+    with pytest.raises(ValueError, match="without a tokenizer"):
+        draw(adapters, tokenizer, stop_strings=["."])
+    with pytest.raises(ValueError, match="empty"):
+        stopped_at(adapters, tokenizer, [""])
+
+
+def test_beam_search_finds_at_least_what_greedy_finds(adapters, tokenizer):
+    settings = dict(max_new_tokens=6, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    wide = beam_search(adapters, "default", PROMPTS, num_beams=4, length_penalty=0.0, batch_size=3, **settings)
+    narrow = beam_search(adapters, "default", PROMPTS, num_beams=1, **settings)
+    greedy = sample(adapters, "default", PROMPTS, temperature=0, seed=0, **settings)
+    assert narrow.tokens == greedy.tokens
+    for ours, theirs in zip(narrow.logprobs, greedy.logprobs, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4)
+    assert all(sum(w) >= sum(g) - 1e-4 for w, g in zip(wide.logprobs, greedy.logprobs, strict=True))
+    assert any(sum(w) > sum(g) + 1e-3 for w, g in zip(wide.logprobs, greedy.logprobs, strict=True))

@@ -1,0 +1,118 @@
+"""How much reward for how much KL: PPO, DPO and best of n on the quickstart task, with a reward that is known.
+
+    preftune run quickstart --until reward
+    python -m preftune.benchmarks.frontier --run runs/quickstart
+
+The reward is the rubric itself, so nothing can be gained by fooling a reward model. PPO is rewarded with it and held to
+KL targets over a decade by the adaptive controller; best of n picks by it; DPO learns from the shipped pairs, whose
+better side passes more of it. All start from the same SFT policy and are measured on the same prompts.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .measure import RESULTS, machine, write_result
+from .quick import Trial, run_trials
+
+KL_TARGETS = (1, 3, 10)
+BETAS = (0.03, 0.1, 0.3, 1.0)
+BEST_OF = 16
+REWARD = 'stages.ppo.reward=[{function: "preftune.benchmarks.quick:rubric_scores"}]'
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=Path("runs/quickstart"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--name", default="frontier")
+    args = parser.parse_args()
+    trials = [trial for seed in range(args.seeds) for trial in _trials(seed)]
+    points = [point for found in run_trials(args.run, trials) for point in _points(found)]
+    result = {"machine": machine(), "seeds": args.seeds, "points": points}
+    print(table(points))
+    draw(points, RESULTS / f"{args.name}.svg")
+    print(write_result(args.name, result))
+
+
+def _trials(seed: int) -> list[Trial]:
+    ppo = [
+        # the coefficient starts about where the target wants it; nine iterations are few for the controller alone
+        Trial(
+            "ppo",
+            (REWARD, f"stages.ppo.kl={{coef: {0.3 / target:.3f}, target: {target}, horizon: 64}}"),
+            seed,
+            name=f"PPO, target {target}",
+        )
+        for target in KL_TARGETS
+    ]
+    dpo = [Trial("dpo", (f"stages.dpo.beta={beta}",), seed, name=f"DPO, beta {beta}") for beta in BETAS]
+    return [*ppo, *dpo, Trial("sft", seed=seed, best_of=BEST_OF, name="best of n")]
+
+
+def _points(found: dict[str, Any]) -> list[dict[str, Any]]:
+    trial = found["trial"]
+    if trial["best_of"]:
+        return [{"name": f"best of {n}", "seed": trial["seed"], **score} for n, score in found["score"].items()]
+    return [{"name": trial["name"], "seed": trial["seed"], **found["score"]}]
+
+
+def _by_name(points: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    names: dict[str, list[dict[str, Any]]] = {}
+    for point in points:
+        names.setdefault(point["name"], []).append(point)
+    return names
+
+
+def table(points: Sequence[dict[str, Any]]) -> str:
+    """Means over seeds, and each seed's reward, as Markdown."""
+    lines = ["| method | KL to SFT | rubric | by seed | length |", "|---|---|---|---|---|"]
+    for name, each in _by_name(points).items():
+        kl, rubric, length = (statistics.fmean(point[key] for point in each) for key in ("kl", "rubric", "length"))
+        seeds = ", ".join(f"{point['rubric']:.3f}" for point in each)
+        lines.append(f"| {name} | {kl:.2f} | {rubric:.3f} | {seeds} | {length:.1f} |")
+    return "\n".join(lines)
+
+
+def draw(points: Sequence[dict[str, Any]], file: Path) -> None:
+    """Reward against KL: every seed a dot, every method a line through its means."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for method, colour in (("PPO", "#1f6feb"), ("DPO", "#d1661f"), ("best", "#3d8b40")):
+        groups = [each for name, each in _by_name(points).items() if name.startswith(method)]
+        means = sorted(
+            (statistics.fmean(p["kl"] for p in each), statistics.fmean(p["rubric"] for p in each), each[0]["name"])
+            for each in groups
+        )
+        dots = [point for each in groups for point in each]
+        axis.scatter([p["kl"] for p in dots], [p["rubric"] for p in dots], s=14, color=colour, alpha=0.4)
+        axis.plot([m[0] for m in means], [m[1] for m in means], "o-", color=colour, label=dots[0]["name"].split(",")[0])
+        for kl, rubric, name in means:
+            said = name.partition(", ")[2] or name
+            axis.annotate(said, (kl, rubric), xytext=(5, -11), textcoords="offset points", fontsize=7, color=colour)
+    axis.set_xscale("symlog", linthresh=0.5)
+    axis.set_xlabel("KL to SFT (nats per sequence)")
+    axis.set_ylabel("rubric: share of checks passed")
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(
+        labels=["PPO on the rubric", "DPO on pairs", "best of n by the rubric"], handles=axis.lines, frameon=False
+    )
+    figure.savefig(file)
+    plt.close(figure)
+
+
+def redraw(name: str = "frontier") -> None:
+    """The figure again, from the committed numbers."""
+    draw(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["points"], RESULTS / f"{name}.svg")
+
+
+if __name__ == "__main__":
+    main()
