@@ -265,9 +265,12 @@ def stopped_at(adapters, tokenizer, strings):
 def test_a_stop_string_ends_a_completion_where_its_text_has_it(adapters, tokenizer):
     free = draw(adapters, tokenizer, max_new_tokens=24, eos_token_id=-1)
     texts = [tokenizer.decode(row) for row in free.tokens]
-    wanted = tokenizer.decode(free.tokens[1][3:6])  # three tokens: the string spans them
+    # two tokens that are text on their own (the vocabulary is bytes), which the string spans
+    pairs = {(row, i): tokenizer.decode(free.tokens[row][i : i + 2]) for row in range(4) for i in range(3, 20)}
+    row, at = next(place for place, text in pairs.items() if text.isascii() and len(text) == 2)
+    wanted = tokenizer.decode(free.tokens[row][at : at + 2])
     out = stopped_at(adapters, tokenizer, [wanted])
-    assert out.finished[1] and out.tokens[1] == free.tokens[1][:6]
+    assert out.finished[row] and out.tokens[row] == free.tokens[row][: at + 2]
     for row, whole, ended, text in zip(out.tokens, free.tokens, out.finished, texts, strict=True):
         assert row == whole[: len(row)]
         assert ended == (wanted in text)
