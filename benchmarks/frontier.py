@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .measure import RESULTS, machine, write_result
+from .measure import RESULTS, figure, machine, write_result
 from .quick import Trial, run_trials
 
 KL_TARGETS = (1, 3, 10)
@@ -67,11 +67,15 @@ def _by_name(points: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]
     return names
 
 
+def _mean(points: Sequence[dict[str, Any]], key: str) -> float:
+    return statistics.fmean(point[key] for point in points)
+
+
 def table(points: Sequence[dict[str, Any]]) -> str:
     """Means over seeds, and each seed's reward, as Markdown."""
     lines = ["| method | KL to SFT | rubric | by seed | length |", "|---|---|---|---|---|"]
     for name, each in _by_name(points).items():
-        kl, rubric, length = (statistics.fmean(point[key] for point in each) for key in ("kl", "rubric", "length"))
+        kl, rubric, length = (_mean(each, key) for key in ("kl", "rubric", "length"))
         seeds = ", ".join(f"{point['rubric']:.3f}" for point in each)
         lines.append(f"| {name} | {kl:.2f} | {rubric:.3f} | {seeds} | {length:.1f} |")
     return "\n".join(lines)
@@ -79,34 +83,22 @@ def table(points: Sequence[dict[str, Any]]) -> str:
 
 def draw(points: Sequence[dict[str, Any]], file: Path) -> None:
     """Reward against KL: every seed a dot, every method a line through its means."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for method, colour in (("PPO", "#1f6feb"), ("DPO", "#d1661f"), ("best", "#3d8b40")):
-        groups = [each for name, each in _by_name(points).items() if name.startswith(method)]
-        means = sorted(
-            (statistics.fmean(p["kl"] for p in each), statistics.fmean(p["rubric"] for p in each), each[0]["name"])
-            for each in groups
-        )
-        dots = [point for each in groups for point in each]
-        axis.scatter([p["kl"] for p in dots], [p["rubric"] for p in dots], s=14, color=colour, alpha=0.4)
-        axis.plot([m[0] for m in means], [m[1] for m in means], "o-", color=colour, label=dots[0]["name"].split(",")[0])
-        for kl, rubric, name in means:
-            said = name.partition(", ")[2] or name
-            axis.annotate(said, (kl, rubric), xytext=(5, -11), textcoords="offset points", fontsize=7, color=colour)
-    axis.set_xscale("symlog", linthresh=0.5)
-    axis.set_xlabel("KL to SFT (nats per sequence)")
-    axis.set_ylabel("rubric: share of checks passed")
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(
-        labels=["PPO on the rubric", "DPO on pairs", "best of n by the rubric"], handles=axis.lines, frameon=False
-    )
-    figure.savefig(file)
-    plt.close(figure)
+    lines = {"PPO": ("PPO on the rubric", "#1f6feb"), "DPO": ("DPO on pairs", "#d1661f")}
+    lines["best"] = ("best of n by the rubric", "#3d8b40")
+    with figure(file, 1, 7, 4.5) as (axis,):
+        for method, (label, colour) in lines.items():
+            groups = [each for name, each in _by_name(points).items() if name.startswith(method)]
+            dots = [point for each in groups for point in each]
+            axis.scatter([p["kl"] for p in dots], [p["rubric"] for p in dots], s=14, color=colour, alpha=0.4)
+            means = sorted((_mean(each, "kl"), _mean(each, "rubric"), each[0]["name"]) for each in groups)
+            axis.plot([m[0] for m in means], [m[1] for m in means], "o-", color=colour, label=label)
+            for kl, rubric, name in means:
+                said = name.partition(", ")[2] or name
+                axis.annotate(said, (kl, rubric), xytext=(5, -11), textcoords="offset points", fontsize=7, color=colour)
+        axis.set_xscale("symlog", linthresh=0.5)
+        axis.set_xlabel("KL to SFT (nats per sequence)")
+        axis.set_ylabel("rubric: share of checks passed")
+        axis.legend(frameon=False)
 
 
 def redraw(name: str = "frontier") -> None:

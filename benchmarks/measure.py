@@ -6,7 +6,8 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -106,6 +107,24 @@ def write_result(name: str, result: Mapping[str, Any]) -> Path:
     file = RESULTS / f"{name}.json"
     file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return file
+
+
+@contextmanager
+def figure(file: Path, columns: int, width: float, height: float) -> Iterator[list[Any]]:
+    """Axes side by side, written to an SVG whose text is text and whose bytes depend on the numbers alone."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "preftune"}):
+        drawn, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained", squeeze=False)
+        for axis in axes[0]:
+            axis.grid(alpha=0.25)
+            axis.spines[["top", "right"]].set_visible(False)
+        yield list(axes[0])
+        drawn.savefig(file, metadata={"Date": None})
+        plt.close(drawn)
 
 
 def alternate(sides: Sequence[str], rounds: int, measure: Callable[[str], Measured]) -> dict[str, list[Measured]]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..recipes.load import load_recipe
 from ..recipes.schema import PPOStage
-from .measure import RESULTS, machine, write_result
+from .measure import RESULTS, figure, machine, write_result
 from .quick import RECIPE, Trial, run_trials
 
 CURVES = {
@@ -88,27 +88,17 @@ def table(result: dict[str, Any]) -> str:
 
 def draw(result: dict[str, Any], file: Path) -> None:
     """Every seed's curves over episodes."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(CURVES), figsize=(13, 3.2), layout="constrained")
-    for axis, (key, label) in zip(axes, CURVES.items(), strict=True):
-        for each in result["seeds"]:
-            axis.plot(each["curves"]["episode"], each["curves"][key], linewidth=1.2, alpha=0.8, label=str(each["seed"]))
-        axis.set_title(label, fontsize=10)
-        axis.set_xlabel("episodes", fontsize=9)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    if result["kl_target"]:
-        axes[1].axhline(result["kl_target"], color="black", linestyle="--", linewidth=1)
-        axes[1].annotate(
-            "target", (0.02, result["kl_target"]), xycoords=("axes fraction", "data"), fontsize=8, va="bottom"
-        )
-    axes[-1].legend(title="seed", fontsize=7, title_fontsize=7, ncols=2, frameon=False)
-    figure.savefig(file)
-    plt.close(figure)
+    with figure(file, len(CURVES), 13, 3.2) as axes:
+        for axis, (key, label) in zip(axes, CURVES.items(), strict=True):
+            for each in result["seeds"]:
+                curves = each["curves"]
+                axis.plot(curves["episode"], curves[key], linewidth=1.2, alpha=0.8, label=str(each["seed"]))
+            axis.set_title(label, fontsize=10)
+            axis.set_xlabel("episodes", fontsize=9)
+        if target := result["kl_target"]:
+            axes[1].axhline(target, color="black", linestyle="--", linewidth=1)
+            axes[1].annotate("target", (0.02, target), xycoords=("axes fraction", "data"), fontsize=8, va="bottom")
+        axes[-1].legend(title="seed", fontsize=7, title_fontsize=7, ncols=2, frameon=False)
 
 
 def redraw(name: str = "ppo_seeds") -> None:
