@@ -159,7 +159,7 @@ def _measure(side: str, settings: dict[str, Any]) -> dict[str, Any]:
         "seconds": clock.clock.seconds,
         "peak_memory_bytes": clock.clock.peak,
         "times": {k: v for k, v in trainer.state.log_history[-2].items() if k.startswith("time/")},
-        "length": trainer.state.log_history[-2]["rollout/length"],
+        "tokens_per_forward": MICRO * (sum(map(len, settings["prompts"])) / len(settings["prompts"]) + NEW),
     }
 
 
@@ -220,12 +220,23 @@ def _sft(settings: dict[str, Any], folder: Path, common: dict[str, Any]) -> dict
         rows.append({"prompt": prompt, "chosen": [{"role": "assistant", "content": text}]})
     file = folder / "rows.jsonl"
     write_rows(rows, "sft", file)
-    train = {"max_steps": 4, "per_device_train_batch_size": MICRO, "bf16": True, "gradient_checkpointing": False}
+    train = {
+        "max_steps": 4,
+        "logging_steps": 1,
+        "per_device_train_batch_size": MICRO,
+        "bf16": True,
+        "gradient_checkpointing": False,
+    }
     trainer = our_trainer("sft", file, train | common, folder / "out", packed=True)
     clock = StepClock()
     trainer.add_callback(clock)
     trainer.train()
-    return {"episodes_per_second": MICRO * 3 / clock.seconds, "peak_memory_bytes": clock.peak}
+    tokens = max(entry.get("num_tokens", 0) for entry in trainer.state.log_history) / 4
+    return {
+        "episodes_per_second": MICRO * 3 / clock.seconds,
+        "peak_memory_bytes": clock.peak,
+        "tokens_per_forward": tokens,
+    }
 
 
 if __name__ == "__main__":
