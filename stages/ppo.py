@@ -29,7 +29,7 @@ from .ppo_run import PPORun
 from .ppo_samples import SampleLog
 from .ppo_update import Updater, minibatches
 from .rewards import RewardSource
-from .rollout import Rollout
+from .rollout import FORWARD_ONLY, Rollout
 from .scorers import build_scorers
 
 __all__ = ["PPOConfig", "PPOTrainer"]
@@ -106,7 +106,11 @@ class PPOTrainer(PPORun):
         args, adapters = self.args, self.adapters
         self.own_reference = add_reference(adapters)
         scorers = build_scorers(
-            sources, self.trunk, tokenizer, device=args.device, batch_size=args.per_device_train_batch_size
+            sources,
+            self.trunk,
+            tokenizer,
+            device=args.device,
+            batch_size=FORWARD_ONLY * args.per_device_train_batch_size,
         )
         start = value_start(
             sources,

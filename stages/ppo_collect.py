@@ -19,7 +19,7 @@ from .ppo_config import PPOConfig
 from .ppo_forward import Trunk
 from .ppo_prompts import Prompts, seed_of, stream_rows
 from .rewards import RewardSource, RunningScale, apply_eos_rule, combine
-from .rollout import Episodes, Rollout, make_episodes, micro_batches
+from .rollout import FORWARD_ONLY, Episodes, Rollout, make_episodes, micro_batches
 from .scorers import Responses, Scorer, decode
 
 
@@ -147,7 +147,7 @@ class Collector:
         trunk, adapters = self.trunk, self.trunk.adapters
         out = [torch.zeros(episodes.mask_BR.shape, device=self.device) for _ in range(4)]
         everyone = torch.arange(len(episodes), device=self.device)
-        for rows in micro_batches(episodes, everyone, self.config.per_device_train_batch_size):
+        for rows in micro_batches(episodes, everyone, FORWARD_ONLY * self.config.per_device_train_batch_size):
             part = episodes.rows(rows)
             with adapters.using("default"):
                 hidden_BTH = trunk.hidden(part)

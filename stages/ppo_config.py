@@ -11,9 +11,9 @@ class PPOConfig(TrainingArguments):
     """Everything that `transformers.TrainingArguments` takes, and PPO's own settings.
 
     One iteration: `rollout_batch_size` episodes over all processes, `num_ppo_epochs` passes over them, each in
-    `num_mini_batches` optimiser steps. `per_device_train_batch_size` is the number of sequences in one forward and
-    changes no result. `logging_steps`, `save_steps` and the learning-rate schedule count optimiser steps; metrics are
-    logged at the end of the iteration in which a logging step fell.
+    `num_mini_batches` optimiser steps. `per_device_train_batch_size` is the number of sequences in one training forward
+    and changes no result. `logging_steps`, `save_steps` and the learning-rate schedule count optimiser steps; metrics
+    are logged at the end of the iteration in which a logging step fell.
 
     Raises:
         ValueError: a value out of range, or sizes that do not divide.

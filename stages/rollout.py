@@ -135,6 +135,11 @@ def make_episodes(
     )
 
 
+FORWARD_ONLY = 4
+"""Sequences in a forward without gradients, for each one in a training forward: a layer's activations are gone with the
+layer, and more rows share more of their prompts."""
+
+
 def micro_batches(episodes: Episodes, rows: torch.Tensor, size: int) -> list[torch.Tensor]:
     """Split `rows` into forwards of `size` sequences of like length, to pad little.
 

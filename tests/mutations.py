@@ -52,9 +52,13 @@ MUTATIONS = [
     ),
     Mutation("P4", "dropout stays on", "stages/ppo.py", "        dropout_off(adapters.model)\n", ""),
     Mutation(
-        "P5", "positions count the padding on the left", "models/decoder.py",
+        "P5", "positions count the padding on the left", "models/prefill.py",
         "position_ids=(mask_BP.cumsum(-1) - 1).clamp(min=0),",
-        "position_ids=torch.arange(ids_BP.size(1), device=self.device).expand_as(ids_BP),",
+        "position_ids=torch.arange(ids_BP.size(1), device=device).expand_as(ids_BP),",
+    ),
+    Mutation(
+        "P5", "a decoded token stands one position too far", "models/decoder.py",
+        "self.token_step(self.newest_B, self.length_B - 1,", "self.token_step(self.newest_B, self.length_B,",
     ),
     Mutation(
         "P6", "the mask goes by what equals EOS, not by length", "stages/rollout.py",
