@@ -57,7 +57,7 @@ MUTATIONS = [
         "position_ids=torch.arange(ids_BP.size(1), device=device).expand_as(ids_BP),",
     ),
     Mutation(
-        "P5", "a decoded token stands one position too far", "models/decoder.py",
+        "P2", "a decoded token stands one position too far", "models/decoder.py",
         "self.token_step(self.newest_B, self.length_B - 1,", "self.token_step(self.newest_B, self.length_B,",
     ),
     Mutation(
