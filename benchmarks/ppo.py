@@ -214,14 +214,18 @@ def _sft(settings: dict[str, Any], folder: Path, common: dict[str, Any]) -> dict
     """SFT on rows as long as PPO's: the same prompts with completions of NEW tokens."""
     tokenizer: Any = load_tokenizer(base())
     rows = []
-    for ids in settings["prompts"][: 2 * EPISODES]:
+    # as PPO's forwards have them: of each rollout, the longest four together, and so on
+    prompts = settings["prompts"]
+    rollouts = [prompts[i : i + EPISODES] for i in range(0, len(prompts), EPISODES)]
+    for ids in (ids for rollout in rollouts for ids in sorted(rollout, key=len, reverse=True)):
         text = tokenizer.decode(ids[-NEW:], skip_special_tokens=True)
         prompt = [{"role": "user", "content": tokenizer.decode(ids[20:-5], skip_special_tokens=True)}]
         rows.append({"prompt": prompt, "chosen": [{"role": "assistant", "content": text}]})
     file = folder / "rows.jsonl"
     write_rows(rows, "sft", file)
     train = {
-        "max_steps": 4,
+        "max_steps": len(rows) // MICRO,
+        "train_sampling_strategy": "sequential",
         "logging_steps": 1,
         "per_device_train_batch_size": MICRO,
         "bf16": True,
@@ -231,9 +235,9 @@ def _sft(settings: dict[str, Any], folder: Path, common: dict[str, Any]) -> dict
     clock = StepClock()
     trainer.add_callback(clock)
     trainer.train()
-    tokens = max(entry.get("num_tokens", 0) for entry in trainer.state.log_history) / 4
+    tokens = max(entry.get("num_tokens", 0) for entry in trainer.state.log_history) / train["max_steps"]
     return {
-        "episodes_per_second": MICRO * 3 / clock.seconds,
+        "episodes_per_second": MICRO * (train["max_steps"] - 1) / clock.seconds,
         "peak_memory_bytes": clock.peak,
         "tokens_per_forward": tokens,
     }

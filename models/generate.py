@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from .adapters import AdapterSet
 from .decoder import Decoder, StatefulDecoder
 from .logprobs import LmHead
-from .prepack import Product, prepack, prepacked, prepacks
+from .lora import merged_weight
+from .prepack import Product, merges_all, prepack, prepacked, prepacks
 from .sampling import Sampling
 from .stopping import Stops
 
@@ -57,7 +58,7 @@ def merged(adapters: AdapterSet, role: str | None) -> Iterator[None]:
     originals = [w.data for w in weights]
     try:
         for layer, w in zip(layers, weights, strict=True):
-            w.data = layer.get_delta_weight(role).float().add_(w.data).to(w.dtype)
+            w.data = merged_weight(layer, role)
         with adapters.using(None):
             yield
     finally:
@@ -76,8 +77,13 @@ def _ready(adapters: AdapterSet, role: str | None, merge: bool) -> Iterator[tupl
     was_training = model.training
     model.eval()
     try:
-        with merged(adapters, role) if merge else adapters.using(role), prepacked(adapters.backbone) as joint:
-            yield head, joint
+        if merge and role is not None and merges_all(model, role):
+            # merged and laid out in one go: the merged weights are never all there in their plain layout
+            with adapters.using(None), prepacked(adapters.backbone, role) as joint:
+                yield head, joint
+        else:
+            with merged(adapters, role) if merge else adapters.using(role), prepacked(adapters.backbone) as joint:
+                yield head, joint
     finally:
         model.train(was_training)
 

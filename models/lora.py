@@ -85,6 +85,12 @@ def linear_names(model: PreTrainedModel) -> list[str]:
     return sorted({name.rpartition(".")[2] for name in linear} - heads)
 
 
+def merged_weight(layer: Any, role: str) -> Tensor:
+    """The base layer's weight with that adapter's change in it: summed in fp32, rounded once to the weight's dtype."""
+    weight: Tensor = layer.get_base_layer().weight.data
+    return layer.get_delta_weight(role).float().add_(weight).to(weight.dtype)
+
+
 def lora_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
     """Every layer that carries adapters, by its name in `model`."""
     return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from .fused_lora import use_fused_lora
+from .lora import merged_weight
 
 Product = Callable[[Tensor], Tensor]
 Layer = tuple[nn.Module, nn.Linear]
@@ -37,23 +37,21 @@ def prepacks(weight_OI: Tensor) -> bool:
 def prepack(weight_OI: Tensor, bias_O: Tensor | None = None) -> Product:
     """`F.linear` with this weight, from a copy of it in blocks: x [..., I] -> [..., O]. It has no gradient."""
     packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach(), None)
-    linear, dtype = torch.ops.mkldnn._linear_pointwise, weight_OI.dtype
+    linear = torch.ops.mkldnn._linear_pointwise
 
     def product(x: Tensor) -> Tensor:
-        if x.dtype != dtype:
-            return F.linear(x, weight_OI, bias_O)
         return linear(x, packed, bias_O, "none", [], "")
 
     return product
 
 
 @contextmanager
-def prepacked(model: nn.Module) -> Iterator[dict[nn.Module, Product]]:
+def prepacked(model: nn.Module, role: str | None = None) -> Iterator[dict[nn.Module, Product]]:
     """Within it the linear layers of the model that `prepacks` work from such copies, and no weight may change.
 
-    LoRA layers whose adapters are switched off count as their base layer; those whose adapter runs stay as they are.
-    Costs the memory of those weights once more. Yields, by attention module, the product of its query, key and value
-    at once [..., their sizes together].
+    LoRA layers whose adapters are switched off count as their base layer, or as that with the adapter `role` merged
+    into it; those whose adapter runs stay as they are. Costs the memory of those weights once more. Yields, by
+    attention module, the product of its query, key and value at once [..., their sizes together].
     """
     layers: list[nn.Module] = []
     joint: dict[nn.Module, Product] = {}
@@ -62,7 +60,7 @@ def prepacked(model: nn.Module) -> Iterator[dict[nn.Module, Product]]:
             children = {name: (child, _linear(child)) for name, child in parent.named_children()}
             plain = {name: (child, linear) for name, (child, linear) in children.items() if linear is not None}
             for group in _groups(plain):
-                whole, products = _together([linear for _, linear in group])
+                whole, products = _together(group, role)
                 if len(group) > 1:
                     joint[parent] = whole
                 for (child, _), product in zip(group, products, strict=True):
@@ -74,6 +72,13 @@ def prepacked(model: nn.Module) -> Iterator[dict[nn.Module, Product]]:
             layer.__dict__.pop("forward")
             if isinstance(layer, LoraLayer):
                 use_fused_lora(layer)
+
+
+def merges_all(model: nn.Module, role: str) -> bool:
+    """Whether `prepacked` merges that adapter wherever it stands."""
+    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer) and role in layer.lora_A]
+    plain = [layer.get_base_layer() for layer in layers]
+    return all(type(base) is nn.Linear and prepacks(base.weight) for base in plain)
 
 
 def _linear(layer: nn.Module) -> nn.Linear | None:
@@ -91,15 +96,15 @@ def _groups(plain: dict[str, Layer]) -> list[list[Layer]]:
     return [joint, *([layer] for name, layer in plain.items() if name not in ATTENTION_INPUTS)]
 
 
-def _together(linears: list[nn.Linear]) -> tuple[Product, list[Product]]:
+def _together(group: list[Layer], role: str | None) -> tuple[Product, list[Product]]:
     """One product for all of these layers, and one for each: whichever is called first with an input makes them all."""
-    if len(linears) == 1:
-        alone = prepack(linears[0].weight, linears[0].bias)
+    weights = [_weight(child, linear, role) for child, linear in group]
+    if len(group) == 1:
+        alone = prepack(weights[0], group[0][1].bias)
         return alone, [alone]
-    biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
-    weights: list[Tensor] = [linear.weight for linear in linears]
+    biases: list[Tensor] = [linear.bias for _, linear in group if linear.bias is not None]
     whole = prepack(torch.cat(weights), torch.cat(biases) if biases else None)
-    sizes = [linear.out_features for linear in linears]
+    sizes = [linear.out_features for _, linear in group]
     made: dict[str, Any] = {"of": None}
 
     def part(i: int) -> Product:
@@ -110,4 +115,10 @@ def _together(linears: list[nn.Linear]) -> tuple[Product, list[Product]]:
 
         return product
 
-    return whole, [part(i) for i in range(len(linears))]
+    return whole, [part(i) for i in range(len(group))]
+
+
+def _weight(child: nn.Module, linear: nn.Linear, role: str | None) -> Tensor:
+    if role is not None and isinstance(child, LoraLayer) and role in child.lora_A:
+        return merged_weight(child, role)
+    return linear.weight

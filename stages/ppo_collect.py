@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..models.generate import sample
+from ..models.heap import give_back
 from ..models.masked import masked_mean, masked_moments, masked_sum, mean_and_variance
 from .advantages import gae, whiten
 from .losses import token_rewards
@@ -75,6 +76,7 @@ class Collector:
 
         # 4. Log-probs of old policy and reference, values; the KL penalty goes into the rewards, token by token.
         logps_BR, ref_logps_BR, values_BR, entropy_BR = self._forwards(episodes)
+        give_back()
         mask_BR = episodes.mask_BR
         delta_BR = logps_BR - ref_logps_BR
         coef = kl_coef if config.kl_in == "reward" else 0.0
@@ -99,6 +101,7 @@ class Collector:
         config, tokenizer = self.config, self.tokenizer
         eos = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
         pad = eos if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)  # type: ignore[arg-type]
+        give_back()  # here and below: no phase grows on top of what another one left
         generation = sample(
             self.trunk.adapters,
             "default",
@@ -112,6 +115,7 @@ class Collector:
             seed=seed,
             batch_size=config.rollout_micro_batch_size,
         )
+        give_back()
         return make_episodes(prompts.ids, generation, pad, self.device)
 
     def _scores(self, responses: Responses) -> torch.Tensor:

@@ -82,18 +82,20 @@ class ModelScorer:
     """Any sequence-classification model with one output: decode, re-template with its own tokenizer, encode.
 
     A score is what the model's plain forward gives for that text alone; batching and padding change nothing.
+    `where` is its place in the recipe, for errors; None: a reward's.
     """
 
     normal = None
 
-    def __init__(self, source: RewardSource, device: torch.device, batch_size: int) -> None:
+    def __init__(self, source: RewardSource, device: torch.device, batch_size: int, where: str | None = None) -> None:
         self.name, self.device, self.batch_size = source.name, device, batch_size
+        self.where = where or f"reward {self.name}"
         self.tokenizer = AutoTokenizer.from_pretrained(str(source.target))
         self.model: Any = AutoModelForSequenceClassification.from_pretrained(str(source.target)).eval().to(device)
         self.model.requires_grad_(False)
         if self.model.config.num_labels != 1:
             raise UserError(
-                f"reward {self.name}",
+                self.where,
                 f"the model has {self.model.config.num_labels} outputs, expected 1",
                 "take a reward model with num_labels=1, or wrap this one in a function",
             )
@@ -103,14 +105,30 @@ class ModelScorer:
         # a text that is too long loses the prompt's beginning, never the response
         self.tokenizer.truncation_side = "left"
 
-    @torch.no_grad()
     def __call__(self, responses: Responses) -> torch.Tensor:
-        texts = [self._encode(p, t) for p, t in zip(responses.prompts, responses.texts, strict=True)]
+        return self.scores(responses.prompts, responses.texts)
+
+    @torch.no_grad()
+    def scores(
+        self, prompts: Sequence[Prompt], replies: Sequence[str], on_batch: Callable[[int], None] | None = None
+    ) -> torch.Tensor:
+        """Raw scores of the replies to these prompts, fp32 [B], on the model's device.
+
+        Args:
+            prompts: text or messages.
+            on_batch: called with the number of replies done so far.
+
+        Raises:
+            UserError: the prompts are conversations and the model's tokenizer has no chat template.
+        """
+        texts = [self._encode(p, t) for p, t in zip(prompts, replies, strict=True)]
         order = sorted(range(len(texts)), key=lambda i: -len(texts[i]["input_ids"]))
         scores_B = torch.zeros(len(texts), device=self.device)
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
             scores_B[rows] = self.model(**self._batch([texts[i] for i in rows])).logits[:, 0].float()
+            if on_batch is not None:
+                on_batch(start + len(rows))
         return scores_B
 
     def _encode(self, prompt: Prompt, text: str) -> dict[str, list[int]]:
@@ -128,7 +146,7 @@ class ModelScorer:
     def _template(self, prompt: list[dict[str, Any]], text: str) -> str:
         if self.tokenizer.chat_template is None:
             raise UserError(
-                f"reward {self.name}",
+                self.where,
                 "its tokenizer has no chat template and the prompts are conversations",
                 "use a reward model with a template, or wrap it in a function",
             )

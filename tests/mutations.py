@@ -43,7 +43,7 @@ MUTATIONS = [
         "(old.logps_BR, ref.logps_BR, values_BR", "(part.sampler_logps_BR, ref.logps_BR, values_BR",
     ),
     Mutation(
-        "P2", "the merged weights are 1% off", "models/generate.py",
+        "P2", "the merged weights are 1% off", "models/lora.py",
         "layer.get_delta_weight(role).float()", "0.99 * layer.get_delta_weight(role).float()",
     ),
     Mutation(
