@@ -162,6 +162,22 @@ def plan(recipe: RecipeArgument, overrides: Overrides = None, json: AsJson = Fal
 
 
 @app.command()
+def doctor(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, finished or not.")],
+    samples: Annotated[int, typer.Option(help="Replies drawn from each policy.")] = 64,
+    json: AsJson = False,
+) -> int:
+    """Say which stage of a run is bad, and why; exit code 1 where something is broken. Writes RUN/doctor.json."""
+    from .commands import run_folder
+
+    folder = run_folder(run)
+    from .doctor import doctor_run
+    from .progress import Voice
+
+    return doctor_run(folder, samples, Voice(json))
+
+
+@app.command()
 def merge(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="A stage's folder.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder for the whole model.")],

@@ -1,8 +1,8 @@
 """Judges: what gives a reply a score.
 
 A recipe lists judges as mappings with a `kind`; `plan_judges` checks them before any model is loaded, and opens them
-once the base is there. All judges here but people score one reply at a time, so the order of two replies cannot
-matter; a model that reads both at once goes through `winrate.order_outcomes`.
+once the base is there. People, and an endpoint asked to, compare two replies; all others score one at a time, so that
+the order of two replies cannot matter. A model that reads both at once goes through `winrate.order_outcomes`.
 """
 
 import inspect
@@ -18,11 +18,13 @@ from ..data.errors import UserError
 from ..models.adapters import AdapterSet
 from ..stages.scorers import import_function
 from .batches import TOKENS_PER_BATCH, right_pad, token_batches
+from .endpoint_judges import ENDPOINT_FIELDS, plan_endpoint
 from .human import HumanJudge, read_votes
+from .model_judges import MODEL_FIELDS, plan_model
 from .rubric import Rubric, parse_rubric
 from .samples import Sample
 from .spec import check_adapter
-from .verdicts import Judge, PairJudge
+from .verdicts import Judge, JudgePlan
 
 
 @dataclass(frozen=True)
@@ -116,23 +118,16 @@ def reward_scores(
     return scores
 
 
-@dataclass(frozen=True)
-class JudgePlan:
-    """A judge that was checked and not opened yet: `open(adapters, tokenizer)` makes it."""
-
-    name: str
-    open: Callable[[AdapterSet, Any], Judge | PairJudge]
-
-
 def plan_judges(raw: Sequence[Mapping[str, Any]], run_dir: Path | None, where: str = "eval.judges") -> list[JudgePlan]:
     """Checks a recipe's judges.
 
     Args:
         raw: mappings `{kind: rubric, checks: [...]}`, `{kind: reward, stage: NAME}` or `{kind: reward, adapter: DIR}`,
-            `{kind: function, function: "module:function"}`, `{kind: human, votes: FILE}` (see `human.py`), each with an
-            optional `name`.
-        run_dir: the run folder, in which a reward judge's stage is looked up, and a file of votes before it is looked
-            up from here.
+            `{kind: function, function: "module:function"}`, `{kind: human, votes: FILE}` (see `human.py`),
+            `{kind: model, model: FOLDER_OR_HUB_ID}` (see `model_judges.py`), `{kind: endpoint, url: ..., model: NAME}`
+            (see `endpoint_judges.py`), each with an optional `name`.
+        run_dir: the run folder, in which a reward judge's stage is looked up, and a file of votes or a model's folder
+            before they are looked up from here; an endpoint's answers are kept in it.
 
     Raises:
         UserError: for an unknown kind, a missing or unknown field, a name given twice.
@@ -213,4 +208,6 @@ _KINDS: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any], str, Path | N
     "reward": (("stage", "adapter"), _plan_reward),
     "function": (("function",), _plan_function),
     "human": (("votes",), _plan_human),
+    "model": (MODEL_FIELDS, plan_model),
+    "endpoint": (ENDPOINT_FIELDS, plan_endpoint),
 }

@@ -29,7 +29,12 @@ class Meter:
             self._bar.update(self._task, completed=done)  # type: ignore[arg-type]
         elif done == self._total or now - self._spoken > 10 * QUIET_SECONDS:
             self._spoken = now
-            print(f"{self._label}: {done}/{self._total}", file=sys.stderr, flush=True)
+            say(f"{self._label}: {done}/{self._total}")
+
+
+def say(line: str) -> None:
+    """One line for the log, on standard error."""
+    print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -4,16 +4,17 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..stages.metrics import plain
+from .endpoint import Metered
 from .judges import plan_judges
 from .kl import KL, sequence_kls, summarise
-from .progress import meter
+from .progress import meter, say
 from .samples import Sample
 from .spec import EvalSpec
 from .verdicts import COLUMNS, Verdicts, verdict_columns
@@ -48,7 +49,8 @@ def run_eval(spec: EvalSpec, run_dir: Path | None = None) -> list[dict[str, Any]
         length_controlled_win_rate, rating_log_odds, rating_low, rating_high, against, length, eos_rate, kl, kl_se,
         kl_per_token, temperature, seed. Rates are fractions of 1, lengths tokens, KL nats, ratings Bradley-Terry
         log-odds of mean 0; `against` is the policy's row of the matrix of all pairs. None where something was not
-        measured, as length control with few prompts.
+        measured, as length control with few prompts. The rows of a judge that costs something have `usage` besides:
+        what judging all policies took this time, answers kept from before being free (see `endpoint.Usage`).
 
     Raises:
         UserError: for what the user can put right in policies, prompts or judges.
@@ -69,9 +71,12 @@ def evaluate(spec: EvalSpec, run_dir: Path | None = None) -> Evaluation:
     prompts = bench.prompts()
     samples = {policy: bench.samples(policy, prompts) for policy in bench.roles}
     lengths = {policy: [len(reply.tokens) for reply in replies] for policy, replies in samples.items()}
-    scores, judged = {}, {}
+    scores, judged, usages = {}, {}, {}
     for judge in judges:
         verdicts = Verdicts.of(judge, samples)
+        if isinstance(judge, Metered):
+            usages[judge.name] = {"usage": asdict(judge.usage)}
+            say(f"eval {judge.name}: {judge.usage}")
         scores |= {(policy, judge.name): given for policy, given in verdicts.scores.items()}
         judged[judge.name] = verdict_columns(verdicts, lengths, spec.reference, spec.seed)
     kls = {policy: measure_kl(bench, replies) if spec.kl else None for policy, replies in samples.items()}
@@ -82,7 +87,7 @@ def evaluate(spec: EvalSpec, run_dir: Path | None = None) -> Evaluation:
             # Without a judge: how many replies there are and nothing else.
             said = judged[judge][policy] if judge else dict.fromkeys(COLUMNS) | {"n": len(prompts)}
             drawn = {"temperature": spec.temperature, "seed": spec.seed}
-            rows.append(plain(names | said | _reply_columns(replies, kls[policy]) | drawn))
+            rows.append(plain(names | said | _reply_columns(replies, kls[policy]) | drawn | usages.get(judge, {})))
     return Evaluation(rows, samples, scores)
 
 

@@ -1,12 +1,13 @@
 """What a judge says of every pair of policies, and the columns of results.json that follow from it."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from ..models.adapters import AdapterSet
 from .length_control import control_length
 from .ratings import rate_policies
 from .samples import Sample
@@ -41,6 +42,14 @@ class PairJudge(Protocol):
     def compare(self, policy: Sequence[Sample], other: Sequence[Sample]) -> list[float]:
         """What the first policy gets on each prompt: 1 win, 0.5 tie, 0 loss, or between; nan without a verdict."""
         ...
+
+
+@dataclass(frozen=True)
+class JudgePlan:
+    """A judge that was checked and not opened yet: `open(adapters, tokenizer)` makes it."""
+
+    name: str
+    open: Callable[[AdapterSet, Any], Judge | PairJudge]
 
 
 @dataclass(frozen=True)

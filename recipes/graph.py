@@ -8,7 +8,7 @@ from .schema import BASE, Data, PPOStage, Recipe
 from .text import Path_, Text
 
 # Names that mean something else in a run folder, or in `from`.
-_RESERVED = (BASE, "eval")
+_RESERVED = (BASE, "eval", "eval-cache")
 _NAME = re.compile(r"\w[\w.-]*")
 
 

@@ -165,6 +165,9 @@ def _place_files(recipe: Recipe, folder: Path) -> None:
         for each in (entry, *(entry.sources or ())):
             if each.path is not None:
                 each.path = placed(each.path)
+    for judge in recipe.eval.judges if recipe.eval else ():
+        named = ("votes", "adapter", "cache", *(("model",) if judge.get("kind") == "model" else ()))
+        judge.update({key: placed(judge[key]) for key in named if isinstance(judge.get(key), str)})
     model = recipe.model
     if not model.base.startswith(("pypi:", "random:")):
         model.base = placed(model.base)

@@ -16,6 +16,7 @@ from preftune.eval.run import EvalSpec, run_eval
 from preftune.models.adapters import AdapterSet, LoraSpec
 from preftune.models.base import load_model, resolve_base
 
+from .chat_server import ChatServer, completion
 from .conftest import shake
 
 KEYS = {
@@ -117,6 +118,50 @@ def test_people_judge_where_they_voted(run_dir):
     assert (people["dpo"]["n"], people["dpo"]["win_rate"], people["dpo"]["unparsable"]) == (1, 1.0, 5)
     assert people["dpo"]["against"]["base"]["win_rate"] is None
     assert people["base"]["win_rate"] is people["base"]["mean_score"] is people["dpo"]["rating_log_odds"] is None
+
+
+def test_judges_behind_an_endpoint_are_asked_once_and_say_what_they_cost(run_dir, monkeypatch, capsys):
+    key = "sk-test-0123456789abcdef"
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    for name in ("http_proxy", "all_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+    def rate_or_shrug(body, n):
+        # a rating for who is asked for one; nothing that can be read for who is asked to compare
+        return completion("[[4]]" if "You rate" in body["messages"][0]["content"] else "hard to say")
+
+    with ChatServer(rate_or_shrug) as server:
+        shared = {"kind": "endpoint", "url": server.url, "model": "tiny"}
+        rater = {**shared, "mode": "score", "name": "rater", "price_per_million": {"input": 1.0, "output": 0}}
+        spec = make_spec(run_dir, judges=(RUBRIC, rater, {**shared, "name": "pairs"}))
+        rows = run_eval(spec, run_dir)
+        sent = len(server.bodies)
+        log = capsys.readouterr().err
+        again = run_eval(spec, run_dir)
+        assert len(server.bodies) == sent
+        write_report(run_dir)
+    by_name = {(row["policy"], row["judge"]): row for row in rows}
+    rated, compared = by_name["dpo", "rater"], by_name["dpo", "pairs"]
+    assert (rated["mean_score"], rated["win_rate"], rated["ties"], rated["unparsable"]) == (4.0, 0.5, 6, 0)
+    assert (compared["win_rate"], compared["mean_score"], compared["n"], compared["unparsable"]) == (None, None, 0, 6)
+    # base and sft say the same, so there are two sets of replies: rated one by one, compared in both orders
+    assert (rated["usage"]["requests"], compared["usage"]["requests"], sent) == (12, 12, 24)
+    assert rated["usage"]["cost"] == pytest.approx(12 * 10 / 1e6)
+    assert compared["usage"]["cost"] is None
+    assert "usage" not in by_name["dpo", "rubric"]
+    assert "eval rater: 12 requests (0 of them sent again), 0 answers from the cache, 120 tokens read" in log
+    cached = {row["judge"]: row["usage"] for row in again if "usage" in row}
+    assert cached["rater"] == {
+        "requests": 0, "retries": 0, "cached": 12, "prompt_tokens": 0, "completion_tokens": 0, "cost": 0.0
+    }  # fmt: skip
+    assert [{k: v for k, v in row.items() if k != "usage"} for row in again] == [
+        {k: v for k, v in row.items() if k != "usage"} for row in rows
+    ]
+    assert set(server.keys) == {f"Bearer {key}"}
+    written = [file for file in run_dir.rglob("*") if file.is_file()]
+    assert run_dir / "report.html" in written
+    assert not [file for file in written if key.encode() in file.read_bytes()]
+    assert key not in log
 
 
 def test_perplexity_rows(run_dir):

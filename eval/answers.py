@@ -1,0 +1,48 @@
+"""Answers of a chat endpoint, kept on disk: one JSON file an answer, named by the hash of its request."""
+
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+from ..data.errors import UserError
+
+
+class Answers:
+    """A folder of answers. A file appears whole or not at all, so that several runs may share the folder.
+
+    Args:
+        folder: made if it is not there; None: nothing is kept.
+        where: the judge's place in the recipe, for errors.
+
+    Raises:
+        UserError: the folder cannot be made.
+    """
+
+    def __init__(self, folder: Path | None, where: str) -> None:
+        self.folder = folder
+        if folder is not None:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                said = f"{str(folder)!r} cannot be made ({error.strerror})"
+                raise UserError(f"{where}.cache", said, "name a folder that can be written to") from error
+
+    def get(self, key: str) -> str | None:
+        """The kept answer; None where there is none, or its file cannot be read: then it is asked for again."""
+        if self.folder is None:
+            return None
+        try:
+            kept = json.loads((self.folder / f"{key}.json").read_text(encoding="utf-8"))
+            return kept["answer"] if isinstance(kept["answer"], str) else None
+        except (OSError, ValueError, LookupError, TypeError):
+            return None
+
+    def put(self, key: str, kept: dict[str, Any]) -> None:
+        """Keeps `{"answer": text, ...}`; whatever else it holds is for people who look into the folder."""
+        if self.folder is None:
+            return
+        beside = self.folder / f".{key}.{os.getpid()}.{threading.get_ident()}"
+        beside.write_text(json.dumps(kept, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        beside.replace(self.folder / f"{key}.json")

@@ -1,0 +1,175 @@
+"""The checks that need no model: identities, logs, saved weights."""
+
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from ...data.template import Templater
+from ...models.base import Base
+from ...models.lineage import LINEAGE, adapter_sha256, read_lineage, tokenizer_info
+from ...models.lora import WEIGHTS
+from ...models.quiet import quiet
+from ...stages.ppo_config import PPOConfig
+from ..spec import BASE
+from .finding import Finding
+from .identity_checks import check_base, check_bos, check_parent, check_tokenizer
+from .log_checks import (
+    TREND_ITERATIONS,
+    check_entropy_trend,
+    check_first_step,
+    check_kl_trend,
+    check_ppo_start,
+    check_rows,
+    first_step_tolerance,
+)
+from .policy_checks import check_parent_kept, check_trained
+from .records import DEFAULT_BETA, Record, lora_change, lost_rows, score_weight, series
+from .reward_checks import check_score_head
+
+_PROBE = [{"role": "user", "content": "Hello"}]
+_TEXTS = ["Hello, world", " two  spaces\n\tand a tab", "x = 12345.67; naïve – 日本語 🙂", "I'LL don't"]
+"""Case, digits, white space and other scripts: where tokenizers part ways."""
+
+
+def paper_findings(
+    record: Record, base: Base, tokenizer: Any, elsewhere: Collection[str], left_out: list[str]
+) -> Iterator[Finding]:
+    """All of them for one stage.
+
+    Args:
+        tokenizer: the base's, with the recipe's template.
+        elsewhere: stages that were started from an adapter outside the run (--from-adapter).
+        left_out: gets a line for every check that could not be made.
+    """
+    if record.lineage is not None or record.log:
+        yield from log_findings(record, left_out)
+    if record.lineage is None:
+        return
+    yield check_base(record.name, record.lineage.base, base.sha256)
+    yield from _tokenizers(record, tokenizer, left_out)
+    yield from _parents(record, elsewhere, left_out)
+    if not record.is_policy:
+        yield check_score_head(record.name, *score_weight(record))
+
+
+def log_findings(record: Record, left_out: list[str]) -> Iterator[Finding]:
+    """What log.jsonl and metrics.json tell."""
+    name, start = record.name, record.start()
+    if record.job.kind in ("dpo", "kto"):
+        gap = _first_gap(record)
+        if record.dropout() > 0:
+            left_out.append(f"{name}, first step: LoRA dropout is on, so policy and reference differ from the start")
+        elif gap is None:
+            left_out.append(f"{name}, first step: its log says nothing of step 1")
+        else:
+            yield check_first_step(name, *gap, start=start)
+    if record.job.kind == "ppo":
+        yield from _ppo(record, left_out)
+    if (rows := lost_rows(record.metrics)) is not None:
+        yield check_rows(name, *rows)
+
+
+def _first_gap(record: Record) -> tuple[float, float] | None:
+    """(largest |log pi - log pi_ref| of a side at step 1 in nats, what rounding may make of it)."""
+    row = next((row for row in record.log if "loss" in row or "rewards/margins" in row), None)
+    beta = float(record.setting("beta", DEFAULT_BETA))
+    if row is None or row.get("step") != 1 or beta == 0:
+        return None
+    sides = [side for side in ("chosen", "rejected") if isinstance(row.get(f"rewards/{side}"), int | float)]
+    if not sides:
+        return None
+    gap = max(abs(row[f"rewards/{side}"]) for side in sides) / beta
+    logp = max(abs(row.get(f"logps/{side}") or 0.0) for side in sides)
+    return gap, first_step_tolerance(logp, low_precision=record.low_precision())
+
+
+def _ppo(record: Record, left_out: list[str]) -> Iterator[Finding]:
+    name = record.name
+    kls, lengths, episodes = series(record.log, "objective/kl", "rollout/length", "episode")
+    if not kls:
+        left_out.append(f"{name}: nothing is logged yet")
+        return
+    batch = record.setting("rollout_batch_size", PPOConfig.rollout_batch_size)
+    if episodes[0] <= batch:
+        low = record.low_precision()
+        yield check_ppo_start(name, kls[0], lengths[0], start=record.start(), low_precision=low)
+    else:
+        left_out.append(f"{name}, first step: its log does not begin at the first iteration")
+    (entropies,) = series(record.log, "rollout/entropy_per_token")
+    if len(kls) < TREND_ITERATIONS or len(entropies) < TREND_ITERATIONS:
+        left_out.append(f"{name}, trends of KL and entropy: {len(kls)} iterations, fewer than {TREND_ITERATIONS}")
+        return
+    yield check_kl_trend(name, kls, lengths)
+    yield check_entropy_trend(name, entropies)
+
+
+def _tokenizers(record: Record, tokenizer: Any, left_out: list[str]) -> Iterator[Finding]:
+    """The stage against its parents, the base with the recipe's template, and the files beside its adapter."""
+    assert record.lineage is not None
+    others = {"the base with the recipe's template": tokenizer_info(tokenizer)}
+    for folder in _parent_folders(record):
+        if (folder / LINEAGE).is_file():
+            others[folder.name] = read_lineage(folder).tokenizer
+    if not (record.folder / "tokenizer_config.json").is_file():
+        yield from check_tokenizer(record.name, record.lineage.tokenizer, others)
+        left_out.append(f"{record.name}, bos: no tokenizer lies beside its adapter")
+        return
+    with quiet():
+        saved = AutoTokenizer.from_pretrained(record.folder, trust_remote_code=False)
+    others["the tokenizer beside its adapter"] = _saved_info(saved, tokenizer)
+    yield from check_tokenizer(record.name, record.lineage.tokenizer, others)
+    yield check_bos(record.name, _leading_bos(saved), token=saved.bos_token, base_token=tokenizer.bos_token)
+
+
+def _saved_info(saved: Any, tokenizer: Any) -> dict[str, Any]:
+    """The `tokenizer` entry of a saved tokenizer; reloaded, the same rules may stand in other words than before."""
+    info, original = tokenizer_info(saved), tokenizer_info(tokenizer)
+    if saved.get_vocab() == tokenizer.get_vocab() and saved(_TEXTS)["input_ids"] == tokenizer(_TEXTS)["input_ids"]:
+        info["sha256"] = original["sha256"]
+    return info
+
+
+def _leading_bos(tokenizer: Any) -> int:
+    """BOS before a prompt in the way in which others encode one: template, then ids without further specials."""
+    templater = Templater(tokenizer)
+    text = templater.text(_PROBE, None, generation_prompt=True)
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return next((place for place, token in enumerate(ids) if token != tokenizer.bos_token_id), len(ids))
+
+
+def _parents(record: Record, elsewhere: Collection[str], left_out: list[str]) -> Iterator[Finding]:
+    """What lies in the parents' folders against what the stage was made from."""
+    assert record.lineage is not None
+    name, job = record.name, record.job
+    folders = _parent_folders(record)
+    if name in elsewhere:
+        left_out.append(f"{name}, parents: started with --from-adapter, outside this run")
+        yield check_trained(name, lora_change(record.tensors(), None)[0], start=BASE)
+        return
+    recorded = {each["stage"]: each["sha256"] for each in record.lineage.parents}
+    same = True
+    for folder in folders:
+        if folder.name not in recorded or not (folder / WEIGHTS).is_file():
+            left_out.append(f"{name}, parent {folder.name}: gone, or not what it was made from")
+            same = False
+            continue
+        found = check_parent(name, folder.name, recorded[folder.name], adapter_sha256(folder))
+        same &= found.level == "OK" or folder != job.parent
+        yield found
+    if job.parent is None:
+        yield check_trained(name, lora_change(record.tensors(), None)[0], start=BASE)
+    elif same:
+        change, kept = lora_change(record.tensors(), load_file(job.parent / WEIGHTS))
+        yield check_trained(name, change, start=job.parent.name)
+        if kept is not None:
+            yield check_parent_kept(name, kept, parent=job.parent.name)
+
+
+def _parent_folders(record: Record) -> Sequence[Path]:
+    """The adapters that the stage needs by the recipe: the one it starts from, then the reward stages of PPO."""
+    job = record.job
+    rewards = [Path(str(source.target)) for source in job.rewards if source.kind == "stage"]
+    return list(dict.fromkeys(([] if job.parent is None else [job.parent]) + rewards))

@@ -1,0 +1,281 @@
+"""A client of an OpenAI-compatible chat endpoint: several requests at once, sent again after passing failures, every
+answer kept, everything counted.
+
+The key comes from the environment, goes into one header and nowhere else: what the server says is cleared of it before
+anybody reads it.
+"""
+
+import hashlib
+import json
+import random
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+from ..data.errors import UserError
+from .answers import Answers
+
+try:
+    import httpx2 as httpx
+except ImportError:  # huggingface-hub 2 brings httpx2, its first versions httpx, which has the same interface
+    import httpx  # pyright: ignore[reportMissingImports]
+
+Messages = list[dict[str, str]]
+
+# Seconds: the longest wait of our own, and the longest that a server may ask for.
+LONGEST_WAIT = 60.0
+LONGEST_RETRY_AFTER = 300.0
+_SHOWN = 200
+_SHORTEST_SECRET = 8
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where to ask, and how.
+
+    Attributes:
+        where: the judge's place in the recipe, for errors.
+        url: what comes before `/chat/completions`.
+        model: the model's name there.
+        key_env: the environment variable that holds the key.
+        key: what it holds; None: no key is sent.
+        parameters: further fields of the request's body, such as temperature.
+        retries: how often a request is sent again after 429, 5xx or a failed connection.
+        concurrency: requests under way at a time.
+        timeout: seconds to wait for a connection, and for each piece of an answer.
+        price: of a million tokens read and written; None: unknown.
+    """
+
+    where: str
+    url: str
+    model: str
+    key_env: str
+    key: str | None = field(default=None, repr=False)
+    parameters: dict[str, Any] = field(default_factory=dict)
+    retries: int = 6
+    concurrency: int = 8
+    timeout: float = 120.0
+    price: tuple[float, float] | None = None
+
+    @property
+    def address(self) -> str:
+        return f"{self.url}/chat/completions"
+
+    def key_of(self, messages: Messages) -> str:
+        """The hash of everything that shapes an answer, and of nothing secret."""
+        asked = [self.url, self.model, messages, self.parameters]
+        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass
+class Usage:
+    """What a judge has cost so far.
+
+    Attributes:
+        requests: sent, those that failed included.
+        retries: of these, the ones sent again.
+        cached: answers that were kept from before and cost nothing.
+        prompt_tokens, completion_tokens: as the server counts them.
+        cost: in the currency of the recipe's prices; None without prices.
+    """
+
+    requests: int = 0
+    retries: int = 0
+    cached: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost: float | None = None
+
+    def __str__(self) -> str:
+        cost = "" if self.cost is None else f", cost {self.cost:.4g}"
+        return (
+            f"{self.requests} requests ({self.retries} of them sent again), {self.cached} answers from the cache, "
+            f"{self.prompt_tokens} tokens read and {self.completion_tokens} written{cost}"
+        )
+
+
+@runtime_checkable
+class Metered(Protocol):
+    """A judge that counts what it costs."""
+
+    @property
+    def usage(self) -> Usage: ...
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """text: the model's. retries: requests before it that failed. prompt_tokens, completion_tokens: its own."""
+
+    text: str
+    retries: int
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class _Stopped(Exception):
+    """Another request failed for good, so this one is not sent again."""
+
+
+class Client:
+    """Asks an endpoint; `usage` counts over all calls of `ask`."""
+
+    def __init__(self, endpoint: Endpoint, answers: Answers) -> None:
+        self.endpoint, self.answers = endpoint, answers
+        self.usage = Usage(cost=None if endpoint.price is None else 0.0)
+        self._asked: dict[str, str] = {}
+        self._jitter = random.Random()
+
+    def ask(self, conversations: Sequence[Messages], on_answer: Callable[[int], None] | None = None) -> list[str]:
+        """The model's answers, in the conversations' order; equal conversations are asked once.
+
+        Args:
+            on_answer: called with the number of answers that have come so far.
+
+        Raises:
+            UserError: the endpoint refused a request, gave something else than an answer, or could not be reached
+                after all retries. Answers that came before are kept.
+        """
+        keys = [self.endpoint.key_of(messages) for messages in conversations]
+        wanted = {key: m for key, m in zip(keys, conversations, strict=True) if key not in self._asked}
+        for key in list(wanted):
+            if (kept := self.answers.get(key)) is not None:
+                self._asked[key] = kept
+                self.usage.cached += 1
+                del wanted[key]
+        if wanted:
+            self._send(wanted, on_answer)
+        return [self._asked[key] for key in keys]
+
+    def _send(self, wanted: dict[str, Messages], on_answer: Callable[[int], None] | None) -> None:
+        """All requests, as many at a time as the endpoint allows; the first that fails for good ends them all."""
+        endpoint, stop = self.endpoint, threading.Event()
+        headers = {} if endpoint.key is None else {"Authorization": f"Bearer {endpoint.key}"}
+        # the threads are the limit; the library's own, 100 connections, would only let requests wait in vain
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=endpoint.concurrency)
+        with (
+            httpx.Client(headers=headers, timeout=endpoint.timeout, limits=limits) as http,
+            ThreadPoolExecutor(endpoint.concurrency) as pool,
+        ):
+            futures = {pool.submit(self._answer, http, key, wanted[key], stop): key for key in wanted}
+            try:
+                for done, future in enumerate(as_completed(futures), 1):
+                    self._count(futures[future], future.result())
+                    if on_answer is not None:
+                        on_answer(done)
+            except BaseException:
+                stop.set()
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def _count(self, key: str, answer: _Answer) -> None:
+        self._asked[key] = answer.text
+        usage, price = self.usage, self.endpoint.price
+        usage.requests += 1 + answer.retries
+        usage.retries += answer.retries
+        usage.prompt_tokens += answer.prompt_tokens
+        usage.completion_tokens += answer.completion_tokens
+        if price is not None:
+            usage.cost = (usage.prompt_tokens * price[0] + usage.completion_tokens * price[1]) / 1e6
+
+    def _answer(self, http: httpx.Client, key: str, messages: Messages, stop: threading.Event) -> _Answer:
+        """One answer, kept as soon as it is there: it is paid for, whatever becomes of the others."""
+        endpoint = self.endpoint
+        answer = self._ask_until_answered(http, messages, stop)
+        self.answers.put(
+            key,
+            {
+                "url": endpoint.url,
+                "model": endpoint.model,
+                "parameters": endpoint.parameters,
+                "messages": messages,
+                "answer": answer.text,
+            },
+        )
+        return answer
+
+    def _ask_until_answered(self, http: httpx.Client, messages: Messages, stop: threading.Event) -> _Answer:
+        endpoint = self.endpoint
+        body = {"model": endpoint.model, "messages": messages, **endpoint.parameters}
+        problem = ""
+        for attempt in range(endpoint.retries + 1):
+            asked_to_wait = 0.0
+            try:
+                response = http.post(endpoint.address, json=body)
+            except httpx.RequestError as error:
+                problem = f"cannot be reached ({type(error).__name__}: {self._hide(str(error))})"
+            else:
+                if response.is_success:
+                    return self._read(response, attempt)
+                if response.status_code != 429 and response.status_code < 500:
+                    raise self._refused(response)
+                problem = f"answered {response.status_code}{self._said(response)}"
+                asked_to_wait = _retry_after(response)
+            if attempt < endpoint.retries:
+                own = min(2.0**attempt, LONGEST_WAIT) * self._jitter.uniform(0.75, 1.25)
+                pause(max(own, asked_to_wait), stop)
+        raise UserError(
+            endpoint.where,
+            f"{endpoint.address} {problem}, after {endpoint.retries} retries",
+            "see that the server runs, or lower concurrency, and start again: answers so far are kept",
+        )
+
+    def _read(self, response: httpx.Response, retries: int) -> _Answer:
+        """A chat completion; a model that said nothing (a refusal, thoughts cut short) has said ""."""
+        try:
+            given = json.loads(response.text)
+            text = given["choices"][0]["message"]["content"] or ""
+            used = given.get("usage") or {}
+            counts = [int(used.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
+            if not isinstance(text, str):
+                raise TypeError(text)
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise UserError(
+                self.endpoint.where,
+                f"{self.endpoint.address} gave no chat completion{self._said(response)}",
+                "give the url of an OpenAI-compatible endpoint, up to /chat/completions",
+            ) from None
+        return _Answer(self._hide(text), retries, counts[0], counts[1])
+
+    def _refused(self, response: httpx.Response) -> UserError:
+        endpoint, status = self.endpoint, response.status_code
+        if status in (401, 403):
+            # Servers like to repeat a part of the key that they do not know, so theirs is not shown.
+            said = f"{endpoint.address} answered {status}"
+            lacking = "" if endpoint.key else ", which is not set"
+            return UserError(endpoint.where, said, f"put a key that it takes into ${endpoint.key_env}{lacking}")
+        remedy = "correct url or model" if status < 400 or status == 404 else "correct model or parameters"
+        return UserError(endpoint.where, f"{endpoint.address} answered {status}{self._said(response)}", remedy)
+
+    def _said(self, response: httpx.Response) -> str:
+        """The server's own words, in one line and without the key, to stand in an error."""
+        text = response.text
+        try:
+            given = json.loads(text)
+            error = given.get("error", given)
+            text = str(error.get("message", error) if isinstance(error, dict) else error)
+        except (ValueError, AttributeError):
+            pass
+        line = " ".join(self._hide(text).split())
+        return f" ({line[:_SHOWN]})" if line else ""
+
+    def _hide(self, text: str) -> str:
+        key = self.endpoint.key
+        # Servers at home take any word for a key; such a word is no secret, and may stand in an answer.
+        return text if key is None or len(key) < _SHORTEST_SECRET else text.replace(key, "***")
+
+
+def pause(seconds: float, stop: threading.Event) -> None:
+    """Waits, unless there is nothing to wait for any more. Raises _Stopped then."""
+    if stop.wait(seconds):
+        raise _Stopped
+
+
+def _retry_after(response: httpx.Response) -> float:
+    """Seconds that the server asks us to wait; 0 where it does not, or names a date."""
+    try:
+        asked = float(response.headers.get("retry-after", "0"))
+    except ValueError:
+        return 0.0
+    return min(asked, LONGEST_RETRY_AFTER) if asked > 0 else 0.0

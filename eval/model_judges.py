@@ -1,0 +1,80 @@
+"""A judge that is a model of its own: `{kind: model, model: FOLDER_OR_HUB_ID}`.
+
+Any sequence-classification model with one output. It reads the conversation in its own chat template, as it does when
+it rewards PPO: both are `stages.scorers.ModelScorer`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..data.errors import UserError
+from ..models.adapters import AdapterSet
+from ..stages.rewards import RewardSource
+from ..stages.scorers import ModelScorer
+from .progress import meter
+from .samples import Sample
+from .verdicts import Judge, JudgePlan
+
+MODEL_FIELDS = ("model", "batch_size")
+_BATCH_SIZE = 8
+
+
+@dataclass(frozen=True)
+class ModelJudge:
+    """The raw output of another model on the whole conversation; its unit is that model's own."""
+
+    name: str
+    scorer: ModelScorer
+
+    def score(self, samples: Sequence[Sample]) -> list[float]:
+        prompts = [sample.prompt.messages for sample in samples]
+        with meter(f"eval {self.name}: replies", len(samples)) as done:
+            return self.scorer.scores(prompts, [sample.completion for sample in samples], done).tolist()
+
+
+def plan_model(entry: dict[str, Any], where: str, run_dir: Path | None) -> JudgePlan:
+    """Checks the recipe's entry; the model is loaded when the judge is opened, onto the base's device.
+
+    Args:
+        entry: `model`; optional `name` (default: the model as written) and `batch_size` (8 replies a forward).
+        run_dir: where a folder is looked up before it is looked up from here.
+
+    Raises:
+        UserError: no model, a folder that is not there; on opening, one that cannot be loaded or has several outputs.
+    """
+    named = entry.get("model")
+    if not isinstance(named, str) or not named:
+        raise UserError(f"{where}.model", f"is {named!r}, expected a folder or a hub id", "write model: FOLDER")
+    batch_size = entry.get("batch_size", _BATCH_SIZE)
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise UserError(f"{where}.batch_size", f"is {batch_size!r}, expected 1 or more", "leave it out")
+    target = _folder_or_hub_id(named, where, run_dir)
+    name = str(entry.get("name", named))
+
+    def open_judge(adapters: AdapterSet, tokenizer: Any) -> Judge:
+        del tokenizer
+        device = next(adapters.model.parameters()).device
+        try:
+            scorer = ModelScorer(RewardSource("model", target), device, batch_size, where)
+        except (OSError, ValueError) as error:
+            said = (str(error).splitlines() or [type(error).__name__])[0]
+            remedy = "name the folder or hub id of a sequence-classification model"
+            raise UserError(f"{where}.model", f"{named!r} cannot be loaded ({said})", remedy) from error
+        return ModelJudge(name, scorer)
+
+    return JudgePlan(name, open_judge)
+
+
+def _folder_or_hub_id(named: str, where: str, run_dir: Path | None) -> str:
+    """The folder's absolute path, or the name itself where it can be a hub id."""
+    given = Path(named).expanduser()
+    places = [folder / given for folder in (run_dir, Path()) if folder is not None]
+    found = next((place for place in places if place.is_dir()), None)
+    if found is not None:
+        return str(found.resolve())
+    # A hub id is NAME or OWNER/NAME; everything else can only have meant a folder.
+    if given.is_absolute() or named.startswith((".", "~")) or named.count("/") > 1:
+        raise UserError(f"{where}.model", f"no folder {named!r}", "correct the path")
+    return named
