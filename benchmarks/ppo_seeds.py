@@ -98,7 +98,7 @@ def draw(result: dict[str, Any], file: Path) -> None:
         if target := result["kl_target"]:
             axes[1].axhline(target, color="black", linestyle="--", linewidth=1)
             axes[1].annotate("target", (0.02, target), xycoords=("axes fraction", "data"), fontsize=8, va="bottom")
-        axes[-1].legend(title="seed", fontsize=7, title_fontsize=7, ncols=2, frameon=False)
+        axes[-1].legend(title="seed", fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def redraw(name: str = "ppo_seeds") -> None:
