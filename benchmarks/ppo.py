@@ -31,7 +31,7 @@ from ..models.lineage import Lineage, base_info, library_versions, tokenizer_inf
 from ..models.lora import linear_names
 from .measure import StepClock, alternate, machine, measured_apart, write_result
 from .sides import LORA, our_trainer
-from .workload import base, write_rows
+from .workload import WORDS, base, write_rows
 
 SIDES = ("separate", "shared", "trl", "sft")
 PEER = ("trl==1.12.0", "peft", "torch==" + torch.__version__.partition("+")[0])
@@ -111,6 +111,7 @@ def _settings(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {
         "model": str(base().path),
         "prompts": [list(ids) for ids in rows["prompt_ids"]][:count],
+        "messages": list(rows["prompt"])[:count],
         "output": str(folder / "out"),
         "pad_token": str(load_tokenizer(base()).pad_token),
         "modules": linear_names(load_model(base())),
@@ -212,15 +213,17 @@ def _reward_stage(adapters: AdapterSet, tokenizer: Any, folder: Path) -> Path:
 
 def _sft(settings: dict[str, Any], folder: Path, common: dict[str, Any]) -> dict[str, Any]:
     """SFT on rows as long as PPO's: the same prompts with completions of NEW tokens."""
-    tokenizer: Any = load_tokenizer(base())
     rows = []
     # as PPO's forwards have them: of each rollout, the longest four together, and so on
-    prompts = settings["prompts"]
-    rollouts = [prompts[i : i + EPISODES] for i in range(0, len(prompts), EPISODES)]
-    for ids in (ids for rollout in rollouts for ids in sorted(rollout, key=len, reverse=True)):
-        text = tokenizer.decode(ids[-NEW:], skip_special_tokens=True)
-        prompt = [{"role": "user", "content": tokenizer.decode(ids[20:-5], skip_special_tokens=True)}]
-        rows.append({"prompt": prompt, "chosen": [{"role": "assistant", "content": text}]})
+    order = [
+        i
+        for start in range(0, len(settings["prompts"]), EPISODES)
+        for i in sorted(range(start, start + EPISODES), key=lambda i: -len(settings["prompts"][i]))
+    ]
+    # NEW - 1 words of one token each, and the template's end of turn
+    said = " ".join((WORDS.split() * 2)[: NEW - 1])
+    for i in order:
+        rows.append({"prompt": settings["messages"][i], "chosen": [{"role": "assistant", "content": said}]})
     file = folder / "rows.jsonl"
     write_rows(rows, "sft", file)
     train = {

@@ -15,7 +15,7 @@ Legend of shape suffixes: B rows, L padded positions, N distinct tokens, H hidde
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,11 @@ ATTENTION = "preftune_tree"
 BLOCK_TOKENS, BLOCK_ROWS = 448, 4
 """At most so many tokens, and about so many rows, make one attention block: smaller ones repeat more prefixes, larger
 ones mask more. For rows of 200 tokens 384 to 512 tokens measured best, for rows of 65 256 to 320."""
+
+
+ROUND_TO = 32
+"""On a CPU the number of tokens is a multiple of this: for every new number oneDNN compiles each product anew (some
+milliseconds, some memory that it keeps), which costs more than a few tokens too many."""
 
 
 @dataclass(frozen=True)
@@ -258,8 +263,22 @@ def use_packed_forward(backbone: Any) -> bool:
     return True
 
 
+def rounded(tree: Tree, multiple: int = ROUND_TO) -> Tree:
+    """The tree with tokens at its end that nobody sees and whose states nobody reads, up to a multiple of so many."""
+    n = len(tree.ids_N)
+    missing = -n % multiple
+    if not missing:
+        return tree
+    ids_N, depth_N = F.pad(tree.ids_N, (0, missing)), F.pad(tree.depth_N, (0, missing))
+    end_N = torch.cat([tree.end_N, torch.arange(n + 1, n + missing + 1, device=tree.end_N.device)])
+    blocks = (*tree.blocks, (n, n + missing))
+    return replace(tree, ids_N=ids_N, depth_N=depth_N, end_N=end_N, blocks=blocks, masks={})
+
+
 def forward_tree(backbone: Callable[..., Any], tree: Tree, **kwargs: Any) -> Tensor:
     """Last hidden states [N, H] of a tree's tokens, through a backbone whose attention is `ATTENTION`."""
+    if tree.ids_N.device.type == "cpu":
+        tree = rounded(tree)
     output = backbone(
         input_ids=tree.ids_N[None],
         # any 4-D mask passes through transformers' mask making untouched; the attention reads the tree instead

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModel, Gemma3TextConfig, GPT2Config, LlamaConfig, MistralConfig, Phi3Config, Qwen3Config
 
 from preftune.models.flex_tree import flex_applies, flex_tree_attention
-from preftune.models.packing import build_tree, tree_attention, use_packed_forward
+from preftune.models.packing import build_tree, rounded, tree_attention, use_packed_forward
 
 SMALL = dict(
     vocab_size=50,
@@ -45,6 +45,15 @@ def batch(seed: int, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     ones = [[1] * len(r) for r in rows]
     mask = [p + o if left else o + p for p, o in zip(pad, ones, strict=True)]
     return torch.tensor(ids), torch.tensor(mask)
+
+
+def test_a_rounded_tree_has_tokens_more_that_nobody_meets():
+    tree = rounded(build_tree(torch.tensor([[5, 6, 7], [5, 6, 8]]), torch.ones(2, 3)), 6)
+    assert tree.ids_N.tolist() == [5, 6, 7, 8, 0, 0]
+    assert tree.end_N.tolist() == [4, 4, 3, 4, 5, 6]
+    assert tree.blocks == ((0, 4), (4, 6))
+    assert int(tree.index_BL.max()) == 3
+    assert rounded(tree, 3) is tree
 
 
 @pytest.mark.parametrize("name", CONFIGS)
