@@ -29,13 +29,14 @@ from ..models.adapters import AdapterSet
 from ..models.base import load_model, load_tokenizer, prepare_model
 from ..models.lineage import Lineage, base_info, library_versions, tokenizer_info, write_lineage
 from ..models.lora import linear_names
+from ..stages.ppo_prompts import stream_rows
 from .measure import StepClock, alternate, machine, measured_apart, write_result
 from .sides import LORA, our_trainer
 from .workload import WORDS, base, write_rows
 
 SIDES = ("separate", "shared", "trl", "sft")
 PEER = ("trl==1.12.0", "peft", "torch==" + torch.__version__.partition("+")[0])
-EPISODES, EPOCHS, NEW, MICRO, LONGEST, TEMPERATURE = 16, 4, 48, 4, 128, 0.7
+EPISODES, EPOCHS, NEW, MICRO, LONGEST, TEMPERATURE, SEED = 16, 4, 48, 4, 128, 0.7, 42
 # a token that stands in no prompt and no reply: on our side too, nothing ends before NEW tokens
 NEVER = "<repo_name>"
 
@@ -189,6 +190,7 @@ def _ppo(side: Any, settings: dict[str, Any], folder: Path, common: dict[str, An
         save_strategy="no",
         disable_tqdm=True,
         log_samples_every=0,
+        seed=SEED,
         **common,
     )
     prompts = [{"prompt_ids": ids, "prompt": ""} for ids in settings["prompts"]]
@@ -214,12 +216,11 @@ def _reward_stage(adapters: AdapterSet, tokenizer: Any, folder: Path) -> Path:
 def _sft(settings: dict[str, Any], folder: Path, common: dict[str, Any]) -> dict[str, Any]:
     """SFT on rows as long as PPO's: the same prompts with completions of NEW tokens."""
     rows = []
-    # as PPO's forwards have them: of each rollout, the longest four together, and so on
-    order = [
-        i
-        for start in range(0, len(settings["prompts"]), EPISODES)
-        for i in sorted(range(start, start + EPISODES), key=lambda i: -len(settings["prompts"][i]))
-    ]
+    # as PPO's forwards have them: the prompts that its rollouts draw, of each rollout the longest four together, and so on
+    lengths = [len(ids) for ids in settings["prompts"]]
+    drawn = stream_rows(len(lengths), SEED, 0, len(lengths))
+    rollouts = [drawn[start : start + EPISODES] for start in range(0, len(drawn), EPISODES)]
+    order = [i for rollout in rollouts for i in sorted(rollout, key=lambda i: -lengths[i])]
     # NEW - 1 words of one token each, and the template's end of turn
     said = " ".join((WORDS.split() * 2)[: NEW - 1])
     for i in order:
@@ -227,7 +228,8 @@ def _sft(settings: dict[str, Any], folder: Path, common: dict[str, Any]) -> dict
     file = folder / "rows.jsonl"
     write_rows(rows, "sft", file)
     train = {
-        "max_steps": len(rows) // MICRO,
+        # twice: memory is at its height once every length has been met, as in PPO's epochs
+        "max_steps": 2 * len(rows) // MICRO,
         "train_sampling_strategy": "sequential",
         "logging_steps": 1,
         "per_device_train_batch_size": MICRO,

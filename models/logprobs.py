@@ -292,7 +292,8 @@ def _shaped(logits_CV: torch.Tensor, spec: _Spec, want_slope: bool) -> tuple[tor
         tanh_CV = torch.tanh(logits_CV / spec.softcap)
         logits_CV = tanh_CV * spec.softcap
         slope_CV = 1 - tanh_CV * tanh_CV if want_slope else None
-    return (logits_CV if spec.temperature == 1 else logits_CV / spec.temperature), slope_CV
+    # in place: the logits are this chunk's own, and a copy of them would be the largest tensor there is
+    return (logits_CV if spec.temperature == 1 else logits_CV.div_(spec.temperature)), slope_CV
 
 
 def _plain(

@@ -92,7 +92,9 @@ class Tree:
         return max(stop - start for start, stop in self.blocks)
 
 
-def build_tree(input_ids_BL: Tensor, attention_mask_BL: Tensor, block_tokens: int | None = None) -> Tree:
+def build_tree(
+    input_ids_BL: Tensor, attention_mask_BL: Tensor, block_tokens: int | None = None, apart_tokens: int | None = None
+) -> Tree:
     """The prefix tree of the rows' real tokens.
 
     Rows in sorted order share their prefix with the row before or with none, so laying out each row's new tokens after
@@ -102,6 +104,7 @@ def build_tree(input_ids_BL: Tensor, attention_mask_BL: Tensor, block_tokens: in
         input_ids_BL: token ids [B, L], padded on either side.
         attention_mask_BL: 1 where a token counts [B, L]; every row holds at least one.
         block_tokens: a block is closed before the row that would make it longer; None: by the rows' mean length.
+        apart_tokens: with so many tokens a block is also closed before a row that shares nothing with it.
     """
     mask_BL = attention_mask_BL.bool()
     rows = [ids[kept] for ids, kept in zip(input_ids_BL.cpu().numpy(), mask_BL.cpu().numpy(), strict=True)]
@@ -119,7 +122,8 @@ def build_tree(input_ids_BL: Tensor, attention_mask_BL: Tensor, block_tokens: in
     for i in sorted(range(len(rows)), key=rows.__getitem__):
         row = rows[i]
         shared = _common_prefix(row, previous)
-        if path and len(ids) - start + len(row) - shared > block_tokens:
+        full = len(ids) - start + len(row) - shared > block_tokens
+        if path and (full or (apart_tokens and not shared and len(ids) - start >= apart_tokens)):
             blocks.append((start, len(ids)))
             start, shared = len(ids), 0
         path = path[:shared] + list(range(len(ids), len(ids) + len(row) - shared))

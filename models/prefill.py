@@ -18,6 +18,10 @@ from .packing import ATTENTION, build_tree, forward_tree
 
 Prompt = Sequence[int]
 
+APART = 64
+"""Tokens of an attention block after which rows that share nothing with it make their own: without a backward, small
+blocks cost less than what a larger one masks."""
+
 
 @dataclass(frozen=True)
 class Prefilled:
@@ -69,7 +73,7 @@ def prefill(backbone: Any, prompts: Sequence[Prompt], pad_token_id: int, device:
     index_BP = None
     # Elsewhere than on a CPU the padding costs little, and each tree's attention would be compiled anew.
     if device.type == "cpu" and backbone.config._attn_implementation == ATTENTION:
-        tree = build_tree(ids_BP, mask_BP)
+        tree = build_tree(ids_BP, mask_BP, apart_tokens=APART)
         hidden_NH = forward_tree(backbone, tree, past_key_values=cache, use_cache=True)
         index_BP, last_BH = tree.index_BL, hidden_NH[tree.index_BL[:, -1]]
     else:

@@ -56,7 +56,8 @@ def prepacked(model: nn.Module, role: str | None = None) -> Iterator[dict[nn.Mod
     layers: list[nn.Module] = []
     joint: dict[nn.Module, Product] = {}
     try:
-        for parent in list(model.modules()):
+        # what a LoRA layer holds is laid out as the layer's own
+        for parent in [module for module in model.modules() if not isinstance(module, LoraLayer)]:
             children = {name: (child, _linear(child)) for name, child in parent.named_children()}
             plain = {name: (child, linear) for name, (child, linear) in children.items() if linear is not None}
             for group in _groups(plain):

@@ -198,3 +198,13 @@ def test_where_flex_attention_fails_the_blocks_take_over(monkeypatch, caplog):
     assert flex_tree_attention(q, q, q, tree.flex_mask(None), None) is None
     assert "no kernel" in caplog.text
     assert not flex_applies(torch.device("cuda"))
+
+
+def test_rows_that_share_nothing_make_blocks_of_their_own() -> None:
+    rows = torch.tensor([[5, 6, 7, 8], [5, 6, 9, 9], [1, 2, 3, 4], [2, 2, 2, 2]])
+    together, apart = (build_tree(rows, torch.ones_like(rows), 64, apart_tokens) for apart_tokens in (None, 4))
+    assert together.blocks == ((0, 14),)
+    # [1 2 3 4], [2 2 2 2], and the two that share 5 6
+    assert apart.blocks == ((0, 4), (4, 8), (8, 14))
+    assert apart.ids_N.tolist() == together.ids_N.tolist()
+    assert build_tree(rows, torch.ones_like(rows), 64, 5).blocks == ((0, 8), (8, 14))

@@ -152,3 +152,20 @@ def test_laid_out_weights_are_gone_afterwards():
     with torch.no_grad(), adapters.using("default"):
         assert torch.equal(adapters.model(ids).logits, before)
     assert not any("forward" in m.__dict__ for m in adapters.model.modules() if type(m) is torch.nn.Linear)
+
+
+def test_every_weight_is_laid_out_once(monkeypatch):
+    """A LoRA layer with its adapter merged into it, and not its base layer besides."""
+    adapters = build("qwen2", torch.bfloat16)
+    if not prepacks(adapters.lm_head.weight):
+        pytest.skip("no oneDNN with bf16 here")
+    laid_out = []
+    monkeypatch.setattr(
+        "preftune.models.prepack.prepack", lambda weight, bias=None: laid_out.append(weight.numel()) or prepack(weight)
+    )
+    with adapters.using(None), prepacked(adapters.backbone, "default"):
+        pass
+    linear = [m.weight.numel() for m in adapters.backbone.modules() if type(m) is torch.nn.Linear]
+    assert sum(laid_out) == sum(linear) - sum(
+        m.weight.numel() for name, m in adapters.backbone.named_modules() if ".lora_" in name and hasattr(m, "weight")
+    )
