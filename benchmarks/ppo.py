@@ -216,7 +216,7 @@ def _reward_stage(adapters: AdapterSet, tokenizer: Any, folder: Path) -> Path:
 def _sft(settings: dict[str, Any], folder: Path, common: dict[str, Any]) -> dict[str, Any]:
     """SFT on rows as long as PPO's: the same prompts with completions of NEW tokens."""
     rows = []
-    # as PPO's forwards have them: the prompts that its rollouts draw, of each rollout the longest four together, and so on
+    # as PPO has them: the prompts that its rollouts draw, of each rollout the longest four together, and so on
     lengths = [len(ids) for ids in settings["prompts"]]
     drawn = stream_rows(len(lengths), SEED, 0, len(lengths))
     rollouts = [drawn[start : start + EPISODES] for start in range(0, len(drawn), EPISODES)]
