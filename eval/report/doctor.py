@@ -1,0 +1,67 @@
+"""What `preftune doctor` found."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ..doctor.finding import Finding
+from .read import Run, number
+
+LEVELS = ("broken", "look", "OK")
+ICONS = {"broken": "✕", "look": "!", "OK": "✓"}
+
+
+def findings(run: Run) -> list[Finding]:
+    """The findings of doctor.json; a number that was not finite is nan again."""
+    return [_finding(row) for row in (run.doctor or {}).get("findings") or [] if isinstance(row, Mapping)]
+
+
+def by_stage(run: Run) -> list[dict[str, Any]]:
+    """Stage by stage: what is broken or needs a look in front, and what is well."""
+    groups: dict[str, list[Finding]] = {}
+    for each in findings(run):
+        groups.setdefault(each.stage, []).append(each)
+    return [
+        {
+            "stage": stage,
+            "level": _worst_level(group),
+            "bad": sorted((f for f in group if f.level != "OK"), key=lambda f: LEVELS.index(f.level)),
+            "good": [f for f in group if f.level == "OK"],
+        }
+        for stage, group in groups.items()
+    ]
+
+
+def worst(run: Run) -> str | None:
+    """One sentence of the doctor's worst finding; None where no doctor was there."""
+    found = findings(run)
+    if run.doctor is None:
+        return None
+    counts = {level: sum(each.level == level for each in found) for level in LEVELS}
+    first = next((each for level in LEVELS[:2] for each in found if each.level == level), None)
+    if first is None:
+        return f"The doctor found nothing wrong in {counts['OK']} checks."
+    said = "is broken" if first.level == "broken" else "needs a look"
+    more = counts["broken"] + counts["look"] - 1
+    others = f" ({more} more finding{'s' if more > 1 else ''} below)" if more else ""
+    return f"The doctor says that {first.stage} {said}, {first.check}: {first.number()}{others}."
+
+
+def _worst_level(group: list[Finding]) -> str:
+    return next(level for level in LEVELS if any(each.level == level for each in group))
+
+
+def _finding(row: Mapping[str, Any]) -> Finding:
+    measured = number(row.get("measured"))
+    level = row.get("level")
+    return Finding(
+        stage=str(row.get("stage")),
+        check=str(row.get("check")),
+        level=level if level in LEVELS else "look",  # pyright: ignore[reportArgumentType]
+        measured=math.nan if measured is None else measured,
+        unit=str(row.get("unit") or ""),
+        threshold=str(row.get("threshold") or ""),
+        remedy=str(row.get("remedy") or ""),
+        low=number(row.get("low")),
+        high=number(row.get("high")),
+    )

@@ -1,0 +1,103 @@
+"""The first screen: what came out in words, and the numbers that matter."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from .doctor import worst
+from .read import Run, number
+from .rewards import accuracy_words, reward_rows
+from .text import duration, fixed, listed, percent, percents, plus_minus, short, size
+
+
+def verdict(run: Run) -> list[str]:
+    """The outcome in sentences: one for each judge, then the doctor's worst finding."""
+    sentences = [_judge_sentence(run, judge) for judge in run.judges()]
+    if not run.results:
+        done = [stage.name for stage in run.stages if stage.state == "done"]
+        sentences = [f"{listed(done)} {'is' if len(done) == 1 else 'are'} trained; nothing has been evaluated yet."]
+        if not done:
+            sentences = ["No stage is finished yet."]
+    elif not run.judges():
+        sentences = ["The policies were sampled, and no judge compared them."]
+    for stage in run.stages:
+        if stage.state in ("failed", "running"):
+            sentences.append(f"{stage.name} {'failed' if stage.state == 'failed' else 'was still running'}.")
+    found = worst(run)
+    if found is not None:
+        sentences.append(found)
+    return [sentence for sentence in sentences if sentence]
+
+
+def best(run: Run, judge: str) -> Mapping[str, Any] | None:
+    """The judge's row of the policy with the highest win-rate against the reference; None where nothing was compared."""
+    rows = [
+        row
+        for row in run.results
+        if row.get("judge") == judge and row["policy"] != row.get("reference") and number(row.get("win_rate")) is not None
+    ]
+    return max(rows, key=lambda row: row["win_rate"], default=None)
+
+
+def _judge_sentence(run: Run, judge: str) -> str:
+    row = best(run, judge)
+    if row is None:
+        return ""
+    rate, low, high = (number(row.get(key)) for key in ("win_rate", "ci_low", "ci_high"))
+    name, reference = row["policy"], row["reference"]
+    kl = number(row.get("kl"))
+    error = plus_minus(number(row.get("kl_se")), 1)
+    distance = "" if kl is None else f" at a KL of {fixed(kl, 1)}{f' {error}' if error else ''} nats a reply"
+    interval = f" (95% interval {percents(low, high)})" if low is not None and high is not None else ""
+    counted = f"{percent(rate)} of {short(row['n'])} prompts{interval}" if row.get("n") else f"{percent(rate)}{interval}"
+    if low is not None and low > 0.5:
+        return f"By {judge}, {name} is best: it wins {counted} against {reference}{distance}."
+    if high is not None and high < 0.5:
+        return f"By {judge}, no policy beats {reference}: the nearest, {name}, wins {counted}{distance}."
+    return f"By {judge}, no policy is clearly better than {reference}: {name} comes first with {counted}{distance}."
+
+
+def cards(run: Run) -> list[dict[str, str]]:
+    """The key numbers: label, value, and a small line under it."""
+    found: list[dict[str, str]] = []
+    for judge in run.judges()[:2]:
+        row = best(run, judge)
+        if row is not None:
+            found.append(
+                _card(
+                    f"Best by {judge}",
+                    percent(row["win_rate"]),
+                    f"{row['policy']} against {row['reference']}, {percents(row.get('ci_low'), row.get('ci_high'))}",
+                )
+            )
+    leaders = [row for judge in run.judges() if (row := best(run, judge)) is not None]
+    if leaders and number(leaders[0].get("kl")) is not None:
+        row = leaders[0]
+        found.append(
+            _card(
+                "KL", f"{fixed(row['kl'], 1)} nats", f"{row['policy']} to {row['reference']}, a reply"
+                + (f", {plus_minus(row.get('kl_se'), 2)}" if number(row.get("kl_se")) is not None else ""),
+            )
+        )  # fmt: skip
+    models = [row for row in reward_rows(run) if row.get("kind") != "implicit"]
+    if models:
+        row = models[0]
+        pairs = "held-out pairs" if row.get("held_out") else "pairs"
+        number_of = f"{row['stage']}, {short(row.get('n'))} {pairs}"
+        interval = accuracy_words(row).partition(" (")[2].rstrip(")")
+        found.append(_card("Reward accuracy", percent(row["accuracy"]), ", ".join(filter(None, (number_of, interval)))))
+    found += _work(run)
+    return found
+
+
+def _work(run: Run) -> list[dict[str, str]]:
+    seconds = [stage.seconds for stage in run.stages if stage.seconds is not None]
+    memory = [m for stage in run.stages if (m := number(stage.metrics.get("peak_memory_bytes"))) is not None]
+    if not seconds:
+        return []
+    peak = f", peak memory {size(max(memory))}" if memory else ""
+    stages = f"{len(seconds)} stage{'s' if len(seconds) > 1 else ''}"
+    return [_card("Training time", duration(sum(seconds)), f"{stages}{peak}")]
+
+
+def _card(label: str, value: str, note: str) -> dict[str, str]:
+    return {"label": label, "value": value, "note": note.rstrip(", ")}

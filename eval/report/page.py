@@ -1,0 +1,137 @@
+"""The page: every section that there is something for, through the templates."""
+
+import os
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import ChainableUndefined, Environment, FileSystemLoader
+from markupsafe import Markup
+
+from ...version import __version__
+from ..verdicts import LENGTH_CONTROL_PROMPTS
+from . import doctor, frontier, head, lengths, lineage, rewards, samples, svg, text, winrates
+from .curves import stage_curves
+from .read import Run, read_run
+
+TEMPLATES = Path(__file__).with_name("templates")
+
+
+@dataclass(frozen=True)
+class Section:
+    """One section: its id and template's name, its heading, and what the template is given as `it`."""
+
+    id: str
+    title: str
+    it: Any
+
+
+def write_report(run_dir: Path) -> Path:
+    """Writes RUN/report.html from whatever the run folder holds so far, and returns its path.
+
+    Raises:
+        UserError: the folder holds neither a stage nor an evaluation, or a file that cannot be read.
+    """
+    run_dir = Path(run_dir)
+    page = render(read_run(run_dir))
+    beside = run_dir / f".report.html.{os.getpid()}"
+    # A lone surrogate in a reply has no UTF-8; it becomes a question mark.
+    beside.write_text(page, encoding="utf-8", errors="replace")
+    return beside.replace(run_dir / "report.html")
+
+
+def render(run: Run) -> str:
+    """The page as one HTML text that fetches nothing."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=ChainableUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        short=text.short,
+        fixed=text.fixed,
+        percent=text.percent,
+        pm=text.plus_minus,
+        pm_percent=text.percent_error,
+        duration=text.duration,
+        size=text.size,
+        hash12=text.hash12,
+        listed=text.listed,
+    )
+    environment.globals.update(key=svg.key, series=svg.series, percents=text.percents)
+    sections = [section for section in _sections(run) if section.it]
+    return environment.get_template("report.html.j2").render(
+        run=run,
+        sections=sections,
+        verdict=head.verdict(run),
+        cards=head.cards(run),
+        style=Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")),  # noqa: S704
+        script=Markup((TEMPLATES / "report.js").read_text(encoding="utf-8")),  # noqa: S704
+        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        version=__version__,
+    )
+
+
+def _sections(run: Run) -> list[Section]:
+    return [
+        Section("trained", "What was trained", _trained(run)),
+        Section("curves", "Learning curves", _curves(run)),
+        Section("winrates", "Win-rates", _winrates(run)),
+        Section("frontier", "Reward against KL", _frontier(run)),
+        Section("rewards", "Reward models", rewards.reward_rows(run)),
+        Section("lengths", "Reply lengths", lengths.length_figures(run)),
+        Section("samples", "Samples", samples.browser(run)),
+        Section("doctor", "The doctor's findings", {"groups": doctor.by_stage(run), "run": run}),
+        Section("recipe", "Recipe and versions", _recipe(run)),
+    ]
+
+
+def _trained(run: Run) -> dict[str, Any] | None:
+    if not any(stage.folder or stage.state != "not run" for stage in run.stages):
+        return None
+    nodes = lineage.graph_nodes(run)
+    return {
+        "across": lineage.draw_graph(nodes, across=True),
+        "down": lineage.draw_graph(nodes, across=False),
+        "words": lineage.describe(nodes),
+        "dashed": any(dashed for node in nodes for _, dashed in node.parents),
+        "rows": lineage.table(run),
+    }
+
+
+def _curves(run: Run) -> list[dict[str, Any]]:
+    shown = []
+    for stage in run.stages:
+        main, rest = stage_curves(stage.log)
+        numbers = {k: v for k, v in stage.metrics.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+        if main or rest or numbers:
+            shown.append({"stage": stage, "main": main, "rest": rest, "metrics": numbers})
+    return shown
+
+
+def _winrates(run: Run) -> dict[str, Any] | None:
+    if not run.results:
+        return None
+    tables, places = winrates.judge_tables(run), {policy: i for i, policy in enumerate(run.policies())}
+    return {
+        "tables": tables,
+        "policies": [{**row, "place": places[row["policy"]]} for row in run.by_policy().values()],
+        "controlled": any(table["controlled"] for table in tables),
+        "length_control_prompts": LENGTH_CONTROL_PROMPTS,
+        "first": run.results[0],
+    }
+
+
+def _frontier(run: Run) -> dict[str, Any] | None:
+    figures, gains = frontier.frontiers(run), frontier.overoptimisation(run)
+    return {"figures": figures, "gains": gains, "reference": run.reference()} if figures or gains else None
+
+
+def _recipe(run: Run) -> dict[str, Any] | None:
+    versions = next((stage.lineage["versions"] for stage in run.stages if stage.lineage.get("versions")), {})
+    if not (run.recipe or versions or run.machine):
+        return None
+    return {"recipe": run.recipe, "versions": versions, "machine": run.machine}

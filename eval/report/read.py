@@ -1,0 +1,218 @@
+"""What a run folder holds, read as it lies there."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ...data.errors import UserError
+
+_STAGE_FILES = ("metrics.json", "log.jsonl", "lineage.json")
+_NO_STAGES = ("eval", "checkpoints")
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """One stage, finished, under way or only planned.
+
+    Attributes:
+        name: its name in the recipe; `kind`: sft, reward, dpo, kto or ppo, empty where nothing says.
+        state: done, running, failed, or "not run" where only the recipe knows the stage.
+        folder: where its files lie (the partial folder while it is under way); None: nowhere yet.
+        parents: (name, whether the edge is that of a reward) in order; "base" is the base.
+        log: the lines of log.jsonl.
+    """
+
+    name: str
+    kind: str
+    state: str
+    folder: Path | None
+    parents: tuple[tuple[str, bool], ...]
+    lineage: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    log: tuple[Mapping[str, Any], ...] = ()
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that the report shows. What is not there is empty or None.
+
+    Attributes:
+        recipe: recipe.yaml as text, `plan` the same parsed.
+        results: rows of eval/results.json; samples: lines of eval/samples.jsonl; rewards: rows of eval/rewards.json.
+        overoptimisation: eval/overoptimisation.json.
+        doctor: doctor.json.
+    """
+
+    name: str
+    stages: tuple[StageRecord, ...]
+    results: tuple[Mapping[str, Any], ...] = ()
+    samples: tuple[Mapping[str, Any], ...] = ()
+    rewards: tuple[Mapping[str, Any], ...] = ()
+    overoptimisation: Mapping[str, Any] | None = None
+    doctor: Mapping[str, Any] | None = None
+    recipe: str | None = None
+    plan: Mapping[str, Any] = field(default_factory=dict)
+    machine: Mapping[str, Any] = field(default_factory=dict)
+
+    def policies(self) -> list[str]:
+        """The evaluated policies in their order; their place gives colour and marker everywhere on the page."""
+        rows = [*self.results, *self.samples]
+        return list(dict.fromkeys(row["policy"] for row in rows))
+
+    def judges(self) -> list[str]:
+        return list(dict.fromkeys(row["judge"] for row in self.results if row.get("judge")))
+
+    def reference(self) -> str | None:
+        return self.results[0].get("reference") if self.results else None
+
+    def by_policy(self) -> dict[str, Mapping[str, Any]]:
+        """policy -> its first row, for what is the same whoever judges (KL, length, endings)."""
+        rows: dict[str, Mapping[str, Any]] = {}
+        for row in self.results:
+            rows.setdefault(row["policy"], row)
+        return rows
+
+    def token_limit(self) -> int | None:
+        """Where the evaluation cut a reply, as the recipe says it."""
+        limit = (self.plan.get("eval") or {}).get("max_new_tokens")
+        return limit if isinstance(limit, int) else None
+
+
+def read_run(run_dir: Path) -> Run:
+    """Reads a run folder.
+
+    Raises:
+        UserError: it holds neither a stage nor an evaluation; a JSON file in it cannot be read.
+    """
+    recipe = run_dir / "recipe.yaml"
+    text = recipe.read_text(encoding="utf-8") if recipe.is_file() else None
+    plan = _plan(text)
+    progress = _object(_read_json(run_dir / "run.json"))
+    stages = _read_stages(run_dir, plan, _object(progress.get("stages")))
+    evaluation = run_dir / "eval"
+    results = _rows(_read_json(evaluation / "results.json"))
+    if not results and not any(stage.folder for stage in stages):
+        raise UserError(str(run_dir), "holds no stage and no evaluation", "give the folder of a run (runs/NAME)")
+    machines = [progress.get("machine"), *(x.get("machine") for s in stages for x in (s.metrics, s.lineage))]
+    return Run(
+        name=str(plan.get("name") or run_dir.resolve().name),
+        stages=tuple(stages),
+        results=results,
+        samples=tuple(read_lines(evaluation / "samples.jsonl")),
+        rewards=_rows(_read_json(evaluation / "rewards.json")),
+        overoptimisation=_object(_read_json(evaluation / "overoptimisation.json")) or None,
+        doctor=_object(_read_json(run_dir / "doctor.json")) or None,
+        recipe=text,
+        plan=plan,
+        machine=next((each for each in machines if isinstance(each, Mapping)), {}),
+    )
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file; a last line that was being written when its writer died is left out.
+
+    Raises:
+        UserError: another line cannot be read.
+    """
+    if not path.is_file():
+        return []
+    lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    rows: list[dict[str, Any]] = []
+    for place, line in enumerate(lines):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            if place == len(lines) - 1:
+                break
+            raise UserError(f"{path}:{place + 1}", f"is not JSON ({error})", "delete the line, or the file") from error
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def number(value: Any) -> float | None:
+    """The value where it is a finite number, else None."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def _read_stages(run_dir: Path, plan: Mapping[str, Any], progress: Mapping[str, Any]) -> list[StageRecord]:
+    """In the order in which run.json lists them; then other folders by time; then what the recipe alone knows."""
+    planned = {name: each for name, each in _object(plan.get("stages")).items() if isinstance(each, Mapping)}
+    folders = {path.name: path for path in run_dir.iterdir() if _is_stage(path)}
+    late = sorted((name for name in folders if name not in progress), key=lambda name: folders[name].stat().st_mtime)
+    steps = [name for name in progress if name in folders or name in planned or name not in _NO_STAGES]
+    names = list(dict.fromkeys([*steps, *late, *planned]))
+    return [_read_stage(run_dir, name, folders.get(name), planned.get(name, {}), progress.get(name)) for name in names]
+
+
+def _is_stage(path: Path) -> bool:
+    hidden = path.name.startswith(".") or path.name in _NO_STAGES
+    return not hidden and path.is_dir() and any((path / name).is_file() for name in _STAGE_FILES)
+
+
+def _read_stage(run_dir: Path, name: str, folder: Path | None, planned: Mapping[str, Any], step: Any) -> StageRecord:
+    entry = _object(step)
+    partial = run_dir / f".{name}.partial"
+    if folder is None and partial.is_dir():
+        folder = partial
+    lineage = _object(_read_json(folder / "lineage.json")) if folder else {}
+    metrics = _object(_read_json(folder / "metrics.json")) if folder else {}
+    kind = str(lineage.get("kind") or planned.get("kind") or (name if name in ("sft", "reward", "dpo", "ppo") else ""))
+    return StageRecord(
+        name=name,
+        kind=kind,
+        state=str(entry.get("state") or ("done" if folder is not None and folder != partial else "not run")),
+        folder=folder,
+        parents=_parents(kind, lineage, planned),
+        lineage=lineage,
+        metrics=metrics,
+        log=tuple(read_lines(folder / "log.jsonl")) if folder else (),
+        seconds=number(metrics.get("train_seconds")) or number(lineage.get("seconds")) or number(entry.get("seconds")),
+    )
+
+
+def _parents(kind: str, lineage: Mapping[str, Any], planned: Mapping[str, Any]) -> tuple[tuple[str, bool], ...]:
+    """From the lineage, else from the recipe. Only the first parent of a PPO stage is what it starts from."""
+    if lineage:
+        names = [str(parent.get("stage")) for parent in lineage.get("parents") or []]
+        # A policy that starts from the base itself has nothing but rewards among its parents.
+        first_is_start = not (kind == "ppo" and planned.get("from") == "base")
+        if not names or not first_is_start:
+            names = ["base", *names]
+    else:
+        given = planned.get("reward") or []
+        rewards = [each.get("stage") for each in given if isinstance(each, Mapping)] if isinstance(given, list) else []
+        names = [str(planned.get("from") or "base"), *(str(each) for each in rewards if each)]
+    return tuple((name, place > 0) for place, name in enumerate(names))
+
+
+def _plan(text: str | None) -> Mapping[str, Any]:
+    try:
+        return _object(yaml.safe_load(text)) if text else {}
+    except yaml.YAMLError:
+        return {}  # it is shown as text all the same
+
+
+def _read_json(path: Path) -> Any:
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(str(path), f"is not JSON ({error})", "delete it, and make it again") from error
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _rows(value: Any) -> tuple[Mapping[str, Any], ...]:
+    return tuple(row for row in value if isinstance(row, dict)) if isinstance(value, list) else ()
