@@ -34,13 +34,13 @@ class Axis:
         return self.start + (value - low) / (high - low) * (self.end - self.start)
 
     def label(self, tick: float) -> str:
-        return tick_label(tick, self.ticks)
+        return tick_label(tick, (tick,) if self.root else self.ticks)
 
 
 def axis(values: Iterable[float], start: float, end: float, *, ticks: int = 5, tight: bool = False) -> Axis:
     """An axis over all values; its ends are ticks unless it is `tight`, where they are the values' own."""
     low, high = _range(values)
-    found = MaxNLocator(nbins=ticks, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high).tolist()
+    found = [float(t) for t in MaxNLocator(nbins=ticks, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)]
     if tight:
         return Axis(low, high, start, end, tuple(t for t in found if low <= t <= high))
     return Axis(found[0], found[-1], start, end, tuple(found))
@@ -119,10 +119,13 @@ def place_labels(
             return left, place[1] - 10, left + length, place[1] + 3
 
         def cost(place: tuple[float, float, str], own: int = own) -> float:
-            l, t, r, b = box(place)
-            outside = 1e4 * (l < 0 or r > width or b > floor or t < 0)
+            left, top, right, bottom = box(place)
+            outside = 1e4 * (left < 0 or right > width or bottom > floor or top < 0)
             others = taken[:own] + taken[own + 1 :]
-            return outside + sum(max(0.0, min(r, R) - max(l, L)) * max(0.0, min(b, B) - max(t, T)) for L, T, R, B in others)
+            return outside + sum(
+                max(0.0, min(right, r) - max(left, l_)) * max(0.0, min(bottom, b) - max(top, t))
+                for l_, t, r, b in others
+            )
 
         best = min(candidates, key=cost)
         taken.append(box(best))

@@ -32,6 +32,16 @@ def by_stage(run: Run) -> list[dict[str, Any]]:
     ]
 
 
+def counted(run: Run) -> str:
+    """ "2 broken, 1 to look at, 4 OK"."""
+    found = findings(run)
+    names = {"broken": "broken", "look": "to look at", "OK": "OK"}
+    return (
+        ", ".join(f"{n} {names[level]}" for level in LEVELS if (n := sum(f.level == level for f in found)))
+        or "No check."
+    )
+
+
 def worst(run: Run) -> str | None:
     """One sentence of the doctor's worst finding; None where no doctor was there."""
     found = findings(run)
@@ -43,8 +53,8 @@ def worst(run: Run) -> str | None:
         return f"The doctor found nothing wrong in {counts['OK']} checks."
     said = "is broken" if first.level == "broken" else "needs a look"
     more = counts["broken"] + counts["look"] - 1
-    others = f" ({more} more finding{'s' if more > 1 else ''} below)" if more else ""
-    return f"The doctor says that {first.stage} {said}, {first.check}: {first.number()}{others}."
+    others = f"; {more} more below" if more else ""
+    return f"The doctor's worst finding: {first.stage} {said}, {first.check} {first.number()}{others}."
 
 
 def _worst_level(group: list[Finding]) -> str:

@@ -15,12 +15,33 @@ from .text import fixed, short
 from .winrates import score_errors
 
 Z95 = 1.96
-WIDTH, HEIGHT = 440, 310
-FORMS = {
-    "d (alpha - beta d)": (lambda d, a, b: d * (a - b * d), lambda a, b: a / (2 * b)),
-    "d (alpha - beta log d)": (lambda d, a, b: d * (a - b * np.log(d)), lambda a, b: math.exp(a / b - 1)),
-}
-"""Form of the fit -> (gain at d = sqrt(KL), the d at which the gain is highest where alpha and beta are above 0)."""
+FAR = 4  # times the furthest measured KL; a fitted peak beyond that says nothing
+WIDTH, HEIGHT = 380, 290
+SQUARE, LOG = "d (alpha - beta d)", "d (alpha - beta log d)"
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted gain over the SFT policy as a function of d = sqrt(KL); `form` is `SQUARE` or `LOG`."""
+
+    form: str
+    alpha: float
+    beta: float
+
+    def gain(self, d: Any) -> Any:
+        return d * (self.alpha - self.beta * (d if self.form == SQUARE else np.log(d)))
+
+    def peak(self) -> float | None:
+        """The d at which the gain is highest; None where it rises without end or falls from the start."""
+        if self.beta <= 0 or (self.alpha <= 0 and self.form == SQUARE) or self.alpha / self.beta > 500:
+            return None
+        return self.alpha / (2 * self.beta) if self.form == SQUARE else math.exp(self.alpha / self.beta - 1)
+
+    def formula(self) -> str:
+        beta = 0.0 if abs(self.beta) < 1e-9 * abs(self.alpha) else self.beta  # rounding of the fit
+        filled = self.form.replace("alpha", short(self.alpha))
+        sign = "−" if beta >= 0 else "+"
+        return "gain = " + filled.replace("- beta", f"{sign} {short(abs(beta))}")
 
 
 @dataclass(frozen=True)
@@ -39,7 +60,7 @@ class Point:
 
 def frontiers(run: Run) -> list[tuple[str, Markup]]:
     """(judge, figure) of every judge that scores, where KL was measured."""
-    errors, places = score_errors(run), {policy: i for i, policy in enumerate(run.policies())}
+    errors, places = score_errors(run), method_places(run)
     drawn = []
     for judge in run.judges():
         points = {}
@@ -52,6 +73,12 @@ def frontiers(run: Run) -> list[tuple[str, Markup]]:
             ways = _ways(run.overoptimisation or {}, judge)
             drawn.append((judge, _frontier(judge, points, places, ways, run.reference() or "the reference")))
     return drawn
+
+
+def method_places(run: Run) -> dict[str, int]:
+    """Colour and marker of every policy, and after them of methods that are no policy."""
+    methods = [each["method"] for each in _methods(run.overoptimisation or {})]
+    return {name: place for place, name in enumerate(dict.fromkeys([*run.policies(), *methods]))}
 
 
 def _ways(content: Mapping[str, Any], judge: str) -> dict[str, list[Point]]:
@@ -84,7 +111,7 @@ def _frontier(
     parts = frame(x, y, f"KL to {reference}, nats a reply (square-root scale)", f"mean score, {judge}")
     labels: list[tuple[float, float, str]] = []
     for method, way in ways.items():
-        place = places.get(method, len(places))
+        place = places[method]
         corners = [(x.at(p.kl), y.at(p.score)) for p in way]
         parts.append(svg.tag("polyline", points=svg.path_points(corners), class_=f"way {svg.series(place)}"))
         parts += [
@@ -97,7 +124,9 @@ def _frontier(
         parts += _cross(point, x, y, places[policy])
         labels.append((x.at(point.kl), y.at(point.score), policy))
     spots = place_labels(labels, WIDTH, floor)
-    parts += [svg.text(*spot[:2], label[2], anchor=spot[2], class_="label") for spot, label in zip(spots, labels)]
+    parts += [
+        svg.text(*spot[:2], label[2], anchor=spot[2], class_="label") for spot, label in zip(spots, labels, strict=True)
+    ]
     said = "; ".join(point.said() for point in points.values())
     return svg.figure(WIDTH, HEIGHT, f"Mean score by {judge} against KL", f"{said}.", parts)
 
@@ -121,8 +150,7 @@ def overoptimisation(run: Run) -> dict[str, Any] | None:
     methods = [m for m in _methods(content) if len(_points(m, "proxy")) > 1 or len(_points(m, "gold")) > 1]
     if not methods:
         return None
-    policies = {policy: i for i, policy in enumerate(run.policies())}
-    places = {m["method"]: policies.get(m["method"], len(policies) + i) for i, m in enumerate(methods)}
+    places = method_places(run)
     sides = [(side, str(content.get(side) or side)) for side in ("proxy", "gold")]
     return {
         "proxy": sides[0][1],
@@ -130,14 +158,15 @@ def overoptimisation(run: Run) -> dict[str, Any] | None:
         "prompts": content.get("prompts"),
         "figures": [(side, judge, _gains(side, judge, methods, places)) for side, judge in sides],
         "methods": [{"name": m["method"], "words": words(m["method"]), "place": places[m["method"]]} for m in methods],
-        "peaks": [_peak_words(m, side, judge) for m in methods for side, judge in sides if _fit(m, side)],
+        "peaks": [_peak_words(m, side, judge, fit) for m in methods for side, judge in sides if (fit := _fit(m, side))],
     }
 
 
 def _gains(side: str, judge: str, methods: Sequence[Mapping[str, Any]], places: Mapping[str, int]) -> Markup:
     lines = {m["method"]: _relative(_points(m, side)) for m in methods if _points(m, side)}
     furthest = max((math.sqrt(p.kl) for line in lines.values() for p in line), default=1.0) * 1.05 or 1.0
-    curves = {m["method"]: _curve(fit, lines[m["method"]]) for m in methods if (fit := _fit(m, side))}
+    fits = {m["method"]: fit for m in methods if m["method"] in lines and (fit := _fit(m, side))}
+    curves = {name: _curve(fit, lines[name]) for name, fit in fits.items()}
     floor, top = HEIGHT - 42.0, 30.0
     values = [v for line in lines.values() for p in line for v in _ends(p.score, p.score_se)]
     y = axis([*values, 0.0, *(v for curve in curves.values() for _, v in curve)], floor, top)
@@ -152,11 +181,11 @@ def _gains(side: str, judge: str, methods: Sequence[Mapping[str, Any]], places: 
         if name in curves:
             drawn = svg.path_points([(x.at(d), y.at(v)) for d, v in curves[name]])
             parts.append(svg.tag("polyline", points=drawn, class_=f"line {colour} dash{places[name] % 3}"))
-            peak = peak_of(*_fit(m, side))  # pyright: ignore[reportOptionalIterable]
-            if peak and peak[0] <= furthest:
-                at, height = x.at(peak[0]), y.at(peak[1])
+            peak = fits[name].peak()
+            if peak is not None and peak <= furthest:
+                at, height = x.at(peak), y.at(float(fits[name].gain(peak)))
                 parts += [svg.line(at, height, at, floor, f"peak {colour}")]
-                parts.append(svg.text(at, height - 9, f"peak, KL {fixed(peak[0] ** 2, 1)}", anchor="middle"))
+                parts.append(svg.text(at + 5, floor - 6, f"peak, KL {fixed(peak**2, 1)}", class_="peak-label"))
         for p in lines.get(name, []):
             at, height = x.at(math.sqrt(p.kl)), y.at(p.score)
             if p.score_se:
@@ -175,40 +204,28 @@ def _relative(points: list[Point]) -> list[Point]:
     return [Point(p.label, p.kl, p.score - start, p.kl_se, p.score_se) for p in points]
 
 
-def _fit(method: Mapping[str, Any], side: str) -> tuple[str, float, float] | None:
-    """(form, alpha, beta) of a method's fit on one side."""
+def _fit(method: Mapping[str, Any], side: str) -> Fit | None:
+    """A method's fit on one side; None without one that is understood."""
     fit = method.get("fit") or {}
     given = fit.get(side) or {}
     alpha, beta = number(given.get("alpha")), number(given.get("beta"))
-    return None if fit.get("form") not in FORMS or alpha is None or beta is None else (fit["form"], alpha, beta)
+    known = fit.get("form") in (SQUARE, LOG) and alpha is not None and beta is not None
+    return Fit(fit["form"], alpha, beta) if known else None  # pyright: ignore[reportArgumentType]
 
 
-def peak_of(form: str, alpha: float, beta: float) -> tuple[float, float] | None:
-    """(d, gain) where the fitted gain is highest; None where it rises without end or falls from the start."""
-    if beta <= 0 or (alpha <= 0 and form == "d (alpha - beta d)") or alpha / beta > 50:
-        return None
-    gain, best = FORMS[form]
-    d = best(alpha, beta)
-    return d, float(gain(d, alpha, beta))
-
-
-def _curve(fit: tuple[str, float, float], line: list[Point]) -> list[tuple[float, float]]:
-    form, alpha, beta = fit
+def _curve(fit: Fit, line: list[Point]) -> list[tuple[float, float]]:
     furthest = math.sqrt(max(p.kl for p in line)) * 1.04 or 1.0
     ds = np.linspace(furthest / 400, furthest, 80)
-    return [(0.0, 0.0), *zip(ds.tolist(), FORMS[form][0](ds, alpha, beta).tolist(), strict=True)]
+    return [(0.0, 0.0), *zip(ds.tolist(), fit.gain(ds).tolist(), strict=True)]
 
 
-def _peak_words(method: Mapping[str, Any], side: str, judge: str) -> str:
-    form, alpha, beta = _fit(method, side)  # pyright: ignore[reportGeneralTypeIssues]
-    peak = peak_of(form, alpha, beta)
-    name = f"{words(method['method'])}, {side} ({judge})"
-    formula = f"gain = {form.replace('alpha', short(alpha)).replace('beta', short(beta)).replace(' - ', ' − ')}"
-    furthest = max(p.kl for p in _points(method, side))
-    if peak is None:
-        return f"{name}: {formula}; no peak."
-    beyond = "" if peak[0] ** 2 <= furthest else ", beyond what was measured"
-    return f"{name}: {formula}; highest, {short(peak[1])}, at KL {fixed(peak[0] ** 2, 1)} nats{beyond}."
+def _peak_words(method: Mapping[str, Any], side: str, judge: str, fit: Fit) -> str:
+    said = f"{words(method['method'])}, {side} ({judge}): {fit.formula()}"
+    furthest, peak = max((p.kl for p in _points(method, side)), default=0.0), fit.peak()
+    if peak is None or peak**2 > FAR * furthest:
+        return f"{said}; no peak anywhere near what was measured."
+    beyond = "" if peak**2 <= furthest else ", beyond what was measured"
+    return f"{said}; highest, {short(float(fit.gain(peak)))}, at KL {fixed(peak**2, 1)} nats{beyond}."
 
 
 def words(method: str) -> str:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from markupsafe import Markup
+
 from .doctor import worst
 from .read import Run, number
 from .rewards import accuracy_words, reward_rows
@@ -11,7 +13,13 @@ from .text import duration, fixed, listed, percent, percents, plus_minus, short,
 
 def verdict(run: Run) -> list[str]:
     """The outcome in sentences: one for each judge, then the doctor's worst finding."""
-    sentences = [_judge_sentence(run, judge) for judge in run.judges()]
+    sentences, leader = [], None
+    for judge in run.judges():
+        row = best(run, judge)
+        if row is not None:
+            first = judge == run.judges()[0]
+            sentences.append(_judge_sentence(judge, row, with_kl=first or row["policy"] != leader))
+            leader = row["policy"] if first else leader
     if not run.results:
         done = [stage.name for stage in run.stages if stage.state == "done"]
         sentences = [f"{listed(done)} {'is' if len(done) == 1 else 'are'} trained; nothing has been evaluated yet."]
@@ -21,7 +29,7 @@ def verdict(run: Run) -> list[str]:
         sentences = ["The policies were sampled, and no judge compared them."]
     for stage in run.stages:
         if stage.state in ("failed", "running"):
-            sentences.append(f"{stage.name} {'failed' if stage.state == 'failed' else 'was still running'}.")
+            sentences.append(f"The stage {stage.name} {'failed' if stage.state == 'failed' else 'was still running'}.")
     found = worst(run)
     if found is not None:
         sentences.append(found)
@@ -29,31 +37,46 @@ def verdict(run: Run) -> list[str]:
 
 
 def best(run: Run, judge: str) -> Mapping[str, Any] | None:
-    """The judge's row of the policy with the highest win-rate against the reference; None where nothing was compared."""
+    """The judge's row with the highest win-rate against the reference; None where nothing was compared."""
     rows = [
         row
         for row in run.results
-        if row.get("judge") == judge and row["policy"] != row.get("reference") and number(row.get("win_rate")) is not None
+        if row.get("judge") == judge
+        and row["policy"] != row.get("reference")
+        and number(row.get("win_rate")) is not None
     ]
     return max(rows, key=lambda row: row["win_rate"], default=None)
 
 
-def _judge_sentence(run: Run, judge: str) -> str:
-    row = best(run, judge)
-    if row is None:
-        return ""
+def _judge_sentence(judge: str, row: Mapping[str, Any], *, with_kl: bool) -> str:
     rate, low, high = (number(row.get(key)) for key in ("win_rate", "ci_low", "ci_high"))
     name, reference = row["policy"], row["reference"]
     kl = number(row.get("kl"))
     error = plus_minus(number(row.get("kl_se")), 1)
-    distance = "" if kl is None else f" at a KL of {fixed(kl, 1)}{f' {error}' if error else ''} nats a reply"
+    distance = (
+        "" if kl is None or not with_kl else f", at a KL of {fixed(kl, 1)}{f' {error}' if error else ''} nats a reply"
+    )
     interval = f" (95% interval {percents(low, high)})" if low is not None and high is not None else ""
-    counted = f"{percent(rate)} of {short(row['n'])} prompts{interval}" if row.get("n") else f"{percent(rate)}{interval}"
+    counted = f"{percent(rate)} of {short(row.get('n'))} prompts against {reference}{interval}"
     if low is not None and low > 0.5:
-        return f"By {judge}, {name} is best: it wins {counted} against {reference}{distance}."
+        return Markup("By {}, <b>{}</b> is best: it wins {}{}.").format(judge, name, counted, distance)
     if high is not None and high < 0.5:
-        return f"By {judge}, no policy beats {reference}: the nearest, {name}, wins {counted}{distance}."
-    return f"By {judge}, no policy is clearly better than {reference}: {name} comes first with {counted}{distance}."
+        said = Markup("By {}, no policy beats {}: the nearest, <b>{}</b>, wins {}{}.")
+        return said.format(judge, reference, name, counted, distance)
+    said = Markup("By {}, no policy is clearly better than {}: <b>{}</b> comes first with {}{}.")
+    return said.format(judge, reference, name, counted, distance)
+
+
+def facts(run: Run) -> list[str]:
+    """The line under the title: base, stages, prompts, the day of the last stage."""
+    base = next((stage.lineage["base"].get("spec") for stage in run.stages if stage.lineage.get("base")), None)
+    done = sum(stage.state == "done" for stage in run.stages)
+    prompts = max((row["n"] for row in run.results if isinstance(row.get("n"), int)), default=0)
+    days = [str(stage.lineage.get("created"))[:10] for stage in run.stages if stage.lineage.get("created")]
+    said = [str(base)] if base else []
+    said += [f"{done} stage{'s' if done > 1 else ''} trained"] if done else []
+    said += [f"evaluated on {short(prompts)} prompts"] if prompts else []
+    return said + ([max(days)] if days else [])
 
 
 def cards(run: Run) -> list[dict[str, str]]:
@@ -90,7 +113,7 @@ def cards(run: Run) -> list[dict[str, str]]:
 
 
 def _work(run: Run) -> list[dict[str, str]]:
-    seconds = [stage.seconds for stage in run.stages if stage.seconds is not None]
+    seconds = [stage.seconds for stage in run.stages if stage.seconds is not None and stage.state == "done"]
     memory = [m for stage in run.stages if (m := number(stage.metrics.get("peak_memory_bytes"))) is not None]
     if not seconds:
         return []

@@ -11,7 +11,7 @@ from .read import Run, number
 from .text import percent, short
 
 BINS = 24
-WIDTH, HEIGHT = 300, 176
+WIDTH, HEIGHT = 380, 196
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def _histogram(
     tallest: float,
     limit: int | None,
 ) -> Markup:
-    floor, top = HEIGHT - 38.0, 18.0
+    floor, top = HEIGHT - 38.0, 26.0
     y = axis([0.0, tallest], floor, top, ticks=3)
     x = axis([0.0, float(edges[-1])], left_margin(y, 38.0), WIDTH - 12.0)
     x = Axis(0.0, float(edges[-1]), x.start, x.end, tuple(t for t in x.ticks if t <= edges[-1]))
@@ -95,12 +95,12 @@ def _histogram(
     parts.append(svg.line(x.at(median), top, x.at(median), floor, "median"))
     right_half = median > 0.6 * x.high
     parts.append(
-        svg.text(x.at(median) + (-4 if right_half else 4), top + 3, f"median {short(median)}",
+        svg.text(x.at(median) + (-4 if right_half else 4), top + 4, f"median {short(median)}",
                  anchor="end" if right_half else "start", class_="label")
     )  # fmt: skip
     if limit is not None:
-        parts.append(svg.line(x.at(limit), top - 8, x.at(limit), floor, "limit"))
-        parts.append(svg.text(x.at(limit) - 3, top - 6, f"limit {limit}", anchor="end"))
+        parts.append(svg.line(x.at(limit), top - 22, x.at(limit), floor, "limit"))
+        parts.append(svg.text(x.at(limit) - 3, top - 13, f"limit {limit}", anchor="end"))
     cut = sum(not finished for _, finished in replies) / len(replies)
     words = f"{len(replies)} replies, median {short(median)} tokens, {percent(cut, 0)} cut at the limit."
-    return svg.figure(WIDTH, HEIGHT, f"Reply lengths of {policy}", words, parts, kind="plot small")
+    return svg.figure(WIDTH, HEIGHT, f"Reply lengths of {policy}", words, parts, kind="plot")

@@ -1,5 +1,6 @@
 """What was trained from what: the graph of the stages, and their table."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,8 @@ from .read import Run, StageRecord
 from .text import duration, hash12, listed, short
 
 BASE = "base"
-NODE_WIDTH, NODE_HEIGHT = 138, 66
+NODE_ACROSS, NODE_DOWN = (144.0, 66.0), (132.0, 66.0)  # width, height
+PASS = 0.3  # room of an edge that passes a layer, in boxes
 _STATE_WORDS = {"done": "", "running": "running", "failed": "failed", "not run": "not run"}
 
 
@@ -28,6 +30,14 @@ class Node:
     parents: tuple[tuple[str, bool], ...]
     layer: int
     lane: float
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The boxes, and for an edge that passes a layer the lanes where it does: (parent, child) -> lane a layer."""
+
+    nodes: tuple[Node, ...]
+    passes: Mapping[tuple[str, str], tuple[float, ...]]
 
 
 def stage_hashes(run: Run) -> dict[str, str]:
@@ -46,60 +56,108 @@ def stage_hashes(run: Run) -> dict[str, str]:
     return found
 
 
-def graph_nodes(run: Run) -> list[Node]:
+def stage_graph(run: Run) -> Graph:
     """The base and every stage, each a layer below the lowest of its parents, those of a layer side by side."""
     hashes = stage_hashes(run)
     stages = {stage.name: stage for stage in run.stages}
-    layers: dict[str, int] = {BASE: 0}
-
-    def layer(name: str, above: tuple[str, ...] = ()) -> int:
-        if name not in layers:
-            stage = stages.get(name)
-            parents = [p for p, _ in stage.parents if p not in (*above, name)] if stage else []
-            layers[name] = 1 + max((layer(parent, (*above, name)) for parent in parents), default=0)
-        return layers[name]
-
-    for name in stages:
-        layer(name)
     base = next((s.lineage["base"] for s in run.stages if s.lineage.get("base")), {})
     spec = str(base.get("spec") or (run.plan.get("model") or {}).get("base") or "")
-    drawn: list[tuple[str, str, tuple[str, ...], tuple[tuple[str, bool], ...]]] = [
-        (BASE, "done", tuple(filter(None, (_clip(spec), _hash_line(base.get("sha256"))))), ())
-    ]
-    drawn += [(s.name, s.state, _lines(s, hashes.get(s.name)), s.parents) for s in run.stages]
-    nodes = []
-    for name, state, lines, parents in drawn:
-        beside = [each for each, *_ in drawn if layers[each] == layers[name]]
-        lane = beside.index(name) - (len(beside) - 1) / 2
-        known = tuple((parent, dashed) for parent, dashed in parents if parent in layers)
-        nodes.append(Node(name, state, lines, known, layers[name], lane))
-    return nodes
+    parents = {BASE: ()} | {
+        s.name: tuple((p, dashed) for p, dashed in s.parents if p == BASE or p in stages) for s in run.stages
+    }
+    layers = _layers(parents)
+    lanes, passes = _lanes(parents, layers)
+    lines = {BASE: tuple(filter(None, (_clip(spec), hash12(base.get("sha256")))))}
+    lines |= {s.name: _lines(s, hashes.get(s.name)) for s in run.stages}
+    states = {BASE: "done"} | {s.name: s.state for s in run.stages}
+    nodes = tuple(Node(name, states[name], lines[name], parents[name], layers[name], lanes[name]) for name in parents)
+    return Graph(nodes, passes)
 
 
-def draw_graph(nodes: Sequence[Node], *, across: bool) -> Markup:
+_Parents = Mapping[str, tuple[tuple[str, bool], ...]]
+
+
+def _layers(parents: _Parents) -> dict[str, int]:
+    """Each below the lowest of its parents; an edge that would close a circle is not followed."""
+    layers: dict[str, int] = {}
+
+    def layer(name: str, below: tuple[str, ...] = ()) -> int:
+        if name not in layers:
+            above = [parent for parent, _ in parents[name] if parent not in (*below, name)]
+            layers[name] = 1 + max((layer(parent, (*below, name)) for parent in above), default=-1)
+        return layers[name]
+
+    for name in parents:
+        layer(name)
+    return layers
+
+
+def _lanes(
+    parents: _Parents, layers: Mapping[str, int]
+) -> tuple[dict[str, float], dict[tuple[str, str], tuple[float, ...]]]:
+    """A lane for every box and for every layer that an edge passes: what leads on stands in front, leaves last.
+
+    A layer is centred on the mean of what its members come from.
+    """
+    edges = [(parent, name) for name in parents for parent, _ in parents[name]]
+    lanes: dict[str, float] = {}
+    passes: dict[tuple[str, str], tuple[float, ...]] = {}
+    for depth in range(max(layers.values()) + 1):
+        boxes = [name for name in parents if layers[name] == depth]
+        long = [edge for edge in edges if layers[edge[0]] < depth < layers[edge[1]]]
+        leads_on = [name for name in boxes if any(parent == name for parent, _ in edges)]
+        row: list[tuple[Any, float]] = [(name, 1.0) for name in leads_on] + [(edge, PASS) for edge in long]
+        row += [(name, 1.0) for name in boxes if name not in leads_on]
+        middle, reach, places = [], 0.0, []
+        for item, width in row:
+            places.append(reach + width / 2)
+            reach += width
+            above = [item] if isinstance(item, tuple) else [(parent, item) for parent, _ in parents[item]]
+            middle += [passes[e][-1] if passes.get(e) else lanes[e[0]] for e in above if e[0] in lanes]
+        shift = (sum(middle) / len(middle) if middle else 0.0) - reach / 2
+        for (item, _), place in zip(row, places, strict=True):
+            if isinstance(item, tuple):
+                passes[item] = (*passes.get(item, ()), place + shift)
+            else:
+                lanes[item] = place + shift
+    return lanes, passes
+
+
+def draw_graph(graph: Graph, *, across: bool) -> Markup:
     """The graph from left to right (`across`) or from top to bottom (for a narrow page)."""
-    deep = max(node.layer for node in nodes) + 1
-    wide = max(abs(node.lane) for node in nodes) * 2 + 1
-    gap = (54, 18) if across else (38, 20)
-    step_deep = (NODE_WIDTH if across else NODE_HEIGHT) + gap[0]
-    step_wide = (NODE_HEIGHT if across else NODE_WIDTH) + gap[1]
-    length, breadth = deep * step_deep - gap[0] + 4, wide * step_wide - gap[1] + 4
+    nodes, (wide, tall) = graph.nodes, NODE_ACROSS if across else NODE_DOWN
+    gap = (50.0, 16.0) if across else (36.0, 12.0)
+    step_deep, step_wide = (wide + gap[0], tall + gap[1]) if across else (tall + gap[0], wide + gap[1])
+    taken = [node.lane for node in nodes] + [lane for lanes in graph.passes.values() for lane in lanes]
+    first, last = min(taken), max(taken)
+    along = (wide if across else tall) + max(node.layer for node in nodes) * step_deep + 4
+    aside = (last - first) * step_wide + (tall if across else wide) + 4
 
-    def corner(node: Node) -> tuple[float, float]:
-        along = 2 + node.layer * step_deep
-        aside = breadth / 2 + node.lane * step_wide - (NODE_HEIGHT if across else NODE_WIDTH) / 2
-        return (along, aside) if across else (aside, along)
+    def place(layer: float, lane: float) -> tuple[float, float]:
+        """The middle of a box."""
+        deep = 2 + (wide if across else tall) / 2 + layer * step_deep
+        side = 2 + (tall if across else wide) / 2 + (lane - first) * step_wide
+        return (deep, side) if across else (side, deep)
 
-    corners = {node.name: corner(node) for node in nodes}
+    at = {node.name: node for node in nodes}
+    half = (wide if across else tall) / 2
     parts: list[Markup] = []
     for node in nodes:
         for parent, dashed in node.parents:
-            parts.append(_edge(corners[parent], corners[node.name], dashed, across))
+            if at[parent].layer >= node.layer:
+                continue
+            stops = [(at[parent].layer, at[parent].lane)]
+            stops += [
+                (at[parent].layer + 1 + i, lane) for i, lane in enumerate(graph.passes.get((parent, node.name), ()))
+            ]
+            stops.append((node.layer, node.lane))
+            parts.append(_edge([place(*stop) for stop in stops], half, dashed, across))
     for node in nodes:
-        parts += _box(node, *corners[node.name])
-    width, height = (length, breadth) if across else (breadth, length)
+        x, y = place(node.layer, node.lane)
+        parts += _box(node, x - wide / 2, y - tall / 2, wide, tall)
+    size = (along, aside) if across else (aside, along)
     kind = f"plot graph {'across' if across else 'down'}"
-    return svg.figure(float(width), float(height), "What was trained from what", describe(nodes), parts, kind=kind)
+    return svg.figure(*size, "What was trained from what", describe(nodes), parts, kind=kind)
 
 
 def describe(nodes: Sequence[Node]) -> str:
@@ -143,12 +201,8 @@ def _lines(stage: StageRecord, sha256: str | None) -> tuple[str, ...]:
     rows = (stage.lineage.get("data") or {}).get("rows")
     work = [f"{short(rows)} rows"] if rows is not None else []
     work += [duration(stage.seconds)] if stage.seconds is not None else []
-    said = [_STATE_WORDS.get(stage.state, stage.state), " · ".join(work), _hash_line(sha256)]
+    said = [_STATE_WORDS.get(stage.state, stage.state), " · ".join(work), hash12(sha256)]
     return tuple(line for line in said if line)
-
-
-def _hash_line(sha256: object) -> str:
-    return hash12(sha256)
 
 
 def _sources(data: Mapping[str, Any]) -> str:
@@ -156,33 +210,43 @@ def _sources(data: Mapping[str, Any]) -> str:
     return listed([str(source.get("path")) for source in spec.get("sources") or [] if isinstance(source, Mapping)])
 
 
-def _clip(text: str, most: int = 22) -> str:
+def _clip(text: str, most: int = 20) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
-def _edge(parent: tuple[float, float], child: tuple[float, float], dashed: bool, across: bool) -> Markup:
-    (px, py), (cx, cy) = parent, child
-    if across:
-        x1, y1, x2, y2 = px + NODE_WIDTH, py + NODE_HEIGHT / 2, cx - 6, cy + NODE_HEIGHT / 2
-        bend = f"M{x1:.1f} {y1:.1f}C{(x1 + x2) / 2:.1f} {y1:.1f} {(x1 + x2) / 2:.1f} {y2:.1f} {x2:.1f} {y2:.1f}"
-        tip = f"M{x2:.1f} {y2 - 4:.1f}l6 4l-6 4z"
-    else:
-        x1, y1, x2, y2 = px + NODE_WIDTH / 2, py + NODE_HEIGHT, cx + NODE_WIDTH / 2, cy - 6
-        bend = f"M{x1:.1f} {y1:.1f}C{x1:.1f} {(y1 + y2) / 2:.1f} {x2:.1f} {(y1 + y2) / 2:.1f} {x2:.1f} {y2:.1f}"
-        tip = f"M{x2 - 4:.1f} {y2:.1f}l4 6l4 -6z"
+def _edge(middles: Sequence[tuple[float, float]], half: float, dashed: bool, across: bool) -> Markup:
+    """A curve from the parent's edge to the child's, level through the layers that it passes, with an arrow's tip."""
+    turned = [point if across else point[::-1] for point in middles]  # as if from left to right
+    x, y = turned[0][0] + half, turned[0][1]
+    steps = [("M", [(x, y)])]
+    for place, (next_x, next_y) in enumerate(turned[1:], start=1):
+        last = place == len(turned) - 1
+        to = next_x - half - (6 if last else 0)
+        steps.append(("C", [((x + to) / 2, y), ((x + to) / 2, next_y), (to, next_y)]))
+        x, y = to, next_y
+        if not last:
+            x = next_x + half
+            steps.append(("L", [(x, y)]))
+    tip = [("M", [(x, y - 4)]), ("L", [(x + 6, y)]), ("L", [(x, y + 4)])]
+
+    def path(commands: list[tuple[str, list[tuple[float, float]]]]) -> str:
+        return "".join(
+            letter + " ".join(f"{a:.1f} {b:.1f}" if across else f"{b:.1f} {a:.1f}" for a, b in points)
+            for letter, points in commands
+        )
+
     dash = " dashed" if dashed else ""
-    return svg.tag("path", d=bend, class_=f"edge{dash}") + svg.tag("path", d=tip, class_="tip")
+    return svg.tag("path", d=path(steps), class_=f"edge{dash}") + svg.tag("path", d=path(tip) + "z", class_="tip")
 
 
-def _box(node: Node, x: float, y: float) -> list[Markup]:
+def _box(node: Node, x: float, y: float, wide: float, tall: float) -> list[Markup]:
     state = node.state.replace(" ", "-")
     parts = [
-        svg.tag("rect", x=x, y=y, width=NODE_WIDTH, height=NODE_HEIGHT, rx=5, class_=f"node {state}"),
-        svg.text(x + 10, y + 20, _clip(node.name, 17), class_="name"),
+        svg.tag("rect", x=x, y=y, width=wide, height=tall, rx=5, class_=f"node {state}"),
+        svg.text(x + 9, y + 20, _clip(node.name, 16), class_="name"),
     ]
     for place, line in enumerate(node.lines[:3]):
-        last_hash = place == len(node.lines) - 1 and len(line) == 12 and " " not in line
-        warn = line in ("failed", "running", "not run")
-        kind = f"state {state}" if warn else "hash" if last_hash else None
-        parts.append(svg.text(x + 10, y + 35 + 13 * place, line, class_=kind))
+        is_hash = place == len(node.lines) - 1 and re.fullmatch("[0-9a-f]{12}", line)
+        kind = f"state {state}" if line in _STATE_WORDS else "hash" if is_hash else None
+        parts.append(svg.text(x + 9, y + 35 + 13 * place, line, class_=kind))
     return parts

@@ -66,10 +66,11 @@ def render(run: Run) -> str:
     return environment.get_template("report.html.j2").render(
         run=run,
         sections=sections,
+        facts=head.facts(run),
         verdict=head.verdict(run),
         cards=head.cards(run),
-        style=Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")),  # noqa: S704
-        script=Markup((TEMPLATES / "report.js").read_text(encoding="utf-8")),  # noqa: S704
+        style=Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")),
+        script=Markup((TEMPLATES / "report.js").read_text(encoding="utf-8")),
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         version=__version__,
     )
@@ -84,7 +85,11 @@ def _sections(run: Run) -> list[Section]:
         Section("rewards", "Reward models", rewards.reward_rows(run)),
         Section("lengths", "Reply lengths", lengths.length_figures(run)),
         Section("samples", "Samples", samples.browser(run)),
-        Section("doctor", "The doctor's findings", {"groups": doctor.by_stage(run), "run": run}),
+        Section(
+            "doctor",
+            "The doctor's findings",
+            {"groups": doctor.by_stage(run), "counts": doctor.counted(run), "run": run},
+        ),
         Section("recipe", "Recipe and versions", _recipe(run)),
     ]
 
@@ -92,12 +97,12 @@ def _sections(run: Run) -> list[Section]:
 def _trained(run: Run) -> dict[str, Any] | None:
     if not any(stage.folder or stage.state != "not run" for stage in run.stages):
         return None
-    nodes = lineage.graph_nodes(run)
+    graph = lineage.stage_graph(run)
     return {
-        "across": lineage.draw_graph(nodes, across=True),
-        "down": lineage.draw_graph(nodes, across=False),
-        "words": lineage.describe(nodes),
-        "dashed": any(dashed for node in nodes for _, dashed in node.parents),
+        "across": lineage.draw_graph(graph, across=True),
+        "down": lineage.draw_graph(graph, across=False),
+        "words": lineage.describe(graph.nodes),
+        "dashed": any(dashed for node in graph.nodes for _, dashed in node.parents),
         "rows": lineage.table(run),
     }
 

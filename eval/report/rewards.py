@@ -8,7 +8,7 @@ from markupsafe import Markup
 from . import svg
 from .axes import Axis, frame
 from .read import Run, number
-from .text import fixed, percent, percents, short
+from .text import percent, percents, short
 
 WIDTH, HEIGHT = 340, 322
 _STRIP = 44  # height of the strip with the bins' counts
@@ -19,7 +19,7 @@ def reward_rows(run: Run) -> list[dict[str, Any]]:
     rows = list(run.rewards) or [_from_metrics(s.name, s.metrics) for s in run.stages if s.kind == "reward"]
     shown = []
     for place, row in enumerate(each for each in rows if each and number(each.get("accuracy")) is not None):
-        bins = [b for b in row.get("calibration") or [] if isinstance(b, Mapping) and (b.get("n") or 0) > 0]
+        bins = [b for b in row.get("calibration") or [] if isinstance(b, Mapping) and _usable(b)]
         shown.append(
             {
                 **row,
@@ -34,7 +34,7 @@ def reward_rows(run: Run) -> list[dict[str, Any]]:
 
 def accuracy_bar(row: Mapping[str, Any], place: int) -> Markup:
     """Accuracy with its interval from 0 to 100%, the length baselines as ticks, chance in the middle."""
-    scale = Axis(0.0, 1.0, 8.0, 252.0, ())
+    scale = Axis(0.0, 1.0, 8.0, 192.0, ())
     value, low, high = (number(row.get(key)) for key in ("accuracy", "ci_low", "ci_high"))
     colour = svg.series(place + 1)
     parts = [svg.line(scale.start, 13, scale.end, 13, "axis"), svg.line(scale.at(0.5), 4, scale.at(0.5), 22, "middle")]
@@ -49,7 +49,7 @@ def accuracy_bar(row: Mapping[str, Any], place: int) -> Markup:
             said.append(f"{name} wins {percent(baseline)}")
             parts.append(svg.tag("path", d=f"M{scale.at(baseline):.1f} 19l-4 7h8z", class_="baseline"))
     parts.append(svg.marker(place + 1, scale.at(value or 0.0), 13, 5))
-    return svg.figure(260, 28, f"{row['stage']}: {', '.join(said)}", "", parts, kind="bar wide")
+    return svg.figure(200, 28, f"{row['stage']}: {', '.join(said)}", "", parts, kind="bar wide")
 
 
 def calibration(stage: str, bins: list[Mapping[str, Any]], place: int) -> Markup:
@@ -91,6 +91,12 @@ def calibration(stage: str, bins: list[Mapping[str, Any]], place: int) -> Markup
     return svg.figure(WIDTH, HEIGHT, f"Calibration of {stage}", f"{words}.", parts)
 
 
+def _usable(each: Mapping[str, Any]) -> bool:
+    """Whether a calibration bin has pairs and all its numbers."""
+    known = (number(each.get(key)) is not None for key in ("low", "high", "confidence", "accuracy"))
+    return (number(each.get("n")) or 0) > 0 and all(known)
+
+
 def _from_metrics(stage: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
     """What a reward stage measured on its own held-out pairs at its end."""
     if number(metrics.get("held_out_accuracy")) is None:
@@ -110,6 +116,3 @@ def accuracy_words(row: Mapping[str, Any]) -> str:
     """ "91.5% (88.2 to 94.1%)"."""
     interval = percents(row.get("ci_low"), row.get("ci_high"))
     return percent(row.get("accuracy")) + (f" ({interval})" if interval else "")
-
-
-__all__ = ["accuracy_bar", "accuracy_words", "calibration", "fixed", "reward_rows"]

