@@ -121,11 +121,11 @@ def draw(title: str, curves: Sequence[tuple[str, Sequence[float], Sequence[float
     for place, (name, xs, ys) in enumerate(thinned):
         parts += _curve(place, [x.at(v) for v in xs], [y.at(v) for v in ys])
         if legend:
-            parts += [
-                svg.line(at, 8, at + 20, 8, f"line {svg.series(place + 1)} dash{place}"),
-                svg.text(at + 24, 12, name),
-            ]
-            at += 36 + 6.0 * len(name)
+            colour = f"{svg.series(place + 1)} dash{place}"
+            swatch = svg.line(at, 8, at + 20, 8, f"line {colour}")
+            parts.append(swatch if len(xs) > 1 else svg.marker(place + 1, at + 10, 8, 4))
+            parts.append(svg.text(at + 25, 12, name))
+            at += 42 + 6.2 * len(name)
     said = "; ".join(
         f"{name if len(curves) > 1 else title} from {short(ys[0])} to {short(ys[-1])}" for name, _, ys in curves
     )

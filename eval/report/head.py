@@ -17,8 +17,9 @@ def verdict(run: Run) -> list[str]:
     for judge in run.judges():
         row = best(run, judge)
         if row is not None:
+            equals = _equals(run, judge, row)
             first = judge == run.judges()[0]
-            sentences.append(_judge_sentence(judge, row, with_kl=first or row["policy"] != leader))
+            sentences.append(_judge_sentence(judge, row, equals, with_kl=first or row["policy"] != leader))
             leader = row["policy"] if first else leader
     if not run.results:
         done = [stage.name for stage in run.stages if stage.state == "done"]
@@ -48,7 +49,19 @@ def best(run: Run, judge: str) -> Mapping[str, Any] | None:
     return max(rows, key=lambda row: row["win_rate"], default=None)
 
 
-def _judge_sentence(judge: str, row: Mapping[str, Any], *, with_kl: bool) -> str:
+def _equals(run: Run, judge: str, leader: Mapping[str, Any]) -> list[str]:
+    """The policies that the leader is not clearly better than in their own comparison, the reference left out."""
+    cells = leader.get("against") or {}
+    return [
+        policy
+        for policy in run.policies()
+        if policy not in (leader["policy"], leader.get("reference"))
+        and (low := number((cells.get(policy) or {}).get("ci_low"))) is not None
+        and low <= 0.5
+    ]
+
+
+def _judge_sentence(judge: str, row: Mapping[str, Any], equals: list[str], *, with_kl: bool) -> str:
     rate, low, high = (number(row.get(key)) for key in ("win_rate", "ci_low", "ci_high"))
     name, reference = row["policy"], row["reference"]
     kl = number(row.get("kl"))
@@ -58,6 +71,9 @@ def _judge_sentence(judge: str, row: Mapping[str, Any], *, with_kl: bool) -> str
     )
     interval = f" (95% interval {percents(low, high)})" if low is not None and high is not None else ""
     counted = f"{percent(rate)} of {short(row.get('n'))} prompts against {reference}{interval}"
+    if low is not None and low > 0.5 and equals:
+        said = Markup("By {}, <b>{}</b> comes first: it wins {}{}; it is not clearly better than {}.")
+        return said.format(judge, name, counted, distance, listed(equals))
     if low is not None and low > 0.5:
         return Markup("By {}, <b>{}</b> is best: it wins {}{}.").format(judge, name, counted, distance)
     if high is not None and high < 0.5:

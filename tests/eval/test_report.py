@@ -104,7 +104,10 @@ def test_the_summary_says_who_won_with_its_interval_and_what_the_doctor_fears(ru
     )
     text = re.sub(r"<[^>]+>", "", page[page.index('class="verdict"') : page.index('<dl class="cards"')])
     said = f"it wins {100 * row['win_rate']:.1f}% of 64 prompts against sft (95% interval {100 * row['ci_low']:.1f} to"
-    assert f"By rubric, {row['policy']} is best: " in text and said in text
+    cell = row["against"]["dpo"]
+    assert row["policy"] == "ppo" and cell["ci_low"] < 0.5 < cell["ci_high"]
+    assert "By rubric, ppo comes first: " in text and said in text and "; it is not clearly better than dpo." in text
+    assert "By reward, ppo is best: " in text
     assert "at a KL of 8.9 ± 0.2 nats a reply" in text
     assert "The stage kto failed." in text
     assert "worst finding: ppo is broken, KL 84 (79 to 88.5) nats a reply; 2 more below" in html.unescape(text)
