@@ -103,7 +103,7 @@ def cards(run: Run) -> list[dict[str, str]]:
         if row is not None:
             found.append(
                 _card(
-                    f"Best by {judge}",
+                    f"First by {judge}",
                     percent(row["win_rate"]),
                     f"{row['policy']} against {row['reference']}, {percents(row.get('ci_low'), row.get('ci_high'))}",
                 )
