@@ -280,7 +280,7 @@ class _TokenLogprobs(torch.autograd.Function):
 def _logits(
     hidden_CH: torch.Tensor, weight_VH: torch.Tensor, bias_V: torch.Tensor | None, spec: _Spec, want_slope: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """fp32 logits / temperature of one chunk, and the soft cap's slope (None without a cap)."""
+    """fp32 logits / temperature of one chunk (in place, they are its own), and the soft cap's slope or None."""
     return _shaped(F.linear(hidden_CH.to(weight_VH.dtype), weight_VH, bias_V).float(), spec, want_slope)
 
 
@@ -292,7 +292,6 @@ def _shaped(logits_CV: torch.Tensor, spec: _Spec, want_slope: bool) -> tuple[tor
         tanh_CV = torch.tanh(logits_CV / spec.softcap)
         logits_CV = tanh_CV * spec.softcap
         slope_CV = 1 - tanh_CV * tanh_CV if want_slope else None
-    # in place: the logits are this chunk's own, and a copy of them would be the largest tensor there is
     return (logits_CV if spec.temperature == 1 else logits_CV.div_(spec.temperature)), slope_CV
 
 
