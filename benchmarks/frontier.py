@@ -15,12 +15,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .measure import RESULTS, figure, machine, write_result
 from .quick import Trial, run_trials
 
 KL_TARGETS = (1, 3, 10)
 BETAS = (0.03, 0.1, 0.3, 1.0)
 BEST_OF = 16
+KL_TICKS = (0, 0.2, 0.5, 1, 2, 4, 6, 8, 10)
 REWARD = 'stages.ppo.reward=[{function: "preftune.benchmarks.quick:rubric_scores"}]'
 
 
@@ -92,11 +95,12 @@ def draw(points: Sequence[dict[str, Any]], file: Path) -> None:
             axis.scatter([p["kl"] for p in dots], [p["rubric"] for p in dots], s=14, color=colour, alpha=0.4)
             means = sorted((_mean(each, "kl"), _mean(each, "rubric"), each[0]["name"]) for each in groups)
             axis.plot([m[0] for m in means], [m[1] for m in means], "o-", color=colour, label=label)
-            for kl, rubric, name in means:
-                said = name.partition(", ")[2] or name
-                axis.annotate(said, (kl, rubric), xytext=(5, -11), textcoords="offset points", fontsize=7, color=colour)
-        axis.set_xscale("symlog", linthresh=0.5)
-        axis.set_xlabel("KL to SFT (nats per sequence)")
+            for place, (kl, rubric, name) in enumerate(means):
+                said, offset = name.partition(", ")[2] or name, (6, -10 if place % 2 else 5)
+                axis.annotate(said, (kl, rubric), xytext=offset, textcoords="offset points", fontsize=7, color=colour)
+        axis.set_xscale("function", functions=(lambda kl: np.sqrt(np.maximum(kl, 0)), np.square))
+        axis.set_xticks(KL_TICKS, [f"{tick:g}" for tick in KL_TICKS])
+        axis.set_xlabel("KL to SFT (nats per sequence, square-root scale)")
         axis.set_ylabel("rubric: share of checks passed")
         axis.legend(frameon=False)
 

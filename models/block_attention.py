@@ -17,7 +17,8 @@ from torch.autograd.function import once_differentiable
 LONGEST_BLOCK = 512
 """Tokens of a block beyond which its kept probabilities (H * T * T of them, a layer) would cost too much memory."""
 
-Block = tuple[int, int]
+Run = tuple[int, int, int]
+"""start, stop and length: blocks of `length` tokens, one after the other, with the same mask. They are one product."""
 
 
 def token_attention(query_BHD: Tensor, key_BKCD: Tensor, value_BKCD: Tensor, mask_BHC: Tensor, scale: float) -> Tensor:
@@ -44,23 +45,18 @@ def token_attention(query_BHD: Tensor, key_BKCD: Tensor, value_BKCD: Tensor, mas
 
 
 def block_attention(
-    query_HND: Tensor,
-    key_KND: Tensor,
-    value_KND: Tensor,
-    blocks: Sequence[Block],
-    masks: Sequence[Tensor],
-    scale: float,
+    query_HND: Tensor, key_KND: Tensor, value_KND: Tensor, runs: Sequence[Run], masks: Sequence[Tensor], scale: float
 ) -> Tensor:
     """softmax(scale * q k' + mask) v within each block.
 
     Args:
-        blocks: (start, stop) of each block; together they are all N tokens.
-        masks: additive [T, T] of each block, in the query's dtype.
+        runs: the blocks; together they are all N tokens.
+        masks: additive [T, T] of each run's blocks, in the query's dtype.
 
     Returns:
         [N, H, D]
     """
-    return _BlockAttention.apply(query_HND, key_KND, value_KND, tuple(blocks), tuple(masks), scale)
+    return _BlockAttention.apply(query_HND, key_KND, value_KND, tuple(runs), tuple(masks), scale)
 
 
 class _BlockAttention(torch.autograd.Function):
@@ -70,48 +66,57 @@ class _BlockAttention(torch.autograd.Function):
         query_HND: Tensor,
         key_KND: Tensor,
         value_KND: Tensor,
-        blocks: tuple[Block, ...],
+        runs: tuple[Run, ...],
         masks: tuple[Tensor, ...],
         scale: float,
     ) -> Tensor:
         (h, n, d), k = query_HND.shape, key_KND.shape[0]
         out_NHD = query_HND.new_empty(n, h, d)
         probs: list[Tensor] = []
-        for (start, stop), mask_TT in zip(blocks, masks, strict=True):
-            t, span = stop - start, slice(start, stop)
+        for (start, stop, t), mask_TT in zip(runs, masks, strict=True):
+            span = slice(start, stop)
             scores = torch.baddbmm(
                 mask_TT.repeat(h // k, 1)[None],
-                _grouped(query_HND[:, span], k),
-                key_KND[:, span].transpose(1, 2),
+                _batched(query_HND[:, span], k, t),
+                _batched(key_KND[:, span], k, t).transpose(1, 2),
                 alpha=scale,
             )
             probs.append(torch.softmax(scores, -1))
-            mixed = torch.bmm(probs[-1], value_KND[:, span])
-            out_NHD[span] = mixed.view(h, t, d).transpose(0, 1)
+            mixed = torch.bmm(probs[-1], _batched(value_KND[:, span], k, t))
+            out_NHD[span] = mixed.view(-1, h, t, d).transpose(1, 2).reshape(-1, h, d)
         ctx.save_for_backward(query_HND, key_KND, value_KND, *probs)
-        ctx.blocks, ctx.scale = blocks, scale
+        ctx.runs, ctx.scale = runs, scale
         return out_NHD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_NHD: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         query_HND, key_KND, value_KND, *probs = ctx.saved_tensors
-        h, k = query_HND.shape[0], key_KND.shape[0]
+        k = key_KND.shape[0]
         grad_query_HND, grad_key_KND, grad_value_KND = (
             torch.empty_like(each, memory_format=torch.contiguous_format) for each in (query_HND, key_KND, value_KND)
         )
-        for (start, stop), prob in zip(ctx.blocks, probs, strict=True):
+        for (start, stop, t), prob in zip(ctx.runs, probs, strict=True):
             span = slice(start, stop)
-            grad = _grouped(grad_NHD[span].transpose(0, 1), k)
-            grad_value_KND[:, span] = torch.bmm(prob.transpose(1, 2), grad)
-            grad_prob = torch.bmm(grad, value_KND[:, span].transpose(1, 2))
+            grad = _batched(grad_NHD[span].transpose(0, 1), k, t)
+            query, key, value = (_batched(each[:, span], k, t) for each in (query_HND, key_KND, value_KND))
+            _unbatch(torch.bmm(prob.transpose(1, 2), grad), grad_value_KND[:, span], t)
+            grad_prob = torch.bmm(grad, value.transpose(1, 2))
             grad_scores = torch.ops.aten._softmax_backward_data(grad_prob, prob, -1, prob.dtype)
-            grad_query_HND[:, span] = torch.bmm(grad_scores, key_KND[:, span]).view(h, stop - start, -1)
-            grad_key_KND[:, span] = torch.bmm(grad_scores.transpose(1, 2), _grouped(query_HND[:, span], k))
+            _unbatch(torch.bmm(grad_scores, key), grad_query_HND[:, span], t)
+            _unbatch(torch.bmm(grad_scores.transpose(1, 2), query), grad_key_KND[:, span], t)
         return grad_query_HND.mul_(ctx.scale), grad_key_KND.mul_(ctx.scale), grad_value_KND, None, None, None
 
 
-def _grouped(heads_HTD: Tensor, k: int) -> Tensor:
-    """[H, T, D] -> [K, G * T, D]: the query heads of one key-value head below one another."""
-    h, t, d = heads_HTD.shape
-    return heads_HTD.reshape(k, h // k * t, d)
+def _batched(heads_HND: Tensor, k: int, t: int) -> Tensor:
+    """[H, blocks * T, D] -> [blocks * K, G * T, D]: the query heads of one key-value head below one another."""
+    h, n, d = heads_HND.shape
+    if n == t:
+        return heads_HND.reshape(k, h // k * t, d)
+    return heads_HND.reshape(h, n // t, t, d).transpose(0, 1).reshape(n // t * k, h // k * t, d)
+
+
+def _unbatch(batched: Tensor, into_HND: Tensor, t: int) -> None:
+    """The reverse, into a part of a tensor."""
+    h, n, d = into_HND.shape
+    into_HND.unflatten(1, (n // t, t)).copy_(batched.view(n // t, h, t, d).transpose(0, 1))

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .block_attention import token_attention
@@ -106,9 +107,7 @@ def _norm(module: Any) -> Callable[[Tensor], Tensor]:
     weight, eps = module.weight, module.variance_epsilon
 
     def norm(x: Tensor) -> Tensor:
-        x32 = x.float()
-        factor = x32.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-        return weight * (x32 * factor).to(x.dtype)
+        return weight * F.rms_norm(x.float(), x.shape[-1:], None, eps).to(x.dtype)
 
     return norm
 

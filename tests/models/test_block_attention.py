@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from preftune.models.block_attention import block_attention
 
 BLOCKS = ((0, 5), (5, 12))
+RUNS = ((0, 5, 5), (5, 12, 7))
 
 
 def expected(q, k, v, masks, scale):
@@ -35,7 +36,7 @@ def test_values_and_gradients_are_the_fused_kernels(heads):
     masks = [torch.zeros(s.shape, dtype=torch.float64).masked_fill(~s, float("-inf")) for s in seen]
     weights = torch.randn(12, h, 8, dtype=torch.float64)
     found = []
-    for attend in (lambda: block_attention(*tensors, BLOCKS, masks, 0.3), lambda: expected(*tensors, masks, 0.3)):
+    for attend in (lambda: block_attention(*tensors, RUNS, masks, 0.3), lambda: expected(*tensors, masks, 0.3)):
         out = attend()
         found.append((out.detach(), *torch.autograd.grad((out * weights).sum(), tensors)))
     for ours, theirs in zip(*found, strict=True):
@@ -46,9 +47,27 @@ def test_bf16_is_close_to_fp32():
     torch.manual_seed(0)
     q, k, v = (torch.randn(n, 12, 64) for n in (6, 2, 2))
     masks = [torch.zeros(t, t).masked_fill(torch.ones(t, t, dtype=torch.bool).triu(1), float("-inf")) for t in (5, 7)]
-    exact = block_attention(q, k, v, BLOCKS, masks, 0.125)
-    low = block_attention(*(x.bfloat16() for x in (q, k, v)), BLOCKS, [m.bfloat16() for m in masks], 0.125)
+    exact = block_attention(q, k, v, RUNS, masks, 0.125)
+    low = block_attention(*(x.bfloat16() for x in (q, k, v)), RUNS, [m.bfloat16() for m in masks], 0.125)
     fused = expected(*(x.bfloat16() for x in (q, k, v)), [m.bfloat16() for m in masks], 0.125)
     error, kernels = (float((each.float() - exact).norm() / exact.norm()) for each in (low, fused))
     assert error < 1e-2
     assert error < 2 * kernels
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
+def test_blocks_that_look_the_same_are_one_product(heads):
+    """Values and gradients of a run are those of its blocks one by one."""
+    torch.manual_seed(0)
+    h, k = heads
+    tensors = [torch.randn(n, 13, 8, dtype=torch.float64, requires_grad=True) for n in (h, k, k)]
+    same, last = (torch.zeros(t, t, dtype=torch.float64) for t in (4, 1))
+    same.masked_fill_(torch.ones(4, 4, dtype=torch.bool).triu(1), float("-inf"))
+    weights = torch.randn(13, h, 8, dtype=torch.float64)
+    apart = [(0, 4, 4), (4, 8, 4), (8, 12, 4), (12, 13, 1)]
+    found = []
+    for runs, masks in (([(0, 12, 4), (12, 13, 1)], [same, last]), (apart, [same, same, same, last])):
+        out = block_attention(*tensors, runs, masks, 0.3)
+        found.append((out.detach(), *torch.autograd.grad((out * weights).sum(), tensors)))
+    for together, alone in zip(*found, strict=True):
+        torch.testing.assert_close(together, alone, atol=1e-12, rtol=1e-12)

@@ -208,3 +208,14 @@ def test_rows_that_share_nothing_make_blocks_of_their_own() -> None:
     assert apart.blocks == ((0, 4), (4, 8), (8, 14))
     assert apart.ids_N.tolist() == together.ids_N.tolist()
     assert build_tree(rows, torch.ones_like(rows), 64, 5).blocks == ((0, 8), (8, 14))
+
+
+def test_blocks_that_look_the_same_make_a_run() -> None:
+    rows = torch.tensor([[1, 2, 3, 4], [2, 2, 2, 2], [3, 1, 1, 1], [5, 6, 7, 8], [5, 6, 9, 9]])
+    mask = torch.ones_like(rows)
+    # three rows by themselves, and two that share 5 6: six tokens
+    assert build_tree(rows, mask, 64, 4).runs() == ((0, 12, 4), (12, 18, 6))
+    # as long as the block before it, and another tree: [3 1 1 1] and [3 1 1 9], [5 6 7 8 9]
+    rows = torch.tensor([[3, 1, 1, 1, 0], [3, 1, 1, 9, 0], [5, 6, 7, 8, 9]])
+    mask = (rows > 0).long()
+    assert build_tree(rows, mask, 64, 4).runs() == ((0, 5, 5), (5, 10, 5))
