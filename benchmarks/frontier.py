@@ -102,7 +102,7 @@ def draw(points: Sequence[dict[str, Any]], file: Path) -> None:
         axis.set_xticks(KL_TICKS, [f"{tick:g}" for tick in KL_TICKS])
         axis.set_xlabel("KL to SFT (nats per sequence, square-root scale)")
         axis.set_ylabel("rubric: share of checks passed")
-        axis.legend(frameon=False)
+        axis.legend(frameon=False, loc="lower right")
 
 
 def redraw(name: str = "frontier") -> None:
