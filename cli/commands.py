@@ -1,6 +1,7 @@
 """What the commands do beyond parsing their arguments."""
 
 from collections.abc import Sequence
+from json import loads
 from pathlib import Path
 
 from ..data.errors import UserError
@@ -84,11 +85,32 @@ def _run(recipe: Recipe, options: Options, voice: Voice) -> list[Done]:
     return done
 
 
-def _show_results(path: Path, done: Sequence[Done], voice: Voice) -> None:
-    """The evaluation's table, where this run had one."""
-    from json import loads
+def show_rewards(path: Path, voice: Voice) -> None:
+    """The table of RUN/eval/rewards.json, where the evaluation wrote one."""
+    file = path / "eval" / "rewards.json"
+    if file.is_file():
+        voice.say("\nreward models on the pairs that training left out; held against longer_wins")
+        columns = (
+            "stage",
+            "kind",
+            "n",
+            "accuracy",
+            "ci_low",
+            "ci_high",
+            "log_loss",
+            "calibration_error",
+            "longer_wins",
+        )
+        voice.rows({key: row.get(key) for key in columns} for row in loads(file.read_text(encoding="utf-8")))
 
+
+def _show_results(path: Path, done: Sequence[Done], voice: Voice) -> None:
+    """The evaluation's tables, where this run had one."""
     results = path / "eval" / "results.json"
     if results.is_file() and any(each.name == "eval" for each in done):
-        columns = ("policy", "reference", "judge", "n", "mean_score", "win_rate", "ci_low", "ci_high", "length", "kl")
+        columns = (
+            *("policy", "reference", "judge", "n", "mean_score", "win_rate", "ci_low", "ci_high"),
+            *("length", "repetition", "kl"),
+        )
         voice.rows({key: row.get(key) for key in columns} for row in loads(results.read_text(encoding="utf-8")))
+        show_rewards(path, voice)

@@ -10,6 +10,7 @@ from ..data.errors import UserError
 if TYPE_CHECKING:
     from ..data.spec import DataSpec
     from ..eval.spec import EvalSpec
+    from ..models.base import Base
     from ..recipes.schema import Recipe
 
 app = typer.Typer(help="Measure a run: win-rates, KL, perplexity, reward models.", no_args_is_help=True)
@@ -20,22 +21,32 @@ Overrides = Annotated[
 ]
 Policies = Annotated[str | None, typer.Option(metavar="A,B", help="These policies only. Default: the recipe's.")]
 DataOption = Annotated[str | None, typer.Option("--data", help="A data entry of the recipe, or a file.")]
+# The same for every judge: a table of their own.
+_OF_REPLIES = (
+    *("length", "length_se", "eos_rate", "eos_rate_se", "repetition", "repetition_se"),
+    *("kl", "kl_se", "kl_per_token"),
+)
+
 AsJson = Annotated[bool, typer.Option("--json", help="Results as one JSON object a line.")]
 
 
 @app.command("run")
 def run_all(run: Run, overrides: Overrides = None, json: AsJson = False) -> None:
-    """All policies and judges of the recipe; writes RUN/eval and RUN/report.html."""
+    """All policies and judges of the recipe, and its reward models; writes RUN/eval and RUN/report.html."""
     _, spec = _open(run, overrides, None)
     from ..eval.report import write_report
     from ..eval.run import run_eval
+    from .commands import show_rewards
     from .folder import RunFolder
+    from .progress import Voice
 
     folder = RunFolder(run)
     with folder.lock():
         rows = run_eval(spec, run)
         write_report(run)
     _print(rows, json)
+    if not json:
+        show_rewards(run, Voice())
 
 
 @app.command()
@@ -94,28 +105,38 @@ def perplexity(
 def reward(
     run: Run,
     overrides: Overrides = None,
-    stage: Annotated[str | None, typer.Option(help="One reward stage. Default: all.")] = None,
+    stage: Annotated[
+        str | None, typer.Option(help="One reward stage, or one DPO, IPO or KTO stage. Default: all that are finished.")
+    ] = None,
     data: DataOption = None,
     json: AsJson = False,
 ) -> None:
-    """Accuracy, log loss and calibration of reward models on pairs. Default data: those of the reward stage."""
-    recipe, spec = _open(run, overrides, None)
-    from ..eval.commands import eval_reward
-    from .commands import the_stage
+    """Accuracy, log loss and calibration of reward models, and of the implicit rewards of DPO, IPO and KTO policies.
 
-    named = [each for each, made in recipe.stages.items() if made.kind == "reward"]
-    if stage is not None or not named:
-        named = [the_stage(recipe, "reward", stage)]
-    _print(eval_reward(spec, {each: run / each for each in named}, _data(recipe, data, "reward")), json)
-
-
-def _open(run: Path, overrides: list[str] | None, policies: str | None) -> "tuple[Recipe, EvalSpec]":
-    """The run's recipe and its evaluation."""
-    from ..recipes.build import eval_spec
-    from ..recipes.load import load_recipe
+    Default data: each stage's own, the part that its training left out where there is one.
+    """
+    recipe = _recipe(run, overrides)
+    from ..recipes.build import eval_spec, reward_model, reward_stages
     from ..recipes.problems import nearest
-    from ..recipes.schema import BASE
-    from .chain import import_from_here
+
+    known = reward_stages(recipe)
+    if not known:
+        raise UserError(recipe.name, "has no reward, DPO or KTO stage", "add one to the recipe")
+    if stage is not None and stage not in known:
+        raise UserError(f"--stage {stage}", "no reward, DPO or KTO stage of that name", nearest(stage, known))
+    named = [stage] if stage is not None else [each for each in known if (run / each / "adapter_config.json").is_file()]
+    if not named:
+        raise UserError(str(run), f"none of {', '.join(known)} is finished in it", "train one of them first")
+    given = None if data is None else _data(recipe, data, "reward")
+    from ..eval.commands import eval_reward
+
+    models = [reward_model(recipe, each, run, given) for each in named]
+    _print(eval_reward(eval_spec(recipe, _base(recipe), run), models, skip=stage is None), json)
+
+
+def _recipe(run: Path, overrides: list[str] | None) -> "Recipe":
+    """The run's recipe, which must have an evaluation."""
+    from ..recipes.load import load_recipe
     from .commands import run_folder
 
     file = run_folder(run) / "recipe.yaml"
@@ -124,6 +145,17 @@ def _open(run: Path, overrides: list[str] | None, policies: str | None) -> "tupl
     recipe = load_recipe(file, overrides or ())
     if recipe.eval is None:
         raise UserError(str(file), "its recipe has no evaluation", "add eval: {prompts: ..., judges: [...]}")
+    return recipe
+
+
+def _open(run: Path, overrides: list[str] | None, policies: str | None) -> "tuple[Recipe, EvalSpec]":
+    """The run's recipe and its evaluation, whose policies must be finished."""
+    recipe = _recipe(run, overrides)
+    from ..recipes.build import eval_spec
+    from ..recipes.problems import nearest
+    from ..recipes.schema import BASE
+
+    assert recipe.eval is not None
     chosen = [name.strip() for name in policies.split(",")] if policies else list(recipe.eval.policies)
     if recipe.eval.reference not in (*chosen, BASE):
         chosen.append(recipe.eval.reference)
@@ -132,12 +164,17 @@ def _open(run: Path, overrides: list[str] | None, policies: str | None) -> "tupl
         if name not in known:
             raise UserError("--policies", f"no policy {name!r}", nearest(name, known))
         if name != BASE and not (run / name / "adapter_config.json").is_file():
-            raise UserError(str(run / name), "holds no adapter", f"train it: preftune run {file} --until {name}")
-    import_from_here(recipe)
-    from ..models.base import resolve_base
+            remedy = f"train it: preftune run {run / 'recipe.yaml'} --until {name}"
+            raise UserError(str(run / name), "holds no adapter", remedy)
+    return recipe, eval_spec(recipe, _base(recipe), run, chosen)
 
-    base = resolve_base(recipe.model.base, recipe.model.revision)
-    return recipe, eval_spec(recipe, base, run, chosen)
+
+def _base(recipe: "Recipe") -> "Base":
+    from ..models.base import resolve_base
+    from .chain import import_from_here
+
+    import_from_here(recipe)
+    return resolve_base(recipe.model.base, recipe.model.revision)
 
 
 def _data(recipe: "Recipe", given: str | None, kind: str) -> "DataSpec":
@@ -157,14 +194,21 @@ def _data(recipe: "Recipe", given: str | None, kind: str) -> "DataSpec":
 
 
 def _print(rows: list[dict[str, Any]], json: bool) -> None:
-    """The rows; as tables, the matrix of all pairs stands apart from the rest."""
+    """The rows; as tables, what is true of replies and the matrix of all pairs stand apart from the rest."""
     from .progress import Voice
 
     voice = Voice(json)
     if json:
         voice.rows(rows)
         return
-    voice.rows({key: value for key, value in row.items() if key != "against"} for row in rows)
+    judged = any("judge" in row for row in rows)
+    apart = {"against", "calibration", *(_OF_REPLIES if judged else ())}
+    voice.rows({key: value for key, value in row.items() if key not in apart} for row in rows)
+    if judged:
+        voice.say("\nreplies: length in tokens, repetition of 4-grams, KL to the reference in nats")
+        first = {row["policy"]: row for row in reversed(rows)}
+        policies = dict.fromkeys(row["policy"] for row in rows)
+        voice.rows({key: first[policy].get(key) for key in ("policy", *_OF_REPLIES)} for policy in policies)
     matrix = [row for row in rows if row.get("against")]
     if len(matrix) > 2:
         voice.say("\nwin-rate of the row's policy against the column's")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..recipes.build import ROWS, data_spec, data_values, folders, lora_values, method_values
+from ..recipes.build import ROWS, data_spec, data_values, folders, lora_values, method_values, reward_stages
 from ..recipes.graph import parents
 from ..recipes.schema import BASE, PPOStage, Recipe
 
@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 FORMAT = 1
 """Raise it when the same recipe must give another result: every stage of every run is then run again."""
 
+EVAL_FORMAT = 2
+"""The same for the evaluation alone: raise it when the same recipe must write more or other numbers."""
+
 _SHOWN = 3
+_MODEL_FILES = (".safetensors", ".bin", ".json", ".jinja", ".txt", ".model")
 
 
 def key_of(parts: Mapping[str, Any]) -> str:
@@ -89,6 +93,7 @@ class Keys:
         values = part.model_dump(exclude={"prompts", "batch_size"})
         parts = {
             **self._model(),
+            "eval.format": EVAL_FORMAT,
             **_flat("eval", values),
             "eval.seed": self.recipe.seed if part.seed is None else part.seed,
             **_flat("prompts", data_values(spec)),
@@ -97,9 +102,26 @@ class Keys:
         for name in eval_needs(self.recipe):
             parts |= {f"stage {name}": known[name], f"adapter {name}": content(self.run_dir / name)}
         for judge in part.judges:
-            if isinstance(target := judge.get("function"), str):
-                parts[f"code of {target}"] = code_sha256(target)
+            parts |= self._judge(judge)
         return parts
+
+    def _judge(self, judge: Mapping[str, Any]) -> dict[str, Any]:
+        """What a judge's result depends on besides its words in the recipe: the content of what they name."""
+        if isinstance(target := judge.get("function"), str):
+            return {f"code of {target}": code_sha256(target)}
+        if isinstance(named := judge.get("adapter"), str):
+            return {f"files of {named}": content(Path(named))}
+        if isinstance(named := judge.get("votes"), str):
+            places = (self.run_dir / named, Path(named))
+            file = next((place for place in places if place.is_file()), None)
+            return {f"files of {named}": None if file is None else hashlib.sha256(file.read_bytes()).hexdigest()}
+        if judge.get("kind") == "model" and isinstance(named := judge.get("model"), str):
+            from ..eval.model_judges import model_folder
+
+            # a hub id says by itself which model it is
+            folder = model_folder(named, self.run_dir)
+            return {} if folder is None else {f"files of {named}": folder_sha256(folder)}
+        return {}
 
     def fingerprint(self, spec: Any, kind: str) -> str:
         """The hash of the rows themselves, wherever they were read from."""
@@ -126,12 +148,15 @@ class Keys:
 
 
 def eval_needs(recipe: Recipe) -> list[str]:
-    """The stages that the evaluation looks at: its policies, its reference, its reward judges."""
+    """The stages that the evaluation looks at: policies, reference, reward judges, reward models that it measures.
+
+    A stage's key holds those of its parents and its data, so what is measured on that data is covered as well.
+    """
     part = recipe.eval
     if part is None:
         return []
     judges = [judge["stage"] for judge in part.judges if "stage" in judge]
-    named = dict.fromkeys([*part.policies, part.reference, *judges])
+    named = dict.fromkeys([*part.policies, part.reference, *judges, *reward_stages(recipe, left_out=True)])
     return [name for name in named if name != BASE]
 
 
@@ -140,6 +165,14 @@ def content(folder: Path) -> str | None:
     from ..models.lineage import adapter_sha256
 
     return adapter_sha256(folder) if (folder / "adapter_model.safetensors").is_file() else None
+
+
+def folder_sha256(folder: Path) -> str:
+    """Hash of a model's own files in a folder: weights, config, tokenizer."""
+    from ..models.cache import file_sha256
+
+    files = sorted(file for file in folder.iterdir() if file.is_file() and file.suffix in _MODEL_FILES)
+    return hashlib.sha256("".join(f"{file.name} {file_sha256(file)}\n" for file in files).encode()).hexdigest()
 
 
 def code_sha256(target: str) -> str | None:
@@ -168,7 +201,7 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
 def _words(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     if name.startswith("data "):
         return f"the rows of {name.partition(' ')[2]}"
-    if name in ("base", "from_adapter") or name.startswith("code of "):
+    if name in ("base", "from_adapter") or name.startswith(("code of ", "files of ")):
         return name
     return f"{name} {_short(old.get(name))} -> {_short(new.get(name))}"
 

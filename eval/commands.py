@@ -1,29 +1,28 @@
 """The single measurements behind `preftune eval winrate | kl | perplexity | reward`; each returns rows to print."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ..data.encode import encode_demos, encode_pairs
+from ..data.encode import encode_demos
 from ..data.errors import UserError
 from ..data.load import load_rows
 from ..data.rows import Row
 from ..data.spec import DataSpec, Kind
 from ..data.split import split_rows
 from ..stages.metrics import plain
-from .judges import reward_scores
 from .perplexity import sequence_nlls, summarise
 from .progress import meter
-from .reward_metrics import reward_metrics
+from .reward_models import measure_reward_models
 from .run import evaluate, measure_kl
-from .spec import EvalSpec, check_adapter
+from .spec import BASE, EvalSpec, RewardModel
 from .workbench import Workbench
 
 
 def eval_winrate(spec: EvalSpec, run_dir: Path | None = None) -> list[dict[str, Any]]:
     """Win-rates alone: the rows of results.json without KL. Writes nothing."""
-    rows = evaluate(replace(spec, kl=False), run_dir).rows
+    rows = evaluate(replace(spec, kl=False, reward_models=()), run_dir).rows
     return [{key: value for key, value in row.items() if not key.startswith("kl")} for row in rows]
 
 
@@ -81,39 +80,22 @@ def eval_perplexity(spec: EvalSpec, data: DataSpec) -> list[dict[str, Any]]:
     return rows
 
 
-def eval_reward(spec: EvalSpec, adapters: Mapping[str, Path], data: DataSpec) -> list[dict[str, Any]]:
-    """Reward-model metrics of each reward adapter on pairs. Writes nothing.
+def eval_reward(spec: EvalSpec, models: Sequence[RewardModel], *, skip: bool = False) -> list[dict[str, Any]]:
+    """Metrics of reward models and implicit rewards on pairs. Writes nothing.
 
     Args:
         spec: for its base, dtype, folders and chat template; its policies are not loaded.
-        adapters: name -> reward adapter folder.
-        data: preference pairs; with `held_out` only the part that the training left out.
+        models: what to measure, each on its own data.
+        skip: what cannot be measured is named in the log and left out, as long as something remains.
 
     Returns:
-        One row an adapter: stage and the keys of `reward_metrics`.
+        One row a model (see `measure_reward_models`).
     """
-    bench = Workbench.open(replace(spec, policies={}, reference="base"))
-    dataset, _ = encode_pairs(_rows(spec, data, "pair"), bench.tokenizer, data)
-    prompts, chosen, rejected = (list(dataset[key]) for key in ("prompt_ids", "chosen_ids", "rejected_ids"))
-    rows = []
-    for name, folder in adapters.items():
-        check_adapter(folder, spec.base, bench.tokenizer)
-        role = f"reward_{name.replace('.', '_')}"
-        bench.adapters.load(role, folder)
-        if role not in bench.adapters.heads:
-            raise UserError(str(folder), "holds no score head", "name a stage of kind reward")
-        both = [[*prompt, *reply] for side in (chosen, rejected) for prompt, reply in zip(prompts, side, strict=True)]
-        with meter(f"eval {name}: pairs", len(both)) as done:
-            scores = reward_scores(bench.adapters, role, both, bench.tokenizer.pad_token_id, on_batch=done)
-        metrics = reward_metrics(
-            scores[: len(prompts)],
-            scores[len(prompts) :],
-            [len(reply) for reply in chosen],
-            [len(reply) for reply in rejected],
-            prompts=[tuple(prompt) for prompt in prompts],
-            seed=spec.seed,
-        )
-        rows.append({"stage": name, **metrics})
+    bench = Workbench.open(replace(spec, policies={}, reference=BASE, reward_models=()))
+    rows = measure_reward_models(bench, models, skip=skip)
+    if not rows:
+        names = ", ".join(model.stage for model in models)
+        raise UserError("eval reward", f"none of {names} can be measured", "name one with --stage to see why")
     return rows
 
 

@@ -67,14 +67,19 @@ def plan_model(entry: dict[str, Any], where: str, run_dir: Path | None) -> Judge
     return JudgePlan(name, open_judge)
 
 
-def _folder_or_hub_id(named: str, where: str, run_dir: Path | None) -> str:
-    """The folder's absolute path, or the name itself where it can be a hub id."""
+def model_folder(named: str, run_dir: Path | None) -> Path | None:
+    """The folder that a judge's `model` names, looked up from the run folder, then from here; None: there is none."""
     given = Path(named).expanduser()
     places = [folder / given for folder in (run_dir, Path()) if folder is not None]
-    found = next((place for place in places if place.is_dir()), None)
+    return next((place.resolve() for place in places if place.is_dir()), None)
+
+
+def _folder_or_hub_id(named: str, where: str, run_dir: Path | None) -> str:
+    """The folder's absolute path, or the name itself where it can be a hub id."""
+    found = model_folder(named, run_dir)
     if found is not None:
-        return str(found.resolve())
+        return str(found)
     # A hub id is NAME or OWNER/NAME; everything else can only have meant a folder.
-    if given.is_absolute() or named.startswith((".", "~")) or named.count("/") > 1:
+    if Path(named).expanduser().is_absolute() or named.startswith((".", "~")) or named.count("/") > 1:
         raise UserError(f"{where}.model", f"no folder {named!r}", "correct the path")
     return named

@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..stages.metrics import plain
 from .endpoint import Metered
 from .judges import plan_judges
 from .kl import KL, sequence_kls, summarise
 from .progress import meter, say
+from .replies import reply_statistics
+from .reward_models import measured_in_evaluation
 from .samples import Sample
 from .spec import EvalSpec
 from .verdicts import COLUMNS, Verdicts, verdict_columns
@@ -31,26 +31,34 @@ class Evaluation:
         rows: one mapping per policy x judge, the rows of results.json.
         samples: policy -> its replies, one a prompt.
         scores: (policy, judge) -> one score a reply, of the judges that score.
+        outcomes: (policy, judge) -> what each reply gets against the reference's: 1 win, 0.5 tie, 0 loss, or between;
+            nan without a verdict. The reference itself is left out.
+        reward_models: one mapping per reward model, the rows of rewards.json.
     """
 
     rows: list[dict[str, Any]]
     samples: dict[str, list[Sample]]
     scores: dict[tuple[str, str], list[float]]
+    outcomes: dict[tuple[str, str], list[float]]
+    reward_models: list[dict[str, Any]]
 
 
 def run_eval(spec: EvalSpec, run_dir: Path | None = None) -> list[dict[str, Any]]:
-    """Evaluates and writes RUN/eval/results.json and samples.jsonl; the folder appears whole or not at all.
+    """Evaluates and writes RUN/eval: results.json, samples.jsonl, and rewards.json where a reward model is measured.
+
+    The folder appears whole or not at all.
 
     Args:
         run_dir: the run folder; None: the spec's `output_dir`.
 
     Returns:
         The rows of results.json: policy, reference, judge, n, mean_score, win_rate, ci_low, ci_high, ties, unparsable,
-        length_controlled_win_rate, rating_log_odds, rating_low, rating_high, against, length, eos_rate, kl, kl_se,
-        kl_per_token, temperature, seed. Rates are fractions of 1, lengths tokens, KL nats, ratings Bradley-Terry
-        log-odds of mean 0; `against` is the policy's row of the matrix of all pairs. None where something was not
-        measured, as length control with few prompts. The rows of a judge that costs something have `usage` besides:
-        what judging all policies took this time, answers kept from before being free (see `endpoint.Usage`).
+        length_controlled_win_rate, rating_log_odds, rating_low, rating_high, against, length, length_se, eos_rate,
+        eos_rate_se, repetition, repetition_se, kl, kl_se, kl_per_token, temperature, seed. Rates are fractions of 1,
+        lengths tokens, KL nats, ratings Bradley-Terry log-odds of mean 0; `against` is the policy's row of the matrix
+        of all pairs, `repetition` is that of `replies.py`. None where something was not measured, as length control
+        with few prompts. The rows of a judge that costs something have `usage` besides: what judging all policies took
+        this time, answers kept from before being free (see `endpoint.Usage`).
 
     Raises:
         UserError: for what the user can put right in policies, prompts or judges.
@@ -71,15 +79,18 @@ def evaluate(spec: EvalSpec, run_dir: Path | None = None) -> Evaluation:
     prompts = bench.prompts()
     samples = {policy: bench.samples(policy, prompts) for policy in bench.roles}
     lengths = {policy: [len(reply.tokens) for reply in replies] for policy, replies in samples.items()}
-    scores, judged, usages = {}, {}, {}
+    scores, outcomes, judged, usages = {}, {}, {}, {}
     for judge in judges:
         verdicts = Verdicts.of(judge, samples)
         if isinstance(judge, Metered):
             usages[judge.name] = {"usage": asdict(judge.usage)}
             say(f"eval {judge.name}: {judge.usage}")
         scores |= {(policy, judge.name): given for policy, given in verdicts.scores.items()}
+        against = {ours: each for (ours, other), each in verdicts.outcomes.items() if other == spec.reference}
+        outcomes |= {(policy, judge.name): given.tolist() for policy, given in against.items()}
         judged[judge.name] = verdict_columns(verdicts, lengths, spec.reference, spec.seed)
     kls = {policy: measure_kl(bench, replies) if spec.kl else None for policy, replies in samples.items()}
+    rewards = measured_in_evaluation(bench)
     rows = []
     for policy, replies in samples.items():
         for judge in [judge.name for judge in judges] or [None]:
@@ -88,7 +99,7 @@ def evaluate(spec: EvalSpec, run_dir: Path | None = None) -> Evaluation:
             said = judged[judge][policy] if judge else dict.fromkeys(COLUMNS) | {"n": len(prompts)}
             drawn = {"temperature": spec.temperature, "seed": spec.seed}
             rows.append(plain(names | said | _reply_columns(replies, kls[policy]) | drawn | usages.get(judge, {})))
-    return Evaluation(rows, samples, scores)
+    return Evaluation(rows, samples, scores, outcomes, rewards)
 
 
 def measure_kl(bench: Workbench, replies: Sequence[Sample]) -> KL:
@@ -113,9 +124,8 @@ def measure_kl(bench: Workbench, replies: Sequence[Sample]) -> KL:
 
 def _reply_columns(replies: Sequence[Sample], kl: KL | None) -> dict[str, Any]:
     """What is true of a policy's replies whoever judges them."""
-    return {
-        "length": float(np.mean([len(reply.tokens) for reply in replies])),
-        "eos_rate": float(np.mean([reply.finished for reply in replies])),
+    said = reply_statistics([reply.tokens for reply in replies], [reply.finished for reply in replies])
+    return asdict(said) | {
         "kl": kl.per_sequence if kl else None,
         "kl_se": kl.per_sequence_se if kl else None,
         "kl_per_token": kl.per_token if kl else None,
@@ -123,16 +133,21 @@ def _reply_columns(replies: Sequence[Sample], kl: KL | None) -> dict[str, Any]:
 
 
 def _write(folder: Path, evaluation: Evaluation) -> None:
-    """Writes the two files beside the folder and renames, so that a reader never sees half of them."""
+    """Writes the files beside the folder and renames, so that a reader never sees half of them."""
     beside = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     (beside / "results.json").write_text(json.dumps(evaluation.rows, indent=2) + "\n", encoding="utf-8")
+    if evaluation.reward_models:
+        (beside / "rewards.json").write_text(json.dumps(evaluation.reward_models, indent=2) + "\n", encoding="utf-8")
     with (beside / "samples.jsonl").open("w", encoding="utf-8") as file:
         for policy, replies in evaluation.samples.items():
             for place, reply in enumerate(replies):
-                scores = {judge: values[place] for (p, judge), values in evaluation.scores.items() if p == policy}
-                file.write(json.dumps(plain({**reply.as_dict(), "scores": scores}), ensure_ascii=False) + "\n")
+                judged = {
+                    name: {judge: values[place] for (p, judge), values in table.items() if p == policy}
+                    for name, table in (("scores", evaluation.scores), ("outcomes", evaluation.outcomes))
+                }
+                file.write(json.dumps(plain({**reply.as_dict(), **judged}), ensure_ascii=False) + "\n")
     if folder.exists():
         old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
         folder.rename(old)

@@ -45,7 +45,7 @@ class Sample:
     finished: bool
 
     def as_dict(self) -> dict[str, Any]:
-        """The line of samples.jsonl, without scores."""
+        """The line of samples.jsonl, without what judges say of it."""
         return {
             "policy": self.policy,
             "prompt_index": self.prompt_index,

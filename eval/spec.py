@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..data.errors import UserError
 from ..data.spec import DataSpec
@@ -11,6 +11,25 @@ from ..models.base import Base, Quantization
 from ..models.lineage import check_lineage
 
 BASE = "base"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardModel:
+    """Something that orders pairs: a reward stage, or a DPO, IPO or KTO policy by its implicit reward.
+
+    Attributes:
+        stage: its name in the recipe.
+        kind: "reward" or "implicit".
+        folder: of its adapter.
+        data: the pairs; with `held_out` only the part that training left out is measured.
+        parent: of an implicit one, the adapter that its stage started from, which is its reference; None: the base.
+    """
+
+    stage: str
+    kind: Literal["reward", "implicit"]
+    folder: Path
+    data: DataSpec
+    parent: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +50,7 @@ class EvalSpec:
         output_dir: the run folder, used where `run_eval` is given none.
         chat_template: a template instead of the tokenizer's own.
         packed: forwards run without padding and repeated prefixes.
+        reward_models: measured beside the policies where they are finished and have pairs that training left out.
     """
 
     base: Base
@@ -49,6 +69,7 @@ class EvalSpec:
     output_dir: Path | None = None
     chat_template: str | None = None
     packed: bool = True
+    reward_models: tuple[RewardModel, ...] = ()
 
     def __post_init__(self) -> None:
         if self.reference not in self.policies and self.reference != BASE:

@@ -1,6 +1,7 @@
 """The base, loaded once, with every policy as an adapter on it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,12 +25,14 @@ class Workbench:
         adapters: the base with every policy on it.
         tokenizer: the base's, with the spec's chat template.
         roles: policy name -> adapter name, None for the base.
+        loaded: folder -> adapter name, of the policies and of what `load` put beside them.
     """
 
     spec: EvalSpec
     adapters: AdapterSet
     tokenizer: Any
     roles: dict[str, str | None]
+    loaded: dict[Path, str] = field(default_factory=dict)
 
     @classmethod
     def open(cls, spec: EvalSpec) -> "Workbench":
@@ -50,15 +53,32 @@ class Workbench:
         # The set wants a trainable adapter; nothing trains here, so the smallest one, which no policy uses.
         adapters = AdapterSet.create(model, spec.base, LoraSpec(r=1, alpha=1), parent=None)
         roles: dict[str, str | None] = {}
+        loaded: dict[Path, str] = {}
         for name, folder in spec.all_policies().items():
             if folder is None:
                 roles[name] = None
                 continue
             check_adapter(folder, spec.base, tokenizer)
             # PEFT uses the name as a module's, which may hold no dot.
-            role = roles[name] = f"policy_{name.replace('.', '_')}"
+            role = roles[name] = loaded[folder.resolve()] = f"policy_{name.replace('.', '_')}"
             adapters.load(role, folder)
-        return cls(spec, adapters, tokenizer, roles)
+        return cls(spec, adapters, tokenizer, roles, loaded)
+
+    def load(self, folder: Path | None) -> str | None:
+        """The adapter name of a folder's adapter, loaded where it is not there yet; None is the base.
+
+        Raises:
+            UserError: it holds no adapter, or one of another base or tokenizer.
+        """
+        if folder is None:
+            return None
+        place = folder.resolve()
+        if place not in self.loaded:
+            check_adapter(folder, self.spec.base, self.tokenizer)
+            role = f"beside_{len(self.loaded)}"
+            self.adapters.load(role, folder)
+            self.loaded[place] = role
+        return self.loaded[place]
 
     def prompts(self) -> list[Prompt]:
         """The evaluation's prompts, encoded; the same list for every policy (E5)."""

@@ -8,7 +8,7 @@ from .schema import BASE, Data, PPOStage, Recipe, Stage, method_keys
 
 if TYPE_CHECKING:
     from ..data.spec import DataSpec
-    from ..eval.spec import EvalSpec
+    from ..eval.spec import EvalSpec, RewardModel
     from ..models.base import Base
     from ..models.lora import LoraSpec
     from ..stages.job import StageJob
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 # Which rows a kind of stage reads.
 ROWS = {"sft": "demo", "reward": "pair", "dpo": "pair", "kto": "label", "ppo": "prompt"}
+_ORDER_PAIRS = ("reward", "dpo", "kto")
 _KL_FIELDS = {
     "coef": "kl_coef",
     "target": "kl_target",
@@ -149,6 +150,32 @@ def eval_spec(recipe: Recipe, base: "Base", run_dir: Path, policies: list[str] |
         output_dir=run_dir,
         chat_template=recipe.model.chat_template,
         packed=recipe.model.packed,
+        reward_models=tuple(reward_model(recipe, name, run_dir) for name in reward_stages(recipe, left_out=True)),
+    )
+
+
+def reward_stages(recipe: Recipe, *, left_out: bool = False) -> list[str]:
+    """The stages that order pairs: reward models, and policies with an implicit reward (DPO, IPO, KTO).
+
+    Args:
+        left_out: only those that keep a part of their data out of training, which is what the evaluation measures.
+    """
+    those = [name for name, stage in recipe.stages.items() if stage.kind in _ORDER_PAIRS]
+    return [name for name in those if not left_out or recipe.data[recipe.stages[name].data].held_out > 0]
+
+
+def reward_model(recipe: Recipe, name: str, run_dir: Path, data: "DataSpec | None" = None) -> "RewardModel":
+    """One of `reward_stages`, to be measured on its own data entry or on other pairs."""
+    from ..eval.spec import RewardModel
+
+    stage = recipe.stages[name]
+    implicit = stage.kind != "reward"
+    return RewardModel(
+        stage=name,
+        kind="implicit" if implicit else "reward",
+        folder=run_dir / name,
+        data=data_spec(recipe.data[stage.data], recipe.seed) if data is None else data,
+        parent=run_dir / stage.parent if implicit and stage.parent != BASE else None,
     )
 
 

@@ -13,6 +13,7 @@ from ...models.lineage import LINEAGE, adapter_sha256, read_lineage, tokenizer_i
 from ...models.lora import WEIGHTS
 from ...models.quiet import quiet
 from ...stages.ppo_config import PPOConfig
+from ...stages.reference import DEFAULT_BETA
 from ..spec import BASE
 from .finding import Finding
 from .identity_checks import check_base, check_bos, check_parent, check_tokenizer
@@ -26,7 +27,7 @@ from .log_checks import (
     first_step_tolerance,
 )
 from .policy_checks import check_parent_kept, check_trained
-from .records import DEFAULT_BETA, Record, lora_change, lost_rows, score_weight, series
+from .records import Record, lora_change, lost_rows, score_weight, series
 from .reward_checks import check_score_head
 
 _PROBE = [{"role": "user", "content": "Hello"}]

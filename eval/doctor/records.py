@@ -18,9 +18,6 @@ from ...models.lineage import LINEAGE, Lineage, read_lineage
 from ...models.lora import CONFIG, SCORE, WEIGHTS
 from ...stages.job import StageJob
 
-DEFAULT_BETA = 0.1
-"""TRL's, of DPO and KTO alike."""
-
 
 @dataclass(frozen=True)
 class Record:

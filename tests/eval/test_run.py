@@ -13,6 +13,7 @@ from preftune.data.split import split_rows
 from preftune.eval.commands import eval_kl, eval_perplexity, eval_reward, eval_winrate
 from preftune.eval.report import write_report
 from preftune.eval.run import EvalSpec, run_eval
+from preftune.eval.spec import RewardModel
 from preftune.models.adapters import AdapterSet, LoraSpec
 from preftune.models.base import load_model, resolve_base
 
@@ -23,6 +24,7 @@ KEYS = {
     *("policy", "reference", "judge", "n", "mean_score", "win_rate", "ci_low", "ci_high", "ties", "length", "eos_rate"),
     *("length_controlled_win_rate", "rating_log_odds", "rating_low", "rating_high", "against"),
     *("kl", "kl_se", "kl_per_token", "temperature", "seed"),
+    *("length_se", "eos_rate_se", "repetition", "repetition_se"),
 }
 RUBRIC = {"kind": "rubric", "checks": [{"kind": "max_words", "value": 2}, {"kind": "excludes_any", "values": ["e"]}]}
 
@@ -88,6 +90,15 @@ def test_results_have_a_row_for_every_policy_and_judge(run_dir):
         (policy, place) for policy in ("base", "sft", "dpo") for place in range(6)
     ]
     assert set(samples[0]["scores"]) == {"rubric", "again"}
+    # base and sft say the same, and the reference is not held against itself
+    assert [samples[place]["outcomes"] for place in (0, 6)] == [{"rubric": 0.5, "again": 0.5}, {}]
+    dpo = [line["outcomes"]["rubric"] for line in samples[12:]]
+    assert sum(dpo) / 6 == pytest.approx(by_policy["dpo"]["win_rate"])
+    better = [
+        line["scores"]["rubric"] > samples[6 + place]["scores"]["rubric"] for place, line in enumerate(samples[12:])
+    ]
+    assert [each == 1 for each in dpo] == better
+    assert not (run_dir / "eval" / "rewards.json").exists()
     assert write_report(run_dir).is_file()
 
 
@@ -118,6 +129,16 @@ def test_people_judge_where_they_voted(run_dir):
     assert (people["dpo"]["n"], people["dpo"]["win_rate"], people["dpo"]["unparsable"]) == (1, 1.0, 5)
     assert people["dpo"]["against"]["base"]["win_rate"] is None
     assert people["base"]["win_rate"] is people["base"]["mean_score"] is people["dpo"]["rating_log_odds"] is None
+
+
+def test_a_prompt_without_a_verdict_has_no_outcome(run_dir):
+    vote = {"prompt": 2, "policy_a": "sft", "policy_b": "dpo", "preference": 1}
+    (run_dir / "votes.jsonl").write_text(json.dumps(vote) + "\n")
+    run_eval(make_spec(run_dir, judges=({"kind": "human", "votes": "votes.jsonl"},), kl=False), run_dir)
+    samples = [json.loads(line) for line in (run_dir / "eval" / "samples.jsonl").read_text().splitlines()]
+    dpo = [line["outcomes"]["human"] for line in samples if line["policy"] == "dpo"]
+    assert dpo == [None, None, 0.0, None, None, None]
+    assert all(line["scores"] == {} for line in samples)
 
 
 def test_judges_behind_an_endpoint_are_asked_once_and_say_what_they_cost(run_dir, monkeypatch, capsys):
@@ -181,8 +202,9 @@ def test_only_what_training_left_out_is_measured(run_dir):
 
 
 def test_reward_rows_and_the_reward_judge(run_dir, reward_adapter):
-    (row,) = eval_reward(make_spec(run_dir), {"rm": reward_adapter}, source("pairs"))
-    assert (row["stage"], row["n"], row["longer_wins"]) == ("rm", 5, 1.0)
+    model = RewardModel(stage="rm", kind="reward", folder=reward_adapter, data=source("pairs"))
+    (row,) = eval_reward(make_spec(run_dir), [model])
+    assert (row["stage"], row["kind"], row["n"], row["longer_wins"], row["held_out"]) == ("rm", "reward", 5, 1.0, False)
     assert 0 <= row["accuracy"] <= 1
     judge = {"kind": "reward", "adapter": str(reward_adapter), "name": "rm"}
     rows = eval_winrate(make_spec(run_dir, judges=(judge,)))

@@ -1,0 +1,197 @@
+"""Reward models on pairs: those of reward stages, and the implicit ones of DPO, IPO and KTO policies.
+
+A policy pi that was trained from a reference ref holds a reward of its own, beta * (log pi(y|x) - log ref(y|x)), up to
+a term of the prompt alone that a margin does not see (Rafailov et al., arXiv 2305.18290, eq. 5 and section 5.1).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ..data.encode import IGNORED, encode_pairs
+from ..data.errors import UserError
+from ..data.load import load_rows
+from ..data.spec import DataSpec
+from ..data.split import split_rows
+from ..models.lineage import LINEAGE, Lineage, adapter_sha256, read_lineage
+from ..stages.metrics import plain
+from ..stages.reference import DEFAULT_BETA
+from .judges import reward_scores
+from .perplexity import sequence_nlls
+from .progress import meter, say
+from .reward_metrics import reward_metrics
+from .spec import RewardModel
+from .workbench import Workbench
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Preference pairs as token ids, each [N]; the replies without their prompt, EOS included."""
+
+    prompts: list[list[int]]
+    chosen: list[list[int]]
+    rejected: list[list[int]]
+
+    def replies(self) -> list[list[int]]:
+        """[2 N]: all chosen ones, then all rejected ones."""
+        return [*self.chosen, *self.rejected]
+
+
+def read_pairs(bench: Workbench, data: DataSpec) -> Pairs:
+    """The pairs of a data entry, with `held_out` only those that training on it left out."""
+    rows = load_rows(data, "pair", bench.spec.folders).rows
+    if data.held_out > 0:
+        rows = split_rows(rows, data.held_out, data.seed)[1]
+    dataset, _ = encode_pairs(rows, bench.tokenizer, data)
+    return Pairs(*([list(ids) for ids in dataset[key]] for key in ("prompt_ids", "chosen_ids", "rejected_ids")))
+
+
+def measure_reward_models(
+    bench: Workbench, models: Sequence[RewardModel], *, skip: bool = False
+) -> list[dict[str, Any]]:
+    """Metrics of each reward model on its pairs.
+
+    Args:
+        skip: one that cannot be measured is named in the log and left out, instead of an error.
+
+    Returns:
+        One row a model: stage, kind, beta (implicit ones), the keys of `reward_metrics`, and held_out: whether only
+        pairs were used that the stage's training left out.
+
+    Raises:
+        UserError: a folder without an adapter or of another base, data without pairs, a reference that is not what
+            the stage started from.
+    """
+    read: dict[str, Pairs] = {}
+    rows = []
+    for model in models:
+        try:
+            rows.append(_measure(bench, model, read))
+        except UserError as error:
+            if not skip:
+                raise
+            say(f"eval {model.stage}: its reward is left out: {error}")
+    return rows
+
+
+def measured_in_evaluation(bench: Workbench) -> list[dict[str, Any]]:
+    """The rows of rewards.json: the spec's reward models, on pairs that their training left out, or not at all."""
+    rows = measure_reward_models(bench, bench.spec.reward_models, skip=True)
+    for row in rows:
+        if not row["held_out"]:
+            say(f"eval {row['stage']}: its reward is left out: it was trained with another data.held_out or seed")
+    return [row for row in rows if row["held_out"]]
+
+
+def _measure(bench: Workbench, model: RewardModel, read: dict[str, Pairs]) -> dict[str, Any]:
+    """One row; `read` keeps the pairs of each data entry."""
+    role = bench.load(model.folder)
+    lineage = read_lineage(model.folder) if (model.folder / LINEAGE).is_file() else None
+    known = repr(model.data)
+    pairs = read[known] = read[known] if known in read else read_pairs(bench, model.data)
+    beta: dict[str, float] = {}
+    if model.kind == "reward":
+        if role not in bench.adapters.heads:
+            raise UserError(str(model.folder), "holds no score head", "name a stage of kind reward")
+        scores = _scores(bench, model, role, pairs)
+    else:
+        config = _checked(model, lineage).config
+        beta["beta"] = float(_setting(config, "beta", DEFAULT_BETA))
+        reference = bench.load(model.parent)
+        ratios = log_ratios(bench, role, reference, pairs, label=model.stage, ld_alpha=_setting(config, "ld_alpha"))
+        scores = [beta["beta"] * ratio for ratio in ratios]
+    n = len(pairs.prompts)
+    lengths = [len(reply) for reply in pairs.replies()]
+    metrics = reward_metrics(
+        scores[:n],
+        scores[n:],
+        lengths[:n],
+        lengths[n:],
+        prompts=[tuple(prompt) for prompt in pairs.prompts],
+        seed=bench.spec.seed,
+    )
+    held_out = lineage is not None and left_out(model.data, lineage)
+    return plain({"stage": model.stage, "kind": model.kind, **beta, **metrics, "held_out": held_out})
+
+
+def _scores(bench: Workbench, model: RewardModel, role: str | None, pairs: Pairs) -> list[float]:
+    """[2 N] raw scores of a reward stage's adapter."""
+    assert role is not None
+    rows = [[*prompt, *reply] for prompt, reply in zip(pairs.prompts * 2, pairs.replies(), strict=True)]
+    with meter(f"eval {model.stage}: pairs", len(rows)) as done:
+        return reward_scores(bench.adapters, role, rows, bench.tokenizer.pad_token_id, on_batch=done)
+
+
+def log_ratios(
+    bench: Workbench,
+    policy: str | None,
+    reference: str | None,
+    pairs: Pairs,
+    *,
+    label: str,
+    ld_alpha: float | None = None,
+) -> list[float]:
+    """[2 N] log pi(y|x) - log ref(y|x) of all chosen replies, then of all rejected ones, in nats.
+
+    Summed over a reply's tokens, its EOS included, as DPO and KTO train them. (IPO's loss divides by the length; the
+    reward that TRL logs for it is the sum as well.)
+
+    Args:
+        policy, reference: adapter names; None is the base.
+        label: the policy's name, for the progress.
+        ld_alpha: weight of the tokens beyond the shorter reply's length, where the stage trained with one
+            (LD-DPO, arXiv 2409.06411).
+    """
+    whole = _summed(bench, policy, reference, pairs, [len(reply) for reply in pairs.replies()], label)
+    if ld_alpha is None:
+        return whole
+    shorter = [min(len(good), len(bad)) for good, bad in zip(pairs.chosen, pairs.rejected, strict=True)]
+    shared = _summed(bench, policy, reference, pairs, shorter * 2, label)
+    return [ld_alpha * all_ + (1 - ld_alpha) * part for all_, part in zip(whole, shared, strict=True)]
+
+
+def _summed(
+    bench: Workbench, policy: str | None, reference: str | None, pairs: Pairs, counts: Sequence[int], label: str
+) -> list[float]:
+    """[2 N] the log-ratio of each reply's first `counts` tokens."""
+    rows, labels = [], []
+    for prompt, reply, count in zip(pairs.prompts * 2, pairs.replies(), counts, strict=True):
+        rows.append([*prompt, *reply])
+        labels.append([IGNORED] * len(prompt) + reply[:count] + [IGNORED] * (len(reply) - count))
+    pad, nlls = bench.tokenizer.pad_token_id, []
+    for role, name in ((policy, label), (reference, f"{label}'s reference")):
+        with meter(f"eval {name}: pairs", len(rows)) as done:
+            nlls.append(sequence_nlls(bench.adapters, role, rows, labels, pad_token_id=pad, on_batch=done))
+    return [theirs - ours for ours, theirs in zip(*nlls, strict=True)]
+
+
+def left_out(data: DataSpec, lineage: Lineage) -> bool:
+    """Whether the held-out part of `data` surely has no prompt that the stage trained on.
+
+    A prompt's side hangs on its text and the seed alone (see `split_rows`), whatever file it was read from.
+    """
+    names = {field.name for field in fields(DataSpec)}
+    trained = {key: value for key, value in lineage.data.get("spec", {}).items() if key in names}
+    alike = all(trained.get(key) == getattr(data, key) for key in ("seed", "system"))
+    return 0 < data.held_out <= float(trained.get("held_out") or 0) and alike
+
+
+def _checked(model: RewardModel, lineage: Lineage | None) -> Lineage:
+    """The lineage of a policy with an implicit reward, whose reference must be what it started from."""
+    if lineage is None:
+        raise UserError(str(model.folder), f"holds no {LINEAGE}, so its beta is unknown", "give a finished stage")
+    ours = [] if model.parent is None else [adapter_sha256(model.parent)]
+    if [parent["sha256"] for parent in lineage.parents] != ours:
+        said = "the base" if model.parent is None else f"what lies in {model.parent} now"
+        raise UserError(
+            str(model.folder), f"did not start from {said}, so its reference is not at hand", "train it again"
+        )
+    return lineage
+
+
+def _setting(config: dict[str, Any], key: str, default: Any = None) -> Any:
+    """A method's setting as the stage used it; what a config's default says is not written down."""
+    for part in ("method", "train"):
+        if (value := (config.get(part) or {}).get(key)) is not None:
+            return value
+    return default
