@@ -24,7 +24,9 @@ _STARTS_WITHIN = 180
 def served(tmp_path_factory) -> Iterator[tuple[str, str]]:
     """(url, model) of a server of its own, which ends with the tests."""
     for package in ("fastapi", "uvicorn", "openai"):
-        why = f"{package} is not installed: `transformers serve` needs transformers[serving], and preftune does not"
+        why = (
+            f"{package} cannot be imported: `transformers serve` needs transformers[serving], as preftune[test] has it"
+        )
         pytest.importorskip(package, reason=why)
     model = str(random_llama("random:llama"))
     with socket.socket() as free:
