@@ -83,6 +83,8 @@ class Keys:
                 parts |= _flat(f"reward.{index}", source.model_dump(exclude_none=True))
                 if source.function is not None:
                     parts[f"code of {source.function}"] = code_sha256(source.function)
+                if source.model is not None and Path(source.model).is_dir():
+                    parts[f"files of {source.model}"] = folder_sha256(Path(source.model))
         return parts
 
     def evaluation(self, known: Mapping[str, str]) -> dict[str, Any]:
@@ -112,7 +114,8 @@ class Keys:
         if isinstance(named := judge.get("adapter"), str):
             return {f"files of {named}": content(Path(named))}
         if isinstance(named := judge.get("votes"), str):
-            places = (self.run_dir / named, Path(named))
+            given = Path(named).expanduser()
+            places = (self.run_dir / given, given)
             file = next((place for place in places if place.is_file()), None)
             return {f"files of {named}": None if file is None else hashlib.sha256(file.read_bytes()).hexdigest()}
         if judge.get("kind") == "model" and isinstance(named := judge.get("model"), str):

@@ -5,8 +5,10 @@ a term of the prompt alone that a margin does not see (Rafailov et al., arXiv 23
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from ..data.encode import IGNORED, encode_pairs
 from ..data.errors import UserError
@@ -100,6 +102,8 @@ def _measure(bench: Workbench, model: RewardModel, read: dict[str, Pairs]) -> di
         reference = bench.load(model.parent)
         ratios = log_ratios(bench, role, reference, pairs, label=model.stage, ld_alpha=_setting(config, "ld_alpha"))
         scores = [beta["beta"] * ratio for ratio in ratios]
+    if not np.isfinite(scores).all():
+        raise UserError(str(model.folder), "a score is not finite", "see `preftune doctor` for what is broken in it")
     n = len(pairs.prompts)
     lengths = [len(reply) for reply in pairs.replies()]
     metrics = reward_metrics(
@@ -170,8 +174,7 @@ def left_out(data: DataSpec, lineage: Lineage) -> bool:
 
     A prompt's side hangs on its text and the seed alone (see `split_rows`), whatever file it was read from.
     """
-    names = {field.name for field in fields(DataSpec)}
-    trained = {key: value for key, value in lineage.data.get("spec", {}).items() if key in names}
+    trained = lineage.data.get("spec", {})
     alike = all(trained.get(key) == getattr(data, key) for key in ("seed", "system"))
     return 0 < data.held_out <= float(trained.get("held_out") or 0) and alike
 
