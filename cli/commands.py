@@ -1,8 +1,9 @@
 """What the commands do beyond parsing their arguments."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from json import loads
 from pathlib import Path
+from typing import Any
 
 from ..data.errors import UserError
 from ..recipes.load import load_recipe, shipped_recipes
@@ -102,6 +103,31 @@ def show_rewards(path: Path, voice: Voice) -> None:
             "longer_wins",
         )
         voice.rows({key: row.get(key) for key in columns} for row in loads(file.read_text(encoding="utf-8")))
+
+
+def show_over_optimisation(content: Mapping[str, Any], json: bool) -> None:
+    """The points and the fits of `eval.overoptimisation_run`: two tables, or JSON lines of both."""
+    voice = Voice(json)
+    proxy, gold = content["proxy"], content["gold"]
+    points, fits = [], []
+    for method in content["methods"]:
+        for point in method["points"]:
+            near = {"sqrt_kl": max(point["kl"], 0.0) ** 0.5}
+            keys = ("label", "kl", "kl_se", "sqrt_kl", "proxy", "proxy_se", "gold", "gold_se")
+            points.append({"method": method["method"]} | {key: (point | near)[key] for key in keys})
+        for side in ("proxy", "gold"):
+            if method["fit"] is not None and (fit := method["fit"][side]) is not None:
+                fits.append({"method": method["method"], "side": side, "form": method["fit"]["form"], **fit})
+    voice.rows(points)
+    if not json:
+        voice.say(
+            f"\nproxy {proxy}, gold {gold}, {content['prompts']} prompts, from {content['start']}; KL in nats a reply, "
+            "that of best of n an upper bound\n"
+        )
+        voice.say("gain over the start as a function of d = sqrt(KL); peak: its highest d within the measured range")
+        if not fits:
+            voice.say("nothing fitted: fewer than 3 points off zero (keep_every of the PPO stage keeps more)")
+    voice.rows(fits)
 
 
 def _show_results(path: Path, done: Sequence[Done], voice: Voice) -> None:

@@ -134,6 +134,46 @@ def reward(
     _print(eval_reward(eval_spec(recipe, _base(recipe), run), models, skip=stage is None), json)
 
 
+@app.command("over-optimisation")
+def over_optimisation(
+    run: Run,
+    overrides: Overrides = None,
+    gold: Annotated[str | None, typer.Option(help="The judge to believe. Default: the recipe's.")] = None,
+    proxy: Annotated[
+        str | None, typer.Option(help="The judge optimised for. Default: that of the reward stage PPO trains on.")
+    ] = None,
+    best_of: Annotated[int | None, typer.Option(help="Replies a prompt. Default: the recipe's, or 16.")] = None,
+    prompts: Annotated[int | None, typer.Option(help="At most so many. Default: the recipe's, or 50.")] = None,
+    json: AsJson = False,
+) -> None:
+    """Proxy and gold reward against sqrt(KL), through PPO's kept policies and with best of n; writes nothing.
+
+    PPO keeps policies on its way with keep_every: N in its stage.
+    """
+    recipe = _recipe(run, overrides)
+    assert recipe.eval is not None
+    from ..eval.judge_names import scoring_judges
+    from ..recipes.build import eval_spec
+    from ..recipes.over_optimisation import settle_over_optimisation
+    from ..recipes.schema import OverOptimisation
+
+    given = {"gold": gold, "proxy": proxy, "best_of": best_of, "prompts": prompts}
+    said = {} if recipe.eval.over_optimisation is None else recipe.eval.over_optimisation.model_dump()
+    values = said | {key: value for key, value in given.items() if value is not None}
+    for option, value, least in (("--best-of", best_of, 2), ("--prompts", prompts, 1)):
+        if value is not None and value < least:
+            raise UserError(option, f"is {value}, expected {least} or more", "raise it")
+    if "gold" not in values:
+        known = ", ".join(scoring_judges(recipe.eval.judges)) or "none in eval.judges"
+        raise UserError("--gold", "not given, and the recipe names no gold judge", f"name a judge that scores: {known}")
+    recipe.eval.over_optimisation = OverOptimisation(**values)
+    settle_over_optimisation(recipe)
+    from ..eval.overoptimisation_run import eval_over_optimisation
+    from .commands import show_over_optimisation
+
+    show_over_optimisation(eval_over_optimisation(eval_spec(recipe, _base(recipe), run), run), json)
+
+
 def _recipe(run: Path, overrides: list[str] | None) -> "Recipe":
     """The run's recipe, which must have an evaluation."""
     from ..recipes.load import load_recipe

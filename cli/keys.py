@@ -92,11 +92,13 @@ class Keys:
         part = self.recipe.eval
         assert part is not None
         spec = data_spec(part.prompts, self.recipe.seed)
-        values = part.model_dump(exclude={"prompts", "batch_size"})
+        values = part.model_dump(exclude={"prompts", "batch_size", "over_optimisation"})
+        over = part.over_optimisation
         parts = {
             **self._model(),
             "eval.format": EVAL_FORMAT,
             **_flat("eval", values),
+            **({} if over is None else _flat("eval.over_optimisation", over.model_dump())),
             "eval.seed": self.recipe.seed if part.seed is None else part.seed,
             **_flat("prompts", data_values(spec)),
             "data prompts": self.fingerprint(spec, "prompt"),
@@ -160,6 +162,9 @@ def eval_needs(recipe: Recipe) -> list[str]:
         return []
     judges = [judge["stage"] for judge in part.judges if "stage" in judge]
     named = dict.fromkeys([*part.policies, part.reference, *judges, *reward_stages(recipe, left_out=True)])
+    if part.over_optimisation is not None:
+        # the policies on the way to it follow from its key, and so does where it started
+        named |= dict.fromkeys([part.over_optimisation.policy or BASE])
     return [name for name in named if name != BASE]
 
 

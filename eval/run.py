@@ -12,6 +12,7 @@ from ..stages.metrics import plain
 from .endpoint import Metered
 from .judges import plan_judges
 from .kl import KL, sequence_kls, summarise
+from .overoptimisation_run import check_over_optimisation, over_optimisation
 from .progress import meter, say
 from .replies import reply_statistics
 from .reward_models import measured_in_evaluation
@@ -34,6 +35,7 @@ class Evaluation:
         outcomes: (policy, judge) -> what each reply gets against the reference's: 1 win, 0.5 tie, 0 loss, or between;
             nan without a verdict. The reference itself is left out.
         reward_models: one mapping per reward model, the rows of rewards.json.
+        over_optimisation: the content of overoptimisation.json (see `overoptimisation_run`).
     """
 
     rows: list[dict[str, Any]]
@@ -41,10 +43,12 @@ class Evaluation:
     scores: dict[tuple[str, str], list[float]]
     outcomes: dict[tuple[str, str], list[float]]
     reward_models: list[dict[str, Any]]
+    over_optimisation: dict[str, Any] | None = None
 
 
 def run_eval(spec: EvalSpec, run_dir: Path | None = None) -> list[dict[str, Any]]:
-    """Evaluates and writes RUN/eval: results.json, samples.jsonl, and rewards.json where a reward model is measured.
+    """Evaluates and writes RUN/eval: results.json, samples.jsonl; rewards.json where a reward model is measured, and
+    overoptimisation.json where the spec asks for it.
 
     The folder appears whole or not at all.
 
@@ -74,6 +78,7 @@ def run_eval(spec: EvalSpec, run_dir: Path | None = None) -> list[dict[str, Any]
 def evaluate(spec: EvalSpec, run_dir: Path | None = None) -> Evaluation:
     """Samples, scores and measures without writing anything; arguments and errors as in `run_eval`."""
     plans = plan_judges(spec.judges, run_dir)
+    check_over_optimisation(spec)
     bench = Workbench.open(spec)
     judges = [plan.open(bench.adapters, bench.tokenizer) for plan in plans]
     prompts = bench.prompts()
@@ -91,6 +96,7 @@ def evaluate(spec: EvalSpec, run_dir: Path | None = None) -> Evaluation:
         judged[judge.name] = verdict_columns(verdicts, lengths, spec.reference, spec.seed)
     kls = {policy: measure_kl(bench, replies) if spec.kl else None for policy, replies in samples.items()}
     rewards = measured_in_evaluation(bench)
+    over = over_optimisation(bench, prompts, judges) if spec.over_optimisation is not None else None
     rows = []
     for policy, replies in samples.items():
         for judge in [judge.name for judge in judges] or [None]:
@@ -99,7 +105,7 @@ def evaluate(spec: EvalSpec, run_dir: Path | None = None) -> Evaluation:
             said = judged[judge][policy] if judge else dict.fromkeys(COLUMNS) | {"n": len(prompts)}
             drawn = {"temperature": spec.temperature, "seed": spec.seed}
             rows.append(plain(names | said | _reply_columns(replies, kls[policy]) | drawn | usages.get(judge, {})))
-    return Evaluation(rows, samples, scores, outcomes, rewards)
+    return Evaluation(rows, samples, scores, outcomes, rewards, over)
 
 
 def measure_kl(bench: Workbench, replies: Sequence[Sample]) -> KL:
@@ -140,6 +146,8 @@ def _write(folder: Path, evaluation: Evaluation) -> None:
     (beside / "results.json").write_text(json.dumps(evaluation.rows, indent=2) + "\n", encoding="utf-8")
     if evaluation.reward_models:
         (beside / "rewards.json").write_text(json.dumps(evaluation.reward_models, indent=2) + "\n", encoding="utf-8")
+    if (over := evaluation.over_optimisation) is not None:
+        (beside / "overoptimisation.json").write_text(json.dumps(over, indent=2) + "\n", encoding="utf-8")
     with (beside / "samples.jsonl").open("w", encoding="utf-8") as file:
         for policy, replies in evaluation.samples.items():
             for place, reply in enumerate(replies):

@@ -33,6 +33,28 @@ class RewardModel:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OverOptimisation:
+    """Proxy and gold judge along a PPO run, and with best of n (see `overoptimisation_run.py`).
+
+    Attributes:
+        gold, proxy: names of judges that score.
+        stage: the PPO stage's name.
+        folder: its folder, with the policies that it kept on the way.
+        start: the adapter that it started from; None: the base.
+        best_of: replies a prompt drawn from the start.
+        prompts: at most so many of the evaluation's.
+    """
+
+    gold: str
+    proxy: str
+    stage: str
+    folder: Path
+    start: Path | None
+    best_of: int = 16
+    prompts: int = 50
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalSpec:
     """One evaluation.
 
@@ -51,6 +73,7 @@ class EvalSpec:
         chat_template: a template instead of the tokenizer's own.
         packed: forwards run without padding and repeated prefixes.
         reward_models: measured beside the policies where they are finished and have pairs that training left out.
+        over_optimisation: measured besides where it is given.
     """
 
     base: Base
@@ -70,6 +93,7 @@ class EvalSpec:
     chat_template: str | None = None
     packed: bool = True
     reward_models: tuple[RewardModel, ...] = ()
+    over_optimisation: OverOptimisation | None = None
 
     def __post_init__(self) -> None:
         if self.reference not in self.policies and self.reference != BASE:
@@ -84,6 +108,9 @@ class EvalSpec:
             raise UserError(
                 "eval.kl", "greedy decoding (temperature 0) has no KL", "set eval.kl to false or a temperature above 0"
             )
+        if self.over_optimisation is not None and self.temperature == 0:
+            said = "greedy decoding (temperature 0) has no KL and one reply a prompt"
+            raise UserError("eval.over_optimisation", said, "set eval.temperature above 0, or leave the section out")
         for field in ("max_new_tokens", "batch_size"):
             if getattr(self, field) < 1:
                 raise UserError(f"eval.{field}", f"is {getattr(self, field)}, expected 1 or more", "raise it")

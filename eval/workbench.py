@@ -1,5 +1,7 @@
 """The base, loaded once, with every policy as an adapter on it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,6 +81,16 @@ class Workbench:
             self.adapters.load(role, folder)
             self.loaded[place] = role
         return self.loaded[place]
+
+    @contextmanager
+    def holding(self, folder: Path | None) -> Iterator[str | None]:
+        """As `load`, but what was not there before is removed again at the end."""
+        before = set(self.loaded)
+        try:
+            yield self.load(folder)
+        finally:
+            for place in self.loaded.keys() - before:
+                self.adapters.remove(self.loaded.pop(place))
 
     def prompts(self) -> list[Prompt]:
         """The evaluation's prompts, encoded; the same list for every policy (E5)."""

@@ -109,6 +109,12 @@ class AdapterSet:
             output = self.backbone(input_ids=input_ids_BL, attention_mask=attention_mask_BL, use_cache=False)
         return output.last_hidden_state
 
+    def remove(self, name: str) -> None:
+        """Take an adapter and its head away."""
+        self._drop(name)
+        self.heads.pop(name, None)
+        self._layers = lora_layers(self.model)
+
     def copy(self, name: str, source: str = DEFAULT, trainable: bool = False) -> None:
         """Add `name` as an exact copy of `source` and of its head."""
         self._add(name, self._config(source), trainable)

@@ -8,7 +8,7 @@ from .schema import BASE, Data, PPOStage, Recipe, Stage, method_keys
 
 if TYPE_CHECKING:
     from ..data.spec import DataSpec
-    from ..eval.spec import EvalSpec, RewardModel
+    from ..eval.spec import EvalSpec, OverOptimisation, RewardModel
     from ..models.base import Base
     from ..models.lora import LoraSpec
     from ..stages.job import StageJob
@@ -151,6 +151,26 @@ def eval_spec(recipe: Recipe, base: "Base", run_dir: Path, policies: list[str] |
         chat_template=recipe.model.chat_template,
         packed=recipe.model.packed,
         reward_models=tuple(reward_model(recipe, name, run_dir) for name in reward_stages(recipe, left_out=True)),
+        over_optimisation=None if part.over_optimisation is None else over_optimisation(recipe, run_dir),
+    )
+
+
+def over_optimisation(recipe: Recipe, run_dir: Path) -> "OverOptimisation":
+    """The section of the recipe's evaluation (it must have one, settled when the recipe was loaded)."""
+    from ..eval.spec import OverOptimisation
+
+    assert recipe.eval is not None and recipe.eval.over_optimisation is not None
+    part = recipe.eval.over_optimisation
+    assert part.policy is not None and part.proxy is not None
+    parent = recipe.stages[part.policy].parent
+    return OverOptimisation(
+        gold=part.gold,
+        proxy=part.proxy,
+        stage=part.policy,
+        folder=run_dir / part.policy,
+        start=None if parent == BASE else run_dir / parent,
+        best_of=part.best_of,
+        prompts=part.prompts,
     )
 
 

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from ..data.errors import UserError
 from ..data.sources import find
 from .graph import check_graph, fill_eval
+from .over_optimisation import settle_over_optimisation
 from .problems import dotted, first_problem, nearest, problem, shown
 from .schema import KINDS, Recipe
 from .text import Path_, Text, parse, parse_value
@@ -54,6 +55,7 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
     check_graph(recipe, text)
     _place_files(recipe, file.resolve().parent)
     fill_eval(recipe)
+    settle_over_optimisation(recipe, text)
     return recipe
 
 

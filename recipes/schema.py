@@ -203,6 +203,7 @@ class PPOStage(Stage):
     value_learning_rate: float | None = None
     log_samples_every: int | None = None
     num_log_samples: int | None = None
+    keep_every: Positive | None = None
 
 
 AnyStage = SFTStage | RewardStage | DPOStage | KTOStage | PPOStage
@@ -221,6 +222,20 @@ def method_keys(kind: str) -> tuple[str, ...]:
     return tuple(name for name in STAGE_MODELS[kind].model_fields if name not in shared)
 
 
+class OverOptimisation(Part):
+    """Proxy and gold judge against KL, along PPO and with best of n. Judges by name, one of `judges` each.
+
+    `proxy`: without one the judge that reads the reward stage PPO trains on; `policy`: the first PPO stage; `best_of`:
+    replies a prompt.
+    """
+
+    gold: str
+    proxy: str | None = None
+    policy: str | None = None
+    best_of: int = Field(default=16, ge=2)
+    prompts: Positive = 50
+
+
 class Eval(Part):
     """Samples of every policy on the same prompts, judged against the reference. Judges as in `eval/judges.py`."""
 
@@ -233,6 +248,7 @@ class Eval(Part):
     seed: int | None = None
     kl: bool = True
     batch_size: Positive = 32
+    over_optimisation: OverOptimisation | None = None
 
 
 class Recipe(Part):

@@ -170,6 +170,7 @@ class PPOTrainer(PPORun):
             loop.log_due |= self.control.should_log
             if loop.slot == args.steps_per_iteration():
                 self._finish_iteration()
+                self.keep_policy()
             if self.control.should_save:
                 self._save_checkpoint(self.model, None)
                 self.control = self.callback_handler.on_save(args, self.state, self.control)

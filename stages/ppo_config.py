@@ -80,6 +80,8 @@ class PPOConfig(TrainingArguments):
     log_samples_every: int = field(default=10, metadata={"help": "Write generations every so many iterations; 0: no."})
     num_log_samples: int = field(default=4, metadata={"help": "How many generations each time."})
     samples_file: str | None = field(default=None, metadata={"help": "None: rollouts.jsonl in output_dir."})
+    keep_every: int | None = field(default=None, metadata={"help": "Keep the policy every so many iterations."})
+    policies_dir: str | None = field(default=None, metadata={"help": "Of kept policies. None: in output_dir."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -101,7 +103,8 @@ class PPOConfig(TrainingArguments):
         for name in (*positive, "rollout_micro_batch_size", "cliprange", "per_device_train_batch_size"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected more than 0")
-        for name in ("total_episodes", "target_approx_kl", "max_ratio", "kl_target", "cliprange_value", "reward_clip"):
+        optional = ("total_episodes", "target_approx_kl", "max_ratio", "kl_target", "cliprange_value", "reward_clip")
+        for name in (*optional, "keep_every"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected more than 0 or none")
         for name in ("gamma", "lam"):

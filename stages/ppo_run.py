@@ -29,6 +29,7 @@ from .ppo_checkpoint import (
 )
 from .ppo_collect import Collector
 from .ppo_config import PPOConfig
+from .ppo_keep import POLICIES, forget_policies, keep_policy
 from .ppo_update import Updater
 from .rewards import RunningScale
 from .rollout import Rollout
@@ -126,6 +127,9 @@ class PPORun(Trainer):
             self._load_rng_state(resume)
             if self.loop.slot:
                 self.rollout = load_rollout(Path(resume), args.process_index, args.device)
+        if args.keep_every and self.is_world_process_zero():
+            # a resumed run passes the steps after its checkpoint once more
+            forget_policies(self._policies(), after=self.state.global_step)
         for name in ("model", "optimizer", "lr_scheduler"):
             setattr(self.callback_handler, name, getattr(self, name))
         self.control.should_training_stop = False
@@ -142,6 +146,16 @@ class PPORun(Trainer):
             ]
             self.optimizer = cls(groups, **kwargs)
         return self.optimizer  # type: ignore[return-value]
+
+    def keep_policy(self) -> None:
+        """At the end of every `keep_every`-th iteration but the last, whose policy is the run's result."""
+        args, state = self.args, self.state
+        over = state.global_step >= state.max_steps or self.control.should_training_stop
+        if args.keep_every and not over and self.loop.iteration % args.keep_every == 0 and self.is_world_process_zero():
+            keep_policy(self.adapters, self._policies(), state.global_step)
+
+    def _policies(self) -> Path:
+        return Path(self.args.policies_dir or Path(str(self.args.output_dir)) / POLICIES)
 
     def end(self, began: float, episodes: int) -> TrainOutput:
         """The last log entry and what `train` returns; `began` is a `time.time`."""

@@ -12,6 +12,7 @@ from .metrics import peak_memory_bytes
 from .ppo import PPOConfig, PPOTrainer
 from .ppo_checkpoint import last_complete
 from .ppo_config import KL_KEYS
+from .ppo_keep import POLICIES
 from .trainers import Clock, stage_callbacks, stage_config
 
 _LAST = (
@@ -42,6 +43,7 @@ def run_ppo(job: StageJob) -> dict[str, Any]:
         save_total_limit=1,
         logging_steps=1,
         samples_file=str(job.output_dir / "rollouts.jsonl"),
+        policies_dir=str(job.output_dir / POLICIES),
     )
     # 2. the base with policy, reference, reward and value
     adapters = open_adapters(job, tokenizer)

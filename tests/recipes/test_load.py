@@ -196,8 +196,8 @@ def test_method_parameters_are_those_that_the_stages_take():
 
     for kind in ("sft", "reward", "dpo", "kto"):
         assert set(method_keys(kind)) == set(METHOD_KEYS[kind])
-    # `samples_file` is a place and not a parameter; the kl group stands for the kl_ fields
-    assert {*method_keys("ppo"), *KL_KEYS.values(), "kl", "samples_file"} == set(PPO_METHOD)
+    # `samples_file` and `policies_dir` are places and no parameters; the kl group stands for the kl_ fields
+    assert {*method_keys("ppo"), *KL_KEYS.values(), "kl", "samples_file", "policies_dir"} == set(PPO_METHOD)
     ppo = STAGE_MODELS["ppo"].model_validate(
         {"kind": "ppo", "data": "d", "reward": "r", "kl": {"coef": 1, "in": "loss", "target": 2, "horizon": 3}}
     )

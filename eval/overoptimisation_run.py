@@ -1,0 +1,235 @@
+"""Over-optimisation measured: proxy and gold judge along a PPO run and with best of n, against sqrt(KL).
+
+Both ways start from the policy that PPO started from, on the same prompts. PPO's policies are those that the run kept
+(`keep_every`) and its last one, one reply a prompt each; their KL to the start is measured. For best of n the start
+answers each prompt N times and the proxy picks; the start's own point is the mean of all these replies.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..data.errors import UserError
+from ..models.lineage import adapter_sha256, read_lineage
+from ..stages.metrics import plain
+from ..stages.ppo_keep import POLICIES, kept_policies
+from .intervals import mean_se
+from .judge_names import judge_name, scoring_judges
+from .judges import plan_judges
+from .kl import KL, sequence_kls, summarise
+from .overoptimisation import BEST_OF_N, RL, Form, best_of, best_of_kl, counts, fit_gain
+from .progress import meter, say
+from .samples import Prompt, Sample, generate_samples
+from .spec import BASE, EvalSpec, OverOptimisation
+from .verdicts import Judge, PairJudge
+from .workbench import Workbench
+
+SIDES = ("proxy", "gold")
+_START = "start"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One place on a curve.
+
+    Attributes:
+        place: {"step": N} or {"n": N}.
+        kl, kl_se: nats a reply; the error is None for a bound.
+        scores: side -> [P] one score a prompt, nan without one.
+    """
+
+    label: str
+    place: dict[str, int]
+    kl: float
+    kl_se: float | None
+    scores: dict[str, np.ndarray]
+
+
+def eval_over_optimisation(spec: EvalSpec, run_dir: Path) -> dict[str, Any]:
+    """The measurement alone, with the judges that it needs; writes nothing. Arguments as in `run.evaluate`."""
+    wanted = spec.over_optimisation
+    if wanted is None:
+        raise ValueError("the spec has no over_optimisation")
+    check_over_optimisation(spec)
+    named = tuple(judge for judge in spec.judges if judge_name(judge) in (wanted.gold, wanted.proxy))
+    plans = plan_judges(named, run_dir)
+    bench = Workbench.open(replace(spec, policies={}, reference=BASE, reward_models=()))
+    judges = [plan.open(bench.adapters, bench.tokenizer) for plan in plans]
+    return over_optimisation(bench, bench.prompts(), judges)
+
+
+def over_optimisation(
+    bench: Workbench,
+    prompts: Sequence[Prompt],
+    judges: Sequence[Judge | PairJudge],
+) -> dict[str, Any]:
+    """The content of overoptimisation.json.
+
+    Args:
+        bench: of a spec that passed `check_over_optimisation`.
+        prompts: the evaluation's; the first so many as are wanted are used, less those where a judge has no score.
+        judges: open ones, the two wanted among them.
+
+    Returns:
+        proxy, gold, prompts, start, methods: [{method, points, fit}]. A point has label, step or n, kl, kl_se, and mean
+        and standard error of proxy and gold in the judges' units. A fit has its form, and for each side alpha, beta,
+        their standard errors, the peak (a d within the measured range, or None) and the number of points.
+
+    Raises:
+        UserError: an adapter that cannot be loaded, or no prompt with all its scores.
+    """
+    wanted = bench.spec.over_optimisation
+    assert wanted is not None
+    sides = {side: _scorer(judges, getattr(wanted, side)) for side in SIDES}
+    ours = list(prompts[: wanted.prompts])
+    with bench.holding(wanted.start) as start:
+        replies = _replies(bench, start, _START, [prompt for prompt in ours for _ in range(wanted.best_of)])
+        many = {side: scores.reshape(len(ours), -1) for side, scores in _scores(sides, replies).items()}
+        mean = {side: scores_PN.mean(1) for side, scores_PN in many.items()}
+        path = [Point("step 0", {"step": 0}, 0.0, 0.0, mean), *_path(bench, wanted, ours, sides, start)]
+    judged = ~np.isnan([each for point in path for each in point.scores.values()]).any(0)
+    if not judged.any():
+        raise UserError("eval.over_optimisation", "no prompt has a score of both judges", "look at the judges")
+    if not judged.all():
+        say(f"eval over-optimisation: {np.count_nonzero(~judged)} prompts left out, where a judge has no score")
+    path = [replace(each, scores={side: scores[judged] for side, scores in each.scores.items()}) for each in path]
+    many = {side: scores_PN[judged] for side, scores_PN in many.items()}
+    best = [
+        Point(
+            f"n = {n}", {"n": n}, best_of_kl(n), None, {side: best_of(many["proxy"], many[side], n) for side in SIDES}
+        )
+        for n in counts(wanted.best_of)
+    ]
+    content = {
+        "proxy": wanted.proxy,
+        "gold": wanted.gold,
+        "prompts": int(np.count_nonzero(judged)),
+        "start": BASE if wanted.start is None else wanted.start.name,
+        "methods": [_method(wanted.stage, path, RL), _method("best_of_n", best, BEST_OF_N)],
+    }
+    return plain(content)
+
+
+def check_over_optimisation(spec: EvalSpec) -> None:
+    """Whether it can be measured, before anything is loaded; nothing where the spec does not ask for it.
+
+    Raises:
+        UserError: a judge that is not there or only compares, no finished PPO stage, or one that was not trained from
+            the start that is there.
+    """
+    wanted = spec.over_optimisation
+    if wanted is None:
+        return
+    scoring = scoring_judges(spec.judges)
+    for side in SIDES:
+        if (name := getattr(wanted, side)) not in scoring:
+            said, known = f"no judge that scores is called {name!r}", ", ".join(scoring)
+            raise UserError(f"eval.over_optimisation.{side}", said, f"known: {known}" if known else "add one")
+    if wanted.gold == wanted.proxy:
+        said = f"{wanted.gold!r} is the proxy as well"
+        raise UserError("eval.over_optimisation.gold", said, "name a judge that the policy is not trained on")
+    _last_step(wanted.folder)
+    # the start is the adapter that the stage's lineage names first, where both have one
+    lineage, start = wanted.folder / "lineage.json", wanted.start
+    if start is None or not lineage.is_file() or not (start / "adapter_model.safetensors").is_file():
+        return
+    parents = read_lineage(wanted.folder).parents
+    if parents and parents[0]["sha256"] != adapter_sha256(start):
+        said = f"was trained from another adapter than the {start.name} that is there now"
+        raise UserError(str(wanted.folder), said, f"train {wanted.stage} again, or leave eval.over_optimisation out")
+
+
+def _scorer(judges: Sequence[Judge | PairJudge], name: str) -> Judge:
+    return next(each for each in judges if each.name == name and not isinstance(each, PairJudge))
+
+
+def _path(
+    bench: Workbench, wanted: OverOptimisation, prompts: list[Prompt], sides: Mapping[str, Judge], start: str | None
+) -> list[Point]:
+    """PPO's kept policies and its last one, each on the base for as long as it is asked."""
+    last = _last_step(wanted.folder)
+    places = {f"step {step}": (step, place) for step, place in kept_policies(wanted.folder / POLICIES).items()}
+    places |= {f"step {last}": (last, wanted.folder)}
+    points = []
+    for label, (step, folder) in places.items():
+        with bench.holding(folder) as role:
+            replies = _replies(bench, role, f"{wanted.stage} {label}", prompts)
+            kl = _kl(bench, role, start, replies)
+        points.append(Point(label, {"step": step}, kl.per_sequence, kl.per_sequence_se, _scores(sides, replies)))
+    return points
+
+
+def _last_step(folder: Path) -> int:
+    """The optimiser steps of a finished stage, from its metrics.json."""
+    file = folder / "metrics.json"
+    steps = json.loads(file.read_text(encoding="utf-8")).get("steps") if file.is_file() else None
+    if not isinstance(steps, int):
+        raise UserError(str(folder), "holds no finished PPO stage (metrics.json with its steps)", "train it first")
+    return steps
+
+
+def _replies(bench: Workbench, role: str | None, name: str, prompts: Sequence[Prompt]) -> list[Sample]:
+    spec = bench.spec
+    with meter(f"eval {name}: over-optimisation samples", len(prompts)) as done:
+        return generate_samples(
+            bench.adapters,
+            role,
+            name,
+            prompts,
+            bench.tokenizer,
+            max_new_tokens=spec.max_new_tokens,
+            temperature=spec.temperature,
+            seed=spec.seed,
+            batch_size=spec.batch_size,
+            on_batch=done,
+        )
+
+
+def _scores(sides: Mapping[str, Judge], replies: list[Sample]) -> dict[str, np.ndarray]:
+    return {side: np.asarray(judge.score(replies), dtype=np.float64) for side, judge in sides.items()}
+
+
+def _kl(bench: Workbench, role: str | None, start: str | None, replies: list[Sample]) -> KL:
+    temperature, lengths = bench.spec.temperature, [len(reply.tokens) for reply in replies]
+    kls = sequence_kls(
+        bench.adapters,
+        role,
+        start,
+        [reply.prompt.ids for reply in replies],
+        [reply.tokens for reply in replies],
+        temperature=temperature,
+        pad_token_id=bench.tokenizer.pad_token_id,
+    )
+    return summarise(kls, lengths, temperature)
+
+
+def _method(name: str, points: list[Point], form: Form) -> dict[str, Any]:
+    fits = {side: _fit(points, side, form) for side in SIDES}
+    return {
+        "method": name,
+        "points": [_as_dict(point) for point in points],
+        "fit": {"form": form, **fits} if any(fits.values()) else None,
+    }
+
+
+def _fit(points: list[Point], side: str, form: Form) -> dict[str, Any] | None:
+    """Of the gains over the first point, prompt by prompt."""
+    gain_PM = np.stack([point.scores[side] - points[0].scores[side] for point in points], axis=1)
+    prompts = len(gain_PM)
+    covariance_MM = np.cov(gain_PM, rowvar=False) / prompts if prompts > 1 else np.zeros((len(points), len(points)))
+    fit = fit_gain(form, [max(point.kl, 0.0) ** 0.5 for point in points], gain_PM.mean(0).tolist(), covariance_MM)
+    if fit is None:
+        return None
+    # one prompt has no spread, and so no error
+    return asdict(fit) if prompts > 1 else asdict(fit) | {"alpha_se": None, "beta_se": None}
+
+
+def _as_dict(point: Point) -> dict[str, Any]:
+    row: dict[str, Any] = {"label": point.label, **point.place, "kl": point.kl, "kl_se": point.kl_se}
+    for side in SIDES:
+        row[side], row[f"{side}_se"] = mean_se(point.scores[side].tolist())
+    return row
