@@ -179,6 +179,7 @@ def trained(trainer: PPOTrainer, resume: str | None = None) -> dict[str, Any]:
 def real_runs(out: Path, process: int) -> dict[str, Any]:
     """A run that saves between two minibatches, the same resumed from there, and its first rollout again."""
     options = {"save_strategy": "steps", "save_steps": 3, "kl_target": 0.01, "kl_horizon": 50, "log_samples_every": 1}
+    options["keep_every"] = 1
     whole = make(out / "whole", SAME_PROMPT, callbacks=[LogFile(out / "whole" / "log.jsonl")], **options)
     found = {"whole": trained(whole)}
     # a folder for each process shows which of them writes what

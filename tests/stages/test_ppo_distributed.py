@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 
 from preftune.data.errors import UserError
 from preftune.models.base import Base
+from preftune.models.lineage import adapter_sha256
 from preftune.stages.ppo_checkpoint import load_state
+from preftune.stages.ppo_keep import POLICIES, kept_policies
 
 pytestmark = pytest.mark.slow
 
@@ -123,6 +125,13 @@ def test_p23_two_processes_resume_exactly(outcome: Outcome) -> None:
         whole, resumed = each["whole"], each["resumed"]
         assert resumed["digests"] == whole["digests"] and resumed["kl_coef"] == whole["kl_coef"] != 0.05
         assert [timeless(log) for log in resumed["logs"]] == [timeless(log) for log in whole["logs"]]
+
+
+def test_the_first_process_keeps_policies(outcome: Outcome) -> None:
+    places = {name: outcome.folder / name / POLICIES for name in ("whole", "resumed0", "resumed1")}
+    kept = {name: {step: adapter_sha256(each) for step, each in kept_policies(p).items()} for name, p in places.items()}
+    assert list(kept["whole"]) == [4] and kept["resumed0"] == kept["whole"]
+    assert not places["resumed1"].exists()
 
 
 @pytest.mark.checklist("P23")
