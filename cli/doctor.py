@@ -3,18 +3,16 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data.errors import UserError
-from ..recipes.build import ROWS, data_spec, eval_spec, folders, stage_job
+from ..recipes.build import ROWS, stage_job
 from ..recipes.graph import order
-from ..recipes.load import load_recipe
-from ..recipes.schema import BASE, PPOStage, Recipe
-from .chain import hush, import_from_here
+from ..recipes.schema import Recipe
+from .chain import hush
 from .folder import RunFolder
+from .policies import recipe_base, run_recipe, sampling_spec
 from .progress import Voice
 
 if TYPE_CHECKING:
     from ..eval.doctor import Checkup, Examination
-    from ..eval.spec import EvalSpec
     from ..models.base import Base
 
 
@@ -27,16 +25,11 @@ def doctor_run(run: Path, samples: int, voice: Voice) -> int:
     Raises:
         UserError: no run folder, or nothing in it.
     """
-    file = run / "recipe.yaml"
-    if not file.is_file():
-        raise UserError(str(run), "holds no recipe.yaml", "give the folder of a run (runs/NAME)")
-    recipe = load_recipe(file)
-    import_from_here(recipe)
+    recipe = run_recipe(run)
     hush()
     from ..eval.doctor import examine, first_broken, write_examination
-    from ..models.base import resolve_base
 
-    base = resolve_base(recipe.model.base, recipe.model.revision)
+    base = recipe_base(recipe)
     examination = examine(checkup(recipe, base, run, samples))
     write_examination(run, examination)
     _show(examination, voice)
@@ -53,35 +46,10 @@ def checkup(recipe: Recipe, base: "Base", run: Path, samples: int) -> "Checkup":
     return Checkup(
         run_dir=run,
         jobs=tuple(stage_job(recipe, name, base, run, run / name) for name in order(recipe)),
-        evaluation=_sampling(recipe, base, run),
+        evaluation=sampling_spec(recipe, base, run),
         rows=rows,
         elsewhere={name for name, stamp in stamps.items() if stamp is not None and "from_adapter" in stamp.parts},
         samples=samples,
-    )
-
-
-def _sampling(recipe: Recipe, base: "Base", run: Path) -> "EvalSpec":
-    """Prompts and settings of fresh samples: the evaluation's, else those of PPO, else the first stage's data."""
-    if recipe.eval is not None:
-        return eval_spec(recipe, base, run)
-    from ..eval.spec import EvalSpec
-
-    ppo = next((stage for stage in recipe.stages.values() if isinstance(stage, PPOStage)), None)
-    stage = ppo or next(iter(recipe.stages.values()))
-    given = {} if ppo is None else {"max_new_tokens": ppo.max_new_tokens, "temperature": ppo.temperature}
-    return EvalSpec(
-        base=base,
-        policies={},
-        reference=BASE,
-        prompts=data_spec(recipe.data[stage.data], recipe.seed),
-        folders=folders(recipe),
-        dtype=recipe.model.dtype,
-        quantization=recipe.model.quantization,
-        seed=recipe.seed,
-        kl=False,
-        chat_template=recipe.model.chat_template,
-        packed=recipe.model.packed,
-        **{key: value for key, value in given.items() if value is not None},
     )
 
 

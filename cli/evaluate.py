@@ -10,7 +10,6 @@ from ..data.errors import UserError
 if TYPE_CHECKING:
     from ..data.spec import DataSpec
     from ..eval.spec import EvalSpec
-    from ..models.base import Base
     from ..recipes.schema import Recipe
 
 app = typer.Typer(help="Measure a run: win-rates, KL, perplexity, reward models.", no_args_is_help=True)
@@ -58,13 +57,25 @@ def winrate(
         list[Path] | None,
         typer.Option(metavar="PATH...", help="Score preferences that exist already: JSONL, one file a model."),
     ] = None,
+    votes: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Count people's votes (`preftune chat --compare`): no model needed."),
+    ] = None,
     json: AsJson = False,
 ) -> None:
-    """Win-rates against the reference, with intervals; or those of --annotations PATH..., fitted jointly.
+    """Win-rates against the reference, with intervals; or those of --annotations PATH..., fitted jointly, or --votes.
 
     A row of annotations: {"prompt": id, "baseline_length": int, "model_length": int, "preference": 1..2}, where 2 says
     that the model wins.
     """
+    if votes is not None:
+        if policies or annotations or run is not None:
+            raise UserError("--votes", "stands alone", "leave out the run, --policies and --annotations")
+        from ..eval.votes import read_votes, vote_rows
+        from .progress import Voice
+
+        Voice(json).rows(vote_rows(read_votes(votes)))
+        return
     if annotations:
         if policies:
             raise UserError("--policies", "means nothing with --annotations", "leave it out")
@@ -74,7 +85,7 @@ def winrate(
         _print(annotation_rows([*annotations, *([run] if run else []), *map(Path, overrides or ())]), json)
         return
     if run is None:
-        raise UserError("eval winrate", "neither a run folder nor --annotations", "give one of them")
+        raise UserError("eval winrate", "neither a run folder nor --annotations nor --votes", "give one of them")
     _, spec = _open(run, overrides, policies)
     from ..eval.commands import eval_winrate
 
@@ -118,6 +129,7 @@ def reward(
     recipe = _recipe(run, overrides)
     from ..recipes.build import eval_spec, reward_model, reward_stages
     from ..recipes.problems import nearest
+    from .policies import recipe_base
 
     known = reward_stages(recipe)
     if not known:
@@ -131,7 +143,7 @@ def reward(
     from ..eval.commands import eval_reward
 
     models = [reward_model(recipe, each, run, given) for each in named]
-    _print(eval_reward(eval_spec(recipe, _base(recipe), run), models, skip=stage is None), json)
+    _print(eval_reward(eval_spec(recipe, recipe_base(recipe), run), models, skip=stage is None), json)
 
 
 @app.command("over-optimisation")
@@ -176,15 +188,13 @@ def over_optimisation(
 
 def _recipe(run: Path, overrides: list[str] | None) -> "Recipe":
     """The run's recipe, which must have an evaluation."""
-    from ..recipes.load import load_recipe
-    from .commands import run_folder
+    from .policies import run_recipe
 
-    file = run_folder(run) / "recipe.yaml"
-    if not file.is_file():
-        raise UserError(str(run), "holds no recipe.yaml", "give the folder of a run (runs/NAME)")
-    recipe = load_recipe(file, overrides or ())
+    recipe = run_recipe(run, overrides or ())
     if recipe.eval is None:
-        raise UserError(str(file), "its recipe has no evaluation", "add eval: {prompts: ..., judges: [...]}")
+        raise UserError(
+            str(run / "recipe.yaml"), "its recipe has no evaluation", "add eval: {prompts: ..., judges: [...]}"
+        )
     return recipe
 
 
@@ -192,29 +202,16 @@ def _open(run: Path, overrides: list[str] | None, policies: str | None) -> "tupl
     """The run's recipe and its evaluation, whose policies must be finished."""
     recipe = _recipe(run, overrides)
     from ..recipes.build import eval_spec
-    from ..recipes.problems import nearest
     from ..recipes.schema import BASE
+    from .policies import check_policy, recipe_base
 
     assert recipe.eval is not None
     chosen = [name.strip() for name in policies.split(",")] if policies else list(recipe.eval.policies)
     if recipe.eval.reference not in (*chosen, BASE):
         chosen.append(recipe.eval.reference)
-    known = [BASE, *(name for name, stage in recipe.stages.items() if stage.kind != "reward")]
     for name in chosen:
-        if name not in known:
-            raise UserError("--policies", f"no policy {name!r}", nearest(name, known))
-        if name != BASE and not (run / name / "adapter_config.json").is_file():
-            remedy = f"train it: preftune run {run / 'recipe.yaml'} --until {name}"
-            raise UserError(str(run / name), "holds no adapter", remedy)
-    return recipe, eval_spec(recipe, _base(recipe), run, chosen)
-
-
-def _base(recipe: "Recipe") -> "Base":
-    from ..models.base import resolve_base
-    from .chain import import_from_here
-
-    import_from_here(recipe)
-    return resolve_base(recipe.model.base, recipe.model.revision)
+        check_policy(recipe, run, name, "--policies")
+    return recipe, eval_spec(recipe, recipe_base(recipe), run, chosen)
 
 
 def _data(recipe: "Recipe", given: str | None, kind: str) -> "DataSpec":

@@ -168,13 +168,32 @@ def doctor(
     json: AsJson = False,
 ) -> int:
     """Say which stage of a run is bad, and why; exit code 1 where something is broken. Writes RUN/doctor.json."""
-    from .commands import run_folder
-
-    folder = run_folder(run)
     from .doctor import doctor_run
     from .progress import Voice
 
-    return doctor_run(folder, samples, Voice(json))
+    return doctor_run(run, samples, Voice(json))
+
+
+@app.command()
+def chat(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    policy: Annotated[str | None, typer.Option(metavar="NAME", help="Who speaks. Default: the last policy.")] = None,
+    compare: Annotated[
+        str | None,
+        typer.Option(metavar="A,B", help="Two replies each turn, without names; you vote into RUN/votes.jsonl."),
+    ] = None,
+    samples: Annotated[
+        bool, typer.Option("--samples", help="With --compare: vote on the evaluation's own samples.")
+    ] = False,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Of a reply. Default: 256.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, help="Default: the recipe's.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Default: the recipe's.")] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.")] = None,
+) -> None:
+    """Talk to a run's policies. In the chat /help lists what else there is; a pipe gives one turn a line."""
+    from .chat import ChatOptions, chat_run
+
+    chat_run(run, ChatOptions(policy, compare, samples, max_new_tokens, temperature, seed, system))
 
 
 @app.command()

@@ -7,6 +7,7 @@
 | conversation | `messages`, or ShareGPT's `conversations` (`from`, `value`), with `system` and `tools` beside them |
 | HH-RLHF | `chosen`, `rejected` as text with `Human:` and `Assistant:` turns |
 | Alpaca | `instruction`, `input`, `output`, `system`, `history` |
+| votes | `policy_a`, `policy_b`, `completion_a`, `completion_b`, `preference` (1 to 2), `prompt` as messages |
 | unpaired | any of the above with one completion, and `label` |
 | prompt only | `prompt`, or a conversation (its last reply is left out) |
 """
@@ -22,6 +23,7 @@ from .rows import Message, Row, Unusable, text_message
 from .sources import RawRow
 from .spec import Kind
 from .turns import SAME_SIDES, UNWANTED, check, first_turn, has_system, last_turn, single, until_reply
+from .voted import is_vote, vote_as_pair
 
 PROMPT_NAMES = ("prompt", "instruction", "question", "query", "input")
 COMPLETION_NAMES = ("completion", "response", "output", "answer")
@@ -46,7 +48,8 @@ def normalise(raw: RawRow, kind: Kind, origin: str, columns: dict[str, str] | No
         UserError: a field is missing or holds something else.
         Unusable: the row is sound but cannot serve (two equal sides, an empty reply, ...).
     """
-    return _Reader(_renamed(raw, columns, origin), kind, origin).rows()
+    raw = _renamed(raw, columns, origin)
+    return _Reader(vote_as_pair(raw, origin) if is_vote(raw) else raw, kind, origin).rows()
 
 
 def _renamed(raw: RawRow, columns: dict[str, str] | None, origin: str) -> RawRow:

@@ -1,44 +1,18 @@
-"""People's votes as a judge: a JSONL file of who preferred which reply.
+"""People's votes as a judge: a file of who preferred which reply (`votes.py` has its format).
 
-One vote a line:
-
-    {"prompt": 3, "policy_a": "sft", "policy_b": "dpo", "preference": 2}
-
-`prompt` is the prompt's place in the evaluation, counted from 0 (`prompt_index` in samples.jsonl). `preference` goes
-from 1 (policy_a's reply is better) over 1.5 (neither) to 2 (policy_b's), as in annotations. Optional: `completion_a`
-and `completion_b`, the replies that were voted on; where they are given they must be those of the evaluation.
+A vote on a place in the evaluation must be on the evaluation's own replies. A vote on a conversation is taken where the
+evaluation has that prompt with those replies; the others, cast in a chat, say nothing of these samples and are counted.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ..data.errors import UserError
-from ..data.sources import read_file
-from .annotations import read_preference
+from .progress import say
 from .samples import Sample
-
-
-@dataclass(frozen=True)
-class Vote:
-    """One vote.
-
-    Attributes:
-        origin: the file and line.
-        prompt: place of the prompt.
-        policies: the two policies, a and b.
-        completions: their replies, None where the vote does not carry them.
-        outcomes: what a and b got: 1 and 0, or between.
-    """
-
-    origin: str
-    prompt: int
-    policies: tuple[str, str]
-    completions: tuple[str | None, str | None]
-    outcomes: tuple[float, float]
+from .votes import Vote, messages_key
 
 
 @dataclass(frozen=True)
@@ -48,65 +22,87 @@ class HumanJudge:
     name: str
     votes: tuple[Vote, ...]
 
+    def check(self, samples: Mapping[str, Sequence[Sample]]) -> None:
+        """Says how many votes are on none of these replies.
+
+        Args:
+            samples: policy -> its replies to the same prompts.
+
+        Raises:
+            UserError: there are votes on these policies and all of them are on something else.
+        """
+        ours = [vote for vote in self.votes if all(policy in samples for policy in vote.policies)]
+        places = _places(next(iter(samples.values()), ()))
+        missed = sum(_place(vote, places, [samples[policy] for policy in vote.policies]) is None for vote in ours)
+        if not ours:
+            say(f"{self.name}: none of the {len(self.votes)} votes is on two of these policies")
+        if missed and missed == len(ours):
+            raise UserError(
+                self.votes[0].origin.rsplit(":", 1)[0],
+                f"none of its {missed} votes is on a prompt and replies of this evaluation",
+                "vote on its samples: preftune chat RUN --compare A,B --samples",
+            )
+        if missed:
+            say(f"{self.name}: {missed} of {len(ours)} votes are on other prompts or replies, and are left out")
+
     def compare(self, policy: Sequence[Sample], other: Sequence[Sample]) -> list[float]:
         """The policy's outcome on each prompt, in [0, 1]; nan where nobody voted.
 
         Raises:
-            UserError: a vote on a prompt that there is not, or on another reply than the policy's.
+            UserError: a vote on a place that there is not, or there on another reply than the policy's.
         """
-        names = (policy[0].policy, other[0].policy)
+        names, places = (policy[0].policy, other[0].policy), _places(policy)
         found: list[list[float]] = [[] for _ in policy]
         for vote in self.votes:
             if set(vote.policies) != set(names):
                 continue
-            if vote.prompt >= len(policy):
-                raise UserError(
-                    vote.origin,
-                    f"prompt is {vote.prompt}, and the evaluation has {len(policy)} prompts, counted from 0",
-                    "vote on the prompts of this evaluation",
-                )
-            for side, completion in zip(vote.policies, vote.completions, strict=True):
-                reply = (policy if side == names[0] else other)[vote.prompt].completion
-                if completion is not None and completion != reply:
-                    raise UserError(
-                        vote.origin,
-                        f"a vote on another reply of {side!r} than the evaluation's",
-                        "evaluate with the prompts, seed and adapters that the votes were cast on, or vote again",
-                    )
-            found[vote.prompt].append(vote.outcomes[vote.policies.index(names[0])])
+            place = _place(vote, places, [policy if side == names[0] else other for side in vote.policies])
+            if place is not None:
+                found[place].append(vote.outcomes[vote.policies.index(names[0])])
         return [float(np.mean(each)) if each else float("nan") for each in found]
 
 
-def read_votes(path: Path) -> tuple[Vote, ...]:
-    """The votes of a file (see the module for its format).
+def _places(replies: Sequence[Sample]) -> dict[str, list[int]]:
+    """The key of each prompt -> where it stands in the evaluation, several times perhaps."""
+    places: dict[str, list[int]] = {}
+    for place, reply in enumerate(replies):
+        places.setdefault(messages_key(reply.prompt.messages), []).append(place)
+    return places
 
-    Raises:
-        UserError: no votes, or a field that is missing or not what it should be.
+
+def _place(vote: Vote, places: Mapping[str, list[int]], replies: Sequence[Sequence[Sample]]) -> int | None:
+    """Which prompt of the evaluation the vote is on; None where it is a conversation that is not in it.
+
+    Args:
+        replies: of the vote's two policies, in its order.
     """
-    votes = tuple(_vote(row, origin) for origin, row in read_file(path, str(path)))
-    if not votes:
-        raise UserError(str(path), "holds no votes", "write one vote a line")
-    return votes
+    if isinstance(vote.prompt, int):
+        check_place(vote, [[each.completion for each in side] for side in replies])
+        return vote.prompt
+    for place in places.get(vote.prompt, ()):
+        pairs = zip(vote.completions, replies, strict=True)
+        if all(said in (None, side[place].completion) for said, side in pairs):
+            return place
+    return None
 
 
-def _vote(row: dict[str, Any], origin: str) -> Vote:
-    prompt = row.get("prompt")
-    if isinstance(prompt, bool) or not isinstance(prompt, int) or prompt < 0:
-        remedy = "write its place in the evaluation, counted from 0"
-        raise UserError(origin, f"prompt is {prompt!r}, expected a whole number", remedy)
-    policies = (_text(row, "policy_a", origin), _text(row, "policy_b", origin))
-    if policies[0] == policies[1]:
-        raise UserError(origin, f"policy_a and policy_b are both {policies[0]!r}", "name two policies")
-    completions = tuple(None if row.get(key) is None else _text(row, key, origin) for key in _COMPLETIONS)
-    for_b = read_preference(row, origin) - 1.0
-    return Vote(origin, prompt, policies, (completions[0], completions[1]), (1.0 - for_b, for_b))
+def check_place(vote: Vote, replies: Sequence[Sequence[str]]) -> None:
+    """Raises UserError where a vote on a place is one on another evaluation.
 
-
-_COMPLETIONS = ("completion_a", "completion_b")
-
-
-def _text(row: dict[str, Any], name: str, origin: str) -> str:
-    value = row.get(name)
-    if not isinstance(value, str):
-        raise UserError(origin, f"{name} is {value!r}, expected text", f"give every vote its {name}")
-    return value
+    Args:
+        replies: the evaluation's replies of the vote's two policies, in its order.
+    """
+    assert isinstance(vote.prompt, int)
+    if vote.prompt >= len(replies[0]):
+        raise UserError(
+            vote.origin,
+            f"prompt is {vote.prompt}, and the evaluation has {len(replies[0])} prompts, counted from 0",
+            "vote on the prompts of this evaluation",
+        )
+    for policy, completion, side in zip(vote.policies, vote.completions, replies, strict=True):
+        if completion is not None and completion != side[vote.prompt]:
+            raise UserError(
+                vote.origin,
+                f"a vote on another reply of {policy!r} than the evaluation's",
+                "evaluate with the prompts, seed and adapters that the votes were cast on, or vote again",
+            )

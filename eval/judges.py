@@ -19,12 +19,13 @@ from ..models.adapters import AdapterSet
 from ..stages.scorers import import_function
 from .batches import TOKENS_PER_BATCH, right_pad, token_batches
 from .endpoint_judges import ENDPOINT_FIELDS, plan_endpoint
-from .human import HumanJudge, read_votes
+from .human import HumanJudge
 from .model_judges import MODEL_FIELDS, plan_model
 from .rubric import Rubric, parse_rubric
 from .samples import Sample
 from .spec import check_adapter
 from .verdicts import Judge, JudgePlan
+from .votes import read_votes
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,15 @@ class PairJudge(Protocol):
         ...
 
 
+@runtime_checkable
+class CheckingJudge(Protocol):
+    """A judge that looks at all replies before it is asked about any."""
+
+    def check(self, samples: Mapping[str, Sequence[Sample]]) -> None:
+        """Raises UserError where it has nothing to say of these samples, policy -> its replies."""
+        ...
+
+
 @dataclass(frozen=True)
 class JudgePlan:
     """A judge that was checked and not opened yet: `open(adapters, tokenizer)` makes it."""
@@ -68,6 +77,8 @@ class Verdicts:
     def of(cls, judge: Judge | PairJudge, samples: Mapping[str, list[Sample]]) -> "Verdicts":
         """Asks the judge. Every policy's samples answer the same prompts in the same order."""
         pairs = [(ours, theirs) for ours in samples for theirs in samples if ours != theirs]
+        if isinstance(judge, CheckingJudge):
+            judge.check(samples)
         if isinstance(judge, PairJudge):
             compared = {(a, b): np.array(judge.compare(samples[a], samples[b])) for a, b in pairs}
             return cls({}, compared)

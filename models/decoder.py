@@ -47,10 +47,11 @@ class Decoder:
         seed: int | Sequence[int],
         batch_size: int,
         done: Callable[[int], None] | None,
+        heard: Callable[[list[int], list[int]], None] | None = None,
         joint: Mapping[nn.Module, Product] | None = None,
     ) -> None:
         self.backbone, self.head, self.prompts, self.sampling = backbone, head, prompts, sampling
-        self.max_new_tokens, self.pad_token_id, self.done = max_new_tokens, pad_token_id, done
+        self.max_new_tokens, self.pad_token_id, self.done, self.heard = max_new_tokens, pad_token_id, done, heard
         device = self.device = head.weight.device
         n = len(prompts)
         self.stops = stops
@@ -148,6 +149,8 @@ class Decoder:
         self.step_B[slots] = step_B * goes_on_B
         self.length_B[slots] = torch.where(goes_on_B, self.length_B[slots] + 1, 1)
         self.request_B[slots] = torch.where(goes_on_B, request_B, n)
+        if self.heard is not None:
+            self.heard(request_B[active_B].tolist(), token_B[active_B].tolist())
         return bool(ended_B.any())
 
     def _shrink(self) -> bool:

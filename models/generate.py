@@ -115,6 +115,7 @@ def sample(
     batch_size: int = 32,
     merge: bool = True,
     on_batch: Callable[[int], None] | None = None,
+    on_tokens: Callable[[list[int], list[int]], None] | None = None,
 ) -> Generation:
     """Draw one completion for each prompt; a prompt that is to have n completions stands n times in the list.
 
@@ -131,6 +132,8 @@ def sample(
         batch_size: rows decoded at once.
         merge: fold the adapter into the base's weights while decoding (see `merged`).
         on_batch: called with the number of completions done so far, whenever some ended.
+        on_tokens: called at every step with the prompts' places in the list and the token that each of them drew; what
+            it raises ends the sampling and leaves the model as it was.
 
     Raises:
         ValueError: an empty prompt, or a setting out of its range.
@@ -159,6 +162,7 @@ def sample(
             seed=seed,
             batch_size=batch_size,
             done=on_batch,
+            heard=on_tokens,
             joint=joint,
         )
         decoder.run()

@@ -6,9 +6,10 @@ import math
 import pytest
 
 from preftune.data.errors import UserError
-from preftune.eval.human import HumanJudge, read_votes
+from preftune.eval.human import HumanJudge
 from preftune.eval.judges import plan_judges
 from preftune.eval.samples import Prompt, Sample
+from preftune.eval.votes import read_votes
 
 
 def replies(policy: str, n: int = 4) -> list[Sample]:

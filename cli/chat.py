@@ -1,0 +1,194 @@
+"""`preftune chat`: talk to a run's policies, one of them or two at a time without their names."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..data.errors import UserError
+from ..recipes.schema import BASE, Recipe
+from .chain import hush
+from .policies import check_policy, last_policy, policy_stages, recipe_base, run_recipe, sampling_spec
+from .speakers import Single, Speaker
+from .terminal import Terminal
+
+if TYPE_CHECKING:
+    from ..data.rows import Message
+
+MAX_NEW_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """What the command line says; None: not given.
+
+    Attributes:
+        policy: who speaks. compare: names of policies with commas between them.
+        samples: vote on the evaluation's samples.
+        max_new_tokens, temperature, seed: of the replies. system: the conversation's system message.
+    """
+
+    policy: str | None = None
+    compare: str | None = None
+    samples: bool = False
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    seed: int | None = None
+    system: str | None = None
+
+
+def chat_run(run: Path, options: ChatOptions) -> None:
+    """Talk until the person has enough.
+
+    Raises:
+        UserError: options that do not go together, no such policy, an adapter or samples that are not there.
+    """
+    recipe = run_recipe(run)
+    names = _compared(options)
+    hush()
+    if options.samples:
+        from .compare import vote_on_samples
+
+        vote_on_samples(run, names, recipe.seed if options.seed is None else options.seed, Terminal())
+        return
+    if names:
+        for name in names:
+            check_policy(recipe, run, name, "--compare")
+    elif options.policy is not None:
+        check_policy(recipe, run, options.policy, "--policy")
+    _talk(recipe, run, names, options)
+
+
+def _compared(options: ChatOptions) -> list[str]:
+    """The policies of --compare; none where it was not given."""
+    if options.compare is None:
+        if options.samples:
+            raise UserError("--samples", "needs --compare", "name the policies: --compare sft,ppo")
+        return []
+    names = [name.strip() for name in options.compare.split(",") if name.strip()]
+    if len(set(names)) < 2:
+        raise UserError("--compare", f"{options.compare!r} names no two policies", "write them as sft,ppo")
+    if len(set(names)) < len(names):
+        raise UserError("--compare", f"{options.compare!r} names a policy twice", "name each once")
+    idle = ["policy"] + (["max_new_tokens", "temperature", "system"] if options.samples else [])
+    for option in idle:
+        if getattr(options, option) is not None:
+            beside = "--samples" if options.samples else "--compare"
+            raise UserError(f"--{option.replace('_', '-')}", f"means nothing with {beside}", "leave it out")
+    return names
+
+
+def _talk(recipe: Recipe, run: Path, names: list[str], options: ChatOptions) -> None:
+    """A conversation with one policy, or with two at a time."""
+    policy = options.policy or (names or [last_policy(recipe, run)])[0]
+    from ..eval.conversation import Conversation
+    from ..eval.workbench import Workbench
+    from .compare import Blind, open_votes, show_tally
+
+    votes = open_votes(run) if names else []
+    spec = sampling_spec(recipe, recipe_base(recipe), run)
+    spec = replace(
+        spec,
+        policies={name: _folder(run, name) for name in names or [policy]},
+        reference=BASE,
+        max_new_tokens=options.max_new_tokens or MAX_NEW_TOKENS,
+        temperature=spec.temperature if options.temperature is None else options.temperature,
+        seed=recipe.seed if options.seed is None else options.seed,
+        kl=False,
+    )
+    terminal, talk = Terminal(), Conversation(Workbench.open(spec))
+
+    def switch(name: str) -> None:
+        check_policy(recipe, run, name, "/policy")
+        talk.add(name, _folder(run, name))
+
+    single = Single(talk, terminal, policy, switch, [BASE, *policy_stages(recipe)])
+    blind = Blind(talk, terminal, run, names, f"{spec.seed}:{len(votes)}") if names else None
+    system = spec.prompts.system if options.system is None else options.system
+    if terminal.person:
+        who = f"{' and '.join(names)}, two at a time without their names" if names else policy
+        terminal.say(f"{who}, of {run}; /help lists the commands, Ctrl-D ends")
+    Chat(blind or single, terminal, system, spec.seed).run()
+    if blind is not None:
+        show_tally(run, names, blind.cast)
+
+
+def _folder(run: Path, policy: str) -> Path | None:
+    return None if policy == BASE else run / policy
+
+
+class Chat:
+    """A conversation, line by line.
+
+    Attributes:
+        system: the system message, None for none.
+        turns: what was said, beginning with the person and ending with a reply.
+        draws: replies drawn so far; each has a random stream of its own.
+    """
+
+    def __init__(self, speaker: Speaker, terminal: Terminal, system: str | None, seed: int) -> None:
+        self.speaker, self.terminal, self.system, self.seed = speaker, terminal, system, seed
+        self.turns: list[Message] = []
+        self.draws = 0
+        self.commands: dict[str, tuple[str, Callable[[str], None]]] = {
+            "help": ("this list", self._help),
+            "new": ("forget the conversation", self._new),
+            "system": ("TEXT: the system message from now on; without TEXT: none", self._system),
+            "policy": ("NAME: let another policy speak; without NAME: which there are", self._policy),
+            "again": ("another reply to what you said last", self._again),
+            "quit": ("end; Ctrl-D does so too, and Ctrl-C stops a reply", self._quit),
+        }
+
+    def run(self) -> None:
+        """Until the person has enough. What the user can put right is said to a person and an error in a script."""
+        while True:
+            try:
+                self._line(self.terminal.ask("you> "))
+            except (EOFError, KeyboardInterrupt):
+                if self.terminal.person:
+                    self.terminal.end()
+                return
+            except UserError as error:
+                if not self.terminal.person:
+                    raise
+                self.terminal.say(" ".join(str(error).split()))
+
+    def _line(self, line: str) -> None:
+        if not line.startswith("/"):
+            if line.strip():
+                self._turn([*self.turns, {"role": "user", "content": line.strip()}])
+            return
+        name, _, rest = line[1:].partition(" ")
+        if name not in self.commands:
+            raise UserError(f"/{name}", "no such command", "/help lists them; put a space before it to say it")
+        self.commands[name][1](rest.strip())
+
+    def _turn(self, turns: "list[Message]") -> None:
+        system: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
+        self.draws += 1
+        reply = self.speaker.answer([*system, *turns], self.seed + self.draws - 1)
+        if reply is not None:
+            self.turns = [*turns, {"role": "assistant", "content": reply}]
+
+    def _help(self, _: str) -> None:
+        for name, (words, _do) in self.commands.items():
+            self.terminal.say(f"/{name:7} {words}")
+
+    def _new(self, _: str) -> None:
+        self.turns = []
+        self.terminal.say("a new conversation")
+
+    def _system(self, text: str) -> None:
+        self.system = text or None
+        self.terminal.say(f"system: {text}" if text else "no system message")
+
+    def _policy(self, name: str) -> None:
+        self.terminal.say(self.speaker.switch(name))
+
+    def _again(self, _: str) -> None:
+        if not self.turns:
+            raise UserError("/again", "nothing was said yet", "say something first")
+        self._turn(self.turns[:-1])
+
+    def _quit(self, _: str) -> None:
+        raise EOFError

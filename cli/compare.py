@@ -1,0 +1,131 @@
+"""Two policies' replies without their names, the person's vote, and the tally."""
+
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..data.errors import UserError
+from ..eval.blind import Ballot, draw_pair, sample_ballots
+from ..eval.votes import Vote, append_vote, read_votes, vote_ratings, vote_rows
+from ..stages.metrics import plain
+from .progress import Voice
+from .speakers import show_reply
+from .terminal import Terminal
+
+if TYPE_CHECKING:
+    from ..data.rows import Message
+    from ..eval.conversation import Conversation
+
+LABELS = ("A: ", "B: ")
+_PREFERENCES = {"1": 1.0, "a": 1.0, "2": 2.0, "b": 2.0, "=": 1.5, "0": None}
+
+
+def open_votes(run: Path) -> list[Vote]:
+    """The votes that the run has already."""
+    file = votes_file(run)
+    return list(read_votes(file)) if file.is_file() and file.stat().st_size else []
+
+
+def votes_file(run: Path) -> Path:
+    """Where a run keeps its votes."""
+    return run / "votes.jsonl"
+
+
+class Blind:
+    """Two policies that answer each turn, in an order that only the seed knows.
+
+    Attributes:
+        cast: votes so far.
+    """
+
+    def __init__(self, talk: "Conversation", terminal: Terminal, run: Path, policies: list[str], seed: str) -> None:
+        self.talk, self.terminal, self.run, self.policies = talk, terminal, run, policies
+        self.rng = random.Random(seed)
+        self.cast = 0
+
+    def answer(self, messages: "list[Message]", seed: int) -> str | None:
+        """The reply that the person prefers, the one shown first where it is neither; None where one was stopped."""
+        pair = draw_pair(self.rng, self.policies)
+        texts = []
+        for label, policy in zip(LABELS, pair, strict=True):
+            reply = show_reply(self.talk, self.terminal, label, policy, messages, seed)
+            if reply.stopped:
+                self.terminal.say("no vote, and the turn is forgotten")
+                return None
+            texts.append(reply.text)
+        ballot = Ballot(messages, messages, pair, (texts[0], texts[1]))
+        preference = ask_vote(self.terminal, ballot)
+        if preference is not None:
+            append_vote(votes_file(self.run), ballot.vote(preference))
+            self.cast += 1
+            self.terminal.say(f"A was {pair[0]}, B was {pair[1]}")
+        return texts[1] if preference == 2 else texts[0]
+
+    def switch(self, name: str) -> str:
+        """Two policies speak, so there is nobody to choose."""
+        raise UserError("/policy", "means nothing while policies are compared", f"there are {', '.join(self.policies)}")
+
+
+def vote_on_samples(run: Path, policies: list[str], seed: int, terminal: Terminal) -> None:
+    """Walks through what is left of the evaluation's samples, then shows the tally.
+
+    Which was which is not said before that: who knows how a policy writes no longer votes blind on the next prompt.
+
+    Raises:
+        UserError: no samples, not of such a policy, or votes that were cast on others.
+    """
+    ballots = sample_ballots(run / "eval" / "samples.jsonl", policies, open_votes(run), seed)
+    if terminal.person:
+        terminal.say(f"{len(ballots)} pairs of replies to vote on; Ctrl-D ends, and the next time goes on")
+    cast = 0
+    try:
+        for number, ballot in enumerate(ballots, 1):
+            _show(ballot, f"[{number} of {len(ballots)}]", terminal)
+            preference = ask_vote(terminal, ballot)
+            if preference is not None:
+                append_vote(votes_file(run), ballot.vote(preference))
+                cast += 1
+    except (EOFError, KeyboardInterrupt):
+        if terminal.person:
+            terminal.end()
+    show_tally(run, policies, cast)
+
+
+def _show(ballot: Ballot, head: str, terminal: Terminal) -> None:
+    terminal.begin(f"\n{head}\n" if terminal.person else "")
+    parts = [f"{message['role']}: {message.get('content') or ''}" for message in ballot.messages]
+    parts += [label + text.strip() for label, text in zip(LABELS, ballot.completions, strict=True)]
+    terminal.write("\n".join(parts))
+    terminal.end()
+
+
+def ask_vote(terminal: Terminal, ballot: Ballot) -> float | None:
+    """1 for A, 2 for B, 1.5 for neither, None for a vote that is not cast. Two equal replies need nobody's vote.
+
+    Raises:
+        EOFError: the person has enough.
+    """
+    if ballot.completions[0] == ballot.completions[1]:
+        terminal.say("the same reply twice: a tie")
+        return 1.5
+    while True:
+        said = terminal.ask("better: 1 (A), 2 (B), = (neither), 0 (skip)? ").strip().lower()
+        if said == "/quit":
+            raise EOFError
+        if said in _PREFERENCES:
+            return _PREFERENCES[said]
+        terminal.say(f"{said!r} is no vote: 1 for A, 2 for B, = for neither, 0 to skip, /quit to end")
+
+
+def show_tally(run: Path, policies: list[str], cast: int) -> None:
+    """The votes on these policies, old and new: win-rates, and ratings of more than two."""
+    voice, file = Voice(), votes_file(run)
+    votes = [vote for vote in open_votes(run) if set(vote.policies) <= set(policies)]
+    voice.say(f"\n{len(votes)} votes on {', '.join(policies)} in {file}, {cast} of them now")
+    voice.rows(vote_rows(votes))
+    if len({policy for vote in votes for policy in vote.policies}) > 2:
+        voice.say("\nratings: Bradley-Terry log-odds of mean 0, with 95% intervals over prompts")
+        voice.rows(
+            plain({"policy": policy, "rating": each.log_odds, "low": each.low, "high": each.high})
+            for policy, each in vote_ratings(votes).items()
+        )

@@ -1,0 +1,95 @@
+"""A run's recipe and its policies: which there are, and how to sample from them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..data.errors import UserError
+from ..recipes.build import data_spec, eval_spec, folders
+from ..recipes.graph import order
+from ..recipes.load import load_recipe
+from ..recipes.problems import nearest
+from ..recipes.schema import BASE, PPOStage, Recipe
+from .commands import run_folder
+
+if TYPE_CHECKING:
+    from ..eval.spec import EvalSpec
+    from ..models.base import Base
+
+
+def run_recipe(run: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe that the run folder holds.
+
+    Raises:
+        UserError: there is no such folder, or no recipe in it.
+    """
+    file = run_folder(run) / "recipe.yaml"
+    if not file.is_file():
+        raise UserError(str(run), "holds no recipe.yaml", "give the folder of a run (runs/NAME)")
+    return load_recipe(file, overrides)
+
+
+def recipe_base(recipe: Recipe) -> "Base":
+    """The recipe's base, and its functions within reach."""
+    from ..models.base import resolve_base
+    from .chain import import_from_here
+
+    import_from_here(recipe)
+    return resolve_base(recipe.model.base, recipe.model.revision)
+
+
+def policy_stages(recipe: Recipe) -> list[str]:
+    """The stages whose adapter speaks, each after the one that it starts from."""
+    return [name for name in order(recipe) if recipe.stages[name].kind != "reward"]
+
+
+def check_policy(recipe: Recipe, run: Path, name: str, where: str) -> None:
+    """Raises UserError where the recipe has no such policy, or the run no adapter of it.
+
+    Args:
+        where: what asked for it, for the message.
+    """
+    known = [BASE, *policy_stages(recipe)]
+    if name not in known:
+        raise UserError(where, f"no policy {name!r}", nearest(name, known))
+    if name != BASE and not (run / name / "adapter_config.json").is_file():
+        remedy = f"train it: preftune run {run / 'recipe.yaml'} --until {name}"
+        raise UserError(str(run / name), "holds no adapter", remedy)
+
+
+def last_policy(recipe: Recipe, run: Path) -> str:
+    """The last policy that is finished.
+
+    Raises:
+        UserError: none is.
+    """
+    finished = [name for name in policy_stages(recipe) if (run / name / "adapter_config.json").is_file()]
+    if not finished:
+        remedy = f"train one: preftune run {run / 'recipe.yaml'}, or name the base"
+        raise UserError(str(run), "no policy is finished in it", remedy)
+    return finished[-1]
+
+
+def sampling_spec(recipe: Recipe, base: "Base", run: Path) -> "EvalSpec":
+    """Prompts and settings of fresh samples: the evaluation's, else those of PPO, else the first stage's data."""
+    if recipe.eval is not None:
+        return eval_spec(recipe, base, run)
+    from ..eval.spec import EvalSpec
+
+    ppo = next((stage for stage in recipe.stages.values() if isinstance(stage, PPOStage)), None)
+    stage = ppo or next(iter(recipe.stages.values()))
+    given = {} if ppo is None else {"max_new_tokens": ppo.max_new_tokens, "temperature": ppo.temperature}
+    return EvalSpec(
+        base=base,
+        policies={},
+        reference=BASE,
+        prompts=data_spec(recipe.data[stage.data], recipe.seed),
+        folders=folders(recipe),
+        dtype=recipe.model.dtype,
+        quantization=recipe.model.quantization,
+        seed=recipe.seed,
+        kl=False,
+        chat_template=recipe.model.chat_template,
+        packed=recipe.model.packed,
+        **{key: value for key, value in given.items() if value is not None},
+    )

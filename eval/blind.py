@@ -1,0 +1,99 @@
+"""Two replies to one prompt shown without names: which stands where, and the vote that comes of it."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from ..data.errors import UserError
+from ..data.rows import Message
+from ..data.sources import read_file
+from .human import check_place
+from .votes import Vote
+
+
+@dataclass(frozen=True)
+class Ballot:
+    """What a person chooses from.
+
+    Attributes:
+        prompt: what the vote says of it: its place in the evaluation, or its messages.
+        messages: the conversation up to the replies.
+        policies: of the reply shown as A and of the one shown as B.
+        completions: theirs.
+    """
+
+    prompt: int | list[Message]
+    messages: list[Message]
+    policies: tuple[str, str]
+    completions: tuple[str, str]
+
+    def vote(self, preference: float) -> dict[str, Any]:
+        """The line of votes.jsonl (see `votes.py`); 1 for A, 2 for B, 1.5 for neither."""
+        (policy_a, policy_b), (completion_a, completion_b) = self.policies, self.completions
+        return {
+            "prompt": self.prompt,
+            "policy_a": policy_a,
+            "policy_b": policy_b,
+            "preference": preference,
+            "completion_a": completion_a,
+            "completion_b": completion_b,
+        }
+
+
+def draw_pair(rng: random.Random, policies: Sequence[str]) -> tuple[str, str]:
+    """Two of the policies, each pair and each order of it as likely as any other."""
+    first, second = rng.sample(list(policies), 2)
+    return first, second
+
+
+def sample_ballots(path: Path, policies: Sequence[str], votes: Sequence[Vote], seed: int) -> list[Ballot]:
+    """What is left to be voted on of an evaluation's samples: every pair of the policies on every prompt.
+
+    Args:
+        path: its samples.jsonl.
+        votes: cast already; a pair that was voted on at a prompt's place is left out.
+        seed: of the ballots' order and of what stands where, which is the same however many are left.
+
+    Raises:
+        UserError: no such file, a policy that is not in it, or votes that were cast on another evaluation's replies.
+    """
+    messages, replies = _read_samples(path)
+    for policy in policies:
+        if policy not in replies:
+            remedy = f"name two of {', '.join(replies)}, or evaluate it too"
+            raise UserError("--compare", f"{path} has no samples of {policy!r}", remedy)
+    done = set()
+    for vote in votes:
+        if isinstance(vote.prompt, int) and set(vote.policies) <= set(replies):
+            check_place(vote, [replies[policy] for policy in vote.policies])
+            done.add((vote.prompt, frozenset(vote.policies)))
+    rng = random.Random(seed)
+    ballots = []
+    for place, asked in enumerate(messages):
+        for pair in combinations(policies, 2):
+            a, b = draw_pair(rng, pair)
+            ballots.append(Ballot(place, asked, (a, b), (replies[a][place], replies[b][place])))
+    rng.shuffle(ballots)
+    return [each for each in ballots if (each.prompt, frozenset(each.policies)) not in done]
+
+
+def _read_samples(path: Path) -> tuple[list[list[Message]], dict[str, list[str]]]:
+    """The prompts in their order, and policy -> its replies to them."""
+    if not path.is_file():
+        raise UserError(str(path), "no such file", f"evaluate first: preftune eval run {path.parent.parent}")
+    messages: dict[int, list[Message]] = {}
+    replies: dict[str, dict[int, str]] = {}
+    for origin, row in read_file(path, str(path)):
+        try:
+            messages[row["prompt_index"]] = row["prompt"]
+            replies.setdefault(row["policy"], {})[row["prompt_index"]] = row["completion"]
+        except KeyError as error:
+            raise UserError(origin, f"no {error.args[0]!r}", "evaluate again: it is not as written") from error
+    places = list(range(len(messages)))
+    for policy, said in replies.items():
+        if sorted(said) != places:
+            raise UserError(str(path), f"{policy!r} has not one reply to each prompt", "evaluate again")
+    return [messages[i] for i in places], {policy: [said[i] for i in places] for policy, said in replies.items()}

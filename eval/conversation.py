@@ -1,0 +1,127 @@
+"""Talking with a run's policies, one reply at a time: what `preftune chat` does beside the terminal."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TextStreamer
+
+from ..data.errors import UserError
+from ..data.rows import Message
+from ..data.template import prompt_ids
+from ..models.generate import sample
+from .workbench import Workbench
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a policy said.
+
+    Attributes:
+        text: special tokens left out.
+        tokens: how many, its EOS included where it was reached.
+        finished: whether it ended at EOS.
+        stopped: whether it was stopped from outside; neither: it was cut at `max_new_tokens`.
+    """
+
+    policy: str
+    text: str
+    tokens: int
+    finished: bool
+    stopped: bool
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """The policies of a workbench, which answer prompts that are made up as one goes."""
+
+    bench: Workbench
+
+    def add(self, policy: str, folder: Path | None) -> None:
+        """Makes a policy that the workbench was not opened with answer too; None is the base.
+
+        Raises:
+            UserError: the folder holds no adapter, or one of another base or tokenizer.
+        """
+        if policy not in self.bench.roles:
+            self.bench.roles[policy] = self.bench.load(folder)
+
+    def reply(
+        self,
+        policy: str,
+        messages: Sequence[Message],
+        *,
+        seed: int,
+        on_text: Callable[[str], None] | None = None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Reply:
+        """The policy's reply to the messages, with the evaluation's settings.
+
+        Args:
+            seed: of its random stream; policies that agree say the same with the same seed.
+            on_text: called with the parts of the text, as soon as their words are complete.
+            stop: asked after every token; once it says yes the reply ends there.
+
+        Raises:
+            UserError: the chat template refuses the messages, or the conversation has become too long for the model.
+        """
+        spec, tokenizer = self.bench.spec, self.bench.tokenizer
+        ids = prompt_ids(tokenizer, list(messages))
+        room = min(spec.max_new_tokens, self._room(len(ids)))
+        tokens: list[int] = []
+        stream = _Stream(tokenizer, on_text or (lambda text: None))
+
+        def heard(_: list[int], newest: list[int]) -> None:
+            tokens.extend(newest)
+            stream.put(torch.tensor(newest))
+            if stop():
+                raise _Stopped
+
+        stopped = False
+        try:
+            sample(
+                self.bench.adapters,
+                self.bench.roles[policy],
+                [ids],
+                max_new_tokens=room,
+                temperature=spec.temperature,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+                seed=[seed],
+                on_tokens=heard,
+            )
+        except _Stopped:
+            stopped = True
+        stream.end()
+        finished = tokens[-1] == tokenizer.eos_token_id
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        return Reply(policy, text, len(tokens), finished, stopped and not finished)
+
+    def _room(self, prompt: int) -> int:
+        """Tokens that the model can still read after so many."""
+        config = self.bench.adapters.model.get_base_model().config.get_text_config()
+        most = getattr(config, "max_position_embeddings", None)
+        if most is None:
+            return self.bench.spec.max_new_tokens
+        if prompt >= most:
+            remedy = "begin a new one (/new)"
+            raise UserError("conversation", f"{prompt} tokens, and the model can read {most}", remedy)
+        return most - prompt
+
+
+class _Stopped(Exception):
+    pass
+
+
+class _Stream(TextStreamer):
+    """transformers' streamer, which knows when a word is complete, with another place to write to."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_special_tokens=True)
+        self.on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self.on_text(text)

@@ -1,0 +1,148 @@
+"""People's votes on pairs of replies: the file they are kept in, and their win-rates.
+
+One vote a line:
+
+    {"prompt": 3, "policy_a": "sft", "policy_b": "dpo", "preference": 2}
+
+`prompt` is the prompt's place in the evaluation, counted from 0 (`prompt_index` in samples.jsonl), or the list of
+messages that was answered. `preference` goes from 1 (policy_a's reply is better) over 1.5 (neither) to 2 (policy_b's),
+as in annotations. Optional: `completion_a` and `completion_b`, the replies that were voted on.
+"""
+
+import json
+import math
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..data.errors import UserError
+from ..data.rows import prompt_key
+from ..data.sources import read_file
+from ..stages.metrics import plain
+from .annotations import read_preference
+from .ratings import Rating, rate_policies
+from .winrate import win_rate
+
+
+@dataclass(frozen=True)
+class Vote:
+    """One vote.
+
+    Attributes:
+        origin: the file and line.
+        prompt: place of the prompt, or the key of its messages (`messages_key`).
+        policies: the two policies, a and b.
+        completions: their replies, None where the vote does not carry them.
+        outcomes: what a and b got: 1 and 0, or between.
+    """
+
+    origin: str
+    prompt: int | str
+    policies: tuple[str, str]
+    completions: tuple[str | None, str | None]
+    outcomes: tuple[float, float]
+
+
+def messages_key(messages: Sequence[dict[str, Any]]) -> str:
+    """Equal for equal conversations; fields without a value and white space around a text do not count."""
+    return prompt_key([{key: value for key, value in each.items() if value is not None} for each in messages])
+
+
+def read_votes(path: Path) -> tuple[Vote, ...]:
+    """The votes of a file (see the module for its format).
+
+    Raises:
+        UserError: no such file, no votes, or a field that is missing or not what it should be.
+    """
+    if not path.is_file():
+        raise UserError(str(path), "no such file", "give a JSONL file of votes; preftune chat --compare writes one")
+    votes = tuple(_vote(row, origin) for origin, row in read_file(path, str(path)))
+    if not votes:
+        raise UserError(str(path), "holds no votes", "write one vote a line")
+    return votes
+
+
+def append_vote(path: Path, row: dict[str, Any]) -> None:
+    """Adds one line to the file; when this returns the vote is on disk, whatever happens to the process."""
+    line = json.dumps(row, ensure_ascii=False) + "\n"
+    with path.open("a+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        if end:
+            file.seek(end - 1)
+            # a file written by hand may end without a line break
+            line = line if file.read(1) == b"\n" else "\n" + line
+        file.write(line.encode("utf-8", "surrogatepass"))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def vote_rows(votes: Sequence[Vote], seed: int = 0) -> list[dict[str, Any]]:
+    """Win-rates of every two policies that were compared, each against the other; fractions of 1.
+
+    Returns:
+        Rows of policy, against, n (prompts), win_rate, ci_low, ci_high (95%, over prompts), ties (prompts that came out
+        even). Several votes on a prompt are averaged, so that a prompt counts once.
+    """
+    rows = []
+    for (policy, other), found in sorted(_by_pair(votes).items()):
+        outcomes = np.array([float(np.mean(each)) for each in found.values()])
+        for names, each in (((policy, other), outcomes), ((other, policy), 1.0 - outcomes)):
+            rate = win_rate(each, seed=seed)
+            numbers = {key: getattr(rate, key) for key in ("n", "win_rate", "ci_low", "ci_high", "ties")}
+            rows.append(plain(dict(zip(("policy", "against"), names, strict=True)) | numbers))
+    return rows
+
+
+def vote_ratings(votes: Sequence[Vote], seed: int = 0) -> dict[str, Rating]:
+    """Bradley-Terry ratings of all policies in the votes, best first; nan where the votes do not join them."""
+    pairs = _by_pair(votes)
+    prompts = list(dict.fromkeys(vote.prompt for vote in votes))
+    outcomes = {
+        pair: np.array([float(np.mean(found[prompt])) if prompt in found else math.nan for prompt in prompts])
+        for pair, found in pairs.items()
+    }
+    ratings = rate_policies(sorted({policy for pair in pairs for policy in pair}), outcomes, seed=seed)
+    return dict(sorted(ratings.items(), key=lambda each: -each[1].log_odds))
+
+
+def _by_pair(votes: Sequence[Vote]) -> dict[tuple[str, str], dict[int | str, list[float]]]:
+    """(policy, other), in the alphabet's order -> prompt -> what the policy got in each vote on it."""
+    pairs: dict[tuple[str, str], dict[int | str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for vote in votes:
+        first, second = sorted(vote.policies)
+        pairs[first, second][vote.prompt].append(vote.outcomes[vote.policies.index(first)])
+    return pairs
+
+
+def _vote(row: dict[str, Any], origin: str) -> Vote:
+    prompt = _prompt(row.get("prompt"), origin)
+    policies = (_text(row, "policy_a", origin), _text(row, "policy_b", origin))
+    if policies[0] == policies[1]:
+        raise UserError(origin, f"policy_a and policy_b are both {policies[0]!r}", "name two policies")
+    completions = tuple(None if row.get(key) is None else _text(row, key, origin) for key in _COMPLETIONS)
+    for_b = read_preference(row, origin) - 1.0
+    return Vote(origin, prompt, policies, (completions[0], completions[1]), (1.0 - for_b, for_b))
+
+
+def _prompt(value: Any, origin: str) -> int | str:
+    if isinstance(value, list) and value and all(isinstance(each, dict) and "role" in each for each in value):
+        return messages_key(value)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        remedy = "write its place in the evaluation, counted from 0, or the messages"
+        raise UserError(origin, f"prompt is {value!r}, expected a whole number or a list of messages", remedy)
+    return value
+
+
+_COMPLETIONS = ("completion_a", "completion_b")
+
+
+def _text(row: dict[str, Any], name: str, origin: str) -> str:
+    value = row.get(name)
+    if not isinstance(value, str):
+        raise UserError(origin, f"{name} is {value!r}, expected text", f"give every vote its {name}")
+    return value
