@@ -101,7 +101,8 @@ class Conversation:
 
     def _room(self, prompt: int) -> int:
         """Tokens that the model can still read after so many."""
-        config = self.bench.adapters.model.get_base_model().config.get_text_config()
+        backbone: Any = self.bench.adapters.backbone
+        config = backbone.config.get_text_config()
         most = getattr(config, "max_position_embeddings", None)
         if most is None:
             return self.bench.spec.max_new_tokens

@@ -145,12 +145,13 @@ class Decoder:
         active_B = request_B != n
         ended_B = active_B & (stopped_B | (step_B == self.max_new_tokens))
         goes_on_B = active_B & ~ended_B
+        if self.heard is not None:
+            # before the rows go on: `request_B` may be a view of what changes then
+            self.heard(request_B[active_B].tolist(), token_B[active_B].tolist())
         self.newest_B[slots] = token_B
         self.step_B[slots] = step_B * goes_on_B
         self.length_B[slots] = torch.where(goes_on_B, self.length_B[slots] + 1, 1)
         self.request_B[slots] = torch.where(goes_on_B, request_B, n)
-        if self.heard is not None:
-            self.heard(request_B[active_B].tolist(), token_B[active_B].tolist())
         return bool(ended_B.any())
 
     def _shrink(self) -> bool:

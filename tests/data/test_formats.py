@@ -209,3 +209,34 @@ def test_wrong_values_are_the_users_to_correct(raw) -> None:
 def test_pairs_that_cannot_serve(raw) -> None:
     with pytest.raises(Unusable):
         one(raw, "pair")
+
+
+def vote(preference, prompt=(U,), a="Hello.", b="Go away.") -> dict:
+    return {
+        "prompt": list(prompt) if isinstance(prompt, tuple) else prompt, "policy_a": "sft", "policy_b": "dpo",
+        "preference": preference, "completion_a": a, "completion_b": b,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("preference", "chosen", "rejected"), [(1, A, B), (1.25, A, B), (2, B, A), (1.75, B, A)])
+def test_votes_are_pairs(preference, chosen, rejected) -> None:
+    row = one(vote(preference, (S, U, A2, U2)), "pair")
+    assert (row.prompt, row.chosen, row.rejected) == ([S, U, A2, U2], [chosen], [rejected])
+    assert row.columns == {"policy_a": "sft", "policy_b": "dpo"}
+
+
+def test_votes_serve_the_other_kinds() -> None:
+    assert one(vote(2), "demo").completion == [B]
+    assert [(row.completion, row.label) for row in normalise(vote(2), "label", "f:1")] == [([B], True), ([A], False)]
+    assert one(vote(1), "prompt").prompt == [U]
+    # a reply that is written like a dialogue is still one reply
+    assert one(vote(1, a=HH + " Sure."), "pair").chosen == [{"role": "assistant", "content": HH + " Sure."}]
+
+
+def test_votes_that_are_no_training_data() -> None:
+    for raw, said in ((vote(1.5), "neither"), (vote(1, 3), "evaluation's own samples"), (vote(1, b="Hello."), "same")):
+        with pytest.raises(Unusable, match=said):
+            normalise(raw, "pair", "f:1")
+    for raw, said in ((vote(3), "preference is 3"), (vote(True), "preference is True"), (vote(1, a=None), "is None")):
+        with pytest.raises(UserError, match=f"f:1: .*{said}"):
+            normalise(raw, "pair", "f:1")

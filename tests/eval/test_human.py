@@ -9,6 +9,7 @@ from preftune.data.errors import UserError
 from preftune.eval.human import HumanJudge
 from preftune.eval.judges import plan_judges
 from preftune.eval.samples import Prompt, Sample
+from preftune.eval.verdicts import Verdicts
 from preftune.eval.votes import read_votes
 
 
@@ -55,12 +56,63 @@ def test_votes_on_other_replies_are_refused(judge):
         judge(vote(4)).compare(replies("dpo"), replies("sft"))
 
 
+def asked(policy: str, *questions: str) -> list[Sample]:
+    """One reply a question, each to a prompt of its own."""
+    prompts = [Prompt([{"role": "user", "content": question}], [1]) for question in questions]
+    return [Sample(policy, i, prompt, f"{policy} says {i}", [3], True) for i, prompt in enumerate(prompts)]
+
+
+def cast(question: str, ours: str, theirs: str, preference: float = 1) -> dict:
+    """A vote in a chat on these replies of dpo and sft."""
+    messages = [{"role": "user", "content": question}]
+    return vote(messages, "dpo", "sft", preference, completion_a=ours, completion_b=theirs)
+
+
+def test_votes_of_a_chat_count_where_the_evaluation_has_the_same(judge, capsys):
+    samples = {policy: asked(policy, "one", "two", "one") for policy in ("sft", "dpo")}
+    people = judge(
+        cast("two", "dpo says 1", "sft says 1"),
+        # asked twice in the evaluation: the place with these replies
+        cast("one", "dpo says 2", "sft says 2", 2),
+        cast("two", "another reply", "sft says 1", 2),
+        cast("three", "dpo says 0", "sft says 0", 2),
+        vote([{"role": "user", "content": "two"}], "dpo", "ppo", 2),
+    )
+    people.check(samples)
+    said = capsys.readouterr().err
+    assert said == "human: 2 of 4 votes are on other prompts or replies, and are left out\n"
+    expected = [math.nan, 1.0, 0.0]
+    assert people.compare(samples["dpo"], samples["sft"]) == pytest.approx(expected, nan_ok=True)
+    assert people.compare(samples["sft"], samples["dpo"]) == pytest.approx([math.nan, 0.0, 1.0], nan_ok=True)
+    assert capsys.readouterr().err == ""
+
+
+def test_votes_that_match_nothing_are_refused_and_those_on_others_are_not(judge, capsys):
+    samples = {policy: asked(policy, "one") for policy in ("sft", "dpo")}
+    with pytest.raises(UserError, match=r"votes\.jsonl: none of its 2 votes is on .*preftune chat RUN --compare A,B"):
+        judge(cast("two", "dpo says 0", "sft says 0"), cast("one", "x", "y")).check(samples)
+    judge(vote(0, "ppo", "kto")).check(samples)
+    assert "none of the 1 votes is on two of these policies" in capsys.readouterr().err
+    judge(vote(0)).check(samples)
+    assert capsys.readouterr().err == ""
+    with pytest.raises(UserError, match="prompt is 1, and the evaluation has 1"):
+        judge(vote(1)).check(samples)
+
+
+def test_verdicts_let_the_judge_look_first(judge):
+    samples = {policy: asked(policy, "one") for policy in ("sft", "dpo")}
+    with pytest.raises(UserError, match="none of its 1 votes"):
+        Verdicts.of(judge(cast("two", "a", "b")), samples)
+
+
 @pytest.mark.parametrize(
     ("bad", "said"),
     [
         (vote(prompt="0"), "prompt is '0'"),
         (vote(prompt=-1), "prompt is -1"),
         (vote(prompt=True), "prompt is True"),
+        (vote(prompt=[]), r"prompt is \[\], expected a whole number or a list of messages"),
+        (vote(prompt=["hi"]), "expected a whole number or a list of messages"),
         (vote(a=None), "policy_a is None"),
         (vote(a="dpo"), "both 'dpo'"),
         (vote(preference=3), "preference is 3"),

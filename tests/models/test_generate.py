@@ -296,3 +296,34 @@ def test_beam_search_finds_at_least_what_greedy_finds(adapters, tokenizer):
         assert ours == pytest.approx(theirs, abs=1e-4)
     assert all(sum(w) >= sum(g) - 1e-4 for w, g in zip(wide.logprobs, greedy.logprobs, strict=True))
     assert any(sum(w) > sum(g) + 1e-3 for w, g in zip(wide.logprobs, greedy.logprobs, strict=True))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_tokens_are_heard_as_they_are_drawn(adapters, tokenizer, batch_size):
+    heard: dict[int, list[int]] = {}
+
+    def hear(places, tokens):
+        assert len(set(places)) == len(places) == len(tokens)
+        for place, token in zip(places, tokens, strict=True):
+            heard.setdefault(place, []).append(token)
+
+    drawn = draw(adapters, tokenizer, batch_size=batch_size, on_tokens=hear)
+    assert [heard[place] for place in range(len(PROMPTS))] == drawn.tokens
+
+
+def test_what_a_listener_raises_ends_the_sampling_and_changes_nothing(adapters, tokenizer):
+    whole = draw(adapters, tokenizer)
+    before = {name: tensor.clone() for name, tensor in adapters.model.state_dict().items()}
+    steps = []
+
+    def interrupt(places, tokens):
+        steps.append(tokens)
+        if len(steps) == 3:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        draw(adapters, tokenizer, on_tokens=interrupt)
+    assert len(steps) == 3
+    after = adapters.model.state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert draw(adapters, tokenizer).tokens == whole.tokens
