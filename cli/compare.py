@@ -121,7 +121,7 @@ def show_tally(run: Path, policies: list[str], cast: int) -> None:
     """The votes on these policies, old and new: win-rates, and ratings of more than two."""
     voice, file = Voice(), votes_file(run)
     votes = [vote for vote in open_votes(run) if set(vote.policies) <= set(policies)]
-    voice.say(f"\n{len(votes)} votes on {', '.join(policies)} in {file}, {cast} of them now")
+    voice.say(f"\nvotes on {', '.join(policies)} in {file}: {len(votes)}, {cast} of them now")
     voice.rows(vote_rows(votes))
     if len({policy for vote in votes for policy in vote.policies}) > 2:
         voice.say("\nratings: Bradley-Terry log-odds of mean 0, with 95% intervals over prompts")

@@ -86,7 +86,7 @@ def test_a_person_votes_at_a_terminal(run):
     person.wait("no such command")
     person.wait("you> ")
     person.type("\x04")
-    person.wait("1 votes on sft, dpo")
+    person.wait("votes.jsonl: 1, 1 of them now")
     assert person.exit_code() == 0
 
 
@@ -98,5 +98,5 @@ def test_ctrl_c_at_the_prompt_ends_with_the_tally(judged):
     person.wait("[2 of 4]")
     person.wait("(skip)? ")
     person.type("\x03")
-    person.wait("1 votes on sft, dpo")
+    person.wait("votes.jsonl: 1, 1 of them now")
     assert person.exit_code() == 0
