@@ -182,8 +182,9 @@ def over_optimisation(
     settle_over_optimisation(recipe)
     from ..eval.overoptimisation_run import eval_over_optimisation
     from .commands import show_over_optimisation
+    from .policies import recipe_base
 
-    show_over_optimisation(eval_over_optimisation(eval_spec(recipe, _base(recipe), run), run), json)
+    show_over_optimisation(eval_over_optimisation(eval_spec(recipe, recipe_base(recipe), run), run), json)
 
 
 def _recipe(run: Path, overrides: list[str] | None) -> "Recipe":
