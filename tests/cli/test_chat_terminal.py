@@ -4,6 +4,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -37,6 +38,8 @@ class Typist:
         process, terminal = pty.fork()
         if process == 0:
             os.environ["TERM"] = "dumb"
+            # a shell at a terminal hands it on like this; one that starts the tests in the background ignores Ctrl-C
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.execv(sys.executable, [sys.executable, "-c", CODE, *arguments])
         return process, terminal
 
