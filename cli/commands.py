@@ -128,6 +128,8 @@ def show_over_optimisation(content: Mapping[str, Any], json: bool) -> None:
         if not fits:
             voice.say("nothing fitted: fewer than 3 points off zero (keep_every of the PPO stage keeps more)")
     voice.rows(fits)
+    for method in content["methods"] if fits else ():
+        voice.say(f"{method['method']}, {method['peak']}")
 
 
 def _show_results(path: Path, done: Sequence[Done], voice: Voice) -> None:

@@ -75,9 +75,10 @@ def over_optimisation(
         judges: open ones, the two wanted among them.
 
     Returns:
-        proxy, gold, prompts, start, methods: [{method, points, fit}]. A point has label, step or n, kl, kl_se, and mean
-        and standard error of proxy and gold in the judges' units. A fit has its form, and for each side alpha, beta,
-        their standard errors, the peak (a d within the measured range, or None) and the number of points.
+        proxy, gold, prompts, start, methods: [{method, kl_is, points, fit, peak}]. A point has label, step or n, kl,
+        kl_se, and mean and standard error of proxy and gold in the judges' units. A fit has its form, and for each side
+        alpha, beta, their standard errors, the peak (a d within the measured range, or None) and the number of points.
+        `kl_is` says what the KL is, `peak` whether the gold judge's gain peaks.
 
     Raises:
         UserError: an adapter that cannot be loaded, or no prompt with all its scores.
@@ -109,7 +110,10 @@ def over_optimisation(
         "gold": wanted.gold,
         "prompts": int(np.count_nonzero(judged)),
         "start": BASE if wanted.start is None else wanted.start.name,
-        "methods": [_method(wanted.stage, path, RL), _method("best_of_n", best, BEST_OF_N)],
+        "methods": [
+            _method(wanted.stage, path, RL, "measured on the policy's own replies"),
+            _method("best_of_n", best, BEST_OF_N, "log n - (n - 1) / n, an upper bound (arXiv 2401.01879)"),
+        ],
     }
     return plain(content)
 
@@ -207,13 +211,24 @@ def _kl(bench: Workbench, role: str | None, start: str | None, replies: list[Sam
     return summarise(kls, lengths, temperature)
 
 
-def _method(name: str, points: list[Point], form: Form) -> dict[str, Any]:
+def _method(name: str, points: list[Point], form: Form, kl_is: str) -> dict[str, Any]:
     fits = {side: _fit(points, side, form) for side in SIDES}
     return {
         "method": name,
+        "kl_is": kl_is,
         "points": [_as_dict(point) for point in points],
         "fit": {"form": form, **fits} if any(fits.values()) else None,
+        "peak": _peak_words(fits["gold"], max(point.kl for point in points)),
     }
+
+
+def _peak_words(fit: dict[str, Any] | None, furthest: float) -> str:
+    """Of the gold judge's gain; `furthest` is the largest KL measured."""
+    if fit is None:
+        return "gold: nothing fitted, fewer than 3 points off zero"
+    if fit["peak"] is None:
+        return f"gold: no peak was seen up to KL {furthest:.3g}"
+    return f"gold: highest at KL {fit['peak'] ** 2:.3g} (d = {fit['peak']:.3g})"
 
 
 def _fit(points: list[Point], side: str, form: Form) -> dict[str, Any] | None:

@@ -2,11 +2,9 @@
 
 from ..data.errors import UserError
 from ..eval.judge_names import judge_name, only_compares, scoring_judges
-from .problems import nearest, problem
+from .problems import dotted, nearest, problem
 from .schema import Eval, OverOptimisation, PPOStage, Recipe
 from .text import Text
-
-_WHERE = "eval.over_optimisation"
 
 
 def settle_over_optimisation(recipe: Recipe, text: Text | None = None) -> None:
@@ -16,12 +14,17 @@ def settle_over_optimisation(recipe: Recipe, text: Text | None = None) -> None:
         text: the recipe's file, for messages with its lines.
 
     Raises:
-        UserError: no PPO stage, no proxy that follows from it, an unknown judge, one that only compares, one twice.
+        UserError: no PPO stage, no proxy that follows from it, an unknown judge, one that only compares, one twice,
+            greedy decoding.
     """
     part = recipe.eval
     if part is None or part.over_optimisation is None:
         return
     wanted = part.over_optimisation
+    if part.temperature == 0:
+        # said here as well as in the evaluation, so that no stage trains in vain
+        said = "greedy decoding (eval.temperature 0) has no KL and one reply a prompt"
+        raise _problem(text, None, said, "set eval.temperature above 0, or leave the section out")
     stages = [name for name, stage in recipe.stages.items() if isinstance(stage, PPOStage)]
     if wanted.policy is None:
         if not stages:
@@ -62,7 +65,7 @@ def _check_judge(part: Eval, key: str, name: str, text: Text | None) -> None:
         raise _problem(text, key, said, f"use one of {', '.join(scoring)}" if scoring else "add a judge that scores")
 
 
-def _problem(text: Text | None, key: str, said: str, remedy: str) -> UserError:
-    if text is None:
-        return UserError(f"{_WHERE}.{key}", said, remedy)
-    return problem(text, ("eval", "over_optimisation", key), said, remedy)
+def _problem(text: Text | None, key: str | None, said: str, remedy: str) -> UserError:
+    """At one key of the section, or at the section itself."""
+    path = ("eval", "over_optimisation", *(() if key is None else (key,)))
+    return UserError(dotted(path), said, remedy) if text is None else problem(text, path, said, remedy)

@@ -255,7 +255,10 @@ def _resolved(job: StageJob, args: TrainingArguments) -> dict[str, Any]:
     """The stage's config as it was used: only what a default of the config's class does not say already."""
     defaults = {each.name: each.default for each in dataclasses.fields(args)}
     used = {key: value for key, value in args.to_dict().items() if key in defaults and defaults[key] != value}
-    places = ("output_dir", "logging_dir", "run_name", "hub_token", "push_to_hub_token")
+    places = (
+        *("output_dir", "logging_dir", "samples_file", "policies_dir"),
+        *("run_name", "hub_token", "push_to_hub_token"),
+    )
     return plain(
         {
             "dtype": job.dtype,

@@ -117,6 +117,12 @@ def test_the_file_holds_both_ways(made: Path):
     for side in ("proxy", "gold"):
         assert {"alpha", "alpha_se", "beta", "beta_se", "peak", "points"} == set(ppo["fit"][side])
         assert ppo["fit"][side]["alpha_se"] > 0 and ppo["fit"][side]["points"] == 4
+    assert "upper bound" in best["kl_is"] and best["peak"] == "gold: nothing fitted, fewer than 3 points off zero"
+    peak, furthest = ppo["fit"]["gold"]["peak"], max(each["kl"] for each in others)
+    expected = f"no peak was seen up to KL {furthest:.3g}" if peak is None else f"highest at KL {peak**2:.3g} (d ="
+    assert expected in ppo["peak"]
+    # where the stage was written is no part of how it was made
+    assert ".partial" not in (made / "run" / "ppo" / "lineage.json").read_text()
     assert "overoptimisation" not in json.loads((made / "run" / "run.json").read_text())["stages"]
     assert "best of n" in write_report(made / "run").read_text()
 
@@ -223,11 +229,12 @@ def test_the_command(made: Path, tmp_path: Path, capsys, monkeypatch):
         ("prompts=0", ("over_optimisation.prompts", "is 0")),
         ("policy=sft", ("over_optimisation.policy", "no PPO stage 'sft'", "ppo")),
         ("golden=1", ("golden", "did you mean 'gold'")),
+        ("prompts=2 eval.temperature=0 eval.kl=false", ("eval.over_optimisation", "greedy decoding")),
     ],
 )
 def test_what_a_recipe_may_not_say(made: Path, change: str, words: tuple[str, ...]):
     with pytest.raises(UserError) as caught:
-        load_recipe(made / "t.yaml", [f"eval.over_optimisation.{change}"])
+        load_recipe(made / "t.yaml", f"eval.over_optimisation.{change}".split())
     said = str(caught.value)
     assert "\n" not in said and all(word in said for word in words), said
 
