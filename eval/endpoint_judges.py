@@ -51,9 +51,7 @@ _KEY_ENV = "OPENAI_API_KEY"
 
 
 @dataclass(frozen=True)
-class PairwiseEndpointJudge:
-    """A chat model that reads two replies at once, in both orders."""
-
+class _EndpointJudge:
     name: str
     client: Client
     criteria: str
@@ -61,6 +59,10 @@ class PairwiseEndpointJudge:
     @property
     def usage(self) -> Usage:
         return self.client.usage
+
+
+class PairwiseEndpointJudge(_EndpointJudge):
+    """A chat model that reads two replies at once, in both orders."""
 
     def compare(self, policy: Sequence[Sample], other: Sequence[Sample]) -> list[float]:
         """The policy's outcome on each prompt, in [0, 1]; nan where either order's verdict could not be read.
@@ -82,17 +84,8 @@ class PairwiseEndpointJudge:
         return comparison(first.prompt.messages, first.completion, second.completion, self.criteria)
 
 
-@dataclass(frozen=True)
-class ScoreEndpointJudge:
+class ScoreEndpointJudge(_EndpointJudge):
     """A chat model that rates one reply at a time, from 1 to 10; nan where its rating could not be read."""
-
-    name: str
-    client: Client
-    criteria: str
-
-    @property
-    def usage(self) -> Usage:
-        return self.client.usage
 
     def score(self, samples: Sequence[Sample]) -> list[float]:
         asked = [rating(sample.prompt.messages, sample.completion, self.criteria) for sample in samples]

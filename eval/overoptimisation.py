@@ -101,7 +101,8 @@ def fit_gain(form: Form, d_M: Sequence[float], gain_M: Sequence[float], covarian
     inverse = np.linalg.pinv(design / sigma[:, None]) / sigma
     alpha, beta = (inverse @ gain).tolist()
     errors = np.sqrt(np.clip(np.diag(inverse @ np.nan_to_num(covariance) @ inverse.T), 0.0, None)).tolist()
-    return Fit(alpha, errors[0], beta, errors[1], _peak(form, alpha, beta, float(d.max())), len(d))
+    top = peak(form, alpha, beta)
+    return Fit(alpha, errors[0], beta, errors[1], top if top is not None and top <= d.max() else None, len(d))
 
 
 def _sigmas(covariance: np.ndarray) -> np.ndarray:
@@ -111,9 +112,14 @@ def _sigmas(covariance: np.ndarray) -> np.ndarray:
     return np.where(known, sigma, sigma[known].min() if known.any() else 1.0)
 
 
-def _peak(form: Form, alpha: float, beta: float, furthest: float) -> float | None:
+def gain(form: Form, alpha: float, beta: float, d: np.ndarray | float) -> Any:
+    """The form's gain at d > 0, in the judge's units."""
+    return d * (alpha - beta * (d if form == BEST_OF_N else np.log(d)))
+
+
+def peak(form: Form, alpha: float, beta: float) -> float | None:
+    """The d of the highest gain; None where it rises without end, or falls from the start."""
     if beta <= 0 or (form == BEST_OF_N and alpha <= 0):
-        return None  # it rises without end, or falls from the start
-    # in the logarithm first: exp could overflow
-    peak = alpha / (2 * beta) if form == BEST_OF_N else math.exp(min(alpha / beta - 1, 700.0))
-    return peak if peak <= furthest else None
+        return None
+    # the logarithm is held first: exp could overflow
+    return alpha / (2 * beta) if form == BEST_OF_N else math.exp(min(alpha / beta - 1, 700.0))

@@ -20,16 +20,15 @@ from ..stages.ppo_keep import POLICIES, kept_policies
 from .intervals import mean_se
 from .judge_names import judge_name, scoring_judges
 from .judges import plan_judges
-from .kl import KL, sequence_kls, summarise
 from .overoptimisation import BEST_OF_N, RL, Form, best_of, best_of_kl, counts, fit_gain
-from .progress import meter, say
-from .samples import Prompt, Sample, generate_samples
+from .progress import say
+from .samples import Prompt, Sample
 from .spec import BASE, EvalSpec, OverOptimisation
 from .verdicts import Judge, PairJudge
 from .workbench import Workbench
 
 SIDES = ("proxy", "gold")
-_START = "start"
+_START, _WHAT = "start", "over-optimisation samples"
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def over_optimisation(
     sides = {side: _scorer(judges, getattr(wanted, side)) for side in SIDES}
     ours = list(prompts[: wanted.prompts])
     with bench.holding(wanted.start) as start:
-        replies = _replies(bench, start, _START, [prompt for prompt in ours for _ in range(wanted.best_of)])
+        replies = bench.replies(start, _START, [prompt for prompt in ours for _ in range(wanted.best_of)], _WHAT)
         many = {side: scores.reshape(len(ours), -1) for side, scores in _scores(sides, replies).items()}
         mean = {side: scores_PN.mean(1) for side, scores_PN in many.items()}
         path = [Point("step 0", {"step": 0}, 0.0, 0.0, mean), *_path(bench, wanted, ours, sides, start)]
@@ -161,8 +160,9 @@ def _path(
     points = []
     for label, (step, folder) in places.items():
         with bench.holding(folder) as role:
-            replies = _replies(bench, role, f"{wanted.stage} {label}", prompts)
-            kl = _kl(bench, role, start, replies)
+            name = f"{wanted.stage} {label}"
+            replies = bench.replies(role, name, prompts, _WHAT)
+            kl = bench.kl(role, start, replies, f"{name}: KL to the start")
         points.append(Point(label, {"step": step}, kl.per_sequence, kl.per_sequence_se, _scores(sides, replies)))
     return points
 
@@ -176,39 +176,8 @@ def _last_step(folder: Path) -> int:
     return steps
 
 
-def _replies(bench: Workbench, role: str | None, name: str, prompts: Sequence[Prompt]) -> list[Sample]:
-    spec = bench.spec
-    with meter(f"eval {name}: over-optimisation samples", len(prompts)) as done:
-        return generate_samples(
-            bench.adapters,
-            role,
-            name,
-            prompts,
-            bench.tokenizer,
-            max_new_tokens=spec.max_new_tokens,
-            temperature=spec.temperature,
-            seed=spec.seed,
-            batch_size=spec.batch_size,
-            on_batch=done,
-        )
-
-
 def _scores(sides: Mapping[str, Judge], replies: list[Sample]) -> dict[str, np.ndarray]:
     return {side: np.asarray(judge.score(replies), dtype=np.float64) for side, judge in sides.items()}
-
-
-def _kl(bench: Workbench, role: str | None, start: str | None, replies: list[Sample]) -> KL:
-    temperature, lengths = bench.spec.temperature, [len(reply.tokens) for reply in replies]
-    kls = sequence_kls(
-        bench.adapters,
-        role,
-        start,
-        [reply.prompt.ids for reply in replies],
-        [reply.tokens for reply in replies],
-        temperature=temperature,
-        pad_token_id=bench.tokenizer.pad_token_id,
-    )
-    return summarise(kls, lengths, temperature)
 
 
 def _method(name: str, points: list[Point], form: Form, kl_is: str) -> dict[str, Any]:

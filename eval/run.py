@@ -11,9 +11,9 @@ from typing import Any
 from ..stages.metrics import plain
 from .endpoint import Metered
 from .judges import plan_judges
-from .kl import KL, sequence_kls, summarise
+from .kl import KL
 from .overoptimisation_run import check_over_optimisation, over_optimisation
-from .progress import meter, say
+from .progress import say
 from .replies import reply_statistics
 from .reward_models import measured_in_evaluation
 from .samples import Sample
@@ -109,23 +109,9 @@ def evaluate(spec: EvalSpec, run_dir: Path | None = None) -> Evaluation:
 
 
 def measure_kl(bench: Workbench, replies: Sequence[Sample]) -> KL:
-    """KL of the replies' policy to the evaluation's reference, at the sampling temperature (E4)."""
-    spec, policy = bench.spec, replies[0].policy
-    lengths = [len(reply.tokens) for reply in replies]
-    if bench.roles[policy] == bench.roles[spec.reference]:
-        return summarise([0.0] * len(replies), lengths, spec.temperature)
-    with meter(f"eval {policy}: KL to {spec.reference}", len(replies)) as done:
-        kls = sequence_kls(
-            bench.adapters,
-            bench.roles[policy],
-            bench.roles[spec.reference],
-            [reply.prompt.ids for reply in replies],
-            [reply.tokens for reply in replies],
-            temperature=spec.temperature,
-            pad_token_id=bench.tokenizer.pad_token_id,
-            on_batch=done,
-        )
-    return summarise(kls, lengths, spec.temperature)
+    """KL of the replies' policy to the evaluation's reference."""
+    policy, reference = replies[0].policy, bench.spec.reference
+    return bench.kl(bench.roles[policy], bench.roles[reference], replies, f"{policy}: KL to {reference}")
 
 
 def _reply_columns(replies: Sequence[Sample], kl: KL | None) -> dict[str, Any]:

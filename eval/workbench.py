@@ -1,6 +1,6 @@
 """The base, loaded once, with every policy as an adapter on it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +13,7 @@ from ..data.errors import UserError
 from ..data.load import load_rows
 from ..models.adapters import AdapterSet, LoraSpec
 from ..models.base import load_model, load_tokenizer, prepare_model
+from .kl import KL, sequence_kls, summarise
 from .progress import meter
 from .samples import Prompt, Sample, generate_samples, read_prompts
 from .spec import EvalSpec, check_adapter
@@ -101,11 +102,20 @@ class Workbench:
 
     def samples(self, policy: str, prompts: list[Prompt]) -> list[Sample]:
         """One reply of the policy to each prompt."""
+        return self.replies(self.roles[policy], policy, prompts)
+
+    def replies(self, role: str | None, policy: str, prompts: Sequence[Prompt], what: str = "samples") -> list[Sample]:
+        """One reply to each prompt of whichever adapter is loaded as `role`; None is the base.
+
+        Args:
+            policy: the name that the replies carry.
+            what: they are for, in the progress.
+        """
         spec = self.spec
-        with meter(f"eval {policy}: samples", len(prompts)) as done:
+        with meter(f"eval {policy}: {what}", len(prompts)) as done:
             return generate_samples(
                 self.adapters,
-                self.roles[policy],
+                role,
                 policy,
                 prompts,
                 self.tokenizer,
@@ -115,6 +125,24 @@ class Workbench:
                 batch_size=spec.batch_size,
                 on_batch=done,
             )
+
+    def kl(self, role: str | None, reference: str | None, replies: Sequence[Sample], label: str) -> KL:
+        """KL(role || reference) on replies drawn from `role`, at the sampling temperature (E4); adapter names."""
+        temperature, lengths = self.spec.temperature, [len(reply.tokens) for reply in replies]
+        if role == reference:
+            return summarise([0.0] * len(replies), lengths, temperature)
+        with meter(f"eval {label}", len(replies)) as done:
+            kls = sequence_kls(
+                self.adapters,
+                role,
+                reference,
+                [reply.prompt.ids for reply in replies],
+                [reply.tokens for reply in replies],
+                temperature=temperature,
+                pad_token_id=self.tokenizer.pad_token_id,
+                on_batch=done,
+            )
+        return summarise(kls, lengths, temperature)
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -32,27 +32,23 @@ def first_step_tolerance(logp: float, *, low_precision: bool) -> float:
 def check_first_step(stage: str, gap: float, tolerance: float, *, start: str) -> Finding:
     """|log pi - log pi_ref| of the first logged step of DPO, IPO or KTO, in nats: 0 where the reference is the start
     (D1), and with it margins 0 and, for DPO, loss ln 2."""
-    return judge(
-        stage,
-        "first step",
-        gap,
-        unit="nats between policy and reference before the first update",
-        threshold=f"broken: above {tolerance:.2g}; the reference must be {start}, which the policy starts from",
-        broken=not gap <= tolerance,
-        remedy=f"make the reference a frozen copy of {start} (not the base with adapters off) and run the stage again",
-    )
+    return _start(stage, gap, tolerance, "nats", start)
 
 
 def check_ppo_start(stage: str, kl: float, length: float, *, start: str, low_precision: bool) -> Finding:
     """objective/kl of the first iteration, drawn before any update: 0 where the reference is the start."""
     tolerance = PPO_START_LOW if low_precision else FULL_TOLERANCE
     gap = abs(kl) / max(length, 1.0)
+    return _start(stage, gap, tolerance, "nats per token", start)
+
+
+def _start(stage: str, gap: float, tolerance: float, unit: str, start: str) -> Finding:
     return judge(
         stage,
         "first step",
         gap,
-        unit="nats per token between policy and reference before the first update",
-        threshold=f"broken: above {tolerance:g}; the reference must be {start}, which the policy starts from",
+        unit=f"{unit} between policy and reference before the first update",
+        threshold=f"broken: above {tolerance:.2g}; the reference must be {start}, which the policy starts from",
         broken=not gap <= tolerance,
         remedy=f"make the reference a frozen copy of {start} (not the base with adapters off) and run the stage again",
     )

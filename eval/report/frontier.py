@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from ..overoptimisation import BEST_OF_N, RL, Form, gain, peak
 from . import svg
 from .axes import Axis, axis, frame, left_margin, place_labels, root_axis
 from .read import Run, number
@@ -17,25 +18,22 @@ from .winrates import score_errors
 Z95 = 1.96
 FAR = 4  # times the furthest measured KL; a fitted peak beyond that says nothing
 WIDTH, HEIGHT = 380, 290
-SQUARE, LOG = "d (alpha - beta d)", "d (alpha - beta log d)"
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A fitted gain over the SFT policy as a function of d = sqrt(KL); `form` is `SQUARE` or `LOG`."""
+    """A fitted gain over the SFT policy as a function of d = sqrt(KL); `form` is `BEST_OF_N` or `RL`."""
 
-    form: str
+    form: Form
     alpha: float
     beta: float
 
     def gain(self, d: Any) -> Any:
-        return d * (self.alpha - self.beta * (d if self.form == SQUARE else np.log(d)))
+        return gain(self.form, self.alpha, self.beta, d)
 
     def peak(self) -> float | None:
         """The d at which the gain is highest; None where it rises without end or falls from the start."""
-        if self.beta <= 0 or (self.alpha <= 0 and self.form == SQUARE) or self.alpha / self.beta > 500:
-            return None
-        return self.alpha / (2 * self.beta) if self.form == SQUARE else math.exp(self.alpha / self.beta - 1)
+        return peak(self.form, self.alpha, self.beta)
 
     def formula(self) -> str:
         beta = 0.0 if abs(self.beta) < 1e-9 * abs(self.alpha) else self.beta  # rounding of the fit
@@ -209,7 +207,7 @@ def _fit(method: Mapping[str, Any], side: str) -> Fit | None:
     fit = method.get("fit") or {}
     given = fit.get(side) or {}
     alpha, beta = number(given.get("alpha")), number(given.get("beta"))
-    known = fit.get("form") in (SQUARE, LOG) and alpha is not None and beta is not None
+    known = fit.get("form") in (BEST_OF_N, RL) and alpha is not None and beta is not None
     return Fit(fit["form"], alpha, beta) if known else None  # pyright: ignore[reportArgumentType]
 
 

@@ -13,7 +13,7 @@ from preftune.cli.chain import Chain, Options
 from preftune.cli.keys import Keys, eval_needs, key_of
 from preftune.cli.progress import Voice
 from preftune.data.errors import UserError
-from preftune.eval import overoptimisation_run
+from preftune.eval import overoptimisation_run, workbench
 from preftune.eval.judge_names import judge_name, only_compares
 from preftune.eval.judges import plan_judges
 from preftune.eval.overoptimisation_run import eval_over_optimisation
@@ -130,13 +130,13 @@ def test_the_file_holds_both_ways(made: Path):
 def test_numbers_are_those_of_the_replies(made: Path, spec, monkeypatch):
     """Points against an account of their own, from the replies that were drawn."""
     drawn = {}
-    true = overoptimisation_run.generate_samples
+    true = workbench.generate_samples
 
     def generate(adapters, role, name, *args, **options):
         drawn[name] = true(adapters, role, name, *args, **options)
         return drawn[name]
 
-    monkeypatch.setattr(overoptimisation_run, "generate_samples", generate)
+    monkeypatch.setattr(workbench, "generate_samples", generate)
     content = eval_over_optimisation(spec, made / "run")
     assert content == json.loads((made / "run" / "eval" / "overoptimisation.json").read_text())
     assert {name: len(replies) for name, replies in drawn.items()} == {

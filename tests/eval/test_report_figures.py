@@ -169,7 +169,7 @@ def test_the_frontier_has_every_policy_its_error_bars_and_the_points_on_the_way(
 
 @pytest.mark.parametrize(
     ("form", "alpha", "beta", "peak", "height"),
-    [(frontier.SQUARE, 2.0, 0.5, 2.0, 2.0), (frontier.LOG, 2.0, 1.0, 2.718282, 2.718282)],
+    [(frontier.BEST_OF_N, 2.0, 0.5, 2.0, 2.0), (frontier.RL, 2.0, 1.0, 2.718282, 2.718282)],
 )
 def test_fits_peak_where_their_slope_is_nought(form, alpha, beta, peak, height):
     fit = frontier.Fit(form, alpha, beta)
@@ -177,7 +177,7 @@ def test_fits_peak_where_their_slope_is_nought(form, alpha, beta, peak, height):
     assert fit.gain(fit.peak()) == pytest.approx(height, rel=1e-6)
     assert fit.gain(peak * 0.99) < height > fit.gain(peak * 1.01)
     assert frontier.Fit(form, alpha, -0.1).peak() is None
-    assert frontier.Fit(frontier.SQUARE, 1.5, -0.25).formula() == "gain = d (1.5 + 0.25 d)"
+    assert frontier.Fit(frontier.BEST_OF_N, 1.5, -0.25).formula() == "gain = d (1.5 + 0.25 d)"
 
 
 def test_over_optimisation_starts_at_nought_and_names_the_peak(run):
