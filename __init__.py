@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .data.errors import UserError
+    from .errors import UserError
     from .models.adapters import AdapterSet, LoraSpec
     from .models.base import load_model, load_tokenizer, resolve_base
     from .stages.ppo import PPOConfig, PPOTrainer
@@ -31,7 +31,7 @@ _HOMES = {
     "LoraSpec": ".models.adapters",
     "PPOConfig": ".stages.ppo",
     "PPOTrainer": ".stages.ppo",
-    "UserError": ".data.errors",
+    "UserError": ".errors",
     "load_model": ".models.base",
     "load_tokenizer": ".models.base",
     "resolve_base": ".models.base",

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..eval.intervals import mean_se
+from ..eval.statistics.intervals import mean_se
 from ..recipes.build import eval_spec, stage_job
 from ..recipes.load import load_recipe
 from ..recipes.schema import Recipe
@@ -123,7 +123,7 @@ def _summary(replies: Sequence[Any], scores: Sequence[float], kl: float) -> dict
 
 
 def _rubric(recipe: Recipe) -> Any:
-    from ..eval.rubric import parse_rubric
+    from ..eval.judges.rubric import parse_rubric
 
     assert recipe.eval is not None
     checks = next(each["checks"] for each in recipe.eval.judges if each["kind"] == "rubric")

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ..data.encode import encode_pairs
-from ..data.errors import UserError
 from ..data.load import load_rows
 from ..data.rows import Message, Row
 from ..data.spec import DataSpec, SourceSpec
+from ..errors import UserError
 from ..models.base import Base, load_tokenizer, resolve_base
 
 # each is one token after a blank, for SmolLM2's tokenizer and most others

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data.errors import UserError
+from ..errors import UserError
 from ..recipes.build import eval_spec, stage_job
 from ..recipes.graph import needed_for, order, parents
 from ..recipes.problems import nearest

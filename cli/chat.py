@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..data.errors import UserError
+from ..errors import UserError
 from ..recipes.schema import BASE, Recipe
 from .chain import hush
 from .policies import check_policy, last_policy, policy_stages, recipe_base, run_recipe, sampling_spec
@@ -81,7 +81,7 @@ def _compared(options: ChatOptions) -> list[str]:
 def _talk(recipe: Recipe, run: Path, names: list[str], options: ChatOptions) -> None:
     """A conversation with one policy, or with two at a time."""
     policy = options.policy or (names or [last_policy(recipe, run)])[0]
-    from ..eval.conversation import Conversation
+    from ..eval.chat.conversation import Conversation
     from ..eval.workbench import Workbench
     from .compare import Blind, open_votes, show_tally
 

@@ -5,7 +5,7 @@ from json import loads
 from pathlib import Path
 from typing import Any
 
-from ..data.errors import UserError
+from ..errors import UserError
 from ..recipes.load import load_recipe, shipped_recipes
 from ..recipes.problems import nearest
 from ..recipes.schema import Recipe
@@ -106,7 +106,7 @@ def show_rewards(path: Path, voice: Voice) -> None:
 
 
 def show_over_optimisation(content: Mapping[str, Any], json: bool) -> None:
-    """The points and the fits of `eval.overoptimisation_run`: two tables, or JSON lines of both."""
+    """The points and the fits of `eval.overoptimisation`: two tables, or JSON lines of both."""
     voice = Voice(json)
     proxy, gold = content["proxy"], content["gold"]
     points, fits = [], []

@@ -4,17 +4,17 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..data.errors import UserError
-from ..eval.blind import Ballot, draw_pair, sample_ballots
-from ..eval.votes import Vote, append_vote, read_votes, vote_ratings, vote_rows
-from ..stages.metrics import plain
+from ..errors import UserError
+from ..eval.chat.blind import Ballot, draw_pair, sample_ballots
+from ..eval.chat.votes import Vote, append_vote, read_votes, vote_ratings, vote_rows
+from ..values import plain
 from .progress import Voice
 from .speakers import show_reply
 from .terminal import Terminal
 
 if TYPE_CHECKING:
     from ..data.rows import Message
-    from ..eval.conversation import Conversation
+    from ..eval.chat.conversation import Conversation
 
 LABELS = ("A: ", "B: ")
 _PREFERENCES = {"1": 1.0, "a": 1.0, "2": 2.0, "b": 2.0, "=": 1.5, "0": None}

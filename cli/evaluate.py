@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..data.errors import UserError
+from ..errors import UserError
 
 if TYPE_CHECKING:
     from ..data.spec import DataSpec
@@ -71,7 +71,7 @@ def winrate(
     if votes is not None:
         if policies or annotations or run is not None:
             raise UserError("--votes", "stands alone", "leave out the run, --policies and --annotations")
-        from ..eval.votes import read_votes, vote_rows
+        from ..eval.chat.votes import read_votes, vote_rows
         from .progress import Voice
 
         Voice(json).rows(vote_rows(read_votes(votes)))
@@ -164,7 +164,7 @@ def over_optimisation(
     """
     recipe = _recipe(run, overrides)
     assert recipe.eval is not None
-    from ..eval.judge_names import scoring_judges
+    from ..eval.judges.names import scoring_judges
     from ..recipes.build import eval_spec
     from ..recipes.over_optimisation import settle_over_optimisation
     from ..recipes.schema import OverOptimisation
@@ -180,7 +180,7 @@ def over_optimisation(
         raise UserError("--gold", "not given, and the recipe names no gold judge", f"name a judge that scores: {known}")
     recipe.eval.over_optimisation = OverOptimisation(**values)
     settle_over_optimisation(recipe)
-    from ..eval.overoptimisation_run import eval_over_optimisation
+    from ..eval.overoptimisation import eval_over_optimisation
     from .commands import show_over_optimisation
     from .policies import recipe_base
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..data.errors import UserError
+from ..errors import UserError
 
 STAMP = ".key.json"
 """In a stage's folder: the key that it was made for."""

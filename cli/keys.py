@@ -121,7 +121,7 @@ class Keys:
             file = next((place for place in places if place.is_file()), None)
             return {f"files of {named}": None if file is None else hashlib.sha256(file.read_bytes()).hexdigest()}
         if judge.get("kind") == "model" and isinstance(named := judge.get("model"), str):
-            from ..eval.model_judges import model_folder
+            from ..eval.judges.model_judge import model_folder
 
             # a hub id says by itself which model it is
             folder = model_folder(named, self.run_dir)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data.errors import UserError
+from ..errors import UserError
 
 if TYPE_CHECKING:
     from ..stages.job import StageJob

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..data.errors import UserError
+from ..errors import UserError
 from ..version import __version__
 from . import evaluate
 from .launch import StageFailed

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ..data.errors import UserError
+from ..errors import UserError
 
 
 def merge_adapter(adapter: Path, out: Path, dtype: str | None = None) -> None:

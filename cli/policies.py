@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..data.errors import UserError
+from ..errors import UserError
 from ..recipes.build import data_spec, eval_spec, folders
 from ..recipes.graph import order
 from ..recipes.load import load_recipe

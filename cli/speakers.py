@@ -7,7 +7,7 @@ from .terminal import Terminal
 
 if TYPE_CHECKING:
     from ..data.rows import Message
-    from ..eval.conversation import Conversation, Reply
+    from ..eval.chat.conversation import Conversation, Reply
 
 
 class Speaker(Protocol):

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data.errors import UserError
+from ..errors import UserError
 from ..recipes.build import ROWS, data_spec, folders, stage_job
 from ..recipes.graph import order
 from ..recipes.load import load_recipe
@@ -132,7 +132,7 @@ def _check_words(recipe: Recipe, base: "Base | None", voice: Voice) -> None:
 
 def _check_judges(recipe: Recipe) -> None:
     if recipe.eval is not None:
-        from ..eval.judges import plan_judges
+        from ..eval.judges.registry import plan_judges
 
         plan_judges(recipe.eval.judges, Path("runs") / recipe.name)
 

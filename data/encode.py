@@ -10,7 +10,7 @@ from typing import Any
 from datasets import Dataset, Features, Json, List, Value, concatenate_datasets
 from tqdm.auto import tqdm
 
-from .errors import UserError
+from ..errors import UserError
 from .report import DataReport
 from .rows import Message, Row, Unusable, canonical
 from .spec import DataSpec

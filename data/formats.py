@@ -16,7 +16,7 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from typing import Any
 
-from .errors import UserError
+from ..errors import UserError
 from .hh import is_dialogue, split_pair
 from .messages import to_messages, to_tools
 from .rows import Message, Row, Unusable, text_message

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from .errors import UserError
+from ..errors import UserError
 from .formats import normalise
 from .report import DataReport
 from .rows import Row, Unusable, fingerprint, prompt_key, text_message

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from .errors import UserError
+from ..errors import UserError
 from .hh import is_dialogue, parse_dialogue
 from .rows import Message, text_message
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, TextIO, cast
 
-from .errors import UserError
+from ..errors import UserError
 from .spec import SourceSpec
 
 RawRow = dict[str, Any]

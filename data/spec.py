@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Literal, get_args
 
-from .errors import UserError
+from ..errors import UserError
 
 Kind = Literal["demo", "pair", "label", "prompt"]
 Overflow = Literal["drop", "truncate", "error"]

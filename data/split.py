@@ -2,7 +2,7 @@
 
 import hashlib
 
-from .errors import UserError
+from ..errors import UserError
 from .rows import Row, prompt_key
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import UserError
+from ..errors import UserError
 from .rows import Message
 
 # For tokenizers that bring none: a plain dialogue in the manner of HH-RLHF, each reply closed by EOS. Without special

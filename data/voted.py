@@ -1,7 +1,7 @@
 """Votes that people cast on two replies (`preftune chat --compare` writes them) as pairs: the preferred reply is the
 chosen one."""
 
-from .errors import UserError
+from ..errors import UserError
 from .rows import Unusable, text_message
 from .sources import RawRow
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from ..data.errors import UserError
 from ..data.sources import read_file
-from ..stages.metrics import plain
-from .intervals import ratio_se, unit_totals
-from .length_control import control_length
+from ..errors import UserError
+from ..values import plain
+from .statistics.intervals import ratio_se, unit_totals
+from .statistics.length_control import control_length
 
 
 @dataclass(frozen=True)

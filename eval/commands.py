@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from ..data.encode import encode_demos
-from ..data.errors import UserError
 from ..data.load import load_rows
 from ..data.rows import Row
 from ..data.spec import DataSpec, Kind
 from ..data.split import split_rows
-from ..stages.metrics import plain
+from ..errors import UserError
+from ..values import plain
 from .perplexity import sequence_nlls, summarise
 from .progress import meter
 from .reward_models import measure_reward_models

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..models.adapters import AdapterSet
 from ..models.logprobs import LmHead, chunk_rows, response_positions, states_before_response
 from .batches import TOKENS_PER_BATCH, right_pad, token_batches
-from .intervals import mean_se, ratio_se
+from .statistics.intervals import mean_se, ratio_se
 
 
 @dataclass(frozen=True)

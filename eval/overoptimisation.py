@@ -1,125 +1,219 @@
-"""The mathematics of over-optimisation (Gao, Schulman and Hilton, arXiv 2210.10760): best of n, and fits against KL.
+"""Over-optimisation measured: proxy and gold judge along a PPO run and with best of n, against sqrt(KL).
 
-d = sqrt(KL), gain R = mean score less that of the policy where optimisation starts:
-
-    best of n   R(d) = d (alpha - beta d)
-    RL          R(d) = d (alpha - beta log d)
-
-Shape suffixes: P prompts, N replies to one prompt, M points of a curve.
+Both ways start from the policy that PPO started from, on the same prompts. PPO's policies are those that the run kept
+(`keep_every`) and its last one, one reply a prompt each; their KL to the start is measured. For best of n the start
+answers each prompt N times and the proxy picks; the start's own point is the mean of all these replies.
 """
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-BEST_OF_N, RL = "d (alpha - beta d)", "d (alpha - beta log d)"
-Form = Literal["d (alpha - beta d)", "d (alpha - beta log d)"]
-LEAST_POINTS = 3
+from ..errors import UserError
+from ..models.lineage import adapter_sha256, read_lineage
+from ..stages.ppo_keep import POLICIES, kept_policies
+from ..values import plain
+from .judges.names import judge_name, scoring_judges
+from .judges.registry import plan_judges
+from .judges.verdicts import Judge, PairJudge
+from .progress import say
+from .samples import Prompt, Sample
+from .spec import BASE, EvalSpec, OverOptimisation
+from .statistics.intervals import mean_se
+from .statistics.overoptimisation import BEST_OF_N, RL, Form, best_of, best_of_kl, counts, fit_gain
+from .workbench import Workbench
+
+SIDES = ("proxy", "gold")
+_START, _WHAT = "start", "over-optimisation samples"
 
 
 @dataclass(frozen=True)
-class Fit:
-    """One judge's gain as a function of d, in the judge's units.
+class Point:
+    """One place on a curve.
 
     Attributes:
-        alpha, beta: of the form.
-        alpha_se, beta_se: their standard errors over prompts; the error of the KL is not in them.
-        peak: the d of the highest gain where it lies within the measured range, else None.
-        points: how many were fitted.
+        place: {"step": N} or {"n": N}.
+        kl, kl_se: nats a reply; the error is None for a bound.
+        scores: side -> [P] one score a prompt, nan without one.
     """
 
-    alpha: float
-    alpha_se: float
-    beta: float
-    beta_se: float
-    peak: float | None
-    points: int
+    label: str
+    place: dict[str, int]
+    kl: float
+    kl_se: float | None
+    scores: dict[str, np.ndarray]
 
 
-def best_of_weights(total: int, n: int) -> np.ndarray:
-    """[N] chance that the i-th smallest of `total` replies is the best of n drawn from them without replacement.
-
-    C(i - 1, n - 1) / C(N, n) for i = 1..N (Nakano et al., arXiv 2112.09332, section 3.2 and appendix).
-    """
-    if not 1 <= n <= total:
-        raise ValueError(f"n is {n}, expected 1 to {total}, the number of replies")
-    return np.array([math.comb(i, n - 1) / math.comb(total, n) for i in range(total)])
-
-
-def best_of(proxy_PN: np.ndarray, value_PN: np.ndarray, n: int) -> np.ndarray:
-    """[P] mean value of the reply that the proxy picks from n, over all subsets of n of a prompt's N replies.
-
-    Among replies with the same proxy score each is picked equally often.
-    """
-    weights_N = best_of_weights(proxy_PN.shape[1], n)
-    return np.array([_picked(*row, weights_N) for row in zip(proxy_PN, value_PN, strict=True)])
+def eval_over_optimisation(spec: EvalSpec, run_dir: Path) -> dict[str, Any]:
+    """The measurement alone, with the judges that it needs; writes nothing. Arguments as in `run.evaluate`."""
+    wanted = spec.over_optimisation
+    if wanted is None:
+        raise ValueError("the spec has no over_optimisation")
+    check_over_optimisation(spec)
+    named = tuple(judge for judge in spec.judges if judge_name(judge) in (wanted.gold, wanted.proxy))
+    plans = plan_judges(named, run_dir)
+    bench = Workbench.open(replace(spec, policies={}, reference=BASE, reward_models=()))
+    judges = [plan.open(bench.adapters, bench.tokenizer) for plan in plans]
+    return over_optimisation(bench, bench.prompts(), judges)
 
 
-def _picked(proxy_N: np.ndarray, value_N: np.ndarray, weights_N: np.ndarray) -> float:
-    """Of one prompt: scores in the order of the proxy, groups of equal scores sharing their weights."""
-    _, group_N, size_G = np.unique(proxy_N, return_inverse=True, return_counts=True)
-    starts_G = np.cumsum(size_G) - size_G
-    share_G = np.add.reduceat(weights_N, starts_G) / size_G
-    return float(share_G[group_N] @ value_N)
-
-
-def best_of_kl(n: int) -> float:
-    """log n - (n - 1) / n in nats a reply: an upper bound on the KL of best of n (Beirami et al., arXiv 2401.01879)."""
-    return math.log(n) - (n - 1) / n
-
-
-def counts(best_of: int) -> list[int]:
-    """1, 2, 4, ... and `best_of` itself."""
-    powers = [2**power for power in range(best_of.bit_length()) if 2**power < best_of]
-    return [*powers, best_of]
-
-
-def fit_gain(form: Form, d_M: Sequence[float], gain_M: Sequence[float], covariance_MM: Any) -> Fit | None:
-    """Least squares of the form, weighted by 1 / SE^2 of the gains.
-
-    Points of one run share prompts (best of n even replies), so the standard errors follow from the whole covariance
-    of the gains and not from their variances alone.
+def over_optimisation(
+    bench: Workbench,
+    prompts: Sequence[Prompt],
+    judges: Sequence[Judge | PairJudge],
+) -> dict[str, Any]:
+    """The content of overoptimisation.json.
 
     Args:
-        d_M: sqrt(KL); points at 0 are left out, where both forms are 0.
-        covariance_MM: of the gains' means; a point without an error of its own has the smallest of the others'.
+        bench: of a spec that passed `check_over_optimisation`.
+        prompts: the evaluation's; the first so many as are wanted are used, less those where a judge has no score.
+        judges: open ones, the two wanted among them.
 
     Returns:
-        None with fewer than `LEAST_POINTS` points at different places off zero.
+        proxy, gold, prompts, start, methods: [{method, kl_is, points, fit, peak}]. A point has label, step or n, kl,
+        kl_se, and mean and standard error of proxy and gold in the judges' units. A fit has its form, and for each side
+        alpha, beta, their standard errors, the peak (a d within the measured range, or None) and the number of points.
+        `kl_is` says what the KL is, `peak` whether the gold judge's gain peaks.
+
+    Raises:
+        UserError: an adapter that cannot be loaded, or no prompt with all its scores.
     """
-    d, gain, covariance = (np.asarray(each, dtype=np.float64) for each in (d_M, gain_M, covariance_MM))
-    off = d > 0
-    d, gain, covariance = d[off], gain[off], covariance[np.ix_(off, off)]
-    if len(np.unique(d)) < LEAST_POINTS:
+    wanted = bench.spec.over_optimisation
+    assert wanted is not None
+    sides = {side: _scorer(judges, getattr(wanted, side)) for side in SIDES}
+    ours = list(prompts[: wanted.prompts])
+    with bench.holding(wanted.start) as start:
+        replies = bench.replies(start, _START, [prompt for prompt in ours for _ in range(wanted.best_of)], _WHAT)
+        many = {side: scores.reshape(len(ours), -1) for side, scores in _scores(sides, replies).items()}
+        mean = {side: scores_PN.mean(1) for side, scores_PN in many.items()}
+        path = [Point("step 0", {"step": 0}, 0.0, 0.0, mean), *_path(bench, wanted, ours, sides, start)]
+    judged = ~np.isnan([each for point in path for each in point.scores.values()]).any(0)
+    if not judged.any():
+        raise UserError("eval.over_optimisation", "no prompt has a score of both judges", "look at the judges")
+    if not judged.all():
+        say(f"eval over-optimisation: {np.count_nonzero(~judged)} prompts left out, where a judge has no score")
+    path = [replace(each, scores={side: scores[judged] for side, scores in each.scores.items()}) for each in path]
+    many = {side: scores_PN[judged] for side, scores_PN in many.items()}
+    best = [
+        Point(
+            f"n = {n}", {"n": n}, best_of_kl(n), None, {side: best_of(many["proxy"], many[side], n) for side in SIDES}
+        )
+        for n in counts(wanted.best_of)
+    ]
+    content = {
+        "proxy": wanted.proxy,
+        "gold": wanted.gold,
+        "prompts": int(np.count_nonzero(judged)),
+        "start": BASE if wanted.start is None else wanted.start.name,
+        "methods": [
+            _method(wanted.stage, path, RL, "measured on the policy's own replies"),
+            _method("best_of_n", best, BEST_OF_N, "log n - (n - 1) / n, an upper bound (arXiv 2401.01879)"),
+        ],
+    }
+    return plain(content)
+
+
+def check_over_optimisation(spec: EvalSpec) -> None:
+    """Whether it can be measured, before anything is loaded; nothing where the spec does not ask for it.
+
+    Raises:
+        UserError: a judge that is not there or only compares, no finished PPO stage, or one that was not trained from
+            the start that is there.
+    """
+    wanted = spec.over_optimisation
+    if wanted is None:
+        return
+    scoring = scoring_judges(spec.judges)
+    for side in SIDES:
+        if (name := getattr(wanted, side)) not in scoring:
+            said, known = f"no judge that scores is called {name!r}", ", ".join(scoring)
+            raise UserError(f"eval.over_optimisation.{side}", said, f"known: {known}" if known else "add one")
+    if wanted.gold == wanted.proxy:
+        said = f"{wanted.gold!r} is the proxy as well"
+        raise UserError("eval.over_optimisation.gold", said, "name a judge that the policy is not trained on")
+    _last_step(wanted.folder)
+    # the start is the adapter that the stage's lineage names first, where both have one
+    lineage, start = wanted.folder / "lineage.json", wanted.start
+    if start is None or not lineage.is_file() or not (start / "adapter_model.safetensors").is_file():
+        return
+    parents = read_lineage(wanted.folder).parents
+    if parents and parents[0]["sha256"] != adapter_sha256(start):
+        said = f"was trained from another adapter than the {start.name} that is there now"
+        raise UserError(str(wanted.folder), said, f"train {wanted.stage} again, or leave eval.over_optimisation out")
+
+
+def _scorer(judges: Sequence[Judge | PairJudge], name: str) -> Judge:
+    return next(each for each in judges if each.name == name and not isinstance(each, PairJudge))
+
+
+def _path(
+    bench: Workbench, wanted: OverOptimisation, prompts: list[Prompt], sides: Mapping[str, Judge], start: str | None
+) -> list[Point]:
+    """PPO's kept policies and its last one, each on the base for as long as it is asked."""
+    last = _last_step(wanted.folder)
+    places = {f"step {step}": (step, place) for step, place in kept_policies(wanted.folder / POLICIES).items()}
+    places |= {f"step {last}": (last, wanted.folder)}
+    points = []
+    for label, (step, folder) in places.items():
+        with bench.holding(folder) as role:
+            name = f"{wanted.stage} {label}"
+            replies = bench.replies(role, name, prompts, _WHAT)
+            kl = bench.kl(role, start, replies, f"{name}: KL to the start")
+        points.append(Point(label, {"step": step}, kl.per_sequence, kl.per_sequence_se, _scores(sides, replies)))
+    return points
+
+
+def _last_step(folder: Path) -> int:
+    """The optimiser steps of a finished stage, from its metrics.json."""
+    file = folder / "metrics.json"
+    steps = json.loads(file.read_text(encoding="utf-8")).get("steps") if file.is_file() else None
+    if not isinstance(steps, int):
+        raise UserError(str(folder), "holds no finished PPO stage (metrics.json with its steps)", "train it first")
+    return steps
+
+
+def _scores(sides: Mapping[str, Judge], replies: list[Sample]) -> dict[str, np.ndarray]:
+    return {side: np.asarray(judge.score(replies), dtype=np.float64) for side, judge in sides.items()}
+
+
+def _method(name: str, points: list[Point], form: Form, kl_is: str) -> dict[str, Any]:
+    fits = {side: _fit(points, side, form) for side in SIDES}
+    return {
+        "method": name,
+        "kl_is": kl_is,
+        "points": [_as_dict(point) for point in points],
+        "fit": {"form": form, **fits} if any(fits.values()) else None,
+        "peak": _peak_words(fits["gold"], max(point.kl for point in points)),
+    }
+
+
+def _peak_words(fit: dict[str, Any] | None, furthest: float) -> str:
+    """Of the gold judge's gain; `furthest` is the largest KL measured."""
+    if fit is None:
+        return "gold: nothing fitted, fewer than 3 points off zero"
+    if fit["peak"] is None:
+        return f"gold: no peak was seen up to KL {furthest:.3g}"
+    return f"gold: highest at KL {fit['peak'] ** 2:.3g} (d = {fit['peak']:.3g})"
+
+
+def _fit(points: list[Point], side: str, form: Form) -> dict[str, Any] | None:
+    """Of the gains over the first point, prompt by prompt."""
+    gain_PM = np.stack([point.scores[side] - points[0].scores[side] for point in points], axis=1)
+    prompts = len(gain_PM)
+    covariance_MM = np.cov(gain_PM, rowvar=False) / prompts if prompts > 1 else np.zeros((len(points), len(points)))
+    fit = fit_gain(form, [max(point.kl, 0.0) ** 0.5 for point in points], gain_PM.mean(0).tolist(), covariance_MM)
+    if fit is None:
         return None
-    design = np.stack([d, -d * (np.log(d) if form == RL else d)], axis=1)
-    sigma = _sigmas(covariance)
-    # theta = pinv(X / sigma) (y / sigma), so cov(theta) follows from cov(y) without another assumption
-    inverse = np.linalg.pinv(design / sigma[:, None]) / sigma
-    alpha, beta = (inverse @ gain).tolist()
-    errors = np.sqrt(np.clip(np.diag(inverse @ np.nan_to_num(covariance) @ inverse.T), 0.0, None)).tolist()
-    top = peak(form, alpha, beta)
-    return Fit(alpha, errors[0], beta, errors[1], top if top is not None and top <= d.max() else None, len(d))
+    # one prompt has no spread, and so no error
+    return asdict(fit) if prompts > 1 else asdict(fit) | {"alpha_se": None, "beta_se": None}
 
 
-def _sigmas(covariance: np.ndarray) -> np.ndarray:
-    """[M] standard errors, all above 0; all 1 where there are none."""
-    sigma = np.sqrt(np.clip(np.nan_to_num(np.diag(covariance)), 0.0, None))
-    known = sigma > 0
-    return np.where(known, sigma, sigma[known].min() if known.any() else 1.0)
-
-
-def gain(form: Form, alpha: float, beta: float, d: np.ndarray | float) -> Any:
-    """The form's gain at d > 0, in the judge's units."""
-    return d * (alpha - beta * (d if form == BEST_OF_N else np.log(d)))
-
-
-def peak(form: Form, alpha: float, beta: float) -> float | None:
-    """The d of the highest gain; None where it rises without end, or falls from the start."""
-    if beta <= 0 or (form == BEST_OF_N and alpha <= 0):
-        return None
-    # the logarithm is held first: exp could overflow
-    return alpha / (2 * beta) if form == BEST_OF_N else math.exp(min(alpha / beta - 1, 700.0))
+def _as_dict(point: Point) -> dict[str, Any]:
+    row: dict[str, Any] = {"label": point.label, **point.place, "kl": point.kl, "kl_se": point.kl_se}
+    for side in SIDES:
+        row[side], row[f"{side}_se"] = mean_se(point.scores[side].tolist())
+    return row

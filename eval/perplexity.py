@@ -9,7 +9,7 @@ import torch
 from ..models.adapters import AdapterSet
 from ..models.logprobs import LmHead, token_logprobs
 from .batches import TOKENS_PER_BATCH, right_pad, token_batches
-from .intervals import ratio_se
+from .statistics.intervals import ratio_se
 
 IGNORED = -100
 

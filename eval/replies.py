@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .intervals import mean_se
+from .statistics.intervals import mean_se
 
 REPETITION_GRAM = 4
 

@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 
 from ..data.encode import IGNORED, encode_pairs
-from ..data.errors import UserError
 from ..data.load import load_rows
 from ..data.spec import DataSpec
 from ..data.split import split_rows
+from ..errors import UserError
 from ..models.lineage import LINEAGE, Lineage, adapter_sha256, read_lineage
-from ..stages.metrics import plain
 from ..stages.reference import DEFAULT_BETA
-from .judges import reward_scores
+from ..values import plain
+from .judges.registry import reward_scores
 from .perplexity import sequence_nlls
 from .progress import meter, say
-from .reward_metrics import reward_metrics
 from .spec import RewardModel
+from .statistics.reward_metrics import reward_metrics
 from .workbench import Workbench
 
 

@@ -8,17 +8,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..stages.metrics import plain
-from .endpoint import Metered
-from .judges import plan_judges
+from ..values import plain
+from .judges.endpoint import Metered
+from .judges.registry import plan_judges
+from .judges.verdicts import COLUMNS, Verdicts, verdict_columns
 from .kl import KL
-from .overoptimisation_run import check_over_optimisation, over_optimisation
+from .overoptimisation import check_over_optimisation, over_optimisation
 from .progress import say
 from .replies import reply_statistics
 from .reward_models import measured_in_evaluation
 from .samples import Sample
 from .spec import EvalSpec
-from .verdicts import COLUMNS, Verdicts, verdict_columns
 from .workbench import Workbench
 
 __all__ = ["EvalSpec", "Evaluation", "evaluate", "run_eval"]

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..data.errors import UserError
 from ..data.spec import DataSpec
+from ..errors import UserError
 from ..models.base import Base, Quantization
 from ..models.lineage import check_lineage
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from ..data.encode import encode_prompts
-from ..data.errors import UserError
 from ..data.load import load_rows
+from ..errors import UserError
 from ..models.adapters import AdapterSet, LoraSpec
 from ..models.base import load_model, load_tokenizer, prepare_model
 from .kl import KL, sequence_kls, summarise

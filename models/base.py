@@ -13,7 +13,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..data.errors import UserError
+from ..errors import UserError
 from .cache import remembered
 from .gguf import convert_gguf
 from .heads import load_classifier

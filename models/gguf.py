@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from ..data.errors import UserError
+from ..errors import UserError
 from .cache import build_once, file_sha256
 from .quiet import quiet
 from .tokens import prepare_model, set_eos, set_pad

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from ..data.errors import UserError
+from ..errors import UserError
 
 
 class Fp32Linear(nn.Linear):

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
-from ..data.errors import UserError
+from ..errors import UserError
 from ..version import __version__
 from .base import Base, resolve_base
 from .cache import remembered

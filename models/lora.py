@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..data.errors import UserError
+from ..errors import UserError
 from .base import Base
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

@@ -98,7 +98,7 @@ def load_reward_model(
     Raises:
         UserError: no reward adapter there, or one of another base.
     """
-    from ..data.errors import UserError
+    from ..errors import UserError
 
     check_base(folder, base)
     config, tensors = read_adapter(folder)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.errors import UserError
+from ..errors import UserError
 from .quiet import quiet
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import tempfile
 import zipfile
 from pathlib import Path, PurePosixPath
 
-from ..data.errors import UserError
+from ..errors import UserError
 from .cache import build_once, file_sha256
 from .gguf import unpack_gguf
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ..data.errors import UserError
 from ..data.sources import find
+from ..errors import UserError
 from .graph import check_graph, fill_eval
 from .over_optimisation import settle_over_optimisation
 from .problems import dotted, first_problem, nearest, problem, shown

@@ -1,7 +1,7 @@
 """The recipe's `eval.over_optimisation`: what it leaves out is filled in, what it says is checked."""
 
-from ..data.errors import UserError
-from ..eval.judge_names import judge_name, only_compares, scoring_judges
+from ..errors import UserError
+from ..eval.judges.names import judge_name, only_compares, scoring_judges
 from .problems import dotted, nearest, problem
 from .schema import Eval, OverOptimisation, PPOStage, Recipe
 from .text import Text

@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from ..data.errors import UserError
+from ..errors import UserError
 from .schema import STAGE_MODELS, Recipe
 from .text import Path_, Text
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from ..data.errors import UserError
+from ..errors import UserError
 
 Path_ = tuple[str | int, ...]
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
-from ..data.errors import UserError
 from ..data.load import load_rows
 from ..data.spec import DataSpec
 from ..data.split import split_rows
+from ..errors import UserError
 from ..models.adapters import AdapterSet, LoraSpec
 from ..models.base import Base, load_model, load_tokenizer, prepare_model
 from ..models.lineage import (
@@ -30,7 +30,7 @@ from ..models.lineage import (
     tokenizer_info,
     write_lineage,
 )
-from .metrics import plain
+from ..values import plain
 from .trainers import train
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from trl.trainer.kto_config import KTOConfig
 from trl.trainer.kto_trainer import KTOTrainer
 
 from ..data.encode import encode_labels
-from ..data.errors import UserError
+from ..errors import UserError
 from .job import PolicyStage, StageJob, load_data, open_adapters, open_tokenizer, train_policy
 from .reference import ReferenceTrainer
 from .trainers import stage_callbacks, stage_config, worded

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from ..data.errors import UserError
+from ..errors import UserError
 from .ppo_config import PPO_METHOD
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..data.errors import UserError
+from ..errors import UserError
 from .rollout import Rollout
 
 STATE, TRAINABLES = "ppo_state.json", "ppo_trainables.safetensors"

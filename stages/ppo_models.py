@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.errors import UserError
+from ..errors import UserError
 from ..models.adapters import AdapterSet, LoraSpec
 from ..models.base import Base, load_model, load_tokenizer, prepare_model, resolve_base
 from ..models.lineage import LINEAGE, check_lineage, load_adapter_base

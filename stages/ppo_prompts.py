@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..data.errors import UserError
+from ..errors import UserError
 from .scorers import Prompt
 
 _OURS = ("prompt", "prompt_ids", "columns")

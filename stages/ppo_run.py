@@ -14,7 +14,7 @@ from transformers import Trainer
 from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
-from ..data.errors import UserError
+from ..errors import UserError
 from ..models.adapters import REF, AdapterSet
 from .ppo_checkpoint import (
     LoopState,

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.encode import encode_prompts
-from ..data.errors import UserError
+from ..errors import UserError
 from ..models.lineage import check_lineage
 from .job import StageJob, finish, load_data, open_adapters, open_tokenizer
 from .metrics import peak_memory_bytes

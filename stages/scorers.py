@@ -16,7 +16,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
-from ..data.errors import UserError
+from ..errors import UserError
 from ..models.adapters import AdapterSet
 from ..models.lineage import adapter_sha256, check_lineage, read_lineage
 from .ppo_forward import Trunk

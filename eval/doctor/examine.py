@@ -9,10 +9,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ...data.errors import UserError
 from ...data.load import load_rows
 from ...data.rows import Row
 from ...data.spec import Kind
+from ...errors import UserError
 from ...models.base import load_tokenizer
 from ...stages.job import StageJob
 from ..spec import BASE, EvalSpec

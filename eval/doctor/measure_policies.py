@@ -7,10 +7,10 @@ import torch
 from ...models.generate import merged
 from ...models.logprobs import LmHead, chunk_rows
 from ..batches import right_pad
-from ..intervals import mean_se
 from ..kl import kl_from_logits, response_hidden, sequence_kls, summarise
 from ..progress import meter
 from ..samples import Sample
+from ..statistics.intervals import mean_se
 from ..workbench import Workbench
 from .finding import Finding
 from .policy_checks import EOS_JUDGED_FROM, check_drift, check_eos, check_merged

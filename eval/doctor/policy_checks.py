@@ -2,7 +2,7 @@
 
 import math
 
-from ..intervals import wilson_interval
+from ..statistics.intervals import wilson_interval
 from .finding import Finding, judge
 
 EOS_JUDGED_FROM = 0.2

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from ..overoptimisation import BEST_OF_N, RL, Form, gain, peak
+from ..statistics.overoptimisation import BEST_OF_N, RL, Form, gain, peak
 from . import svg
 from .axes import Axis, axis, frame, left_margin, place_labels, root_axis
 from .read import Run, number

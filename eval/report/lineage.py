@@ -8,7 +8,7 @@ from typing import Any
 from markupsafe import Markup
 from safetensors import SafetensorError
 
-from ...data.errors import UserError
+from ...errors import UserError
 from ...models.lineage import adapter_sha256
 from . import svg
 from .read import Run, StageRecord

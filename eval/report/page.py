@@ -10,7 +10,7 @@ from jinja2 import ChainableUndefined, Environment, FileSystemLoader
 from markupsafe import Markup
 
 from ...version import __version__
-from ..verdicts import LENGTH_CONTROL_PROMPTS
+from ..judges.verdicts import LENGTH_CONTROL_PROMPTS
 from . import doctor, frontier, head, lengths, lineage, rewards, samples, svg, text, winrates
 from .curves import stage_curves
 from .read import Run, read_run

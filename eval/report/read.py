@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from ...data.errors import UserError
+from ...errors import UserError
 
 _STAGE_FILES = ("metrics.json", "log.jsonl", "lineage.json")
 _NO_STAGES = ("eval", "checkpoints")

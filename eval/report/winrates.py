@@ -5,7 +5,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from ..intervals import mean_se
+from ..statistics.intervals import mean_se
 from . import svg
 from .axes import Axis, axis
 from .read import Run, number

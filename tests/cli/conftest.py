@@ -11,7 +11,7 @@ import pytest
 
 from preftune.cli import main as cli
 from preftune.cli.policies import recipe_base, run_recipe, sampling_spec
-from preftune.eval.conversation import Conversation
+from preftune.eval.chat.conversation import Conversation
 from preftune.eval.workbench import Workbench
 from preftune.models.adapters import AdapterSet, LoraSpec
 from preftune.models.base import load_model, resolve_base

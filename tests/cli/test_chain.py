@@ -11,7 +11,7 @@ import pytest
 from preftune.cli.chain import Chain, Options
 from preftune.cli.folder import RunFolder
 from preftune.cli.progress import Voice, duration
-from preftune.data.errors import UserError
+from preftune.errors import UserError
 from preftune.models.base import Base
 from preftune.recipes.load import load_recipe
 

@@ -11,8 +11,8 @@ import pytest
 from preftune.cli.chat import Chat
 from preftune.cli.speakers import show_reply
 from preftune.cli.terminal import Terminal, harmless
-from preftune.data.errors import UserError
-from preftune.eval.conversation import Conversation, Reply
+from preftune.errors import UserError
+from preftune.eval.chat.conversation import Conversation, Reply
 
 from .conftest import POLICIES, SYSTEM, assistant, talk, user
 

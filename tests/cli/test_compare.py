@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from preftune.eval.votes import read_votes
+from preftune.eval.chat.votes import read_votes
 
 from .conftest import EVAL, POLICIES, RECIPE, SYSTEM, assistant, talk, user, votes_of
 

@@ -11,7 +11,7 @@ import yaml
 
 from preftune.cli import launch
 from preftune.cli import main as cli
-from preftune.data.errors import UserError
+from preftune.errors import UserError
 
 TWO_ON_CPU = {"distributed_type": "MULTI_CPU", "use_cpu": True, "num_machines": 1, "num_processes": 2,
               "main_process_port": 0}  # fmt: skip

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from preftune.data import encode
 from preftune.data.encode import IGNORED, encode_demos, encode_labels, encode_pairs, encode_prompts
-from preftune.data.errors import UserError
 from preftune.data.rows import Row
+from preftune.errors import UserError
 
 words = st.text(st.characters(codec="utf-8", exclude_categories=["C"], exclude_characters="<>|"), min_size=1)
 

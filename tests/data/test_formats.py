@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from preftune.data.errors import UserError
 from preftune.data.formats import normalise
 from preftune.data.rows import Unusable
+from preftune.errors import UserError
 
 U, A = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}
 U2, A2 = {"role": "user", "content": "More?"}, {"role": "assistant", "content": "Yes."}

@@ -2,9 +2,9 @@
 
 import pytest
 
-from preftune.data.errors import UserError
 from preftune.data.load import load_rows
 from preftune.data.spec import DataSpec, SourceSpec
+from preftune.errors import UserError
 
 
 def demos(tag, n):

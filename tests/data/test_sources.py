@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from preftune.data.errors import UserError
 from preftune.data.sources import read_source
 from preftune.data.spec import SourceSpec
+from preftune.errors import UserError
 
 ROWS = [{"prompt": "Hi?", "completion": 'Hello,\n"friend"'}, {"prompt": "Ünï?", "completion": "Yes."}]
 

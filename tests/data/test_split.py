@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from preftune.data.errors import UserError
 from preftune.data.rows import Row
 from preftune.data.split import split_rows
+from preftune.errors import UserError
 
 questions = st.lists(st.text(min_size=1, max_size=4), min_size=2, max_size=40)
 

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from preftune.data.encode import BOUNDARY_MOVED, encode_labels, encode_pairs, encode_prompts
-from preftune.data.errors import UserError
 from preftune.data.template import DEFAULT_CHAT_TEMPLATE, Templater, common_prefix, prompt_ids
+from preftune.errors import UserError
 
 
 def whole(tokenizer: Any, *messages: dict) -> list[int]:

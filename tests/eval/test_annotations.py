@@ -12,7 +12,7 @@ from scipy.special import expit
 from scipy.stats import spearmanr
 
 from preftune.cli import main as cli
-from preftune.data.errors import UserError
+from preftune.errors import UserError
 from preftune.eval.annotations import annotation_rows, read_annotations
 
 # Real GPT-4 annotations with the figures that AlpacaEval 2 published; beside the project where they are at hand.

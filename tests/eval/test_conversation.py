@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from preftune.data.errors import UserError
 from preftune.data.spec import DataSpec, SourceSpec
 from preftune.data.template import prompt_ids
-from preftune.eval.conversation import Conversation
+from preftune.errors import UserError
+from preftune.eval.chat.conversation import Conversation
 from preftune.eval.spec import EvalSpec
 from preftune.eval.workbench import Workbench
 from preftune.models.adapters import AdapterSet, LoraSpec

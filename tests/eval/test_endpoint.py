@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from preftune.data.errors import UserError
-from preftune.eval import endpoint as room
-from preftune.eval.answers import Answers
-from preftune.eval.endpoint import Client, Endpoint
+from preftune.errors import UserError
+from preftune.eval.judges import endpoint as room
+from preftune.eval.judges.answers import Answers
+from preftune.eval.judges.endpoint import Client, Endpoint
 
 from .chat_server import ChatServer, Reply, completion, echo, endpoint, last_words, saying
 

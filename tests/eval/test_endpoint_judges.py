@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import yaml
 
-from preftune.data.errors import UserError
-from preftune.eval.chat_verdicts import read_choice, read_rating
-from preftune.eval.endpoint_judges import CACHE_FOLDER
-from preftune.eval.judges import plan_judges
+from preftune.errors import UserError
+from preftune.eval.judges.chat_verdicts import read_choice, read_rating
+from preftune.eval.judges.endpoint_judge import CACHE_FOLDER
+from preftune.eval.judges.registry import plan_judges
+from preftune.eval.judges.verdicts import PairJudge, Verdicts
 from preftune.eval.samples import Prompt, Sample
-from preftune.eval.verdicts import PairJudge, Verdicts
 from preftune.recipes.load import load_recipe
 
 from .chat_server import ChatServer, completion, last_words

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from preftune.eval.judges import plan_judges
+from preftune.eval.judges.registry import plan_judges
 from preftune.eval.samples import Prompt, Sample
 from preftune.models.tiny import random_llama
 

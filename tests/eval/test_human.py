@@ -5,12 +5,12 @@ import math
 
 import pytest
 
-from preftune.data.errors import UserError
-from preftune.eval.human import HumanJudge
-from preftune.eval.judges import plan_judges
+from preftune.errors import UserError
+from preftune.eval.chat.votes import read_votes
+from preftune.eval.judges.human import HumanJudge
+from preftune.eval.judges.registry import plan_judges
+from preftune.eval.judges.verdicts import Verdicts
 from preftune.eval.samples import Prompt, Sample
-from preftune.eval.verdicts import Verdicts
-from preftune.eval.votes import read_votes
 
 
 def replies(policy: str, n: int = 4) -> list[Sample]:

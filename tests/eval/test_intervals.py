@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from preftune.eval.intervals import bootstrap_interval, mean_se, ratio_se, unit_totals, wilson_interval
+from preftune.eval.statistics.intervals import bootstrap_interval, mean_se, ratio_se, unit_totals, wilson_interval
 
 
 @pytest.mark.parametrize(("k", "n"), [(0, 20), (20, 20), (7, 20), (150, 300)])

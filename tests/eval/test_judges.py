@@ -7,8 +7,8 @@ import types
 import pytest
 import torch
 
-from preftune.data.errors import UserError
-from preftune.eval.judges import RewardJudge, plan_judges, reward_scores
+from preftune.errors import UserError
+from preftune.eval.judges.registry import RewardJudge, plan_judges, reward_scores
 from preftune.eval.samples import Prompt, Sample
 
 

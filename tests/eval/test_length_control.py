@@ -8,7 +8,7 @@ import pytest
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 
-from preftune.eval.length_control import (
+from preftune.eval.statistics.length_control import (
     Fit,
     Judgements,
     Penalty,

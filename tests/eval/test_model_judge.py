@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
-from preftune.data.errors import UserError
-from preftune.eval.judges import plan_judges
+from preftune.errors import UserError
+from preftune.eval.judges.registry import plan_judges
 from preftune.eval.samples import Prompt, Sample
 from preftune.models.tiny import byte_tokenizer
 

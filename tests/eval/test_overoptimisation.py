@@ -6,7 +6,15 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from preftune.eval.overoptimisation import BEST_OF_N, RL, best_of, best_of_kl, best_of_weights, counts, fit_gain
+from preftune.eval.statistics.overoptimisation import (
+    BEST_OF_N,
+    RL,
+    best_of,
+    best_of_kl,
+    best_of_weights,
+    counts,
+    fit_gain,
+)
 
 D = [0.5, 0.9, 1.4, 2.0, 2.9, 4.1]
 TRUE = {RL: lambda d, a, b: d * (a - b * math.log(d)), BEST_OF_N: lambda d, a, b: d * (a - b * d)}

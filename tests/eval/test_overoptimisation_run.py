@@ -12,11 +12,12 @@ import yaml
 from preftune.cli.chain import Chain, Options
 from preftune.cli.keys import Keys, eval_needs, key_of
 from preftune.cli.progress import Voice
-from preftune.data.errors import UserError
-from preftune.eval import overoptimisation_run, workbench
-from preftune.eval.judge_names import judge_name, only_compares
-from preftune.eval.judges import plan_judges
-from preftune.eval.overoptimisation_run import eval_over_optimisation
+from preftune.errors import UserError
+from preftune.eval import overoptimisation as overoptimisation_run
+from preftune.eval import workbench
+from preftune.eval.judges.names import judge_name, only_compares
+from preftune.eval.judges.registry import plan_judges
+from preftune.eval.overoptimisation import eval_over_optimisation
 from preftune.eval.report import write_report
 from preftune.eval.workbench import Workbench
 from preftune.models.base import resolve_base

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
-from preftune.eval.ratings import bradley_terry, rate_policies
+from preftune.eval.statistics.ratings import bradley_terry, rate_policies
 
 POLICIES = ["base", "sft", "dpo", "ppo"]
 

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from preftune.data.errors import UserError
+from preftune.errors import UserError
 from preftune.eval.report import read_run, render, write_report
 from preftune.eval.report.page import TEMPLATES
 from preftune.eval.report.samples import browser, json_for_script, verdict

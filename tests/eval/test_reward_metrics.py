@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from preftune.eval.reward_metrics import calibration_bins, calibration_error, log_loss, reward_metrics
+from preftune.eval.statistics.reward_metrics import calibration_bins, calibration_error, log_loss, reward_metrics
 
 
 @pytest.mark.checklist("R5")

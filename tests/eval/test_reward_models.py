@@ -13,10 +13,10 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from preftune.data.errors import UserError
 from preftune.data.load import load_rows
 from preftune.data.spec import DataSpec, SourceSpec
 from preftune.data.split import prompt_position
+from preftune.errors import UserError
 from preftune.eval.commands import eval_reward, eval_winrate
 from preftune.eval.reward_models import left_out
 from preftune.eval.run import run_eval

@@ -2,8 +2,8 @@
 
 import pytest
 
-from preftune.data.errors import UserError
-from preftune.eval.rubric import count_sentences, parse_rubric
+from preftune.errors import UserError
+from preftune.eval.judges.rubric import count_sentences, parse_rubric
 
 CASES = [
     ({"kind": "max_words", "value": 3}, "one two three", "one two three four"),

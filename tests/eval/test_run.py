@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from preftune.data.errors import UserError
 from preftune.data.load import load_rows
 from preftune.data.spec import DataSpec, SourceSpec
 from preftune.data.split import split_rows
+from preftune.errors import UserError
 from preftune.eval.commands import eval_kl, eval_perplexity, eval_reward, eval_winrate
 from preftune.eval.report import write_report
 from preftune.eval.run import EvalSpec, run_eval

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
+from preftune.eval.judges.verdicts import COLUMNS, LENGTH_CONTROL_PROMPTS, Verdicts, verdict_columns
 from preftune.eval.samples import Prompt, Sample
-from preftune.eval.verdicts import COLUMNS, LENGTH_CONTROL_PROMPTS, Verdicts, verdict_columns
-from preftune.eval.winrate import score_outcomes, win_rate
+from preftune.eval.statistics.winrate import score_outcomes, win_rate
 
 
 def replies(policy: str, lengths) -> list[Sample]:

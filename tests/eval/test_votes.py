@@ -6,9 +6,9 @@ from collections import Counter
 
 import pytest
 
-from preftune.data.errors import UserError
-from preftune.eval.blind import Ballot, draw_pair, sample_ballots
-from preftune.eval.votes import append_vote, read_votes, vote_ratings, vote_rows
+from preftune.errors import UserError
+from preftune.eval.chat.blind import Ballot, draw_pair, sample_ballots
+from preftune.eval.chat.votes import append_vote, read_votes, vote_ratings, vote_rows
 
 HI = [{"role": "user", "content": "hi"}]
 

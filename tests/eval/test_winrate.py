@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from preftune.eval.winrate import against_itself, order_outcomes, score_outcomes, win_rate
+from preftune.eval.statistics.winrate import against_itself, order_outcomes, score_outcomes, win_rate
 
 
 @pytest.mark.checklist("E1")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from preftune.data.errors import UserError
+from preftune.errors import UserError
 from preftune.recipes.build import data_spec, eval_spec, method_values, stage_job
 from preftune.recipes.graph import needed_for, order, parents
 from preftune.recipes.load import load_recipe, shipped_recipes
@@ -176,7 +176,7 @@ def test_order_puts_every_stage_after_its_parents(recipe_file: Path):
 @pytest.mark.parametrize("file", shipped_recipes(), ids=lambda file: file.stem)
 def test_every_shipped_recipe_is_right(file: Path, tmp_path: Path):
     """Every word of it, the fields in `train` included, is one that its config knows."""
-    from preftune.eval.judges import plan_judges
+    from preftune.eval.judges.registry import plan_judges
     from preftune.models.base import Base
     from preftune.recipes.train_keys import check_train_keys
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from preftune.data.errors import UserError
+from preftune.errors import UserError
 from preftune.models.lineage import read_lineage
 from preftune.stages.job import StageJob, run_stage
 from preftune.stages.options import device_defaults

@@ -4,7 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from preftune.data.errors import UserError
+from preftune.errors import UserError
 from preftune.stages.job import run_stage
 from preftune.stages.kto import build_kto, with_kl_completions
 

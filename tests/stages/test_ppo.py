@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoTokenizer
 
 from preftune import PPOConfig, PPOTrainer
-from preftune.data.errors import UserError
+from preftune.errors import UserError
 from preftune.models.adapters import LoraSpec
 from preftune.models.base import load_model
 from preftune.models.lineage import adapter_sha256, read_lineage, tokenizer_info, write_lineage

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from preftune.data.errors import UserError
+from preftune.errors import UserError
 from preftune.models.base import Base
 from preftune.models.lineage import adapter_sha256
 from preftune.stages.ppo_checkpoint import load_state

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from preftune.data.errors import UserError
+from preftune.errors import UserError
 from preftune.models.generate import Generation
 from preftune.models.masked import masked_moments
 from preftune.stages.rewards import RewardSource, RunningScale, apply_eos_rule, combine

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from preftune.data.errors import UserError
+from preftune.errors import UserError
 from preftune.models.tiny import byte_tokenizer
 from preftune.stages.ppo_models import reward_sources
 from preftune.stages.rewards import RewardSource

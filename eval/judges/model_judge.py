@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data.errors import UserError
-from ..models.adapters import AdapterSet
-from ..stages.rewards import RewardSource
-from ..stages.scorers import ModelScorer
-from .progress import meter
-from .samples import Sample
+from ...errors import UserError
+from ...models.adapters import AdapterSet
+from ...stages.rewards import RewardSource
+from ...stages.scorers import ModelScorer
+from ..progress import meter
+from ..samples import Sample
 from .verdicts import Judge, JudgePlan
 
 MODEL_FIELDS = ("model", "batch_size")

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ..stages.metrics import length_baselines, pair_accuracy
+from ...stages.metrics import length_baselines, pair_accuracy
 from .intervals import bootstrap_interval, unit_totals, wilson_interval
 from .winrate import score_outcomes
 

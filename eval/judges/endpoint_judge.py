@@ -29,15 +29,15 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from ..data.errors import UserError
-from ..models.adapters import AdapterSet
+from ...errors import UserError
+from ...models.adapters import AdapterSet
+from ..progress import meter
+from ..samples import Sample
+from ..statistics.winrate import order_outcomes
 from .answers import Answers
 from .chat_verdicts import CRITERIA, comparison, rating, read_choice, read_rating
 from .endpoint import Client, Endpoint, Usage
-from .progress import meter
-from .samples import Sample
 from .verdicts import Judge, JudgePlan, PairJudge
-from .winrate import order_outcomes
 
 ENDPOINT_FIELDS = (
     *("url", "model", "mode", "criteria", "api_key_env", "parameters", "concurrency", "retries", "timeout", "cache"),

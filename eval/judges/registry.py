@@ -14,18 +14,18 @@ from typing import Any
 
 import torch
 
-from ..data.errors import UserError
-from ..models.adapters import AdapterSet
-from ..stages.scorers import import_function
-from .batches import TOKENS_PER_BATCH, right_pad, token_batches
-from .endpoint_judges import ENDPOINT_FIELDS, plan_endpoint
+from ...errors import UserError
+from ...models.adapters import AdapterSet
+from ...stages.scorers import import_function
+from ..batches import TOKENS_PER_BATCH, right_pad, token_batches
+from ..chat.votes import read_votes
+from ..samples import Sample
+from ..spec import check_adapter
+from .endpoint_judge import ENDPOINT_FIELDS, plan_endpoint
 from .human import HumanJudge
-from .model_judges import MODEL_FIELDS, plan_model
+from .model_judge import MODEL_FIELDS, plan_model
 from .rubric import Rubric, parse_rubric
-from .samples import Sample
-from .spec import check_adapter
 from .verdicts import Judge, JudgePlan
-from .votes import read_votes
 
 
 @dataclass(frozen=True)

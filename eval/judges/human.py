@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..data.errors import UserError
-from .progress import say
-from .samples import Sample
-from .votes import Vote, messages_key
+from ...errors import UserError
+from ..chat.votes import Vote, messages_key
+from ..progress import say
+from ..samples import Sample
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from ..data.errors import UserError
-from ..data.rows import Message
-from ..data.template import prompt_ids
-from ..models.generate import sample
-from .workbench import Workbench
+from ...data.rows import Message
+from ...data.template import prompt_ids
+from ...errors import UserError
+from ...models.generate import sample
+from ..workbench import Workbench
 
 
 @dataclass(frozen=True)

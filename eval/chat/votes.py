@@ -20,13 +20,13 @@ from typing import Any
 
 import numpy as np
 
-from ..data.errors import UserError
-from ..data.rows import prompt_key
-from ..data.sources import read_file
-from ..stages.metrics import plain
-from .annotations import read_preference
-from .ratings import Rating, rate_policies
-from .winrate import win_rate
+from ...data.rows import prompt_key
+from ...data.sources import read_file
+from ...errors import UserError
+from ...values import plain
+from ..annotations import read_preference
+from ..statistics.ratings import Rating, rate_policies
+from ..statistics.winrate import win_rate
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-from ..data.errors import UserError
+from ...errors import UserError
 from .answers import Answers
 
 try:

@@ -6,7 +6,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from ..data.errors import UserError
+from ...errors import UserError
 
 
 class Answers:

@@ -7,10 +7,10 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from ..data.errors import UserError
-from ..data.rows import Message
-from ..data.sources import read_file
-from .human import check_place
+from ...data.rows import Message
+from ...data.sources import read_file
+from ...errors import UserError
+from ..judges.human import check_place
 from .votes import Vote
 
 

@@ -7,11 +7,11 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from ..models.adapters import AdapterSet
-from .length_control import control_length
-from .ratings import rate_policies
-from .samples import Sample
-from .winrate import WinRate, against_itself, score_outcomes, win_rate
+from ...models.adapters import AdapterSet
+from ..samples import Sample
+from ..statistics.length_control import control_length
+from ..statistics.ratings import rate_policies
+from ..statistics.winrate import WinRate, against_itself, score_outcomes, win_rate
 
 # Fewer judged prompts than this say too little about the effect of length to take it out.
 LENGTH_CONTROL_PROMPTS = 50

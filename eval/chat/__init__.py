@@ -1,0 +1,1 @@
+"""Talking with a run's policies, and people's votes on their replies."""

@@ -1,0 +1,1 @@
+"""Judges: what gives a reply, or a pair of replies, a verdict."""
