@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from .errors import UserError
     from .models.adapters import AdapterSet, LoraSpec
     from .models.base import load_model, load_tokenizer, resolve_base
-    from .stages.ppo import PPOConfig, PPOTrainer
+    from .stages.ppo.config import PPOConfig
+    from .stages.ppo.trainer import PPOTrainer
 
 __all__ = [
     "AdapterSet",
@@ -29,8 +30,8 @@ __all__ = [
 _HOMES = {
     "AdapterSet": ".models.adapters",
     "LoraSpec": ".models.adapters",
-    "PPOConfig": ".stages.ppo",
-    "PPOTrainer": ".stages.ppo",
+    "PPOConfig": ".stages.ppo.config",
+    "PPOTrainer": ".stages.ppo.trainer",
     "UserError": ".errors",
     "load_model": ".models.base",
     "load_tokenizer": ".models.base",

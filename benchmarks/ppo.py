@@ -29,7 +29,7 @@ from ..models.adapters import AdapterSet
 from ..models.base import load_model, load_tokenizer, prepare_model
 from ..models.lineage import Lineage, base_info, library_versions, tokenizer_info, write_lineage
 from ..models.lora import linear_names
-from ..stages.ppo_prompts import stream_rows
+from ..stages.ppo.rollout import stream_rows
 from .measure import StepClock, alternate, machine, measured_apart, write_result
 from .sides import LORA, our_trainer
 from .workload import WORDS, base, write_rows
@@ -166,7 +166,8 @@ def _measure(side: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _ppo(side: Any, settings: dict[str, Any], folder: Path, common: dict[str, Any]) -> Any:
-    from ..stages.ppo import PPOConfig, PPOTrainer
+    from ..stages.ppo.config import PPOConfig
+    from ..stages.ppo.trainer import PPOTrainer
 
     tokenizer: Any = load_tokenizer(base())
     tokenizer.eos_token = NEVER

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from ..recipes.load import load_recipe
-from ..recipes.schema import PPOStage
 from .measure import RESULTS, figure, machine, write_result
 from .quick import RECIPE, Trial, run_trials
 
@@ -33,9 +32,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], help="recipe overrides, to try other settings")
     parser.add_argument("--name", default="ppo_seeds")
     args = parser.parse_args()
-    stage = load_recipe(RECIPE, args.set).stages["ppo"]
-    assert isinstance(stage, PPOStage)
-    target = stage.kl.target
+    target = load_recipe(RECIPE, args.set).stages["ppo"].method().get("kl_target")
     sft, *seeds = run_trials(
         args.run,
         [

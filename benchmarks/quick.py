@@ -132,7 +132,7 @@ def _rubric(recipe: Recipe) -> Any:
 
 def _work(run: Path, trial: Trial) -> dict[str, Any]:
     from ..models.base import resolve_base
-    from ..stages.job import run_stage
+    from ..stages.run import run_stage
 
     seeded = () if trial.best_of or trial.stage == "sft" else (f"stages.{trial.stage}.seed={trial.seed}",)
     recipe = load_recipe(RECIPE, [*trial.overrides, *seeded])

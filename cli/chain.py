@@ -120,10 +120,10 @@ class Chain:
         if self._words_checked or self._run_stage is not None:
             return
         self._words_checked = True
-        from ..recipes.train_keys import check_train_keys
+        from ..stages.options import check_words
 
         for name in self.selected:
-            check_train_keys(stage_job(self.recipe, name, self.base, self.path, self.folder.partial(name)))
+            check_words(stage_job(self.recipe, name, self.base, self.path, self.folder.partial(name)))
 
     def _stage(self, name: str) -> Done:
         # the parents' keys: from this run, or from the folder where they are not part of it
@@ -156,7 +156,7 @@ class Chain:
             from .launch import launch_stage
 
             return launch_stage(self.options.launch, self.path, job, self.options.from_adapter)
-        from ..stages.job import run_stage
+        from ..stages.run import run_stage
 
         return run_stage(job)
 

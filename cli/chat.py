@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
+from ..recipes.graph import policies
 from ..recipes.schema import BASE, Recipe
 from .chain import hush
-from .policies import check_policy, last_policy, policy_stages, recipe_base, run_recipe, sampling_spec
+from .policies import check_policy, last_policy, recipe_base, run_recipe, sampling_spec
 from .speakers import Single, Speaker
 from .terminal import Terminal
 
@@ -102,7 +103,7 @@ def _talk(recipe: Recipe, run: Path, names: list[str], options: ChatOptions) -> 
         check_policy(recipe, run, name, "/policy")
         talk.add(name, _folder(run, name))
 
-    single = Single(talk, terminal, policy, switch, [BASE, *policy_stages(recipe)])
+    single = Single(talk, terminal, policy, switch, [BASE, *policies(recipe)])
     blind = Blind(talk, terminal, run, names, f"{spec.seed}:{len(votes)}") if names else None
     system = spec.prompts.system if options.system is None else options.system
     if terminal.person:

@@ -41,7 +41,7 @@ def run_alone(
 
 def the_stage(recipe: Recipe, kind: str, name: str | None) -> str:
     """The recipe's stage of that kind: the named one, the only one, or the one that is called like its kind."""
-    those = [each for each, stage in recipe.stages.items() if stage.kind == kind]
+    those = [each for each, stage in recipe.stages.items() if stage.record.name == kind]
     if name is not None:
         if name not in those:
             raise UserError(

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..recipes.build import ROWS, data_spec, data_values, folders, lora_values, method_values, reward_stages
+from ..recipes.build import data_spec, data_values, folders, lora_values, reward_stages
 from ..recipes.graph import parents
-from ..recipes.schema import BASE, PPOStage, Recipe
+from ..recipes.schema import BASE, Recipe
+from ..stages.kinds import source_file
 
 if TYPE_CHECKING:
     from ..models.base import Base
@@ -48,7 +49,7 @@ class Keys:
         """Read what these stages and the evaluation read: a wrong file is known before the first of them trains."""
         for name in stages:
             stage = self.recipe.stages[name]
-            self.fingerprint(data_spec(self.recipe.data[stage.data], self.recipe.seed), ROWS[stage.kind])
+            self.fingerprint(data_spec(self.recipe.data[stage.data], self.recipe.seed), stage.record.rows)
         if evaluation and self.recipe.eval is not None:
             self.fingerprint(data_spec(self.recipe.eval.prompts, self.recipe.seed), "prompt")
 
@@ -63,13 +64,13 @@ class Keys:
         spec = data_spec(recipe.data[stage.data], recipe.seed)
         parts = {
             **self._model(),
-            "kind": stage.kind,
+            "kind": stage.record.name,
             "seed": recipe.seed if stage.seed is None else stage.seed,
             **_flat("lora", lora_values(recipe, name)),
-            **method_values(stage),
+            **stage.method(),
             **_flat("train", stage.train),
             **_flat("data", data_values(spec)),
-            f"data {stage.data}": self.fingerprint(spec, ROWS[stage.kind]),
+            f"data {stage.data}": self.fingerprint(spec, stage.record.rows),
         }
         for parent in parents(recipe, name):
             if not (from_adapter is not None and parent == stage.parent):
@@ -78,13 +79,14 @@ class Keys:
             parts["from_adapter"] = content(from_adapter)
         elif stage.parent == BASE:
             parts["from"] = BASE
-        if isinstance(stage, PPOStage):
-            for index, source in enumerate(stage.reward):
-                parts |= _flat(f"reward.{index}", source.model_dump(exclude_none=True))
-                if source.function is not None:
-                    parts[f"code of {source.function}"] = code_sha256(source.function)
-                if source.model is not None and Path(source.model).is_dir():
-                    parts[f"files of {source.model}"] = folder_sha256(Path(source.model))
+        for index, source in enumerate(stage.rewards):
+            parts |= _flat(f"reward.{index}", source.model_dump(exclude_none=True))
+            if source.function is not None:
+                parts[f"code of {source.function}"] = code_sha256(source.function)
+            if source.model is not None and Path(source.model).is_dir():
+                parts[f"files of {source.model}"] = folder_sha256(Path(source.model))
+        if (method := source_file(stage.kind)) is not None:
+            parts[f"code of {stage.record.name}"] = hashlib.sha256(method.read_bytes()).hexdigest()
         return parts
 
     def evaluation(self, known: Mapping[str, str]) -> dict[str, Any]:

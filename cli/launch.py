@@ -123,7 +123,7 @@ def _run(run_dir: Path, name: str, from_adapter: Path | None) -> None:
     from ..models.base import resolve_base
     from ..recipes.build import stage_job
     from ..recipes.load import load_recipe
-    from ..stages.job import run_stage
+    from ..stages.run import run_stage
     from .chain import import_from_here
     from .folder import RunFolder
     from .main import calm

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UserError
+from ..stages.kinds import KINDS
 from ..version import __version__
 from . import evaluate
 from .launch import StageFailed
@@ -133,14 +134,8 @@ def _stage_command(kind: str, words: str) -> None:
     app.command(kind, help=f"{words} alone; its parent from the run folder or --from-adapter.")(command)
 
 
-for _kind, _words in (
-    ("sft", "The supervised fine-tuning stage"),
-    ("reward", "The reward-model stage"),
-    ("dpo", "The DPO (or IPO) stage"),
-    ("kto", "The KTO stage"),
-    ("ppo", "The PPO stage"),
-):
-    _stage_command(_kind, _words)
+for _kind in KINDS.values():
+    _stage_command(_kind.name, _kind.title)
 
 
 @app.command()

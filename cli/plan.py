@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..recipes.build import ROWS, data_spec, folders, lora_values, method_values
+from ..recipes.build import data_spec, folders, lora_values
 from ..recipes.graph import order
 from ..recipes.load import load_recipe
 from ..recipes.schema import Recipe
@@ -15,10 +15,6 @@ from .progress import Voice
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Transformers' own defaults, for what the recipe leaves out.
 _EPOCHS, _BATCH = 3.0, 8
-# Passes over a row's tokens in one step, in units of 2 FLOPs a parameter and token: forward 1, backward through a
-# frozen base 1 (activations only). DPO and KTO add the reference's forward; PPO sees generation, reference, reward
-# and value, then policy and value in each of its epochs.
-_PASSES = {"sft": 2, "reward": 2, "dpo": 3, "kto": 3}
 
 
 def plan_recipe(recipe: str, overrides: Sequence[str], voice: Voice) -> None:
@@ -38,26 +34,26 @@ def plan_recipe(recipe: str, overrides: Sequence[str], voice: Voice) -> None:
 def _stage(recipe: Recipe, name: str, tokenizer: Any, config: dict[str, Any], weights: int) -> dict[str, Any]:
     stage = recipe.stages[name]
     rows, tokens, longest = _lengths(recipe, name, tokenizer)
-    train, method = stage.train, method_values(stage)
+    train, kind = stage.train, stage.record
     batch = train.get("per_device_train_batch_size", _BATCH)
     epochs = train.get("num_train_epochs", _EPOCHS)
-    if stage.kind == "ppo":
-        rollout = method.get("rollout_batch_size", 64)
-        episodes = method.get("total_episodes") or rollout * math.ceil(rows * epochs / rollout)
-        inner = method.get("num_ppo_epochs", 4)
-        steps = episodes // rollout * inner * method.get("num_mini_batches", 1)
-        longest += method.get("max_new_tokens", 64)
-        seen = episodes * (tokens / max(rows, 1) + method.get("max_new_tokens", 64))
-        passes = 4 + 4 * inner
+    if (on_policy := kind.on_policy) is not None:
+        method = {each.name: each.default for each in kind.parameters} | stage.method()
+        rollout, longest_reply = method["rollout_batch_size"], method["max_new_tokens"]
+        episodes = method["total_episodes"] or rollout * math.ceil(rows * epochs / rollout)
+        steps = episodes // rollout * method[on_policy.epochs] * method[on_policy.mini_batches]
+        longest += longest_reply
+        seen = episodes * (tokens / max(rows, 1) + longest_reply)
+        passes = on_policy.rollout_passes + on_policy.epoch_passes * method[on_policy.epochs]
     else:
         per_step = batch * train.get("gradient_accumulation_steps", 1)
         given = train.get("max_steps", -1)
         steps = given if given > 0 else math.ceil(math.ceil(rows / per_step) * epochs)
         seen = tokens * steps * per_step / max(rows, 1)
-        passes = _PASSES[stage.kind]
+        passes = kind.passes
     adapter = _adapter_parameters(config, lora_values(recipe, name)["r"])
     element = _BYTES[recipe.model.dtype]
-    sides = 2 if stage.kind in ("reward", "dpo") else 1
+    sides = 2 if kind.rows == "pair" else 1
     # the residual stream and what the backward keeps of each block: about 16 vectors of the hidden size
     activations = batch * sides * longest * config["hidden_size"] * config["num_hidden_layers"] * 16 * element
     if train.get("gradient_checkpointing"):
@@ -80,7 +76,7 @@ def _lengths(recipe: Recipe, name: str, tokenizer: Any) -> tuple[int, int, int]:
     from .validate import encode_rows
 
     stage = recipe.stages[name]
-    spec, kind = data_spec(recipe.data[stage.data], recipe.seed), ROWS[stage.kind]
+    spec, kind = data_spec(recipe.data[stage.data], recipe.seed), stage.record.rows
     loaded = load_rows(spec, kind, folders(recipe))  # type: ignore[arg-type]
     encoded, _ = encode_rows(kind, loaded.rows, tokenizer, spec)
     columns = [key for key in encoded.column_names if key.endswith("_ids")]

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from ..errors import UserError
 from ..recipes.build import data_spec, eval_spec, folders
-from ..recipes.graph import order
+from ..recipes.graph import policies
 from ..recipes.load import load_recipe
 from ..recipes.problems import nearest
-from ..recipes.schema import BASE, PPOStage, Recipe
+from ..recipes.schema import BASE, Recipe
 from .commands import run_folder
 
 if TYPE_CHECKING:
@@ -38,18 +38,13 @@ def recipe_base(recipe: Recipe) -> "Base":
     return resolve_base(recipe.model.base, recipe.model.revision)
 
 
-def policy_stages(recipe: Recipe) -> list[str]:
-    """The stages whose adapter speaks, each after the one that it starts from."""
-    return [name for name in order(recipe) if recipe.stages[name].kind != "reward"]
-
-
 def check_policy(recipe: Recipe, run: Path, name: str, where: str) -> None:
     """Raises UserError where the recipe has no such policy, or the run no adapter of it.
 
     Args:
         where: what asked for it, for the message.
     """
-    known = [BASE, *policy_stages(recipe)]
+    known = [BASE, *policies(recipe)]
     if name not in known:
         raise UserError(where, f"no policy {name!r}", nearest(name, known))
     if name != BASE and not (run / name / "adapter_config.json").is_file():
@@ -63,7 +58,7 @@ def last_policy(recipe: Recipe, run: Path) -> str:
     Raises:
         UserError: none is.
     """
-    finished = [name for name in policy_stages(recipe) if (run / name / "adapter_config.json").is_file()]
+    finished = [name for name in policies(recipe) if (run / name / "adapter_config.json").is_file()]
     if not finished:
         remedy = f"train one: preftune run {run / 'recipe.yaml'}, or name the base"
         raise UserError(str(run), "no policy is finished in it", remedy)
@@ -76,9 +71,10 @@ def sampling_spec(recipe: Recipe, base: "Base", run: Path) -> "EvalSpec":
         return eval_spec(recipe, base, run)
     from ..eval.spec import EvalSpec
 
-    ppo = next((stage for stage in recipe.stages.values() if isinstance(stage, PPOStage)), None)
-    stage = ppo or next(iter(recipe.stages.values()))
-    given = {} if ppo is None else {"max_new_tokens": ppo.max_new_tokens, "temperature": ppo.temperature}
+    sampling = next((stage for stage in recipe.stages.values() if stage.record.on_policy), None)
+    stage = sampling or next(iter(recipe.stages.values()))
+    method = {} if sampling is None else sampling.method()
+    given = {name: method[name] for name in ("max_new_tokens", "temperature") if name in method}
     return EvalSpec(
         base=base,
         policies={},
@@ -91,5 +87,5 @@ def sampling_spec(recipe: Recipe, base: "Base", run: Path) -> "EvalSpec":
         kl=False,
         chat_template=recipe.model.chat_template,
         packed=recipe.model.packed,
-        **{key: value for key, value in given.items() if value is not None},
+        **given,
     )

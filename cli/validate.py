@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from ..recipes.build import ROWS, data_spec, folders, stage_job
+from ..recipes.build import data_spec, folders, stage_job
 from ..recipes.graph import order
 from ..recipes.load import load_recipe
 from ..recipes.schema import Data, Recipe
@@ -44,10 +44,10 @@ def data_uses(recipe: Recipe) -> Iterator[tuple[str, Data, str]]:
     seen = set()
     for name in order(recipe):
         stage = recipe.stages[name]
-        use = (stage.data, ROWS[stage.kind])
+        use = (stage.data, stage.record.rows)
         if use not in seen:
             seen.add(use)
-            yield stage.data, recipe.data[stage.data], ROWS[stage.kind]
+            yield stage.data, recipe.data[stage.data], stage.record.rows
     if recipe.eval is not None:
         yield "eval.prompts", recipe.eval.prompts, "prompt"
 
@@ -122,11 +122,11 @@ def encode_rows(kind: str, rows: Any, tokenizer: Any, spec: Any) -> tuple[Any, A
 
 def _check_words(recipe: Recipe, base: "Base | None", voice: Voice) -> None:
     from ..models.base import Base
-    from ..recipes.train_keys import check_train_keys
+    from ..stages.options import check_words
 
     stand_in = base or Base(recipe.model.base, Path(), None, "")
     for name in order(recipe):
-        check_train_keys(stage_job(recipe, name, stand_in, Path(), Path()))
+        check_words(stage_job(recipe, name, stand_in, Path(), Path()))
     voice.say(f"stages: every word of {len(recipe.stages)} stages is known")
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..models.lineage import adapter_sha256, read_lineage
-from ..stages.ppo_keep import POLICIES, kept_policies
+from ..stages.ppo.files import POLICIES, kept_policies
 from ..values import plain
 from .judges.names import judge_name, scoring_judges
 from .judges.registry import plan_judges

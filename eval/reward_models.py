@@ -16,7 +16,7 @@ from ..data.spec import DataSpec
 from ..data.split import split_rows
 from ..errors import UserError
 from ..models.lineage import LINEAGE, Lineage, adapter_sha256, read_lineage
-from ..stages.reference import DEFAULT_BETA
+from ..stages.kinds import DPO
 from ..values import plain
 from .judges.registry import reward_scores
 from .perplexity import sequence_nlls
@@ -98,7 +98,7 @@ def _measure(bench: Workbench, model: RewardModel, read: dict[str, Pairs]) -> di
         scores = _scores(bench, model, role, pairs)
     else:
         config = _checked(model, lineage).config
-        beta["beta"] = float(_setting(config, "beta", DEFAULT_BETA))
+        beta["beta"] = float(_setting(config, "beta", DPO.parameter("beta").default))
         reference = bench.load(model.parent)
         ratios = log_ratios(bench, role, reference, pairs, label=model.stage, ld_alpha=_setting(config, "ld_alpha"))
         scores = [beta["beta"] * ratio for ratio in ratios]

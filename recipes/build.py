@@ -4,7 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .schema import BASE, Data, PPOStage, Recipe, Stage, method_keys
+from .schema import BASE, Data, Recipe, Stage
 
 if TYPE_CHECKING:
     from ..data.spec import DataSpec
@@ -12,18 +12,7 @@ if TYPE_CHECKING:
     from ..models.base import Base
     from ..models.lora import LoraSpec
     from ..stages.job import StageJob
-    from ..stages.rewards import RewardSource
-
-# Which rows a kind of stage reads.
-ROWS = {"sft": "demo", "reward": "pair", "dpo": "pair", "kto": "label", "ppo": "prompt"}
-_ORDER_PAIRS = ("reward", "dpo", "kto")
-_KL_FIELDS = {
-    "coef": "kl_coef",
-    "target": "kl_target",
-    "horizon": "kl_horizon",
-    "estimator": "kl_estimator",
-    "place": "kl_in",
-}
+    from ..stages.ppo.rewards import RewardSource
 
 
 def data_spec(entry: Data, seed: int) -> "DataSpec":
@@ -54,14 +43,6 @@ def folders(recipe: Recipe) -> tuple[Path, ...]:
     return (recipe.folder,) if recipe.folder is not None else ()
 
 
-def method_values(stage: Stage) -> dict[str, Any]:
-    """What the recipe says beside `train`, by the names of the method's config (`kl.coef` is `kl_coef` there)."""
-    values = {key: getattr(stage, key) for key in method_keys(stage.kind)}
-    if isinstance(stage, PPOStage):
-        values |= {ours: getattr(stage.kl, field) for field, ours in _KL_FIELDS.items()}
-    return {key: value for key, value in values.items() if value is not None}
-
-
 def lora_spec(recipe: Recipe, name: str) -> "LoraSpec":
     """The stage's adapter: the recipe's, with what the stage says differently."""
     from ..models.adapters import LoraSpec
@@ -74,12 +55,12 @@ def lora_values(recipe: Recipe, name: str) -> dict[str, Any]:
     return recipe.lora.model_dump() | recipe.stages[name].lora.model_dump(exclude_none=True)
 
 
-def reward_sources(stage: PPOStage, run_dir: Path) -> "tuple[RewardSource, ...]":
-    """PPO's scores; a reward stage is its folder in the run."""
-    from ..stages.rewards import RewardSource
+def reward_sources(stage: Stage, run_dir: Path) -> "tuple[RewardSource, ...]":
+    """Where the stage's scores come from; a reward stage is its folder in the run."""
+    from ..stages.ppo.rewards import RewardSource
 
     made = []
-    for each in stage.reward:
+    for each in stage.rewards:
         if each.stage is not None:
             made.append(RewardSource("stage", str(run_dir / each.stage), each.weight))
         elif each.model is not None:
@@ -116,9 +97,9 @@ def stage_job(
         parent=parent,
         data=data_spec(recipe.data[stage.data], recipe.seed),
         folders=folders(recipe),
-        method=method_values(stage),
+        method=stage.method(),
         train=dict(stage.train),
-        rewards=reward_sources(stage, run_dir) if isinstance(stage, PPOStage) else (),
+        rewards=reward_sources(stage, run_dir),
         seed=seed,
         output_dir=output_dir,
         chat_template=recipe.model.chat_template,
@@ -180,7 +161,7 @@ def reward_stages(recipe: Recipe, *, left_out: bool = False) -> list[str]:
     Args:
         left_out: only those that keep a part of their data out of training, which is what the evaluation measures.
     """
-    those = [name for name, stage in recipe.stages.items() if stage.kind in _ORDER_PAIRS]
+    those = [name for name, stage in recipe.stages.items() if stage.record.orders_pairs]
     return [name for name in those if not left_out or recipe.data[recipe.stages[name].data].held_out > 0]
 
 
@@ -189,7 +170,7 @@ def reward_model(recipe: Recipe, name: str, run_dir: Path, data: "DataSpec | Non
     from ..eval.spec import RewardModel
 
     stage = recipe.stages[name]
-    implicit = stage.kind != "reward"
+    implicit = stage.record.produces == "policy"
     return RewardModel(
         stage=name,
         kind="implicit" if implicit else "reward",

@@ -3,8 +3,9 @@
 import re
 from collections.abc import Iterable
 
-from .problems import nearest, problem
-from .schema import BASE, Data, PPOStage, Recipe
+from ..errors import nearest
+from .problems import problem
+from .schema import BASE, Data, Recipe, Stage
 from .text import Path_, Text
 
 # Names that mean something else in a run folder, or in `from`.
@@ -13,11 +14,10 @@ _NAME = re.compile(r"\w[\w.-]*")
 
 
 def parents(recipe: Recipe, name: str) -> list[str]:
-    """The stages that this one needs: the one it starts from first, then PPO's reward stages."""
+    """The stages that this one needs: the one it starts from first, then the reward stages that score it."""
     stage = recipe.stages[name]
     needed = [] if stage.parent == BASE else [stage.parent]
-    if isinstance(stage, PPOStage):
-        needed += [each.stage for each in stage.reward if each.stage is not None]
+    needed += [each.stage for each in stage.rewards if each.stage is not None]
     return list(dict.fromkeys(needed))
 
 
@@ -55,6 +55,16 @@ def needed_for(recipe: Recipe, names: Iterable[str]) -> list[str]:
     return [name for name in order(recipe) if name in wanted]
 
 
+def policies(recipe: Recipe) -> list[str]:
+    """The stages whose adapter speaks, each after the one that it starts from."""
+    return [name for name in order(recipe) if recipe.stages[name].record.produces == "policy"]
+
+
+def reward_models(recipe: Recipe) -> list[str]:
+    """The stages that train a reward model."""
+    return [name for name, stage in recipe.stages.items() if stage.record.produces == "reward"]
+
+
 def check_graph(recipe: Recipe, text: Text) -> None:
     """Every name in the recipe means something.
 
@@ -72,9 +82,8 @@ def check_graph(recipe: Recipe, text: Text) -> None:
             raise problem(text, (*here, "from"), f"no stage {stage.parent!r}", nearest(stage.parent, known))
         if stage.data not in recipe.data:
             raise problem(text, (*here, "data"), f"no data entry {stage.data!r}", nearest(stage.data, recipe.data))
-        if isinstance(stage, PPOStage):
-            _check_rewards(recipe, text, name, stage)
-        if stage.parent != BASE and recipe.stages[stage.parent].kind == "reward" and stage.kind != "reward":
+        _check_rewards(recipe, text, name, stage)
+        if stage.parent in reward_models(recipe) and stage.record.produces == "policy":
             said = f"{stage.parent!r} is a reward model, expected a policy"
             raise problem(text, (*here, "from"), said, "start from a policy, such as the reward model's own parent")
         _check_said_once(text, here, stage)
@@ -90,7 +99,7 @@ def check_graph(recipe: Recipe, text: Text) -> None:
 def fill_eval(recipe: Recipe) -> None:
     """Without `policies`, the evaluation looks at the base and every stage that is a policy."""
     if recipe.eval is not None and not recipe.eval.policies:
-        recipe.eval.policies = [BASE, *(name for name in order(recipe) if recipe.stages[name].kind != "reward")]
+        recipe.eval.policies = [BASE, *policies(recipe)]
 
 
 def _check_data(recipe: Recipe, text: Text) -> None:
@@ -108,9 +117,9 @@ def _check_data(recipe: Recipe, text: Text) -> None:
                     raise problem(text, (*path, key), "belongs to one source", "write it into that source")
 
 
-def _check_rewards(recipe: Recipe, text: Text, name: str, stage: PPOStage) -> None:
-    rewards = [each for each, other in recipe.stages.items() if other.kind == "reward"]
-    for index, source in enumerate(stage.reward):
+def _check_rewards(recipe: Recipe, text: Text, name: str, stage: Stage) -> None:
+    rewards = reward_models(recipe)
+    for index, source in enumerate(stage.rewards):
         path: Path_ = ("stages", name, "reward", index)
         given = [key for key in ("stage", "model", "function") if getattr(source, key) is not None]
         if len(given) != 1:
@@ -127,20 +136,17 @@ def _check_rewards(recipe: Recipe, text: Text, name: str, stage: PPOStage) -> No
             )
 
 
-def _check_said_once(text: Text, here: Path_, stage: object) -> None:
-    from .build import method_values
-
-    for key, value in method_values(stage).items():  # type: ignore[arg-type]
-        train = stage.train  # type: ignore[attr-defined]
-        if key in train:
-            said = f"{key} is said twice, as {value!r} beside train and as {train[key]!r} in it"
+def _check_said_once(text: Text, here: Path_, stage: Stage) -> None:
+    for key, value in stage.method().items():
+        if key in stage.train:
+            said = f"{key} is said twice, as {value!r} beside train and as {stage.train[key]!r} in it"
             raise problem(text, (*here, "train", key), said, "keep the one beside train")
 
 
 def _check_eval(recipe: Recipe, text: Text) -> None:
     if recipe.eval is None:
         return
-    known = [BASE, *(name for name, stage in recipe.stages.items() if stage.kind != "reward")]
+    known = [BASE, *(name for name in recipe.stages if name not in reward_models(recipe))]
     for index, policy in enumerate(recipe.eval.policies):
         if policy not in known:
             kind = " (a reward model)" if policy in recipe.stages else ""
@@ -151,7 +157,7 @@ def _check_eval(recipe: Recipe, text: Text) -> None:
         raise problem(text, ("eval", "reference"), said, nearest(recipe.eval.reference, recipe.eval.policies))
     for index, judge in enumerate(recipe.eval.judges):
         named = judge.get("stage")
-        rewards = [name for name, stage in recipe.stages.items() if stage.kind == "reward"]
+        rewards = reward_models(recipe)
         if named is not None and named not in rewards:
             said = f"no reward stage {named!r}"
             remedy = nearest(str(named), rewards) if rewards else "add a stage of kind reward"

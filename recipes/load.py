@@ -7,18 +7,19 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..data.sources import find
-from ..errors import UserError
+from ..errors import UserError, nearest
+from ..stages.kinds import KINDS, stage_kind
 from .graph import check_graph, fill_eval
 from .over_optimisation import settle_over_optimisation
-from .problems import dotted, first_problem, nearest, problem, shown
-from .schema import KINDS, Recipe
+from .problems import dotted, first_problem, problem, shown
+from .schema import Recipe
 from .text import Path_, Text, parse, parse_value
 
 SHIPPED = Path(__file__).parent
 # Their entries have names of the user's: an override cannot make one up by a slip of the pen.
 _NAMED = ("data", "stages")
 # Methods that are a loss of another kind.
-_VARIANTS = {"ipo": "write kind: dpo and loss_type: ipo", "apo": "write kind: kto and loss_type: apo_zero_unpaired"}
+_VARIANTS = {name: remedy for kind in KINDS.values() for name, remedy in kind.variants.items()}
 
 
 def shipped_recipes() -> list[Path]:
@@ -45,7 +46,7 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
         raise UserError(str(file), f"is {shown(text.values)}, expected a mapping of keys", "see `preftune recipes`")
     for override in overrides:
         _override(text, override)
-    _normalise(text)
+    _normalise(text, file.resolve().parent)
     _read_checks(text, file.resolve().parent)
     try:
         recipe = Recipe.model_validate(text.values)
@@ -121,7 +122,7 @@ def _take_from_here(text: Text, path: Path_) -> None:
         above[path[-1]] = str(Path(value).expanduser().resolve())
 
 
-def _normalise(text: Text) -> None:
+def _normalise(text: Text, folder: Path) -> None:
     """Write out the two abbreviations: a stage's kind by its name, the evaluation's prompts by a data entry's."""
     stages, data, evaluation = (text.values.get(key) for key in ("stages", "data", "eval"))
     for name, stage in stages.items() if isinstance(stages, dict) else ():
@@ -132,15 +133,25 @@ def _normalise(text: Text) -> None:
                 remedy = _VARIANTS.get(name) or f"add kind: one of {', '.join(KINDS)}"
                 raise problem(text, ("stages", name), "lacks its kind", remedy)
             stage["kind"] = name
-        elif stage["kind"] not in KINDS:
-            said = f"is {shown(stage['kind'])}, no kind of stage"
-            remedy = _VARIANTS.get(stage["kind"]) or nearest(str(stage["kind"]), KINDS)
-            raise problem(text, ("stages", name, "kind"), said, remedy)
+        elif not isinstance(stage["kind"], str):
+            said = f"is {shown(stage['kind'])}, expected a name"
+            raise problem(text, ("stages", name, "kind"), said, f"use one of {', '.join(KINDS)}")
+        else:
+            _place_kind(text, name, stage, folder)
     if isinstance(evaluation, dict) and isinstance(prompts := evaluation.get("prompts"), str):
         if not isinstance(data, dict) or not isinstance(data.get(prompts), dict):
             known = data if isinstance(data, dict) else {}
             raise problem(text, ("eval", "prompts"), f"{prompts!r} is no data entry", nearest(prompts, map(str, known)))
         evaluation["prompts"] = dict(data[prompts])
+
+
+def _place_kind(text: Text, name: str, stage: dict[str, Any], folder: Path) -> None:
+    """A kind must be one that there is. A method's file lies beside the recipe, or where its path says."""
+    home, colon, record = stage["kind"].rpartition(":")
+    if colon and home.endswith(".py"):
+        stage["kind"] = f"{(folder / Path(home).expanduser()).resolve()}:{record}"
+    where = ("stages", name, "kind")
+    stage_kind(stage["kind"], f"{text.place(where)}: {dotted(where)}")
 
 
 def _read_checks(text: Text, folder: Path) -> None:

@@ -1,9 +1,9 @@
 """The recipe's `eval.over_optimisation`: what it leaves out is filled in, what it says is checked."""
 
-from ..errors import UserError
+from ..errors import UserError, nearest
 from ..eval.judges.names import judge_name, only_compares, scoring_judges
-from .problems import dotted, nearest, problem
-from .schema import Eval, OverOptimisation, PPOStage, Recipe
+from .problems import dotted, problem
+from .schema import Eval, OverOptimisation, Recipe
 from .text import Text
 
 
@@ -25,7 +25,7 @@ def settle_over_optimisation(recipe: Recipe, text: Text | None = None) -> None:
         # said here as well as in the evaluation, so that no stage trains in vain
         said = "greedy decoding (eval.temperature 0) has no KL and one reply a prompt"
         raise _problem(text, None, said, "set eval.temperature above 0, or leave the section out")
-    stages = [name for name, stage in recipe.stages.items() if isinstance(stage, PPOStage)]
+    stages = [name for name, stage in recipe.stages.items() if stage.record.on_policy]
     if wanted.policy is None:
         if not stages:
             raise _problem(text, "policy", "the recipe has no PPO stage", "add one, or leave the section out")
@@ -47,9 +47,7 @@ def settle_over_optimisation(recipe: Recipe, text: Text | None = None) -> None:
 
 def _proxy(recipe: Recipe, part: Eval, wanted: OverOptimisation) -> str | None:
     """The judge of the (first) reward stage that the policy trains on, where one reads it."""
-    stage = recipe.stages[str(wanted.policy)]
-    assert isinstance(stage, PPOStage)
-    rewards = [each.stage for each in stage.reward if each.stage is not None]
+    rewards = [each.stage for each in recipe.stages[str(wanted.policy)].rewards if each.stage is not None]
     found = [judge for name in rewards for judge in part.judges if judge.get("stage") == name]
     return judge_name(found[0]) if found else None
 

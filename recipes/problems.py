@@ -1,13 +1,12 @@
 """What is wrong with a recipe, in the user's words: file, line, key, what was expected, what to do."""
 
-import difflib
-from collections.abc import Iterable
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from ..errors import UserError
-from .schema import STAGE_MODELS, Recipe
+from ..errors import UserError, nearest
+from ..stages.kinds import stage_kind
+from .schema import Recipe, stage_model
 from .text import Path_, Text
 
 # What people most often write beside `train` instead of in it.
@@ -32,13 +31,6 @@ _TRAIN_WORDS = (
     "packing",
 )
 _SHOWN = 60
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """The remedy for an unknown word: the known one that it is most like, or all of them."""
-    names = list(known)
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(names)}"
 
 
 def dotted(path: Path_) -> str:
@@ -73,10 +65,8 @@ def first_problem(error: ValidationError, text: Text) -> UserError:
 
 
 def _path(loc: tuple[str | int, ...]) -> Path_:
-    """Pydantic's location without what it adds: the kind in stages.dpo.<kind>.beta, and the branch of a union."""
+    """Pydantic's location without the branch of a union, which it adds."""
     path = list(loc)
-    if len(path) > 2 and path[0] == "stages" and path[2] in STAGE_MODELS:
-        del path[2]
     while path and isinstance(path[-1], str) and ("[" in path[-1] or path[-1] in ("str", "literal")):
         path.pop()
     return tuple(path)
@@ -96,7 +86,7 @@ def _known(values: Any, path: Path_) -> list[str]:
     for depth, key in enumerate(path):
         values = _below(values, key)
         if depth == 1 and path[0] == "stages":
-            model = STAGE_MODELS.get(str(values.get("kind", key)) if isinstance(values, dict) else str(key))
+            model = stage_model(stage_kind(str(values.get("kind", key)) if isinstance(values, dict) else str(key)))
         elif isinstance(key, int) or (depth == 1 and path[0] == "data"):
             continue  # a list's or a mapping's entries are what it is made of
         elif isinstance(model, type) and issubclass(model, BaseModel):

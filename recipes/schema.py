@@ -1,12 +1,14 @@
 """The recipe: every key that a YAML file may hold, with its type and default."""
 
+import functools
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, PrivateAttr, create_model
 
-StageKind = Literal["sft", "reward", "dpo", "kto", "ppo"]
-KINDS: tuple[StageKind, ...] = ("sft", "reward", "dpo", "kto", "ppo")
+from ..stages.kinds import StageKind, stage_kind
+from ..values import is_number
+
 BASE = "base"
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -82,8 +84,20 @@ class Data(Part):
     seed: int | None = None
 
 
+class Reward(Part):
+    """One source of scores: exactly one of `stage`, `model` and `function`, with its weight in the sum."""
+
+    stage: str | None = None
+    model: str | None = None
+    function: str | None = None
+    weight: float = 1.0
+
+
 class Stage(Part):
-    """What every stage has. `train`: fields of the stage's TRL / Transformers config by their own names."""
+    """What every stage has; `stage_model` adds what its kind's record says.
+
+    `train`: fields of the stage's TRL / Transformers config by their own names.
+    """
 
     kind: str
     parent: str = Field(default=BASE, alias="from")
@@ -92,134 +106,67 @@ class Stage(Part):
     seed: int | None = None
     train: dict[str, Any] = Field(default_factory=dict)
 
+    @property
+    def record(self) -> StageKind:
+        """The record of its kind."""
+        return stage_kind(self.kind)
 
-class SFTStage(Stage):
-    """Supervised fine-tuning."""
+    @property
+    def rewards(self) -> list[Reward]:
+        """Where its scores come from: a stage's name, one source, or a list of them in the recipe."""
+        return getattr(self, "reward", [])
 
-    kind: Literal["sft"]
-    loss_type: str | None = None
-    early_stopping_patience: Positive | None = None
-
-
-class RewardStage(Stage):
-    """A Bradley-Terry reward model."""
-
-    kind: Literal["reward"]
-    center_rewards_coefficient: float | None = None
-    early_stopping_patience: Positive | None = None
-
-
-class DPOStage(Stage):
-    """Direct preference optimisation, with every loss of TRL's DPOTrainer (`loss_type: ipo` is IPO)."""
-
-    kind: Literal["dpo"]
-    beta: float | None = Field(default=None, ge=0)
-    loss_type: str | list[str] | None = None
-    loss_weights: list[float] | None = None
-    label_smoothing: float | None = None
-    ld_alpha: float | None = None
-    f_divergence_type: str | None = None
-    f_alpha_divergence_coef: float | None = None
-    use_weighting: bool | None = None
-    discopop_tau: float | None = None
-    early_stopping_patience: Positive | None = None
+    def method(self) -> dict[str, Any]:
+        """What the recipe says beside `train`, by the names of the method's parameters (`kl.coef` is `kl_coef`)."""
+        kind = self.record
+        values = {each.name: getattr(self, each.name) for each in kind.alone()}
+        for group, keys in kind.groups.items():
+            values |= {name: getattr(getattr(self, group), key) for key, name in keys.items()}
+        return {name: value for name, value in values.items() if value is not None}
 
 
-class KTOStage(Stage):
-    """Kahneman-Tversky optimisation on single labelled replies."""
-
-    kind: Literal["kto"]
-    beta: float | None = Field(default=None, gt=0)
-    loss_type: str | None = None
-    desirable_weight: float | None = None
-    undesirable_weight: float | None = None
-    early_stopping_patience: Positive | None = None
+def _listed(value: Any) -> Any:
+    """`reward: name` and `reward: {stage: name}` are lists of one."""
+    several = value if isinstance(value, list) else [value] if isinstance(value, dict | str) else value
+    if not isinstance(several, list):
+        return several
+    return [{"stage": each} if isinstance(each, str) else each for each in several]
 
 
-class Reward(Part):
-    """One source of PPO's scores: exactly one of `stage`, `model` and `function`, with its weight in the sum."""
+@functools.cache
+def stage_model(kind: StageKind) -> type[Stage]:
+    """The keys of a stage of that kind: what every stage has, its sources of scores, its method's parameters.
 
-    stage: str | None = None
-    model: str | None = None
-    function: str | None = None
-    weight: float = 1.0
-
-
-class KL(Part):
-    """PPO's KL penalty; `target` and `horizon` make it adaptive (nats per sequence, episodes)."""
-
-    coef: float | None = Field(default=None, ge=0)
-    target: float | None = Field(default=None, gt=0)
-    horizon: float | None = Field(default=None, gt=0)
-    estimator: Literal["k1", "k2", "k3", "k2_sequence"] | None = None
-    place: Literal["reward", "loss"] | None = Field(default=None, alias="in")
-
-
-def _kl(value: Any) -> Any:
-    return {"coef": value} if isinstance(value, int | float) and not isinstance(value, bool) else value
+    A parameter that the recipe leaves out is None, whatever its default: the record says what holds then.
+    """
+    added: dict[str, Any] = {}
+    if kind.needs_reward:
+        added["reward"] = (Annotated[list[Reward], BeforeValidator(_listed)], Field(min_length=1))
+    for group, keys in kind.groups.items():
+        model = create_model(group, __base__=Part, **{key: _optional(kind, name) for key, name in keys.items()})
+        first = next(iter(keys))
+        added[group] = (
+            Annotated[model, BeforeValidator(functools.partial(_grouped, first))],
+            Field(default_factory=model),
+        )
+    added |= {each.name: _optional(kind, each.name) for each in kind.alone()}
+    return create_model(f"{kind.name}_stage", __base__=Stage, **added)
 
 
-def _rewards(value: Any) -> Any:
-    if isinstance(value, dict):
-        return [value]
-    if isinstance(value, str):
-        value = [value]
-    return [{"stage": each} if isinstance(each, str) else each for each in value] if isinstance(value, list) else value
+def _optional(kind: StageKind, name: str) -> Any:
+    return (kind.parameter(name).type | None, None)
 
 
-class PPOStage(Stage):
-    """Proximal policy optimisation. `reward`: a stage's name, one source, or a list of them."""
-
-    kind: Literal["ppo"]
-    reward: Annotated[list[Reward], BeforeValidator(_rewards)] = Field(min_length=1)
-    kl: Annotated[KL, BeforeValidator(_kl)] = Field(default_factory=KL)
-    rollout_batch_size: Positive | None = None
-    num_ppo_epochs: Positive | None = None
-    num_mini_batches: Positive | None = None
-    total_episodes: Positive | None = None
-    max_new_tokens: Positive | None = None
-    temperature: float | None = Field(default=None, gt=0)
-    top_k: int | None = None
-    top_p: float | None = None
-    rollout_micro_batch_size: Positive | None = None
-    gamma: float | None = None
-    lam: float | None = None
-    cliprange: float | None = None
-    cliprange_value: float | None = None
-    vf_coef: float | None = None
-    entropy_coef: float | None = None
-    whiten_advantages: bool | None = None
-    whiten_rewards: bool | None = None
-    target_approx_kl: float | None = None
-    max_ratio: float | None = None
-    missing_eos_penalty: float | None = None
-    missing_eos_score: float | None = None
-    normalize_rewards: bool | None = None
-    reward_scale: Literal["none", "std", "running"] | None = None
-    reward_clip: float | None = None
-    reward_combination: Literal["sum", "ensemble"] | None = None
-    ensemble_penalty: float | None = None
-    value: Literal["separate", "shared"] | None = None
-    value_learning_rate: float | None = None
-    log_samples_every: int | None = None
-    num_log_samples: int | None = None
-    keep_every: Positive | None = None
+def _grouped(first: str, value: Any) -> Any:
+    """`kl: 0.1` is `kl: {coef: 0.1}`."""
+    return {first: value} if is_number(value) else value
 
 
-AnyStage = SFTStage | RewardStage | DPOStage | KTOStage | PPOStage
-STAGE_MODELS: dict[str, type[Stage]] = {
-    "sft": SFTStage,
-    "reward": RewardStage,
-    "dpo": DPOStage,
-    "kto": KTOStage,
-    "ppo": PPOStage,
-}
-
-
-def method_keys(kind: str) -> tuple[str, ...]:
-    """The parameters that stand beside `train` in a stage of this kind, besides what every stage has."""
-    shared = {*Stage.model_fields, "reward", "kl"}
-    return tuple(name for name in STAGE_MODELS[kind].model_fields if name not in shared)
+def _as_stage(value: Any) -> Stage:
+    if isinstance(value, Stage):
+        return value
+    # its errors keep their places below the stage's
+    return stage_model(stage_kind(str(value["kind"]))).model_validate(value)
 
 
 class OverOptimisation(Part):
@@ -237,7 +184,7 @@ class OverOptimisation(Part):
 
 
 class Eval(Part):
-    """Samples of every policy on the same prompts, judged against the reference. Judges as in `eval/judges.py`."""
+    """Samples of every policy on the same prompts, judged against the reference; judges as in `eval/judges/`."""
 
     prompts: Data
     policies: list[str] = Field(default_factory=list)
@@ -252,14 +199,14 @@ class Eval(Part):
 
 
 class Recipe(Part):
-    """A whole chain. Stages form a graph by `from` (and PPO's `reward`); their order in the file means nothing."""
+    """A whole chain. Stages form a graph by `from` (and by `reward`); their order in the file means nothing."""
 
     name: str = Field(pattern=r"^[\w][\w.-]*$")
     seed: int = 0
     model: Model
     lora: Lora = Field(default_factory=Lora)
     data: dict[str, Data]
-    stages: dict[str, Annotated[AnyStage, Field(discriminator="kind")]] = Field(min_length=1)
+    stages: dict[str, Annotated[Stage, PlainValidator(_as_stage)]] = Field(min_length=1)
     eval: Eval | None = None
 
     _origin: Path | None = PrivateAttr(default=None)

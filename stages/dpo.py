@@ -6,9 +6,11 @@ from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from ..data.encode import encode_pairs
-from .job import PolicyStage, StageJob, load_data, open_adapters, open_tokenizer, train_policy
-from .reference import ReferenceTrainer
-from .trainers import stage_callbacks, stage_config, worded
+from .job import StageJob
+from .options import refusals_in_words, stage_config
+from .reference_trainer import ReferenceTrainer
+from .run import PolicyStage, load_data, open_adapters, open_tokenizer, train_policy
+from .trainers import stage_callbacks
 
 
 class DPOStageTrainer(ReferenceTrainer, DPOTrainer):
@@ -24,11 +26,11 @@ def build_dpo(job: StageJob) -> PolicyStage:
     """Everything up to the first step: data, base, adapters, trainer."""
     # 1. tokenizer, data, config
     tokenizer = open_tokenizer(job)
-    data = load_data(job, "pair", encode_pairs, tokenizer)
+    data = load_data(job, encode_pairs, tokenizer)
     args = stage_config(DPOConfig, job, held_out=data.held is not None, max_length=job.data.max_length)
     # 2. the base, the adapter that trains, its frozen copy as the reference
     adapters = open_adapters(job, tokenizer)
-    with worded(job):
+    with refusals_in_words(job):
         trainer = DPOStageTrainer(
             model=adapters.model,
             args=args,

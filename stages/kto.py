@@ -8,9 +8,11 @@ from trl.trainer.kto_trainer import KTOTrainer
 
 from ..data.encode import encode_labels
 from ..errors import UserError
-from .job import PolicyStage, StageJob, load_data, open_adapters, open_tokenizer, train_policy
-from .reference import ReferenceTrainer
-from .trainers import stage_callbacks, stage_config, worded
+from .job import StageJob
+from .options import refusals_in_words, stage_config
+from .reference_trainer import ReferenceTrainer
+from .run import PolicyStage, load_data, open_adapters, open_tokenizer, train_policy
+from .trainers import stage_callbacks
 
 
 class KTOStageTrainer(ReferenceTrainer, KTOTrainer):
@@ -45,7 +47,7 @@ def build_kto(job: StageJob) -> PolicyStage:
     """
     # 1. tokenizer, data, config
     tokenizer = open_tokenizer(job)
-    data = load_data(job, "label", encode_labels, tokenizer)
+    data = load_data(job, encode_labels, tokenizer)
     args = stage_config(KTOConfig, job, held_out=data.held is not None, max_length=job.data.max_length)
     # shuffled once here: z0 pairs neighbours, which in a file are often two answers to one prompt
     train_rows, held_rows = data.train.shuffle(seed=job.seed), data.held
@@ -56,7 +58,7 @@ def build_kto(job: StageJob) -> PolicyStage:
             held_rows = with_kl_completions(held_rows.shuffle(seed=job.seed), args.per_device_eval_batch_size)
     # 2. the base, the adapter that trains, its frozen copy as the reference
     adapters = open_adapters(job, tokenizer)
-    with worded(job):
+    with refusals_in_words(job):
         trainer = KTOStageTrainer(
             model=adapters.model,
             args=args,

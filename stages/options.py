@@ -1,45 +1,23 @@
 """From a stage's `method` and `train` words to the TRL config that trains it."""
 
+import copy
 import dataclasses
-import difflib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from ..errors import UserError
-from .ppo_config import PPO_METHOD
+from ..errors import UserError, nearest
+from ..files import CHECKPOINTS
+from .job import StageJob
+from .kinds import EARLY_STOPPING
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-    from .job import StageJob
-
 ConfigT = TypeVar("ConfigT", bound="TrainingArguments")
-
-EARLY_STOPPING = "early_stopping_patience"
-
-METHOD_KEYS: dict[str, tuple[str, ...]] = {
-    "sft": ("loss_type", EARLY_STOPPING),
-    "reward": ("center_rewards_coefficient", EARLY_STOPPING),
-    "dpo": (
-        "beta",
-        "loss_type",
-        "loss_weights",
-        "label_smoothing",
-        "ld_alpha",
-        "f_divergence_type",
-        "f_alpha_divergence_coef",
-        "use_weighting",
-        "discopop_tau",
-        EARLY_STOPPING,
-    ),
-    "kto": ("beta", "loss_type", "desirable_weight", "undesirable_weight", EARLY_STOPPING),
-    "ppo": PPO_METHOD,
-}
-"""What stands beside `train:` in a stage, by kind."""
 
 # Fields that TRL's own data preparation or model loading would read. Ours come earlier, so these would do nothing.
 _ELSEWHERE = {
@@ -84,7 +62,7 @@ def device_defaults(dtype: str = "float32") -> dict[str, Any]:
     return values
 
 
-def stage_config(config_class: type[ConfigT], job: "StageJob", *, held_out: bool, **defaults: Any) -> ConfigT:
+def stage_config(config_class: type[ConfigT], job: StageJob, *, held_out: bool, **defaults: Any) -> ConfigT:
     """The TRL config of a stage: our defaults, then the method's parameters, then what `train` says.
 
     Args:
@@ -97,26 +75,28 @@ def stage_config(config_class: type[ConfigT], job: "StageJob", *, held_out: bool
         UserError: an unknown key (naming the nearest), one said twice, one that belongs elsewhere, a value that the
             config refuses.
     """
-    check_words(config_class, job)
-    method = {key: value for key, value in job.method.items() if key != EARLY_STOPPING}
+    check_words(job, config_class)
+    parameters = {each.name: each.default for each in job.record.parameters if each.of_config}
+    method = {key: value for key, value in job.method.items() if key in parameters}
     given = _with_numbers(config_class, job, {**method, **job.train})
     values = {
         **device_defaults(job.dtype),
         "seed": job.seed,
+        **copy.deepcopy(parameters),
         **defaults,
         **evaluation_defaults(job, given, held_out=held_out),
         **given,
-        "output_dir": str(job.output_dir / "checkpoints"),
+        "output_dir": str(job.output_dir / CHECKPOINTS),
     }
     old, new = "gradient_checkpointing", "activation_checkpointing"
     if hasattr(config_class, new) and old in values:  # its new name, used so that transformers does not warn
         values.setdefault(new, values.pop(old))
-    with worded(job):
+    with refusals_in_words(job):
         return config_class(**values)
 
 
 @contextmanager
-def worded(job: "StageJob") -> Iterator[None]:
+def refusals_in_words(job: StageJob) -> Iterator[None]:
     """Within it, what a config or a trainer refuses becomes a UserError: wrap their construction, nothing else."""
     try:
         yield
@@ -124,12 +104,21 @@ def worded(job: "StageJob") -> Iterator[None]:
         raise UserError(f"stages.{job.name}", " ".join(str(error).split()), "correct the value") from error
 
 
-def check_words(config_class: type, job: "StageJob") -> None:
-    """Every key of `method` and `train` is known, stands in its place and is said once, or UserError."""
-    allowed = METHOD_KEYS[job.kind]
+def check_words(job: StageJob, config_class: type | None = None) -> None:
+    """Every key of the job's `method` and `train` is known, stands in its place and is said once.
+
+    Args:
+        config_class: whose fields `train` may name; None: that of the job's kind.
+
+    Raises:
+        UserError: an unknown key (with the nearest one), one said twice, one that belongs elsewhere.
+    """
+    kind = job.record
+    config_class = kind.config_class() if config_class is None else config_class
+    allowed = [each.name for each in kind.parameters]
     for key in job.method:
         if key not in allowed:
-            raise _unknown(f"stages.{job.name}.{key}", key, allowed, f"a parameter of a {job.kind} stage")
+            raise _unknown(f"stages.{job.name}.{key}", key, allowed, f"a parameter of a {kind.name} stage")
         if key in job.train:
             raise UserError(
                 f"stages.{job.name}.train.{key}",
@@ -146,7 +135,7 @@ def check_words(config_class: type, job: "StageJob") -> None:
             raise _unknown(f"stages.{job.name}.train.{key}", key, known, f"a field of {config_class.__name__}")
 
 
-def evaluation_defaults(job: "StageJob", given: Mapping[str, Any], *, held_out: bool) -> dict[str, Any]:
+def evaluation_defaults(job: StageJob, given: Mapping[str, Any], *, held_out: bool) -> dict[str, Any]:
     """Evaluate every epoch where rows are held out; keep the best checkpoint where early stopping is asked for."""
     patience = job.method.get(EARLY_STOPPING)
     asked = str(given.get("eval_strategy", "no")) != "no" or given.get("load_best_model_at_end") or patience is not None
@@ -173,13 +162,11 @@ def evaluation_defaults(job: "StageJob", given: Mapping[str, Any], *, held_out: 
     return values
 
 
-def _unknown(where: str, key: str, known: Any, what: str) -> UserError:
-    nearest = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
-    remedy = f"did you mean {nearest[0]}?" if nearest else f"known: {', '.join(sorted(known)[:12])}, ..."
-    return UserError(where, f"{key!r} is not {what}", remedy)
+def _unknown(where: str, key: str, known: Iterable[str], what: str) -> UserError:
+    return UserError(where, f"{key!r} is not {what}", nearest(key, sorted(known), most=12))
 
 
-def _with_numbers(config_class: type, job: "StageJob", given: dict[str, Any]) -> dict[str, Any]:
+def _with_numbers(config_class: type, job: StageJob, given: dict[str, Any]) -> dict[str, Any]:
     """YAML 1.1 reads `2e-4` as text: make it the number that the field's default is."""
     kinds = {
         field.name: type(field.default)

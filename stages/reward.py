@@ -13,9 +13,11 @@ from trl.trainer.reward_trainer import RewardTrainer
 
 from ..data.encode import encode_pairs
 from ..models.reward_model import create_reward_model, save_reward_model
-from .job import StageData, StageJob, finish, load_data, open_tokenizer, torch_dtype
+from .job import StageJob
 from .metrics import length_baselines, mean_std, pair_accuracy
-from .trainers import StageTrainer, stage_callbacks, stage_config, train, worded
+from .options import refusals_in_words, stage_config
+from .run import StageData, finish, load_data, open_tokenizer
+from .trainers import StageTrainer, stage_callbacks, train
 
 REFERENCE_RESPONSES = 128
 """How many chosen responses the stored mean and deviation are taken over at most: the mean's error is std / 11."""
@@ -53,17 +55,10 @@ def build_reward(job: StageJob) -> RewardStage:
     """Everything up to the first step: data, base, classifier, trainer."""
     # 1. tokenizer, data, config
     tokenizer = open_tokenizer(job)
-    data = load_data(job, "pair", encode_pairs, tokenizer)
+    data = load_data(job, encode_pairs, tokenizer)
     train_rows = with_prompts(data.train)
     held_rows = None if data.held is None else with_prompts(data.held)
-    # 0.01: the centring that TRL's documentation recommends (R4; arXiv 2312.09244)
-    args = stage_config(
-        RewardConfig,
-        job,
-        held_out=held_rows is not None,
-        max_length=job.data.max_length,
-        center_rewards_coefficient=0.01,
-    )
+    args = stage_config(RewardConfig, job, held_out=held_rows is not None, max_length=job.data.max_length)
     # 2. the classifier: the parent's adapter and a fresh fp32 score head
     quantization: Any = job.quantization
     model = create_reward_model(
@@ -71,13 +66,13 @@ def build_reward(job: StageJob) -> RewardStage:
         tokenizer,
         job.lora,
         job.parent,
-        torch_dtype(job),
+        job.torch_dtype(),
         seed=job.seed,
         quantization=quantization,
         device="cuda" if quantization else None,
         packed=job.packed,
     )
-    with worded(job):
+    with refusals_in_words(job):
         trainer = RewardStageTrainer(
             model=model,
             args=args,

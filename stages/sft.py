@@ -6,8 +6,10 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from ..data.encode import encode_demos
-from .job import PolicyStage, StageJob, load_data, open_adapters, open_tokenizer, train_policy
-from .trainers import StageTrainer, stage_callbacks, stage_config, worded
+from .job import StageJob
+from .options import refusals_in_words, stage_config
+from .run import PolicyStage, load_data, open_adapters, open_tokenizer, train_policy
+from .trainers import StageTrainer, stage_callbacks
 
 
 class SFTStageTrainer(StageTrainer, SFTTrainer):
@@ -27,11 +29,11 @@ def build_sft(job: StageJob) -> PolicyStage:
     """Everything up to the first step: data, base, adapters, trainer."""
     # 1. tokenizer, data, config
     tokenizer = open_tokenizer(job)
-    data = load_data(job, "demo", encode_demos, tokenizer)
+    data = load_data(job, encode_demos, tokenizer)
     args = stage_config(SFTConfig, job, held_out=data.held is not None, max_length=job.data.max_length)
     # 2. the base with the adapter that trains
     adapters = open_adapters(job, tokenizer)
-    with worded(job):
+    with refusals_in_words(job):
         trainer = SFTStageTrainer(
             model=adapters.model,
             args=args,

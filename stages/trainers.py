@@ -9,26 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..files import LOG
 from ..models.lm_head import use_compact_head
 from .callbacks import Clock, LogFile, Progress
+from .job import StageJob
+from .kinds import EARLY_STOPPING
 from .metrics import peak_memory_bytes
-from .options import EARLY_STOPPING, device_defaults, stage_config, worded
-
-__all__ = [
-    "Clock",
-    "LogFile",
-    "Progress",
-    "StageTrainer",
-    "check_identity",
-    "device_defaults",
-    "stage_callbacks",
-    "stage_config",
-    "train",
-    "worded",
-]
 
 
 class StageTrainer(Trainer):
@@ -64,13 +53,9 @@ class StageTrainer(Trainer):
             self.evaluate_seconds += time.perf_counter() - began
 
 
-def stage_callbacks(job: Any) -> list[Any]:
-    """The callbacks of every trainer of ours: log.jsonl, progress, the clock (and early stopping if asked for).
-
-    Args:
-        job: a StageJob.
-    """
-    callbacks: list[Any] = [LogFile(job.output_dir / "log.jsonl"), Progress(job.name), Clock()]
+def stage_callbacks(job: StageJob) -> list[TrainerCallback]:
+    """The callbacks of every trainer of ours: log.jsonl, progress, the clock (and early stopping if asked for)."""
+    callbacks: list[TrainerCallback] = [LogFile(job.output_dir / LOG), Progress(job.name), Clock()]
     if (patience := job.method.get(EARLY_STOPPING)) is not None:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=int(patience)))
     return callbacks

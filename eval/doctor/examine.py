@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,7 +11,6 @@ from typing import Any
 
 from ...data.load import load_rows
 from ...data.rows import Row
-from ...data.spec import Kind
 from ...errors import UserError
 from ...models.base import load_tokenizer
 from ...stages.job import StageJob
@@ -38,7 +37,6 @@ class Checkup:
         run_dir: the run folder.
         jobs: the recipe's stages in running order, each with its folder in the run as `output_dir`.
         evaluation: base, prompts, budget, temperature and seed of the samples; its policies and judges are not read.
-        rows: kind of stage -> kind of rows that it reads.
         elsewhere: stages that were started from an adapter outside the run.
         samples: replies drawn from each policy at most.
     """
@@ -46,7 +44,6 @@ class Checkup:
     run_dir: Path
     jobs: tuple[StageJob, ...]
     evaluation: EvalSpec
-    rows: Mapping[str, Kind]
     elsewhere: Collection[str] = ()
     samples: int = 64
 
@@ -143,7 +140,7 @@ class _Run:
         if record.lineage is None:
             return
         try:
-            loaded = load_rows(record.data(), self.checkup.rows[record.job.kind], record.job.folders)
+            loaded = load_rows(record.data(), record.job.record.rows, record.job.folders)
         except UserError as error:
             self.left_out.append(f"{record.name}, data: cannot be read any more ({error.where}: {error.problem})")
             return
@@ -177,9 +174,9 @@ class _Run:
     def _sft_of(self, record: Record) -> Record | None:
         """The stage itself or its nearest SFT ancestor; of a stage without one, the run's first SFT stage."""
         above: Record | None = record
-        while above is not None and above.job.kind != "sft":
+        while above is not None and above.job.record.rows != "demo":
             above = None if above.job.parent is None else self.records.get(above.job.parent.name)
-        first = (each for each in self.records.values() if each.job.kind == "sft" and each.lineage is not None)
+        first = (each for each in self.records.values() if each.job.record.rows == "demo" and each.lineage is not None)
         return above or next(first, None)
 
     def _demos(self, bench: Workbench, sft: Record) -> Demos:

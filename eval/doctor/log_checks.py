@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ...stages.ppo_metrics import FULL_TOLERANCE
+from ...stages.ppo.update import FULL_TOLERANCE
 from ..statistics.intervals import wilson_interval
 from .finding import Finding, judge
 from .policy_checks import KL_BROKEN, KL_LOOK, KL_NEGATIVE

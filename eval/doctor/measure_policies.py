@@ -47,7 +47,7 @@ def policy_findings(
 
 def _drift(bench: Workbench, record: Record, replies: list[Sample], left_out: list[str]) -> Finding | None:
     """KL to what the policy started from; an SFT stage is meant to leave its start."""
-    if record.job.kind == "sft":
+    if record.job.record.rows == "demo":
         return None
     start = "base" if record.job.parent is None else record.job.parent.name
     if start not in bench.roles or bench.spec.temperature == 0:

@@ -12,8 +12,6 @@ from ...models.base import Base
 from ...models.lineage import LINEAGE, adapter_sha256, read_lineage, tokenizer_info
 from ...models.lora import WEIGHTS
 from ...models.quiet import quiet
-from ...stages.ppo_config import PPOConfig
-from ...stages.reference import DEFAULT_BETA
 from ..spec import BASE
 from .finding import Finding
 from .identity_checks import check_base, check_bos, check_parent, check_tokenizer
@@ -59,7 +57,7 @@ def paper_findings(
 def log_findings(record: Record, left_out: list[str]) -> Iterator[Finding]:
     """What log.jsonl and metrics.json tell."""
     name, start = record.name, record.start()
-    if record.job.kind in ("dpo", "kto"):
+    if record.job.record.needs_reference and not record.job.record.needs_reward:
         gap = _first_gap(record)
         if record.dropout() > 0:
             left_out.append(f"{name}, first step: LoRA dropout is on, so policy and reference differ from the start")
@@ -67,7 +65,7 @@ def log_findings(record: Record, left_out: list[str]) -> Iterator[Finding]:
             left_out.append(f"{name}, first step: its log says nothing of step 1")
         else:
             yield check_first_step(name, *gap, start=start)
-    if record.job.kind == "ppo":
+    if record.job.record.on_policy is not None:
         yield from _ppo(record, left_out)
     if (rows := lost_rows(record.metrics)) is not None:
         yield check_rows(name, *rows)
@@ -76,7 +74,7 @@ def log_findings(record: Record, left_out: list[str]) -> Iterator[Finding]:
 def _first_gap(record: Record) -> tuple[float, float] | None:
     """(largest |log pi - log pi_ref| of a side at step 1 in nats, what rounding may make of it)."""
     row = next((row for row in record.log if "loss" in row or "rewards/margins" in row), None)
-    beta = float(record.setting("beta", DEFAULT_BETA))
+    beta = float(record.setting("beta", record.job.record.parameter("beta").default))
     if row is None or row.get("step") != 1 or beta == 0:
         return None
     sides = [side for side in ("chosen", "rejected") if isinstance(row.get(f"rewards/{side}"), int | float)]
@@ -93,7 +91,7 @@ def _ppo(record: Record, left_out: list[str]) -> Iterator[Finding]:
     if not kls:
         left_out.append(f"{name}: nothing is logged yet")
         return
-    batch = record.setting("rollout_batch_size", PPOConfig.rollout_batch_size)
+    batch = record.setting("rollout_batch_size", record.job.record.parameter("rollout_batch_size").default)
     if episodes[0] <= batch:
         low = record.low_precision()
         yield check_ppo_start(name, kls[0], lengths[0], start=record.start(), low_precision=low)

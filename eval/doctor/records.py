@@ -45,7 +45,7 @@ class Record:
 
     @property
     def is_policy(self) -> bool:
-        return self.job.kind != "reward"
+        return self.job.record.produces == "policy"
 
     def start(self) -> str:
         """Name of what the stage starts from."""

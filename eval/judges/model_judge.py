@@ -1,7 +1,7 @@
 """A judge that is a model of its own: `{kind: model, model: FOLDER_OR_HUB_ID}`.
 
 Any sequence-classification model with one output. It reads the conversation in its own chat template, as it does when
-it rewards PPO: both are `stages.scorers.ModelScorer`.
+it rewards PPO: both are `stages.ppo.rewards.ModelScorer`.
 """
 
 from collections.abc import Sequence
@@ -11,8 +11,7 @@ from typing import Any
 
 from ...errors import UserError
 from ...models.adapters import AdapterSet
-from ...stages.rewards import RewardSource
-from ...stages.scorers import ModelScorer
+from ...stages.ppo.rewards import ModelScorer, RewardSource
 from ..progress import meter
 from ..samples import Sample
 from .verdicts import Judge, JudgePlan

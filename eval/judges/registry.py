@@ -16,7 +16,7 @@ import torch
 
 from ...errors import UserError
 from ...models.adapters import AdapterSet
-from ...stages.scorers import import_function
+from ...stages.ppo.rewards import import_function
 from ..batches import TOKENS_PER_BATCH, right_pad, token_batches
 from ..chat.votes import read_votes
 from ..samples import Sample

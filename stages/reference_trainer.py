@@ -8,9 +8,6 @@ from datasets.fingerprint import Hasher
 from ..models.lineage import tokenizer_info
 from .trainers import StageTrainer, check_identity
 
-DEFAULT_BETA = 0.1
-"""TRL's, of DPO and KTO alike."""
-
 
 class ReferenceTrainer(StageTrainer):
     """Mixed in before TRL's DPOTrainer or KTOTrainer.

@@ -1,19 +1,20 @@
 """The PPO stage: from a `StageJob` to a folder with the policy's adapter."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
-from ..data.encode import encode_prompts
-from ..errors import UserError
-from ..models.lineage import check_lineage
-from .job import StageJob, finish, load_data, open_adapters, open_tokenizer
-from .metrics import peak_memory_bytes
-from .ppo import PPOConfig, PPOTrainer
-from .ppo_checkpoint import last_complete
-from .ppo_config import KL_KEYS
-from .ppo_keep import POLICIES
-from .trainers import Clock, stage_callbacks, stage_config
+from ...data.encode import encode_prompts
+from ...errors import UserError
+from ...models.lineage import check_lineage
+from ..callbacks import Clock
+from ..job import StageJob
+from ..metrics import peak_memory_bytes
+from ..options import stage_config
+from ..run import finish, load_data, open_adapters, open_tokenizer
+from ..trainers import stage_callbacks
+from .config import PPOConfig
+from .files import POLICIES, last_complete
+from .trainer import PPOTrainer
 
 _LAST = (
     "objective/kl", "objective/scores", "objective/rlhf_reward", "objective/entropy", "objective/kl_coef",
@@ -33,10 +34,10 @@ def run_ppo(job: StageJob) -> dict[str, Any]:
     stages = [Path(str(source.target)) for source in job.rewards if source.kind == "stage"]
     for folder in stages:
         check_lineage(folder, job.base, tokenizer)
-    data = load_data(job, "prompt", encode_prompts, tokenizer)
+    data = load_data(job, encode_prompts, tokenizer)
     args = stage_config(
         PPOConfig,
-        dataclasses.replace(job, method=flat_method(job)),
+        job,
         held_out=False,
         save_strategy="steps",
         save_steps=0.1,
@@ -57,25 +58,6 @@ def run_ppo(job: StageJob) -> dict[str, Any]:
         adapters.save("default", job.output_dir)
     parents = tuple(folder for folder in (job.parent, *stages) if folder is not None)
     return finish(job, tokenizer, data, args, _metrics(trainer), parents=parents)
-
-
-def flat_method(job: StageJob) -> dict[str, Any]:
-    """`method` with the group `kl: {coef, target, horizon, in, estimator}` written as PPOConfig's own fields.
-
-    Raises:
-        UserError: an unknown key in the group, or one that is said twice.
-    """
-    method = {key: value for key, value in job.method.items() if key != "kl"}
-    group = job.method.get("kl", {})
-    if not isinstance(group, dict):
-        raise UserError(f"stages.{job.name}.kl", f"{group!r}, expected a group", "write kl: {coef: 0.05}")
-    for key, value in group.items():
-        if key not in KL_KEYS:
-            raise UserError(f"stages.{job.name}.kl.{key}", "unknown key", f"known: {', '.join(KL_KEYS)}")
-        if KL_KEYS[key] in method:
-            raise UserError(f"stages.{job.name}.{KL_KEYS[key]}", f"said twice, also as kl.{key}", "keep one of them")
-        method[KL_KEYS[key]] = value
-    return method
 
 
 def _metrics(trainer: PPOTrainer) -> dict[str, Any]:

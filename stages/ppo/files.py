@@ -1,4 +1,6 @@
-"""What a PPO checkpoint holds beyond the Trainer's own files, so that resuming is exact.
+"""What a PPO run writes: checkpoints, the policies that it keeps on its way, some of its generations.
+
+A checkpoint holds, beyond the Trainer's own files and so that resuming is exact:
 
     ppo_trainables.safetensors      policy and value, fp32, every parameter that trains
     ppo_rollout_<process>.safetensors   the rollout in flight, where the checkpoint fell between two minibatches
@@ -8,18 +10,24 @@ A checkpoint without `ppo_state.json` was cut off while being written and is nev
 """
 
 import json
-import os
+import logging
 import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..errors import UserError
+from ...errors import UserError
+from ...files import whole_folder, write_whole
+from ...models.adapters import AdapterSet
+from ..callbacks import keep_rows
 from .rollout import Rollout
+
+logger = logging.getLogger(__name__)
 
 STATE, TRAINABLES = "ppo_state.json", "ppo_trainables.safetensors"
 
@@ -61,9 +69,7 @@ def save_tensors(folder: Path, trainables: dict[str, nn.Parameter], rollout: Rol
 
 def save_state(folder: Path, state: LoopState) -> None:
     """The last file of a checkpoint, renamed into place."""
-    unfinished = folder / (STATE + ".tmp")
-    unfinished.write_text(json.dumps(asdict(state)), encoding="utf-8")
-    os.replace(unfinished, folder / STATE)
+    write_whole(folder / STATE, json.dumps(asdict(state)))
 
 
 def load_trainables(folder: Path, trainables: dict[str, nn.Parameter]) -> None:
@@ -138,3 +144,61 @@ def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 def _rollout_file(process: int) -> str:
     return f"ppo_rollout_{process}.safetensors"
+
+
+POLICIES = "policies"
+"""In a stage's folder: step-<optimiser step>, complete PEFT adapters each."""
+
+
+def keep_policy(adapters: AdapterSet, folder: Path, step: int) -> None:
+    """Write the policy as it is now into `folder`/step-N; the folder appears whole or not at all."""
+    with whole_folder(folder / f"step-{step}") as beside:
+        adapters.save("default", beside)
+
+
+def forget_policies(folder: Path, after: int) -> None:
+    """Remove the policies kept after that step, and what a kill cut off."""
+    for step, place in kept_policies(folder).items():
+        if step > after:
+            shutil.rmtree(place)
+    for place in folder.glob(".step-*"):
+        shutil.rmtree(place)
+
+
+def kept_policies(folder: Path) -> dict[int, Path]:
+    """Optimiser step -> adapter folder, in the order of the steps; empty where nothing was kept."""
+    found = {
+        int(match[1]): place
+        for place in (folder.iterdir() if folder.is_dir() else ())
+        if (match := re.fullmatch(r"step-(\d+)", place.name))
+    }
+    return dict(sorted(found.items()))
+
+
+class SampleLog:
+    """Writes `rollouts.jsonl`.
+
+    Args:
+        path: the file.
+        every: iterations between two writings; 0: never.
+    """
+
+    def __init__(self, path: Path, every: int) -> None:
+        self.path, self.every = path, every
+
+    def start(self, iteration: int) -> None:
+        """The run stands before `iteration`: rows of it and of later ones, left by an interrupted run, go."""
+        if not self.every or not self.path.exists():
+            return
+        keep_rows(self.path, lambda row: row["iteration"] < iteration)
+
+    def write(self, iteration: int, samples: list[dict[str, Any]]) -> None:
+        """Write an iteration's samples, if it is one that is written, and show the first."""
+        if not self.every or iteration % self.every:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            for row in samples:
+                file.write(json.dumps({"iteration": iteration, **row}, ensure_ascii=False) + "\n")
+        for row in samples[:1]:
+            logger.info("iteration %d, score %.3g: %r", iteration, row["score"], row["completion"][:200])

@@ -1,8 +1,6 @@
-"""The three kinds of reward source, each as an object that scores a batch of responses.
+"""Where scores come from: the sources, an object that scores for each, and the arithmetic up to the last token.
 
-Raw scores here; `rewards.py` combines and scales them.
-
-Legend of shape suffixes: B responses.
+Legend of shape suffixes: S sources, B responses.
 """
 
 import importlib
@@ -10,20 +8,111 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
-from ..errors import UserError
-from ..models.adapters import AdapterSet
-from ..models.lineage import adapter_sha256, check_lineage, read_lineage
-from .ppo_forward import Trunk
-from .rewards import RewardSource
-from .rollout import Episodes, micro_batches
+from ...errors import UserError
+from ...models.adapters import REWARD, AdapterSet
+from ...models.lineage import adapter_sha256, check_lineage, read_lineage
+from ...models.masked import masked_moments
+from .network import Trunk
+from .rollout import Episodes, PromptText, Reduce, micro_batches
 
-Prompt = str | list[dict[str, Any]]
+RewardKind = Literal["stage", "model", "function"]
+
+
+@dataclass(frozen=True)
+class RewardSource:
+    """One source of scores.
+
+    Attributes:
+        kind: "stage": the folder of a reward stage (an adapter on the same base); "model": a hub id or local folder of
+            any sequence-classification model, with its own tokenizer; "function": "module:function" or a callable with
+            TRL's signature `f(prompts, completions, **columns) -> list[float]`.
+        target: the folder, the model or the function.
+        weight: its factor in the sum; unused in an ensemble.
+    """
+
+    kind: RewardKind
+    target: str | Callable[..., list[float]]
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("stage", "model", "function"):
+            raise ValueError(f"reward kind is {self.kind!r}, expected 'stage', 'model' or 'function'")
+        if callable(self.target) and self.kind != "function":
+            raise ValueError(f"a reward of kind {self.kind!r} was given a function, expected a path or a model id")
+
+    @property
+    def name(self) -> str:
+        """For logs: the function's name, or the target as written."""
+        return self.target if isinstance(self.target, str) else getattr(self.target, "__name__", repr(self.target))
+
+    def as_dict(self) -> dict[str, Any]:
+        """For lineage.json."""
+        return {"kind": self.kind, "target": self.name, "weight": self.weight}
+
+
+def combine(
+    scores_SB: torch.Tensor, weights_S: torch.Tensor, *, how: Literal["sum", "ensemble"] = "sum", penalty: float = 1.0
+) -> torch.Tensor:
+    """One score a response [B]: the weighted sum, or (an ensemble's) mean minus `penalty` times standard deviation.
+
+    The ensemble's standard deviation is over the S sources, population form, as in uncertainty-weighted optimisation
+    (Coste et al. 2023, arXiv 2310.02743, eq. 4 uses the variance; the standard deviation keeps the score's unit).
+    """
+    if how == "sum":
+        return (weights_S[:, None] * scores_SB).sum(0)
+    return scores_SB.mean(0) - penalty * scores_SB.std(0, correction=0)
+
+
+def apply_eos_rule(
+    scores_B: torch.Tensor, finished_B: torch.Tensor, *, penalty: float | None, replacement: float | None
+) -> torch.Tensor:
+    """What a response without EOS gets: its score minus `penalty`, or `replacement` instead of it. Not the same.
+
+    Raises:
+        ValueError: both are given.
+    """
+    if penalty is not None and replacement is not None:
+        raise ValueError(
+            f"missing_eos_penalty is {penalty} and missing_eos_score is {replacement}, expected one of them; "
+            "the first subtracts from the score, the second replaces it"
+        )
+    if replacement is not None:
+        return torch.where(finished_B, scores_B, replacement)
+    return torch.where(finished_B, scores_B, scores_B - penalty) if penalty is not None else scores_B
+
+
+class RunningScale:
+    """Running standard deviation of all scores seen (Chan et al.'s parallel update), to divide scores by."""
+
+    def __init__(self, count: float = 0.0, mean: float = 0.0, m2: float = 0.0) -> None:
+        self.count, self.mean, self.m2 = count, mean, m2
+
+    def update(self, moments: torch.Tensor) -> None:
+        """Add a batch given as [count, sum, sum of squares] over all processes."""
+        count, total, squares = (float(x) for x in moments)
+        if count == 0:
+            return
+        mean = total / count
+        shift = mean - self.mean
+        both = self.count + count
+        self.m2 += max(squares - count * mean * mean, 0.0) + shift * shift * self.count * count / both
+        self.mean += shift * count / both
+        self.count = both
+
+    @property
+    def std(self) -> float:
+        """1.0 until two different scores have been seen."""
+        return (self.m2 / self.count) ** 0.5 if self.count > 1 and self.m2 > 0 else 1.0
+
+    def state(self) -> list[float]:
+        """Constructor arguments that bring this object back."""
+        return [self.count, self.mean, self.m2]
 
 
 @dataclass(frozen=True)
@@ -35,7 +124,7 @@ class Responses:
     """
 
     episodes: Episodes
-    prompts: list[Prompt]
+    prompts: list[PromptText]
     texts: list[str]
     columns: dict[str, list[Any]]
 
@@ -110,7 +199,7 @@ class ModelScorer:
 
     @torch.no_grad()
     def scores(
-        self, prompts: Sequence[Prompt], replies: Sequence[str], on_batch: Callable[[int], None] | None = None
+        self, prompts: Sequence[PromptText], replies: Sequence[str], on_batch: Callable[[int], None] | None = None
     ) -> torch.Tensor:
         """Raw scores of the replies to these prompts, fp32 [B], on the model's device.
 
@@ -131,7 +220,7 @@ class ModelScorer:
                 on_batch(start + len(rows))
         return scores_B
 
-    def _encode(self, prompt: Prompt, text: str) -> dict[str, list[int]]:
+    def _encode(self, prompt: PromptText, text: str) -> dict[str, list[int]]:
         templated = not isinstance(prompt, str)
         # a template writes its own BOS
         return dict(
@@ -229,7 +318,7 @@ def build_scorers(
     for source in sources:
         if source.kind == "stage":
             stages += 1
-            role = "reward" if stages == 1 else f"reward_{stages}"
+            role = REWARD if stages == 1 else f"{REWARD}_{stages}"
             check_lineage(_path(source), trunk.adapters.base, tokenizer)
             _load_stage(trunk.adapters, role, source)
             scorers.append(AdapterScorer(trunk, role, source, batch_size))
@@ -274,6 +363,54 @@ def _path(source: RewardSource) -> Path:
     return Path(str(source.target))
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[list[int]]) -> list[str]:
-    """Responses as text, special tokens left out."""
-    return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in ids]
+class ScoreSettings(Protocol):
+    """The settings that a `Scoring` reads."""
+
+    normalize_rewards: bool
+    reward_scale: Literal["none", "std", "running"]
+    reward_clip: float | None
+    reward_combination: Literal["sum", "ensemble"]
+    ensemble_penalty: float
+    missing_eos_penalty: float | None
+    missing_eos_score: float | None
+
+
+class Scoring:
+    """Every source's raw scores, centred and combined, scaled, clipped; then what a missing EOS does.
+
+    Attributes:
+        running: the running scale, a part of the checkpoint.
+    """
+
+    def __init__(
+        self, config: ScoreSettings, sources: Sequence[RewardSource], scorers: Sequence[Scorer], reduce: Reduce
+    ) -> None:
+        self.config, self.sources, self.scorers, self.reduce = config, sources, scorers, reduce
+        self.running = RunningScale()
+
+    def __call__(self, responses: Responses) -> torch.Tensor:
+        """One score a response, fp32 [B], on the episodes' device."""
+        config, device = self.config, responses.episodes.start_B.device
+        parts = []
+        for scorer in self.scorers:
+            scores_B = scorer(responses).to(device)
+            if scorer.normal is not None and config.normalize_rewards:
+                mean, std = scorer.normal
+                scores_B = (scores_B - mean) / (std if config.reward_scale == "std" else 1.0)
+            parts.append(scores_B)
+        weights_S = torch.tensor([source.weight for source in self.sources], device=device)
+        scores_B = combine(
+            torch.stack(parts), weights_S, how=config.reward_combination, penalty=config.ensemble_penalty
+        )
+        if config.reward_scale == "running":
+            moments = masked_moments(scores_B, torch.ones_like(scores_B, dtype=torch.bool))
+            self.running.update(self.reduce(moments, "sum"))
+            scores_B = scores_B / self.running.std
+        if config.reward_clip is not None:
+            scores_B = scores_B.clamp(-config.reward_clip, config.reward_clip)
+        return apply_eos_rule(
+            scores_B,
+            responses.episodes.finished_B,
+            penalty=config.missing_eos_penalty,
+            replacement=config.missing_eos_score,
+        )

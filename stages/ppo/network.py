@@ -1,4 +1,4 @@
-"""What PPO asks of the network: log-probs, values and scores, each under its own adapter on the one base.
+"""What on-policy stages ask of the network: log-probs, values and scores, each under its own adapter on the one base.
 
 Legend of shape suffixes: B rows, T positions of prompt + response, R response positions, H hidden size.
 """
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..models.adapters import AdapterSet
-from ..models.logprobs import LmHead, ResponseLogprobs, response_logprobs, states_before_response
+from ...models.adapters import DEFAULT, REF, AdapterSet
+from ...models.logprobs import LmHead, ResponseLogprobs, response_logprobs, states_before_response
 from .rollout import Episodes
 
 DROPOUT_FIELDS = ("attention_dropout", "activation_dropout", "dropout", "hidden_dropout", "embd_pdrop", "resid_pdrop")
@@ -83,3 +83,11 @@ def dropout_off(model: nn.Module) -> None:
         for name in DROPOUT_FIELDS:
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
+
+
+def add_reference(adapters: AdapterSet) -> bool:
+    """Freeze a copy of the policy as "ref". An `AdapterSet` that brings a "ref" keeps it; then False is returned."""
+    if REF in adapters.names:
+        return False
+    adapters.copy(REF, source=DEFAULT, trainable=False)
+    return True

@@ -8,11 +8,11 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import UserError
-from ..models.adapters import AdapterSet, LoraSpec
-from ..models.base import Base, load_model, load_tokenizer, prepare_model, resolve_base
-from ..models.lineage import LINEAGE, check_lineage, load_adapter_base
-from ..models.lora import read_adapter
+from ...errors import UserError
+from ...models.adapters import AdapterSet, LoraSpec
+from ...models.base import Base, load_model, load_tokenizer, prepare_model, resolve_base
+from ...models.lineage import LINEAGE, check_lineage, load_adapter_base
+from ...models.lora import read_adapter
 from .rewards import RewardKind, RewardSource
 
 # what would make an adapter more, or start it elsewhere, than a `LoraSpec` can say

@@ -1,0 +1,336 @@
+"""The kinds of stage: one frozen record each, read by everything that must know them.
+
+A training method is one file with its run function, and one record here: the recipe's schema, the command line, `plan`,
+the cache keys, the report and the doctor all read the record. A method outside the package is one file with both, and a
+recipe names it as `kind: my_method.py:KIND`. Nothing here imports torch.
+"""
+
+import functools
+import importlib.util
+import inspect
+import pkgutil
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
+
+from annotated_types import Ge, Gt
+
+from ..data.spec import Kind as RowKind
+from ..errors import UserError, nearest
+from .ppo.settings import PPOSettings
+
+
+class Panel(NamedTuple):
+    """One figure of the report: title, unit of its numbers, keys in log.jsonl, the name of each in the figure."""
+
+    title: str
+    unit: str
+    keys: tuple[str, ...]
+    names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of the method: what stands in a stage of the recipe beside `train`.
+
+    Attributes:
+        type: what the recipe may say, as an annotation; bounds as `annotated_types` within `Annotated`.
+        default: what holds where the recipe says nothing.
+        help: one line.
+        of_config: whether it is a field of the kind's config; if not, our stage reads it by itself.
+    """
+
+    name: str
+    type: Any
+    default: Any
+    help: str
+    of_config: bool = True
+
+
+class OnPolicy(NamedTuple):
+    """How often a method that samples its own rows passes over their tokens, in units as in `StageKind.passes`.
+
+    epochs, mini_batches: the parameters that say how often a rollout is passed over, and in how many optimiser steps.
+    """
+
+    rollout_passes: int
+    epoch_passes: int
+    epochs: str
+    mini_batches: str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StageKind:
+    """Everything that the rest of preftune knows of a kind of stage.
+
+    Attributes:
+        name: as recipes and the command line say it.
+        title: what the command's help calls the stage.
+        rows: the kind of rows that it reads (`data/rows.py`).
+        config: "module:Class" of its TRL or Transformers config.
+        run: "module:function", or the function: takes a `StageJob`, returns what metrics.json holds.
+        parameters: of the method.
+        groups: recipe words that are written as a group, `kl: {coef: 0.1}`: group -> its key -> the parameter.
+        produces: a policy, which samples and can be evaluated, or a reward model.
+        needs_reference: it measures its policy against the frozen adapter that it started from.
+        needs_reward: the recipe says where its scores come from.
+        orders_pairs: what comes out of it says which of two replies is better, by a score or an implicit reward.
+        passes: over a row's tokens in one step, in units of 2 FLOPs a parameter and token: a forward is 1, a backward
+            through a frozen base 1 (activations only).
+        on_policy: for a method that samples its own rows; `passes` then means nothing.
+        panels: what the report draws, in the order of interest; other numbers come after them.
+        variants: names of methods that are a loss of this kind -> what to write.
+    """
+
+    name: str
+    title: str
+    rows: RowKind
+    config: str
+    run: str | Callable[..., dict[str, Any]]
+    parameters: tuple[Parameter, ...] = ()
+    groups: Mapping[str, Mapping[str, str]] = field(default_factory=lambda: MappingProxyType({}))
+    produces: Literal["policy", "reward"] = "policy"
+    needs_reference: bool = False
+    needs_reward: bool = False
+    orders_pairs: bool = False
+    passes: int = 2
+    on_policy: OnPolicy | None = None
+    panels: tuple[Panel, ...] = ()
+    variants: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+    def parameter(self, name: str) -> Parameter:
+        """One of the parameters. Raises KeyError for another name."""
+        found = next((each for each in self.parameters if each.name == name), None)
+        if found is None:
+            raise KeyError(f"a {self.name} stage has no parameter {name!r}")
+        return found
+
+    def alone(self) -> tuple[Parameter, ...]:
+        """The parameters that no group holds."""
+        grouped = {name for keys in self.groups.values() for name in keys.values()}
+        return tuple(each for each in self.parameters if each.name not in grouped)
+
+    def config_class(self) -> type:
+        """Its config. Imports torch and TRL."""
+        return pkgutil.resolve_name(self.config)
+
+    def runner(self) -> Callable[..., dict[str, Any]]:
+        """Its run function. Imports torch and TRL."""
+        return pkgutil.resolve_name(self.run) if isinstance(self.run, str) else self.run
+
+
+def parameters_of(settings: type) -> tuple[Parameter, ...]:
+    """The fields of a dataclass as parameters; the help is what each field's metadata says."""
+    hints = get_type_hints(settings, include_extras=True)
+    return tuple(
+        Parameter(
+            each.name,
+            hints[each.name],
+            each.default if each.default is not MISSING else each.default_factory(),  # type: ignore[misc]
+            each.metadata["help"],
+        )
+        for each in fields(settings)
+    )
+
+
+EARLY_STOPPING = "early_stopping_patience"
+_PATIENCE = Parameter(
+    EARLY_STOPPING,
+    Annotated[int, Ge(1)],
+    None,
+    "Stop after so many evaluations without a lower loss on held-out rows, and keep the best.",
+    of_config=False,
+)
+
+_LOSS = Panel("Loss", "", ("loss", "eval_loss"), ("training", "held out"))
+_ENTROPY = Panel("Entropy", "nats per token", ("rollout/entropy_per_token", "entropy"))
+_PAIR_ACCURACY = Panel(
+    "Accuracy on pairs",
+    "share",
+    ("accuracy", "eval_accuracy", "rewards/accuracies", "eval_rewards/accuracies"),
+    ("training", "held out", "training", "held out"),
+)
+_MARGIN = Panel(
+    "Reward margin",
+    "chosen less rejected",
+    ("margin", "eval_margin", "rewards/margins", "eval_rewards/margins"),
+    ("training", "held out", "training", "held out"),
+)
+_IMPLICIT = Panel("Implicit rewards", "", ("rewards/chosen", "rewards/rejected"), ("chosen", "rejected"))
+_TOKEN_ACCURACY = Panel(
+    "Token accuracy", "share", ("mean_token_accuracy", "eval_mean_token_accuracy"), ("training", "held out")
+)
+
+SFT = StageKind(
+    name="sft",
+    title="The supervised fine-tuning stage",
+    rows="demo",
+    config="trl:SFTConfig",
+    run="preftune.stages.sft:run_sft",
+    parameters=(Parameter("loss_type", str, "nll", "TRL's loss: nll, dft, chunked_nll."), _PATIENCE),
+    passes=2,
+    panels=(_LOSS, _ENTROPY, _TOKEN_ACCURACY),
+)
+
+REWARD = StageKind(
+    name="reward",
+    title="The reward-model stage",
+    rows="pair",
+    config="trl:RewardConfig",
+    run="preftune.stages.reward:run_reward",
+    parameters=(
+        # 0.01: what TRL's documentation recommends (R4; arXiv 2312.09244)
+        Parameter("center_rewards_coefficient", float, 0.01, "Weight of the term that keeps scores around 0."),
+        _PATIENCE,
+    ),
+    produces="reward",
+    orders_pairs=True,
+    passes=2,
+    panels=(
+        _LOSS,
+        _PAIR_ACCURACY,
+        _MARGIN,
+        Panel("Scores in a batch", "", ("max_reward", "mean_reward", "min_reward"), ("highest", "mean", "lowest")),
+    ),
+)
+
+DPO = StageKind(
+    name="dpo",
+    title="The DPO (or IPO) stage",
+    rows="pair",
+    config="trl:DPOConfig",
+    run="preftune.stages.dpo:run_dpo",
+    parameters=(
+        Parameter("beta", Annotated[float, Ge(0)], 0.1, "Strength of the pull towards the reference."),
+        Parameter("loss_type", str | list[str], ["sigmoid"], "TRL's loss (sigmoid, ipo, hinge, ...), or several."),
+        Parameter("loss_weights", list[float], None, "Weights of several losses."),
+        Parameter("label_smoothing", float, 0.0, "Share of labels that are taken to be wrong, in cdpo and robust."),
+        Parameter("ld_alpha", float, None, "LD-DPO's weight of tokens beyond the shorter reply's length."),
+        Parameter("f_divergence_type", str, "reverse_kl", "Divergence to the reference (f-DPO)."),
+        Parameter("f_alpha_divergence_coef", float, 0.5, "Alpha of the alpha-divergence."),
+        Parameter("use_weighting", bool, False, "WPO's weights of the pairs."),
+        Parameter("discopop_tau", float, 0.05, "Temperature of discopop's loss."),
+        _PATIENCE,
+    ),
+    needs_reference=True,
+    orders_pairs=True,
+    # the reference's forward comes on top
+    passes=3,
+    panels=(_LOSS, _PAIR_ACCURACY, _MARGIN, _IMPLICIT, _ENTROPY, _TOKEN_ACCURACY),
+    variants=MappingProxyType({"ipo": "write kind: dpo and loss_type: ipo"}),
+)
+
+KTO = StageKind(
+    name="kto",
+    title="The KTO stage",
+    rows="label",
+    config="trl:KTOConfig",
+    run="preftune.stages.kto:run_kto",
+    parameters=(
+        Parameter("beta", Annotated[float, Gt(0)], 0.1, "Strength of the pull towards the reference."),
+        Parameter("loss_type", str, "kto", "TRL's loss: kto, or apo_zero_unpaired."),
+        Parameter("desirable_weight", float, 1.0, "Weight of good replies."),
+        Parameter("undesirable_weight", float, 1.0, "Weight of bad replies."),
+        _PATIENCE,
+    ),
+    needs_reference=True,
+    orders_pairs=True,
+    passes=3,
+    panels=(_LOSS, _MARGIN, _IMPLICIT, _ENTROPY),
+    variants=MappingProxyType({"apo": "write kind: kto and loss_type: apo_zero_unpaired"}),
+)
+
+PPO = StageKind(
+    name="ppo",
+    title="The PPO stage",
+    rows="prompt",
+    config="preftune.stages.ppo.config:PPOConfig",
+    run="preftune.stages.ppo.stage:run_ppo",
+    parameters=parameters_of(PPOSettings),
+    groups=MappingProxyType(
+        {
+            "kl": MappingProxyType(
+                {
+                    "coef": "kl_coef",
+                    "target": "kl_target",
+                    "horizon": "kl_horizon",
+                    "estimator": "kl_estimator",
+                    "in": "kl_in",
+                }
+            )
+        }
+    ),
+    needs_reference=True,
+    needs_reward=True,
+    # generation, reference, reward and value; then policy and value, forward and backward, in each epoch
+    on_policy=OnPolicy(rollout_passes=4, epoch_passes=4, epochs="num_ppo_epochs", mini_batches="num_mini_batches"),
+    panels=(
+        Panel(
+            "Reward", "judge's units", ("objective/scores", "objective/rlhf_reward"), ("score", "less the KL penalty")
+        ),
+        Panel("KL to the reference", "nats per reply", ("objective/kl",)),
+        _ENTROPY,
+        Panel("Reply length", "tokens", ("rollout/length",)),
+        Panel("Replies that end by themselves", "share", ("rollout/eos_rate",)),
+        Panel("Clipped tokens", "share", ("policy/clipfrac_avg", "val/clipfrac_avg"), ("policy", "value")),
+        Panel("KL of one update", "nats per token", ("policy/approxkl_avg",)),
+        Panel("Value: explained variance", "share", ("value/explained_variance",)),
+        Panel("KL coefficient", "", ("objective/kl_coef",)),
+    ),
+)
+
+KINDS: dict[str, StageKind] = {each.name: each for each in (SFT, REWARD, DPO, KTO, PPO)}
+"""The kinds that come with preftune, in the order in which they are listed."""
+
+
+def stage_kind(word: str, where: str = "kind") -> StageKind:
+    """The record of a kind.
+
+    Args:
+        word: the name of one of `KINDS`; or, for a method outside the package, "FILE.py:RECORD" or "module:RECORD".
+        where: its place in the recipe, for the message.
+
+    Raises:
+        UserError: no such kind, or nothing of the sort under that name.
+    """
+    if word in KINDS:
+        return KINDS[word]
+    home, colon, name = word.rpartition(":")
+    if not colon:
+        variants = {name: remedy for kind in KINDS.values() for name, remedy in kind.variants.items()}
+        raise UserError(where, f"{word!r} is no kind of stage", variants.get(word) or nearest(word, KINDS))
+    found = getattr(_module(home, where), name, None)
+    if not isinstance(found, StageKind):
+        kind = "nothing" if found is None else f"a {type(found).__name__}"
+        raise UserError(where, f"{name!r} in {home} is {kind}, expected a StageKind", "name the method's record")
+    if found.name in KINDS:
+        raise UserError(where, f"the record {word} is called {found.name!r}, as a kind of preftune's own", "rename it")
+    return found
+
+
+def source_file(word: str) -> Path | None:
+    """The file of a kind outside the package; None for one of `KINDS`."""
+    return None if word in KINDS else Path(str(inspect.getsourcefile(_module(word.rpartition(":")[0], "kind"))))
+
+
+@functools.cache
+def _module(home: str, where: str) -> Any:
+    """The module of that name, or from that file."""
+    try:
+        if not home.endswith(".py"):
+            return importlib.import_module(home)
+        file = Path(home).expanduser().resolve()
+        # under a name of its own, so that a method called `random.py` hides nothing
+        name = f"preftune_kind_{file.stem}"
+        spec = importlib.util.spec_from_file_location(name, file)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+        return module
+    except Exception as error:  # a foreign file: it fails in every way there is
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(where, f"{home} cannot be imported ({said})", "correct the path, or the file") from error

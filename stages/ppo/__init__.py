@@ -1,0 +1,1 @@
+"""Proximal policy optimisation on adapters: `trainer.py` first, it reads from top to bottom."""

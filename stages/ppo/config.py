@@ -1,0 +1,84 @@
+"""PPO's config: TrainingArguments plus the method. Derived values are methods; what does not divide is an error."""
+
+from dataclasses import dataclass, field
+from typing import get_type_hints
+
+from transformers import TrainingArguments
+
+from .settings import PPOSettings, expected
+
+
+@dataclass
+class PPOConfig(PPOSettings, TrainingArguments):
+    """Everything that `transformers.TrainingArguments` takes, and PPO's own settings (`PPOSettings`).
+
+    `per_device_train_batch_size` is the number of sequences in one training forward and changes no result.
+    `logging_steps`, `save_steps` and the learning-rate schedule count optimiser steps; metrics are logged at the end of
+    the iteration in which a logging step fell.
+
+    Raises:
+        ValueError: a value out of range, or sizes that do not divide.
+    """
+
+    learning_rate: float = field(default=2e-5, metadata={"help": "Learning rate of the policy adapter."})
+    logging_steps: float = field(default=1, metadata={"help": "Log the iteration in which such a step falls."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient norm limit, policy and value each."})
+    samples_file: str | None = field(default=None, metadata={"help": "None: rollouts.jsonl in output_dir."})
+    policies_dir: str | None = field(default=None, metadata={"help": "Of kept policies. None: in output_dir."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_ranges()
+        self._check_kl()
+        if self.rollout_batch_size % (self.num_mini_batches * self.world_size):
+            raise ValueError(
+                f"rollout_batch_size is {self.rollout_batch_size}, expected a multiple of num_mini_batches x processes "
+                f"= {self.num_mini_batches} x {self.world_size}"
+            )
+        if self.total_episodes is not None and self.total_episodes % self.rollout_batch_size:
+            raise ValueError(
+                f"total_episodes is {self.total_episodes}, expected a multiple of rollout_batch_size "
+                f"= {self.rollout_batch_size}"
+            )
+
+    def _check_ranges(self) -> None:
+        for name, hint in get_type_hints(PPOSettings, include_extras=True).items():
+            if (wanted := expected(hint, getattr(self, name))) is not None:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected {wanted}")
+        if self.per_device_train_batch_size < 1:
+            raise ValueError(f"per_device_train_batch_size is {self.per_device_train_batch_size}, expected at least 1")
+        if self.missing_eos_penalty is not None and self.missing_eos_score is not None:
+            raise ValueError("missing_eos_penalty and missing_eos_score are both given, expected one of them")
+        if self.gradient_accumulation_steps != 1:
+            raise ValueError(
+                f"gradient_accumulation_steps is {self.gradient_accumulation_steps}, expected 1: in PPO one optimiser "
+                "step is one minibatch (num_mini_batches), in forwards of per_device_train_batch_size"
+            )
+        if self.eval_strategy != "no":
+            raise ValueError(f"eval_strategy is {self.eval_strategy}, expected 'no': PPO logs its own reward and KL")
+
+    def _check_kl(self) -> None:
+        allowed = ("k1",) if self.kl_in == "reward" else ("k2", "k2_sequence", "k3")
+        if self.estimator() not in allowed:
+            raise ValueError(
+                f"kl_estimator is {self.kl_estimator!r} with kl_in {self.kl_in!r}, expected {' or '.join(allowed)}: "
+                "k2 and k3 in the reward, and k1 in the loss, do not give KL's gradient (arXiv 2512.21852)"
+            )
+
+    def estimator(self) -> str:
+        """The KL estimator in use."""
+        return self.kl_estimator or ("k1" if self.kl_in == "reward" else "k2")
+
+    def steps_per_iteration(self) -> int:
+        """Optimiser steps of one iteration: epochs x minibatches."""
+        return self.num_ppo_epochs * self.num_mini_batches
+
+    def local_rollout_size(self) -> int:
+        """Episodes that one process collects in an iteration."""
+        return self.rollout_batch_size // self.world_size
+
+    def num_iterations(self, num_prompts: int) -> int:
+        """Iterations of the run. Without `total_episodes`, the last pass over the prompts is filled up."""
+        if self.total_episodes is not None:
+            return self.total_episodes // self.rollout_batch_size
+        return max(1, -int(-num_prompts * self.num_train_epochs // self.rollout_batch_size))

@@ -1,0 +1,332 @@
+"""Rollouts: prompts, what the policy answered, and every number about it that the update needs.
+
+Rows are prompt + response, padded on the RIGHT only: under causal attention nothing to the right of a token changes its
+hidden state, so padding can never reach a log-prob, a value or a score.
+
+Legend of shape suffixes: B rows (episodes of this process), T positions of prompt + response, R response positions.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ...data.template import prompt_ids
+from ...errors import UserError
+from ...models.adapters import AdapterSet
+from ...models.generate import Generation, sample
+from ...models.heap import give_back
+from ...models.logprobs import response_positions
+from ...models.masked import masked_mean, masked_moments, masked_sum, mean_and_variance
+
+PromptText = str | list[dict[str, Any]]
+"""A prompt as the data have it: text, or messages."""
+
+Reduce = Callable[[torch.Tensor, str], torch.Tensor]
+"""Over all processes: adds a tensor up ("sum"), or takes the largest ("max")."""
+
+_OURS = ("prompt", "prompt_ids", "columns")
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """ids: token ids, ready to be answered. prompts: text or messages. columns: what reward functions also get."""
+
+    ids: list[list[int]]
+    prompts: list[PromptText]
+    columns: list[dict[str, Any]]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @classmethod
+    def of(cls, dataset: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> "Prompts":
+        """From rows with `prompt` (text, or a list of messages) or `prompt_ids` made beforehand; others are columns.
+
+        Raises:
+            UserError: no row, a row without a prompt, or an empty one.
+        """
+        ids: list[list[int]] = []
+        prompts: list[PromptText] = []
+        columns: list[dict[str, Any]] = []
+        for number, row in enumerate(dataset):
+            if "prompt" not in row and "prompt_ids" not in row:
+                raise UserError(
+                    f"train_dataset row {number}",
+                    f"its columns are {', '.join(row)}, expected 'prompt' or 'prompt_ids'",
+                    "rename the prompt's column",
+                )
+            tokens = list(row["prompt_ids"]) if "prompt_ids" in row else _encode(row["prompt"], tokenizer)
+            if not tokens:
+                raise UserError(f"train_dataset row {number}", "the prompt is empty", "remove the row")
+            ids.append(tokens)
+            prompts.append(row["prompt"] if "prompt" in row else str(tokenizer.decode(tokens)))
+            extra = json.loads(row["columns"]) if isinstance(row.get("columns"), str) else {}
+            columns.append({**extra, **{name: value for name, value in row.items() if name not in _OURS}})
+        if not ids:
+            raise UserError("train_dataset", "it has no row", "give at least one prompt")
+        return cls(ids, prompts, columns)
+
+    def take(self, rows: Sequence[int]) -> "Prompts":
+        """The given rows, in that order."""
+        return Prompts([self.ids[i] for i in rows], [self.prompts[i] for i in rows], [self.columns[i] for i in rows])
+
+    def column_lists(self) -> dict[str, list[Any]]:
+        """Columns as lists, None where a row has none: what a reward function is called with."""
+        names = dict.fromkeys(name for row in self.columns for name in row)
+        return {name: [row.get(name) for row in self.columns] for name in names}
+
+
+def stream_rows(size: int, seed: int, start: int, count: int) -> list[int]:
+    """Positions start .. start + count - 1 of the endless stream of permutations of `size` rows.
+
+    A function of its arguments alone, so a resumed run needs to know its position and nothing else.
+    """
+    orders: dict[int, list[int]] = {}
+    rows = []
+    for position in range(start, start + count):
+        lap, place = divmod(position, size)
+        if lap not in orders:
+            generator = torch.Generator().manual_seed(seed_of(seed, "prompts", lap))
+            orders[lap] = torch.randperm(size, generator=generator).tolist()
+        rows.append(orders[lap][place])
+    return rows
+
+
+def seed_of(*parts: int | str) -> int:
+    """A seed below 2^56 named by its parts: streams with different names share nothing."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
+
+
+def _encode(prompt: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    return list(prompt_ids(tokenizer, prompt))
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """What was sampled.
+
+    input_ids_BT: int64, prompt then response, then padding.
+    start_B: int64, where each response starts (the prompt's length).
+    length_B: int64, response tokens, EOS included.
+    finished_B: bool, whether the response ended in EOS.
+    sampler_logps_BR: fp32, the sampler's own log-probs; only for comparison.
+    """
+
+    input_ids_BT: torch.Tensor
+    start_B: torch.Tensor
+    length_B: torch.Tensor
+    finished_B: torch.Tensor
+    sampler_logps_BR: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.start_B)
+
+    @property
+    def mask_BR(self) -> torch.Tensor:
+        """True on response tokens, the first stop token included, nothing after it."""
+        return response_positions(self.start_B, self.length_B)[1]
+
+    @property
+    def attention_mask_BT(self) -> torch.Tensor:
+        """1 on prompt and response tokens; by length, so a PAD that equals EOS cannot be mistaken."""
+        step_T = torch.arange(self.input_ids_BT.shape[1], device=self.start_B.device)
+        return (step_T < (self.start_B + self.length_B)[:, None]).long()
+
+    def rows(self, index: torch.Tensor) -> "Episodes":
+        """The given rows, cut to their own longest row and longest response."""
+        start_B, length_B = self.start_B[index], self.length_B[index]
+        total, longest = int((start_B + length_B).max()), int(length_B.max())
+        return Episodes(
+            self.input_ids_BT[index, :total],
+            start_B,
+            length_B,
+            self.finished_B[index],
+            self.sampler_logps_BR[index, :longest],
+        )
+
+    def responses(self) -> list[list[int]]:
+        """Token ids of each response, EOS included."""
+        return [
+            row[start : start + length].tolist()
+            for row, start, length in zip(
+                self.input_ids_BT.cpu(), self.start_B.tolist(), self.length_B.tolist(), strict=True
+            )
+        ]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Episodes with everything the minibatch epochs read; all fp32, zero outside the mask.
+
+    logps_BR, ref_logps_BR: log-probs of the sampled tokens under old policy and reference, by the training forward.
+    advantages_BR: what the method's estimator made of the rewards.
+    scores_B: the score that landed on each last token.
+    values_BR, returns_BR: the value of the state before each token, and what it is to become (see `advantages.gae`);
+        None of a method without a value.
+    """
+
+    episodes: Episodes
+    logps_BR: torch.Tensor
+    ref_logps_BR: torch.Tensor
+    advantages_BR: torch.Tensor
+    scores_B: torch.Tensor
+    values_BR: torch.Tensor | None = None
+    returns_BR: torch.Tensor | None = None
+
+    def rows(self, index: torch.Tensor) -> "Rollout":
+        """The given rows, cut to their own longest row and longest response."""
+        episodes = self.episodes.rows(index)
+        r = episodes.sampler_logps_BR.shape[1]
+        cut = {name: x[index, :r] if x.dim() > 1 else x[index] for name, x in self._own().items()}
+        return Rollout(episodes, **cut)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Flat, for a checkpoint."""
+        return self._own() | {f"episodes.{f.name}": getattr(self.episodes, f.name) for f in fields(self.episodes)}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, torch.Tensor], device: torch.device) -> "Rollout":
+        """What `tensors` gave."""
+        moved = {name: tensor.to(device) for name, tensor in tensors.items()}
+        episodes = Episodes(**{f.name: moved.pop(f"episodes.{f.name}") for f in fields(Episodes)})
+        return cls(episodes, **moved)
+
+    def _own(self) -> dict[str, torch.Tensor]:
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "episodes"}
+        return {name: x for name, x in given.items() if x is not None}
+
+
+def make_episodes(
+    prompts: Sequence[Sequence[int]], generation: Generation, pad_token_id: int, device: torch.device
+) -> Episodes:
+    """Lay prompts and their completions out as right-padded rows.
+
+    Raises:
+        ValueError: a completion without a token (there is nothing to score or to train on).
+    """
+    rows = [torch.tensor([*prompt, *tokens]) for prompt, tokens in zip(prompts, generation.tokens, strict=True)]
+    if any(not tokens for tokens in generation.tokens):
+        raise ValueError("a completion has no token, expected at least EOS; is max_new_tokens at least 1?")
+    logps = [torch.tensor(row, dtype=torch.float32) for row in generation.logprobs]
+    pad = torch.nn.utils.rnn.pad_sequence
+    return Episodes(
+        pad(rows, batch_first=True, padding_value=pad_token_id).to(device),
+        torch.tensor([len(prompt) for prompt in prompts], device=device),
+        torch.tensor([len(tokens) for tokens in generation.tokens], device=device),
+        torch.tensor(generation.finished, dtype=torch.bool, device=device),
+        pad(logps, batch_first=True).to(device),
+    )
+
+
+FORWARD_ONLY = 4
+"""Sequences in a forward without gradients, for each one in a training forward: a layer's activations are gone with the
+layer, and more rows share more of their prompts."""
+
+
+def micro_batches(episodes: Episodes, rows: torch.Tensor, size: int) -> list[torch.Tensor]:
+    """Split `rows` into forwards of `size` sequences of like length, to pad little.
+
+    Every number and every summed loss is per row, so the split changes nothing but the time.
+    """
+    total = (episodes.start_B + episodes.length_B)[rows]
+    return list(rows[total.argsort(descending=True, stable=True)].split(size))
+
+
+class Sampling(Protocol):
+    """The settings that sampling reads."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    rollout_micro_batch_size: int
+
+
+def generate(
+    adapters: AdapterSet,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Prompts,
+    config: Sampling,
+    *,
+    seed: int,
+    device: torch.device,
+) -> Episodes:
+    """One response of the policy to each prompt."""
+    eos = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
+    pad = eos if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)  # type: ignore[arg-type]
+    give_back()  # here and below: no phase grows on top of what another one left
+    generation = sample(
+        adapters,
+        "default",
+        prompts.ids,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        eos_token_id=eos,
+        pad_token_id=pad,
+        seed=seed,
+        batch_size=config.rollout_micro_batch_size,
+    )
+    give_back()
+    return make_episodes(prompts.ids, generation, pad, device)
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[list[int]]) -> list[str]:
+    """Responses as text, special tokens left out."""
+    return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in ids]
+
+
+def global_moments(x_BR: torch.Tensor, mask_BR: torch.Tensor, reduce: Reduce) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance over the valid tokens of all processes."""
+    return mean_and_variance(reduce(masked_moments(x_BR, mask_BR), "sum"))
+
+
+def rollout_metrics(
+    rollout: Rollout, non_score_BR: torch.Tensor, entropy_BR: torch.Tensor, reduce: Reduce, n: int
+) -> dict[str, float]:
+    """Means over the n episodes of all processes (of sums over valid tokens), under their logged names."""
+    episodes, mask_BR = rollout.episodes, rollout.episodes.mask_BR
+    non_score_B = masked_sum(non_score_BR, mask_BR, 1)
+    per_episode = {
+        "objective/kl": masked_sum(rollout.logps_BR - rollout.ref_logps_BR, mask_BR, 1),
+        "objective/entropy": masked_sum(-rollout.logps_BR, mask_BR, 1),
+        "objective/non_score_reward": non_score_B,
+        "objective/rlhf_reward": non_score_B + rollout.scores_B,
+        "objective/scores": rollout.scores_B,
+        "rollout/length": episodes.length_B,
+        "rollout/eos_rate": episodes.finished_B,
+        "rollout/entropy_per_token": masked_mean(entropy_BR, mask_BR, 1),
+        "scores_squared": rollout.scores_B.square(),
+    }
+    sums = reduce(torch.stack([x.double().sum() for x in per_episode.values()]), "sum")
+    metrics = {name: float(total) / n for name, total in zip(per_episode, sums, strict=True)}
+    variance = metrics.pop("scores_squared") - metrics["objective/scores"] ** 2
+    metrics["objective/scores_std"] = max(variance, 0) ** 0.5
+    metrics["val/num_eos_tokens"] = metrics["rollout/eos_rate"] * n
+    gap = torch.where(mask_BR, rollout.logps_BR - episodes.sampler_logps_BR, 0.0).abs().max()
+    metrics["rollout/logprob_mismatch"] = float(reduce(gap, "max"))
+    return metrics
+
+
+def sample_rows(prompts: Prompts, texts: Sequence[str], rollout: Rollout, count: int) -> list[dict[str, Any]]:
+    """The first `count` generations with their numbers, for rollouts.jsonl."""
+    kl_B = masked_sum(rollout.logps_BR - rollout.ref_logps_BR, rollout.episodes.mask_BR, 1)
+    return [
+        {
+            "prompt": prompts.prompts[i],
+            "completion": texts[i],
+            "score": float(rollout.scores_B[i]),
+            "kl": float(kl_B[i]),
+            "length": int(rollout.episodes.length_B[i]),
+            "finished": bool(rollout.episodes.finished_B[i]),
+        }
+        for i in range(min(count, len(texts)))
+    ]

@@ -1,0 +1,472 @@
+"""PPO with a KL penalty: the policy, its value, its reference and its reward are adapters on one frozen base.
+
+An iteration reads top to bottom in `OnPolicyTrainer._iteration`: sample prompts, generate, score, KL, advantages,
+minibatch epochs. What makes it PPO (the value, the advantages, the losses) is handed in by `PPOTrainer` (`method.py`).
+Sources: Ouyang et al. 2022 (arXiv 2203.02155), Huang et al. 2024 (arXiv 2403.17031).
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast
+from peft import LoraConfig, PeftModel
+from torch import nn
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+)
+from transformers.trainer_callback import ExportableState, TrainerState
+from transformers.trainer_utils import TrainOutput, speed_metrics
+
+from ...errors import UserError
+from ...models.adapters import DEFAULT, REF, AdapterSet, LoraSpec
+from ...models.heap import give_back
+from ..kl_control import kl_controller
+from ..losses import token_rewards
+from .config import PPOConfig
+from .files import (
+    POLICIES,
+    LoopState,
+    SampleLog,
+    forget_policies,
+    keep_policy,
+    last_complete,
+    load_rollout,
+    load_state,
+    load_trainables,
+    remove_older,
+    reopen,
+    save_state,
+    save_tensors,
+)
+from .method import PPO, Method, value_start
+from .network import Trunk, add_reference, dropout_off
+from .opening import open_policy, reward_sources
+from .rewards import Responses, RewardSource, RunningScale, Scorer, Scoring, build_scorers
+from .rollout import (
+    FORWARD_ONLY,
+    Prompts,
+    Rollout,
+    decode,
+    generate,
+    rollout_metrics,
+    sample_rows,
+    seed_of,
+    stream_rows,
+)
+from .update import Updater, add_report, check_ratio, check_reference, minibatches, tolerance, update_metrics
+
+RewardFunc = str | Callable[..., list[float]]
+
+
+class OnPolicyTrainer(Trainer):
+    """The loop of methods that learn from what their policy says; `build_method` hands the method in.
+
+    One optimiser step is one minibatch and counts as one `global_step`. Where the epochs of an iteration stop early,
+    its remaining steps pass without an update, so that schedule, saving and progress keep their places.
+
+    Args:
+        model: what answers: an `AdapterSet`, a `PeftModel` with one LoRA adapter, a plain causal model, or a string: a
+            stage's folder, a hub id or another base spec.
+        args: the settings.
+        processing_class: the tokenizer; may be left out when `model` is a string.
+        train_dataset: rows with `prompt` (text, or messages) or `prompt_ids`; the other columns go to reward functions.
+        reward_funcs: one or several functions with TRL's signature `f(prompts, completions, **columns)`, or names:
+            "module:function", or a sequence-classification model.
+        reward_adapter: folder of a reward stage on the same base.
+        rewards: the same as `RewardSource` objects, with weights.
+        callbacks, optimizers: as in `transformers.Trainer`.
+        lora: the new adapter's settings, when `model` has none. `peft_config` (a PEFT `LoraConfig`) says the same.
+        quiet: leave out the Trainer's own printing of logs and progress.
+
+    Attributes:
+        adapters: every role on the one base.
+        method: what trains, and how.
+        trainables: what a checkpoint holds, by name.
+        loop, rollout: the place in the run, and the rollout in flight between two minibatches.
+        session_episodes, session_tokens: of this call of `train`, not of the run that it resumes.
+
+    Raises:
+        UserError: no reward, or data, models or adapters that do not fit.
+    """
+
+    def __init__(
+        self,
+        model: AdapterSet | PeftModel | PreTrainedModel | str,
+        args: PPOConfig | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        train_dataset: Any = None,
+        *,
+        reward_funcs: RewardFunc | Sequence[RewardFunc] = (),
+        reward_adapter: str | Path | None = None,
+        rewards: Sequence[RewardSource] = (),
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        lora: LoraSpec | None = None,
+        peft_config: LoraConfig | None = None,
+        quiet: bool = False,
+    ) -> None:
+        args = PPOConfig("ppo_output") if args is None else args
+        sources = reward_sources(reward_funcs, reward_adapter, rewards)
+        self.adapters, self.tokenizer = open_policy(model, processing_class, lora, peft_config)
+        self.prompts = Prompts.of(train_dataset if train_dataset is not None else (), self.tokenizer)
+        super().__init__(
+            model=self.adapters.model,
+            args=args,
+            train_dataset=train_dataset,
+            processing_class=self.tokenizer,
+            data_collator=_no_collator,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.args: PPOConfig = args
+        if quiet:
+            self.remove_callback(PrinterCallback)
+            self.remove_callback(ProgressCallback)
+        self._check_launch()
+        self._build_roles(sources)
+        self.loop = LoopState(kl_coef=args.kl_coef, world_size=args.world_size)
+        self.rollout: Rollout | None = None
+        self.session_episodes, self.session_tokens = 0, 0.0
+
+    def build_method(self, sources: Sequence[RewardSource], scorers: Sequence[Scorer]) -> Method:
+        """What trains, the advantage estimator and the loss; called once, with reference and rewards in place."""
+        raise NotImplementedError
+
+    def _build_roles(self, sources: list[RewardSource]) -> None:
+        """The frozen reference and rewards, the method's own roles, and what works with them."""
+        args, adapters = self.args, self.adapters
+        self.trunk = Trunk(adapters, args.temperature, self._autocast)
+        self.own_reference = add_reference(adapters)
+        scorers = build_scorers(
+            sources,
+            self.trunk,
+            self.tokenizer,
+            device=args.device,
+            batch_size=FORWARD_ONLY * args.per_device_train_batch_size,
+        )
+        self.scoring = Scoring(args, sources, scorers, self.reduce)
+        self.method = self.build_method(sources, scorers)
+        self.trainables = self.method.trainables
+        for head in adapters.heads.values():
+            head.to(args.device)
+        dropout_off(adapters.model)
+        adapters.model.train(bool(args.activation_checkpointing))
+        self._share_start()
+        self.updater = Updater(args, self.method, self.reduce)
+        self.samples = SampleLog(
+            Path(args.samples_file or Path(str(args.output_dir)) / "rollouts.jsonl"),
+            every=args.log_samples_every if self.is_world_process_zero() else 0,
+        )
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train, from the start or exactly where a checkpoint left off (True: the newest complete one)."""
+        if resume_from_checkpoint is True:
+            newest = last_complete(Path(str(self.args.output_dir)))
+            if newest is None:
+                raise UserError(str(self.args.output_dir), "it holds no complete checkpoint", "start without resuming")
+            resume_from_checkpoint = str(newest)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _inner_training_loop(self, *_: Any, **kwargs: Any) -> TrainOutput:
+        args = self.args
+        iterations = args.num_iterations(len(self.prompts))
+        self._begin(iterations * args.steps_per_iteration(), kwargs.get("resume_from_checkpoint"))
+        loop, began, first = self.loop, time.time(), self.loop.iteration
+        self.control = self.callback_handler.on_train_begin(args, self.state, self.control)
+        self.samples.start(loop.iteration + (self.rollout is not None))
+        while loop.iteration < iterations and not self.control.should_training_stop:
+            self._iteration()
+        return self._end(began, (loop.iteration - first) * args.rollout_batch_size)
+
+    def _iteration(self) -> None:
+        """One iteration, or the rest of one that a checkpoint interrupted."""
+        args, loop = self.args, self.loop
+        if self.rollout is None:
+            began = time.perf_counter()
+
+            # 1. Prompts: this process' slice of the iteration's part of the stream.
+            local = args.local_rollout_size()
+            start = loop.iteration * args.rollout_batch_size + args.process_index * local
+            prompts = self.prompts.take(stream_rows(len(self.prompts), args.seed, start, local))
+
+            # 2. Generate. The seed names iteration and process: each samples differently, and again the same.
+            seed = seed_of(args.seed, "rollout", loop.iteration, args.process_index)
+            episodes = generate(self.adapters, self.tokenizer, prompts, args, seed=seed, device=args.device)
+            generated = time.perf_counter()
+
+            # 3. Score.
+            texts = decode(self.tokenizer, episodes.responses())
+            scores_B = self.scoring(Responses(episodes, prompts.prompts, texts, prompts.column_lists()))
+            scored = time.perf_counter()
+
+            # 4. Log-probs of old policy and reference; the KL penalty goes into the rewards, token by token.
+            forwards = self.method.forwards(episodes)
+            give_back()
+            delta_BR = forwards.logps_BR - forwards.ref_logps_BR
+            coef = loop.kl_coef if args.kl_in == "reward" else 0.0
+            rewards_BR, non_score_BR = token_rewards(delta_BR, scores_B, episodes.mask_BR, coef)
+
+            # 5. Advantages.
+            self.rollout = self.method.rollout(episodes, forwards, rewards_BR, scores_B)
+
+            times = {"rollout": generated - began, "score": scored - generated, "forward": time.perf_counter() - scored}
+            self._log_rollout(prompts, texts, non_score_BR, forwards.entropy_BR, times)
+
+        # 6. Minibatch epochs, a fresh shuffle each.
+        self._minibatch_epochs(self.rollout)
+
+    def _log_rollout(
+        self,
+        prompts: Prompts,
+        texts: list[str],
+        non_score_BR: torch.Tensor,
+        entropy_BR: torch.Tensor,
+        seconds: dict[str, float],
+    ) -> None:
+        """Measure the fresh rollout and write some of it; the loop stands before its first minibatch."""
+        args, loop, rollout = self.args, self.loop, self.rollout
+        assert rollout is not None
+        metrics = rollout_metrics(rollout, non_score_BR, entropy_BR, self.reduce, args.rollout_batch_size)
+        metrics |= self.method.rollout_metrics(rollout)
+        metrics["objective/kl_coef"] = loop.kl_coef
+        tokens = metrics["rollout/length"] * args.rollout_batch_size
+        metrics["rollout/tokens_per_second"] = tokens / seconds["rollout"]
+        metrics |= {f"time/{name}": spent for name, spent in seconds.items()}
+        loop.metrics, loop.totals = metrics, {}
+        loop.slot, loop.stopped, loop.log_due = 0, False, False
+        self.session_episodes += args.rollout_batch_size
+        self.session_tokens += tokens
+        if loop.iteration == 0 and self.own_reference:
+            check_reference(rollout, self._tolerance())
+            self.own_reference = False  # a second `train` starts where the first one ended
+        self.samples.write(loop.iteration, sample_rows(prompts, texts, rollout, args.num_log_samples))
+
+    def _minibatch_epochs(self, rollout: Rollout) -> None:
+        """The optimiser steps that the iteration still has to make."""
+        args, loop = self.args, self.loop
+        for slot in range(loop.slot, args.steps_per_iteration()):
+            self.control = self.callback_handler.on_step_begin(args, self.state, self.control)
+            if not loop.stopped:
+                self._minibatch(rollout, slot)
+            loop.totals["lr"] = self.optimizer.param_groups[0]["lr"]  # type: ignore[union-attr]
+            self.lr_scheduler.step()  # type: ignore[union-attr]
+            loop.slot = slot + 1
+            self.state.global_step += 1
+            self.state.epoch = self._epochs_done()
+            self.control = self.callback_handler.on_step_end(args, self.state, self.control)
+            loop.log_due |= self.control.should_log
+            if loop.slot == args.steps_per_iteration():
+                self._finish_iteration()
+                self._keep_policy()
+            if self.control.should_save:
+                self._save_checkpoint(self.model, None)
+                self.control = self.callback_handler.on_save(args, self.state, self.control)
+            if self.control.should_training_stop:
+                break
+
+    def _minibatch(self, rollout: Rollout, slot: int) -> None:
+        """One optimiser step, unless a brake says no."""
+        args, loop = self.args, self.loop
+        began = time.perf_counter()
+        epoch, place = divmod(slot, args.num_mini_batches)
+        seed = seed_of(args.seed, "minibatches", loop.iteration, epoch, args.process_index)
+        rows = minibatches(len(rollout.episodes), args.num_mini_batches, seed, args.device)[place]
+        report = self.updater.gradients(rollout, rows, loop.kl_coef)
+        if slot == 0:
+            check_ratio(report, loop.iteration, self._tolerance())
+        loop.stopped = report.stop
+        if not (report.stop or report.skip):
+            self.control = self.callback_handler.on_pre_optimizer_step(args, self.state, self.control)
+            self.optimizer.step()  # type: ignore[union-attr]
+            self.control = self.callback_handler.on_optimizer_step(args, self.state, self.control)
+        for parameter in self.trainables.values():
+            parameter.grad = None
+        add_report(loop.totals, report, time.perf_counter() - began)
+
+    def _finish_iteration(self) -> None:
+        """Adapt the KL coefficient, log, and stand at the start of the next iteration."""
+        args, loop = self.args, self.loop
+        before = int(loop.iteration * args.rollout_batch_size / len(self.prompts))
+        controller = kl_controller(loop.kl_coef, args.kl_target, args.kl_horizon)
+        controller.update(loop.metrics["objective/kl"], args.rollout_batch_size)
+        loop.kl_coef = controller.value
+        loop.iteration, loop.slot, self.rollout = loop.iteration + 1, 0, None
+        if int(self._epochs_done()) > before:
+            self.control = self.callback_handler.on_epoch_end(args, self.state, self.control)
+            loop.log_due |= self.control.should_log
+        if loop.log_due:
+            found = loop.metrics | update_metrics(loop.totals, self.method)
+            self.log({**found, "episode": loop.iteration * args.rollout_batch_size})
+
+    def _tolerance(self) -> float:
+        return tolerance(self.trunk.head.weight.dtype, autocast=self.args.bf16 or self.args.fp16)
+
+    def _epochs_done(self) -> float:
+        """Passes over the prompts, the part of the iteration under way included."""
+        parts = self.loop.iteration + self.loop.slot / self.args.steps_per_iteration()
+        return parts * self.args.rollout_batch_size / len(self.prompts)
+
+    # What processes share.
+
+    def reduce(self, tensor: torch.Tensor, how: str) -> torch.Tensor:
+        """Over all processes: "sum" or "max"."""
+        if self.args.world_size == 1:
+            return tensor
+        if how == "max":
+            return self.accelerator.gather(tensor.reshape(1)).max()  # type: ignore[union-attr]
+        return self.accelerator.reduce(tensor, "sum")  # type: ignore[return-value]
+
+    def _check_launch(self) -> None:
+        """Refuse launches that would cut the base into pieces.
+
+        Raises:
+            UserError: DeepSpeed or FSDP.
+        """
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise UserError(
+                "accelerate launch",
+                "the base is to be sharded (DeepSpeed or FSDP), but PPO keeps a whole frozen base on each device",
+                "launch with distributed_type MULTI_GPU or MULTI_CPU, or quantize the base",
+            )
+        self.args._n_gpu = min(self.args.n_gpu, 1)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        """The context of a forward: mixed precision where the settings ask for it."""
+        return self.accelerator.autocast()
+
+    def _share_start(self) -> None:
+        """Every process takes the first one's policy, value and reference, as DistributedDataParallel would have it.
+
+        LoRA's random numbers may differ: a script need not set a seed before it makes its model.
+        """
+        if self.args.world_size == 1:
+            return
+        with torch.no_grad():
+            for parameter in (*self.trainables.values(), *self.adapters.parameters(REF)):
+                parameter.copy_(broadcast(parameter.detach()))  # type: ignore[arg-type]
+
+    # How a run begins, resumes, saves and ends: what `transformers.Trainer` would do in its own loop.
+
+    def _begin(self, max_steps: int, resume: str | None) -> None:
+        """Fresh state, optimiser and schedule, or those of the checkpoint `resume`."""
+        args = self.args
+        self.state = TrainerState(
+            stateful_callbacks=[  # pyright: ignore[reportArgumentType]
+                each for each in [*self.callback_handler.callbacks, self.control] if isinstance(each, ExportableState)
+            ]
+        )
+        self.rollout = None
+        self.session_episodes, self.session_tokens = 0, 0.0
+        if self._created_lr_scheduler:  # by an earlier `train`, so not handed in by the caller
+            self.optimizer = self.lr_scheduler = None
+        self.loop = LoopState(kl_coef=args.kl_coef, world_size=args.world_size)
+        if resume is not None:
+            self.state = TrainerState.load_from_json(str(Path(resume) / "trainer_state.json"))
+            self._load_callback_state()
+            self.loop = load_state(Path(resume), args.world_size)
+        self.state.train_batch_size = args.per_device_train_batch_size
+        self.state.compute_steps(args, max_steps)
+        self.state.init_training_references(self, max_steps, int(args.num_train_epochs), None)
+        self.create_optimizer()
+        self.create_scheduler(max_steps)
+        self.scoring.running = RunningScale(*self.loop.running)
+        if resume is not None:
+            self._load_optimizer_and_scheduler(resume)
+            self._load_rng_state(resume)
+            if self.loop.slot:
+                self.rollout = load_rollout(Path(resume), args.process_index, args.device)
+        if args.keep_every and self.is_world_process_zero():
+            # a resumed run passes the steps after its checkpoint once more
+            forget_policies(self._policies(), after=self.state.global_step)
+        for name in ("model", "optimizer", "lr_scheduler"):
+            setattr(self.callback_handler, name, getattr(self, name))
+        self.control.should_training_stop = False
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """One optimiser, with a group for each of the method's learning rates."""
+        if self.optimizer is None:
+            args = self.args
+            cls, kwargs = self.get_optimizer_cls_and_kwargs(args, None)
+            groups: list[dict[str, Any]] = [
+                {"params": parameters, "lr": rate, "weight_decay": args.weight_decay}
+                for parameters, rate in self.method.learning_rates()
+            ]
+            self.optimizer = cls(groups, **kwargs)
+        return self.optimizer  # type: ignore[return-value]
+
+    def _keep_policy(self) -> None:
+        """At the end of every `keep_every`-th iteration but the last, whose policy is the run's result."""
+        args, state = self.args, self.state
+        over = state.global_step >= state.max_steps or self.control.should_training_stop
+        if args.keep_every and not over and self.loop.iteration % args.keep_every == 0 and self.is_world_process_zero():
+            keep_policy(self.adapters, self._policies(), state.global_step)
+
+    def _policies(self) -> Path:
+        return Path(self.args.policies_dir or Path(str(self.args.output_dir)) / POLICIES)
+
+    def _end(self, began: float, episodes: int) -> TrainOutput:
+        """The last log entry and what `train` returns; `began` is a `time.time`."""
+        tokens = self.loop.totals.get("tokens", 0.0)
+        loss = self.loop.totals["policy_loss"] / tokens if tokens else 0.0
+        metrics = speed_metrics("train", began, num_samples=episodes, num_steps=self.state.global_step)
+        metrics["train_loss"] = loss
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        self.is_in_train = False
+        return TrainOutput(self.state.global_step, loss, metrics)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """The policy as an ordinary PEFT adapter, with the tokenizer. The Trainer asks every process; one writes."""
+        if not self.args.should_save:
+            return
+        folder = Path(str(output_dir or self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        self.adapters.save(DEFAULT, folder)
+        self.processing_class.save_pretrained(folder)  # type: ignore[union-attr]
+
+    def _save_checkpoint(self, model: nn.Module | None, trial: Any) -> None:
+        args = self.args
+        if args.save_only_model:
+            super()._save_checkpoint(model, trial)  # type: ignore[arg-type]
+            return
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        if args.should_save:
+            reopen(folder)
+        self.accelerator.wait_for_everyone()
+        save_tensors(folder, self.trainables, self.rollout, args.process_index)
+        # the Trainer would remove the older checkpoints before this one is complete
+        limit, args.save_total_limit = args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)  # type: ignore[arg-type]
+        finally:
+            args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if args.should_save:
+            self.loop.running = self.scoring.running.state()
+            save_state(folder, self.loop)
+            remove_older(folder, limit)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_trainables(Path(resume_from_checkpoint), self.trainables)
+
+
+class PPOTrainer(OnPolicyTrainer):
+    """PPO on adapters. Arguments, attributes and errors are those of `OnPolicyTrainer`."""
+
+    def build_method(self, sources: Sequence[RewardSource], scorers: Sequence[Scorer]) -> Method:
+        """The clipped losses, and generalised advantages from a value that starts as the first reward stage."""
+        return PPO(self.args, self.trunk, value_start(self.args, sources, scorers), self.reduce)
+
+
+def _no_collator(rows: list[Any]) -> Any:
+    """Never called: prompts are kept as lists of ids, and padded nowhere but in the rollout."""
+    return rows

@@ -1,0 +1,156 @@
+"""One optimiser step of an on-policy method: gradients over micro-batches and processes, the brakes, what is logged.
+
+No DistributedDataParallel: only the adapters train, so one all-reduce of their few gradients, once a step, is both the
+simplest and the exact thing. Every loss is a sum over tokens divided by the global token count, so the gradient does
+not depend on micro-batches or on the number of processes. The loss itself belongs to the method (`method.py`).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .config import PPOConfig
+from .method import Method
+from .rollout import Reduce, Rollout, micro_batches
+
+FULL_TOLERANCE = 1e-4
+"""Mean |difference| per token, nats, that two fp32 forwards of other shapes may show."""
+LOW_TOLERANCE = 0.05
+"""The same in bf16."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one minibatch was, and what was done with it.
+
+    sums: over its valid tokens, all processes, in the order of `names`.
+    norms: of the gradients before clipping, by their names in the log (policy, value).
+    """
+
+    names: tuple[str, ...]
+    sums: torch.Tensor
+    tokens: float
+    norms: dict[str, float]
+    stop: bool = False
+    skip: bool = False
+
+    def mean(self, name: str) -> float:
+        """Mean of a statistic over the minibatch's valid tokens, all processes."""
+        return float(self.sums[self.names.index(name)]) / self.tokens
+
+
+class Updater:
+    """Step 6 of an iteration, one minibatch at a time."""
+
+    def __init__(self, config: PPOConfig, method: Method, reduce: Reduce) -> None:
+        self.config, self.method, self.reduce = config, method, reduce
+
+    def gradients(self, rollout: Rollout, rows: torch.Tensor, kl_coef: float) -> StepReport:
+        """Fill the gradients of the minibatch `rows` of this process, reduced over processes and clipped.
+
+        `stop`: the new policy has left the old one by more than 1.5 x target_approx_kl per token. `skip`: the mean
+        ratio is above max_ratio, or a gradient is not finite. Both are decided on global numbers, so processes agree.
+        """
+        config, method = self.config, self.method
+        for parameter in method.trainables.values():
+            parameter.grad = None
+        tokens = float(self.reduce(rollout.episodes.length_B[rows].sum().double(), "sum"))
+        sums = torch.zeros(len(method.statistics), dtype=torch.float64, device=rows.device)
+        for part in micro_batches(rollout.episodes, rows, config.per_device_train_batch_size):
+            sums += method.backward(rollout.rows(part), tokens, kl_coef)
+        sums = self.reduce(sums, "sum")
+        self._reduce_gradients()
+        norms = method.clip(self._clip)
+        report = StepReport(method.statistics, sums, tokens, norms)
+        ratio, finite = report.mean("ratio"), sum(norms.values()) < float("inf")
+        skip = not finite or (config.max_ratio is not None and not ratio <= config.max_ratio)
+        target = config.target_approx_kl
+        stop = target is not None and not report.mean("approx_kl") <= 1.5 * target
+        return StepReport(method.statistics, sums, tokens, norms, stop, skip)
+
+    def _reduce_gradients(self) -> None:
+        parameters = list(self.method.trainables.values())
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        if self.config.world_size == 1:
+            return
+        grads = [p.grad for p in parameters if p.grad is not None]
+        flat = self.reduce(torch.cat([grad.flatten() for grad in grads]), "sum")
+        for grad, piece in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(piece.view_as(grad))
+
+    def _clip(self, parameters: list[nn.Parameter]) -> float:
+        """Clip to max_grad_norm (0: not at all); the norm before."""
+        limit = self.config.max_grad_norm or float("inf")
+        return float(nn.utils.clip_grad_norm_(parameters, limit))
+
+
+def minibatches(size: int, count: int, seed: int, device: torch.device) -> list[torch.Tensor]:
+    """`count` minibatches of a fresh permutation of `size` rows; `size` must be a multiple of `count`."""
+    if size % count:
+        raise ValueError(f"{size} episodes in {count} minibatches, expected a multiple")
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+    return list(order.to(device).split(size // count))
+
+
+def add_report(totals: dict[str, float], report: StepReport, seconds: float) -> None:
+    """Add a minibatch to the iteration's sums over tokens and over steps; they are divided once, when logged."""
+    found = {name: float(x) for name, x in zip(report.names, report.sums, strict=True)}
+    found |= {"tokens": report.tokens, "steps": 1.0, "skipped": float(report.skip), "stopped": float(report.stop)}
+    found["updates"] = float(not (report.skip or report.stop))
+    found |= {f"{name}_norm": norm for name, norm in report.norms.items()} | {"seconds": seconds}
+    for name, x in found.items():
+        totals[name] = totals.get(name, 0.0) + x
+
+
+def update_metrics(totals: dict[str, float], method: Method) -> dict[str, float]:
+    """Means over all valid tokens of the iteration's minibatches, under the names that people know."""
+    mean = {name: totals[name] / totals["tokens"] for name in method.statistics}
+    return {
+        **method.update_metrics(mean),
+        **{
+            f"{name.removesuffix('_norm')}/grad_norm": x / totals["steps"]
+            for name, x in totals.items()
+            if name.endswith("_norm")
+        },
+        "policy/steps": totals["updates"],
+        "policy/skipped": totals["skipped"],
+        "policy/stopped": totals["stopped"],
+        "time/update": totals["seconds"],
+        "lr": totals["lr"],
+    }
+
+
+def tolerance(dtype: torch.dtype, *, autocast: bool) -> float:
+    """What two forwards of the same tokens may differ by, for the head's dtype."""
+    return FULL_TOLERANCE if dtype == torch.float32 and not autocast else LOW_TOLERANCE
+
+
+def check_reference(rollout: Rollout, tolerance: float) -> None:
+    """KL(policy || reference) = 0 before the first update.
+
+    Raises:
+        RuntimeError: it is not.
+    """
+    gap = (rollout.logps_BR - rollout.ref_logps_BR).abs().sum() / rollout.episodes.length_B.sum()
+    if not float(gap) <= tolerance:
+        raise RuntimeError(
+            f"step 0: |log pi - log pi_ref| is {float(gap):.2g} nats per token, expected 0 within {tolerance:g}: "
+            "the reference is not the adapter that training starts from"
+        )
+
+
+def check_ratio(report: StepReport, iteration: int, tolerance: float) -> None:
+    """ratio = 1 in the first minibatch of the first epoch.
+
+    Raises:
+        RuntimeError: it is not.
+    """
+    gap = report.mean("abs_log_ratio")
+    if not gap <= tolerance:
+        raise RuntimeError(
+            f"iteration {iteration}: the first minibatch's |log ratio| is {gap:.2g} nats per token, expected 0 within "
+            f"{tolerance:g}: rollout and update do not see the same policy"
+        )
