@@ -3,11 +3,12 @@
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from markupsafe import Markup
 from scipy.ndimage import uniform_filter1d
 
+from ...stages.kinds import KINDS, PPO, Panel
 from . import svg
 from .axes import axis, frame, left_margin
 from .read import number
@@ -23,41 +24,8 @@ _BOOKKEEPING_ENDINGS = ("_runtime", "_per_second", "_seconds", "num_tokens")
 Series = dict[str, tuple[list[float], list[float]]]
 
 
-class Panel(NamedTuple):
-    """A panel's title, the unit of its numbers, its keys in the log, and what each key is called in it."""
-
-    title: str
-    unit: str
-    keys: tuple[str, ...]
-    names: tuple[str, ...] = ()
-
-
-# In the order of interest; a panel appears where any of its keys was logged.
-PANELS = (
-    Panel("Loss", "", ("loss", "eval_loss"), ("training", "held out")),
-    Panel("Reward", "judge's units", ("objective/scores", "objective/rlhf_reward"), ("score", "less the KL penalty")),
-    Panel("KL to the reference", "nats a reply", ("objective/kl",)),
-    Panel(
-        "Accuracy on pairs", "share",
-        ("accuracy", "eval_accuracy", "rewards/accuracies", "eval_rewards/accuracies"),
-        ("training", "held out", "training", "held out"),
-    ),
-    Panel(
-        "Reward margin", "chosen less rejected",
-        ("margin", "eval_margin", "rewards/margins", "eval_rewards/margins"),
-        ("training", "held out", "training", "held out"),
-    ),
-    Panel("Implicit rewards", "", ("rewards/chosen", "rewards/rejected"), ("chosen", "rejected")),
-    Panel("Scores in a batch", "", ("max_reward", "mean_reward", "min_reward"), ("highest", "mean", "lowest")),
-    Panel("Entropy", "nats a token", ("rollout/entropy_per_token", "entropy")),
-    Panel("Token accuracy", "share", ("mean_token_accuracy", "eval_mean_token_accuracy"), ("training", "held out")),
-    Panel("Reply length", "tokens", ("rollout/length",)),
-    Panel("Replies that end by themselves", "share", ("rollout/eos_rate",)),
-    Panel("Clipped tokens", "share", ("policy/clipfrac_avg", "val/clipfrac_avg"), ("policy", "value")),
-    Panel("KL of one update", "nats a token", ("policy/approxkl_avg",)),
-    Panel("Value: explained variance", "share", ("value/explained_variance",)),
-    Panel("KL coefficient", "", ("objective/kl_coef",)),
-)  # fmt: skip
+# Of a stage whose kind nobody knows any more: a panel appears where any of its keys was logged.
+EVERY_PANEL = tuple(dict.fromkeys(panel for kind in (PPO, *KINDS.values()) for panel in kind.panels))
 
 
 @dataclass(frozen=True)
@@ -87,12 +55,14 @@ def read_curves(log: Sequence[Mapping[str, Any]]) -> tuple[str, Series]:
     return f"{counted}s", found
 
 
-def stage_curves(log: Sequence[Mapping[str, Any]]) -> tuple[list[Curve], list[Curve]]:
-    """The panels of a stage: those of interest, and one for every other number that was logged at least twice."""
+def stage_curves(
+    log: Sequence[Mapping[str, Any]], panels: Sequence[Panel] = EVERY_PANEL
+) -> tuple[list[Curve], list[Curve]]:
+    """The panels of a stage: those of its kind, and one for every other number that was logged at least twice."""
     counted, found = read_curves(log)
     lines = {key for key, (xs, _) in found.items() if len(xs) > 1}
     main, used = [], set()
-    for panel in PANELS:
+    for panel in panels:
         # A single held-out measurement is a point beside a line, but no panel by itself.
         if any(key in lines for key in panel.keys):
             main.append(_panel(panel, found, counted))

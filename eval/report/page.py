@@ -12,7 +12,7 @@ from markupsafe import Markup
 from ...version import __version__
 from ..judges.verdicts import LENGTH_CONTROL_PROMPTS
 from . import doctor, frontier, head, lengths, lineage, rewards, samples, svg, text, winrates
-from .curves import stage_curves
+from .curves import EVERY_PANEL, stage_curves
 from .read import Run, read_run
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -110,7 +110,7 @@ def _trained(run: Run) -> dict[str, Any] | None:
 def _curves(run: Run) -> list[dict[str, Any]]:
     shown = []
     for stage in run.stages:
-        main, rest = stage_curves(stage.log)
+        main, rest = stage_curves(stage.log, EVERY_PANEL if stage.record is None else stage.record.panels)
         numbers = {k: v for k, v in stage.metrics.items() if isinstance(v, int | float) and not isinstance(v, bool)}
         if main or rest or numbers:
             shown.append({"stage": stage, "main": main, "rest": rest, "metrics": numbers})

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from ...errors import UserError
+from ...stages.kinds import StageKind, stage_kind
 
 _STAGE_FILES = ("metrics.json", "log.jsonl", "lineage.json")
 _NO_STAGES = ("eval", "checkpoints")
@@ -20,7 +21,8 @@ class StageRecord:
     """One stage, finished, under way or only planned.
 
     Attributes:
-        name: its name in the recipe; `kind`: sft, reward, dpo, kto or ppo, empty where nothing says.
+        name: its name in the recipe; `kind`: that of its kind, empty where nothing says.
+        record: of the kind; None where nobody knows it (any more).
         state: done, running, failed, or "not run" where only the recipe knows the stage.
         folder: where its files lie (the partial folder while it is under way); None: nowhere yet.
         parents: (name, whether the edge is that of a reward) in order; "base" is the base.
@@ -36,6 +38,7 @@ class StageRecord:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     log: tuple[Mapping[str, Any], ...] = ()
     seconds: float | None = None
+    record: StageKind | None = None
 
 
 @dataclass(frozen=True)
@@ -165,13 +168,16 @@ def _read_stage(run_dir: Path, name: str, folder: Path | None, planned: Mapping[
         folder = partial
     lineage = _object(_read_json(folder / "lineage.json")) if folder else {}
     metrics = _object(_read_json(folder / "metrics.json")) if folder else {}
-    kind = str(lineage.get("kind") or planned.get("kind") or (name if name in ("sft", "reward", "dpo", "ppo") else ""))
+    # the recipe names a method outside the package by its file, the lineage by its name
+    words = [str(word) for word in (planned.get("kind"), lineage.get("kind"), name) if word]
+    record = next((found for word in words if (found := _known_kind(word)) is not None), None)
     return StageRecord(
         name=name,
-        kind=kind,
+        kind=str(lineage.get("kind") or (record.name if record is not None else planned.get("kind") or "")),
+        record=record,
         state=str(entry.get("state") or ("done" if folder is not None and folder != partial else "not run")),
         folder=folder,
-        parents=_parents(kind, lineage, planned),
+        parents=_parents(record, lineage, planned),
         lineage=lineage,
         metrics=metrics,
         log=tuple(read_lines(folder / "log.jsonl")) if folder else (),
@@ -179,12 +185,22 @@ def _read_stage(run_dir: Path, name: str, folder: Path | None, planned: Mapping[
     )
 
 
-def _parents(kind: str, lineage: Mapping[str, Any], planned: Mapping[str, Any]) -> tuple[tuple[str, bool], ...]:
-    """From the lineage, else from the recipe. Only the first parent of a PPO stage is what it starts from."""
+def _known_kind(word: str) -> StageKind | None:
+    try:
+        return stage_kind(word)
+    except UserError:
+        return None  # the method's file is gone: the rest of the report is worth having
+
+
+def _parents(
+    kind: StageKind | None, lineage: Mapping[str, Any], planned: Mapping[str, Any]
+) -> tuple[tuple[str, bool], ...]:
+    """From the lineage, else from the recipe. Only the first parent of a scored stage is what it starts from."""
     if lineage:
         names = [str(parent.get("stage")) for parent in lineage.get("parents") or []]
         # A policy that starts from the base itself has nothing but rewards among its parents.
-        first_is_start = not (kind == "ppo" and planned.get("from") == "base")
+        scored = kind is not None and kind.needs_reward
+        first_is_start = not (scored and planned.get("from") == "base")
         if not names or not first_is_start:
             names = ["base", *names]
     else:

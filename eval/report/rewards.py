@@ -16,7 +16,9 @@ _STRIP = 44  # height of the strip with the bins' counts
 
 def reward_rows(run: Run) -> list[dict[str, Any]]:
     """One row a reward model with its figures; from metrics.json of the reward stages where nothing better is there."""
-    rows = list(run.rewards) or [_from_metrics(s.name, s.metrics) for s in run.stages if s.kind == "reward"]
+    rows = list(run.rewards) or [
+        _from_metrics(s.name, s.metrics) for s in run.stages if s.record is not None and s.record.produces == "reward"
+    ]
     shown = []
     for place, row in enumerate(each for each in rows if each and number(each.get("accuracy")) is not None):
         bins = [b for b in row.get("calibration") or [] if isinstance(b, Mapping) and _usable(b)]

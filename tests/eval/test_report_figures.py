@@ -7,6 +7,7 @@ import pytest
 
 from preftune.eval.report import axes, curves, frontier, lengths, lineage, rewards, svg, text, winrates
 from preftune.eval.report.read import Run, StageRecord, read_run
+from preftune.stages.kinds import REWARD
 
 from .fake_run import build_run
 
@@ -211,7 +212,9 @@ def test_calibration_puts_every_bin_against_the_diagonal(run):
 
 def test_without_rewards_json_a_reward_stage_shows_its_own_held_out_pairs():
     metrics = {"held_out_accuracy": 0.9, "held_out_pairs": 47, "held_out_longer_wins": 0.4}
-    (row,) = rewards.reward_rows(Run("x", (StageRecord("rm", "reward", "done", None, (), metrics=metrics),)))
+    (row,) = rewards.reward_rows(
+        Run("x", (StageRecord("rm", "reward", "done", None, (), metrics=metrics, record=REWARD),))
+    )
     assert (row["stage"], row["accuracy"], row["n"], row["figure"]) == ("rm", 0.9, 47, None)
 
 

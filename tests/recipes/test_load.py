@@ -7,11 +7,12 @@ import pytest
 import yaml
 
 from preftune.errors import UserError
-from preftune.recipes.build import data_spec, eval_spec, method_values, stage_job
+from preftune.recipes.build import data_spec, eval_spec, stage_job
 from preftune.recipes.graph import needed_for, order, parents
 from preftune.recipes.load import load_recipe, shipped_recipes
-from preftune.recipes.schema import STAGE_MODELS, Recipe, method_keys
+from preftune.recipes.schema import Recipe, stage_model
 from preftune.recipes.text import parse, parse_value
+from preftune.stages.kinds import PPO
 
 RECIPE = """\
 name: t
@@ -178,30 +179,24 @@ def test_every_shipped_recipe_is_right(file: Path, tmp_path: Path):
     """Every word of it, the fields in `train` included, is one that its config knows."""
     from preftune.eval.judges.registry import plan_judges
     from preftune.models.base import Base
-    from preftune.recipes.train_keys import check_train_keys
+    from preftune.stages.options import check_words
 
     recipe = load_recipe(file.stem)
     assert recipe.name == file.stem
     base = Base("random:llama", tmp_path, None, "")
     for name in order(recipe):
-        check_train_keys(stage_job(recipe, name, base, tmp_path, tmp_path / name))
+        check_words(stage_job(recipe, name, base, tmp_path, tmp_path / name))
     assert recipe.eval is not None
     eval_spec(recipe, base, tmp_path)
     plan_judges(recipe.eval.judges, tmp_path)
 
 
-def test_method_parameters_are_those_that_the_stages_take():
-    from preftune.stages.options import METHOD_KEYS
-    from preftune.stages.ppo_config import KL_KEYS, PPO_METHOD
-
-    for kind in ("sft", "reward", "dpo", "kto"):
-        assert set(method_keys(kind)) == set(METHOD_KEYS[kind])
-    # `samples_file` and `policies_dir` are places and no parameters; the kl group stands for the kl_ fields
-    assert {*method_keys("ppo"), *KL_KEYS.values(), "kl", "samples_file", "policies_dir"} == set(PPO_METHOD)
-    ppo = STAGE_MODELS["ppo"].model_validate(
+def test_a_group_stands_for_the_parameters_that_it_holds():
+    stage = stage_model(PPO).model_validate(
         {"kind": "ppo", "data": "d", "reward": "r", "kl": {"coef": 1, "in": "loss", "target": 2, "horizon": 3}}
     )
-    assert method_values(ppo) == {"kl_coef": 1, "kl_in": "loss", "kl_target": 2, "kl_horizon": 3}
+    assert stage.method() == {"kl_coef": 1, "kl_in": "loss", "kl_target": 2, "kl_horizon": 3}
+    assert [each.stage for each in stage.rewards] == ["r"]
 
 
 def test_a_job_holds_what_the_recipe_says(tmp_path: Path):

@@ -10,7 +10,8 @@ import pytest
 from preftune.data.spec import DataSpec, SourceSpec
 from preftune.models.adapters import LoraSpec
 from preftune.models.base import Base, load_tokenizer, resolve_base
-from preftune.stages.job import StageJob, run_stage
+from preftune.stages.job import StageJob
+from preftune.stages.run import run_stage
 
 WORDS = ("red", "green", "blue", "black", "white", "brown")
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from collecting import collect
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import TrainerCallback
@@ -25,11 +26,13 @@ from transformers import TrainerCallback
 from preftune.models.adapters import AdapterSet, LoraSpec
 from preftune.models.base import load_model, load_tokenizer, resolve_base
 from preftune.models.generate import Generation
-from preftune.stages import ppo_collect, ppo_run
 from preftune.stages.callbacks import LogFile
-from preftune.stages.ppo import PPOConfig, PPOTrainer
-from preftune.stages.ppo_checkpoint import last_complete
-from preftune.stages.ppo_update import Updater
+from preftune.stages.ppo import rollout as rollout_file
+from preftune.stages.ppo import trainer as trainer_file
+from preftune.stages.ppo.config import PPOConfig
+from preftune.stages.ppo.files import last_complete
+from preftune.stages.ppo.trainer import PPOTrainer
+from preftune.stages.ppo.update import Updater
 
 # responses of unlike lengths, so that a mean of means would show
 LENGTHS = (1, 9, 2, 9, 3, 1, 5, 9)
@@ -74,18 +77,18 @@ def given_responses(trainer: PPOTrainer) -> Iterator[None]:
     draw = torch.Generator().manual_seed(5)
     answers = {
         tuple(ids): torch.randint(20, 200, (length,), generator=draw).tolist()
-        for ids, length in zip(trainer.collector.prompts.ids, LENGTHS, strict=True)
+        for ids, length in zip(trainer.prompts.ids, LENGTHS, strict=True)
     }
 
     def sample(_adapters: Any, _role: str, prompts: Sequence[Sequence[int]], **_: Any) -> Generation:
         tokens = [answers[tuple(ids)] for ids in prompts]
         return Generation(tokens, [[0.0] * len(row) for row in tokens], [False] * len(tokens))
 
-    true, ppo_collect.sample = ppo_collect.sample, sample
+    true, rollout_file.sample = rollout_file.sample, sample
     try:
         yield
     finally:
-        ppo_collect.sample = true
+        rollout_file.sample = true
 
 
 def flat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -98,12 +101,12 @@ def one_step(out: Path) -> dict[str, torch.Tensor]:
         out, optim="sgd", learning_rate=0.1, max_grad_norm=0.01, num_mini_batches=1, whiten_rewards=True,
         max_new_tokens=9,
     )  # fmt: skip
-    push(trainer.updater.value, 0.05, seed=2)
+    push(trainer.method.value, 0.05, seed=2)
     with given_responses(trainer):
-        rollout = trainer.collector.collect(0, 0.05).rollout
+        rollout = collect(trainer, 0, 0.05).rollout
     mask = rollout.episodes.mask_BR
     # away from the old policy, so that ratios differ and some are clipped
-    push(trainer.updater.policy, 0.02, seed=3)
+    push(trainer.method.policy, 0.02, seed=3)
     report = trainer.updater.gradients(rollout, torch.arange(len(rollout.episodes)), 0.05)
     gradient = flat([p.grad for p in trainer.trainables.values() if p.grad is not None])
     before = flat(list(trainer.trainables.values()))
@@ -114,7 +117,7 @@ def one_step(out: Path) -> dict[str, torch.Tensor]:
         "lengths": rollout.episodes.length_B,
         "sums": report.sums,
         "tokens": torch.tensor(report.tokens),
-        "norms": torch.tensor([report.policy_norm, report.value_norm]),
+        "norms": torch.tensor([report.norms["policy"], report.norms["value"]]),
         "gradient": gradient,
         "before": before,
         "after": flat(list(trainer.trainables.values())),
@@ -125,11 +128,11 @@ def brakes(out: Path) -> dict[str, Any]:
     """After one step of a huge learning rate: what this process' own numbers say, and what is decided."""
     trainer = make(out, learning_rate=0.02, num_mini_batches=1, max_ratio=None, max_new_tokens=9)
     with given_responses(trainer):
-        rollout = trainer.collector.collect(0, 0.05).rollout
+        rollout = collect(trainer, 0, 0.05).rollout
     rows = torch.arange(len(rollout.episodes))
     trainer.updater.gradients(rollout, rows, 0.05)
     trainer.create_optimizer().step()
-    alone = Updater(trainer.args, trainer.trunk, trainer.updater.policy, trainer.updater.value, lambda x, _: x)
+    alone = Updater(trainer.args, trainer.method, lambda x, _: x)
     own, everyone = alone.gradients(rollout, rows, 0.05), trainer.updater.gradients(rollout, rows, 0.05)
     found: dict[str, Any] = {}
     for name, setting, factor in (("approx_kl", "target_approx_kl", 1.5), ("ratio", "max_ratio", 1.0)):
@@ -153,15 +156,15 @@ def trained(trainer: PPOTrainer, resume: str | None = None) -> dict[str, Any]:
     """Train; texts by iteration, logs and digests."""
     texts: dict[int, list[list[int]]] = {}
     scores: dict[int, list[float]] = {}
-    true = trainer.collector.collect
+    true = trainer._log_rollout
 
-    def collect(iteration: int, kl_coef: float) -> Any:
-        made = true(iteration, kl_coef)
-        texts[iteration] = made.rollout.episodes.responses()
-        scores[iteration] = made.rollout.scores_B.tolist()
-        return made
+    def listen(*args: Any) -> None:
+        assert trainer.rollout is not None
+        texts[trainer.loop.iteration] = trainer.rollout.episodes.responses()
+        scores[trainer.loop.iteration] = trainer.rollout.scores_B.tolist()
+        true(*args)
 
-    trainer.collector.collect = collect
+    trainer._log_rollout = listen
     names = trainer.adapters.names
     start = {name: trainer.adapters.digest(name) for name in (*names, None)}
     trainer.train(resume)
@@ -186,7 +189,7 @@ def real_runs(out: Path, process: int) -> dict[str, Any]:
     resumed = make(out / f"resumed{process}", SAME_PROMPT, **options)
     found["resumed"] = trained(resumed, str(out / "whole" / "checkpoint-3"))
     torch.manual_seed(100 + process)
-    again = make(out / "again", SAME_PROMPT, **options).collector.collect(0, 0.05).rollout
+    again = collect(make(out / "again", SAME_PROMPT, **options), 0, 0.05).rollout
     found["again"] = again.episodes.responses()
     return found
 
@@ -224,14 +227,14 @@ class Killer(TrainerCallback):
 
 def kill_while_saving(step: int) -> None:
     """SIGKILL when everything of checkpoint `step` is written but its last file."""
-    true = ppo_run.save_state
+    true = trainer_file.save_state
 
     def save_state(folder: Path, *args: Any) -> None:
         if folder.name == f"checkpoint-{step}":
             os.kill(os.getpid(), signal.SIGKILL)
         true(folder, *args)
 
-    ppo_run.save_state = save_state
+    trainer_file.save_state = save_state
 
 
 def train(out: Path, kill: str = "") -> None:
@@ -255,7 +258,7 @@ def train(out: Path, kill: str = "") -> None:
         "optimizer": trainer.optimizer.state_dict(),
         "scheduler": trainer.lr_scheduler.state_dict(),
         "kl_coef": trainer.loop.kl_coef,
-        "running": trainer.collector.running.state(),
+        "running": trainer.scoring.running.state(),
         "logs": trainer.state.log_history,
     }
     torch.save(state, out / "end.pt")

@@ -7,7 +7,7 @@ import torch
 
 from preftune.models.lineage import read_lineage
 from preftune.stages.dpo import build_dpo
-from preftune.stages.job import run_stage
+from preftune.stages.run import run_stage
 
 BETA = 0.2
 START = {  # hand-computed at a zero margin

@@ -8,8 +8,9 @@ import torch
 
 from preftune.errors import UserError
 from preftune.models.lineage import read_lineage
-from preftune.stages.job import StageJob, run_stage
+from preftune.stages.job import StageJob
 from preftune.stages.options import device_defaults
+from preftune.stages.run import run_stage
 from preftune.stages.sft import build_sft
 from preftune.stages.trainers import latest_checkpoint
 
@@ -47,8 +48,8 @@ def test_runs_repeat_bit_for_bit(make_job, sft_folder, kind):
 @pytest.mark.parametrize(
     ("method", "train", "message"),
     [
-        ({}, {"learning_rte": 1.0}, "stages.dpo.train.learning_rte: .* did you mean learning_rate"),
-        ({"bta": 0.1}, {}, "stages.dpo.bta: .* did you mean beta"),
+        ({}, {"learning_rte": 1.0}, "stages.dpo.train.learning_rte: .* did you mean 'learning_rate'"),
+        ({"bta": 0.1}, {}, "stages.dpo.bta: .* did you mean 'beta'"),
         ({"beta": 0.1}, {"beta": 0.2}, "beta is said twice, as 0.1 beside train and as 0.2 in it"),
         ({"loss_type": "exo_pair"}, {}, "Label smoothing must be greater than 0.0"),
         ({}, {"max_length": 3}, "set max_length of the data entry"),

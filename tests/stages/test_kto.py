@@ -5,8 +5,8 @@ import torch
 from datasets import Dataset
 
 from preftune.errors import UserError
-from preftune.stages.job import run_stage
 from preftune.stages.kto import build_kto, with_kl_completions
+from preftune.stages.run import run_stage
 
 
 @pytest.mark.checklist("D1")

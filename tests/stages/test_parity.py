@@ -17,10 +17,10 @@ from preftune.data.encode import encode_pairs
 from preftune.models.base import Base, load_model, load_tokenizer, resolve_base
 from preftune.models.reward_model import create_reward_model
 from preftune.stages.dpo import build_dpo
-from preftune.stages.job import load_data
 from preftune.stages.kto import build_kto
 from preftune.stages.options import stage_config
 from preftune.stages.reward import RewardStageTrainer, with_prompts
+from preftune.stages.run import load_data
 
 from .conftest import sft_on
 from .tiny_ppo import TOKENIZER, tiny_model
@@ -144,7 +144,7 @@ def test_bradley_terry(
     ours = RewardStageTrainer(
         model=create_reward_model(start.base, tokenizer, job.lora),  # pyright: ignore[reportArgumentType]
         args=stage_config(RewardConfig, job, held_out=False),
-        train_dataset=with_prompts(load_data(job, "pair", encode_pairs, tokenizer).train),
+        train_dataset=with_prompts(load_data(job, encode_pairs, tokenizer).train),
         processing_class=load_tokenizer(start.base),
     )
     classifier: Any = AutoModelForSequenceClassification.from_pretrained(start.base.path, num_labels=1)

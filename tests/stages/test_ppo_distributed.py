@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 from preftune.errors import UserError
 from preftune.models.base import Base
 from preftune.models.lineage import adapter_sha256
-from preftune.stages.ppo_checkpoint import load_state
-from preftune.stages.ppo_keep import POLICIES, kept_policies
+from preftune.stages.ppo.files import POLICIES, kept_policies, load_state
 
 pytestmark = pytest.mark.slow
 

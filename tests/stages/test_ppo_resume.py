@@ -13,8 +13,7 @@ import torch
 
 from preftune.models.base import Base
 from preftune.stages.callbacks import keep_rows
-from preftune.stages.ppo_checkpoint import STATE, last_complete, remove_older, reopen
-from preftune.stages.ppo_samples import SampleLog
+from preftune.stages.ppo.files import STATE, SampleLog, last_complete, remove_older, reopen
 
 WORKER = Path(__file__).with_name("ppo_worker.py")
 

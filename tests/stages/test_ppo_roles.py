@@ -11,11 +11,11 @@ from preftune.models.adapters import AdapterSet
 from preftune.models.base import load_model
 from preftune.models.generate import Generation
 from preftune.models.lineage import read_lineage
-from preftune.stages.job import load_data, run_stage
-from preftune.stages.ppo import PPOTrainer
+from preftune.stages.ppo.rewards import Responses
+from preftune.stages.ppo.rollout import make_episodes
+from preftune.stages.ppo.trainer import PPOTrainer
 from preftune.stages.reward import score, with_prompts
-from preftune.stages.rollout import make_episodes
-from preftune.stages.scorers import Responses
+from preftune.stages.run import load_data, run_stage
 
 from .tiny_ppo import rollout_of, settings, trainer, with_reward
 
@@ -71,13 +71,13 @@ def test_p22_reference_responses_score_zero_on_average_and_plain_peft_gives_the_
     adapters = AdapterSet.create(load_model(job.base), job.base, job.lora, sft_folder)
     args = settings(tmp_path / "ppo")
     made = PPOTrainer(adapters, args, tokenizer, [{"prompt": "a"}], reward_adapter=job.output_dir)
-    held = load_data(job, "pair", encode_pairs, tokenizer).held
+    held = load_data(job, encode_pairs, tokenizer).held
     assert held is not None
     chosen = held["chosen_ids"][:]
     generation = Generation(chosen, [[0.0] * len(row) for row in chosen], [True] * len(chosen))
     episodes = make_episodes(held["prompt_ids"][:], generation, tokenizer.pad_token_id, torch.device("cpu"))
     empty = [""] * len(chosen)
-    scores_B = made.collector._scores(Responses(episodes, empty, empty, {}))
+    scores_B = made.scoring(Responses(episodes, empty, empty, {}))
     assert scores_B.mean().abs() < 1e-5 and scores_B.std() > 1e-3
 
     alone = AutoPeftModelForSequenceClassification.from_pretrained(job.output_dir, num_labels=1, dtype=torch.float32)

@@ -9,16 +9,24 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from preftune.models.generate import Generation, sample
 from preftune.models.masked import masked_sum
-from preftune.stages import ppo_collect
-from preftune.stages.ppo import PPOConfig
-from preftune.stages.ppo_forward import Trunk
-from preftune.stages.ppo_prompts import stream_rows
-from preftune.stages.rollout import Episodes, make_episodes
+from preftune.stages.ppo import rollout as rollout_file
+from preftune.stages.ppo.config import PPOConfig
+from preftune.stages.ppo.network import Trunk
+from preftune.stages.ppo.rollout import Episodes, Rollout, make_episodes, rollout_metrics, stream_rows
+from preftune.stages.ppo.trainer import PPOTrainer
 
+from .collecting import collect
 from .tiny_ppo import SPECIAL, TOKENIZER, UNEVEN, eager_tokenizer, move_policy, rollout_of, tiny, trainer, with_reward
 
 CPU = torch.device("cpu")
 END = TOKENIZER.eos_token_id
+
+
+def tensors(made: PPOTrainer, episodes: Episodes) -> list[torch.Tensor]:
+    """Log-probs of policy and reference, values, entropies."""
+    found = made.method.forwards(episodes)
+    assert found.values_BR is not None
+    return [found.logps_BR, found.ref_logps_BR, found.values_BR, found.entropy_BR]
 
 
 def absolute(seed: int = 0) -> GPT2LMHeadModel:
@@ -33,7 +41,7 @@ def absolute(seed: int = 0) -> GPT2LMHeadModel:
 @pytest.mark.checklist("P1")
 def test_p01_temperature_reaches_sampler_policy_and_reference_alike(tmp_path: Path) -> None:
     made = trainer(tmp_path, temperature=0.7)
-    collected = made.collector.collect(0, 0.05)
+    collected = collect(made, 0, 0.05)
     assert collected.metrics["rollout/logprob_mismatch"] < 1e-5
     assert torch.equal(collected.rollout.logps_BR, collected.rollout.ref_logps_BR)
     report = made.updater.gradients(collected.rollout, torch.arange(8), 0.05)
@@ -54,7 +62,7 @@ def test_p01_rollouts_sample_from_the_whole_distribution(tmp_path: Path, monkeyp
         asked.update(kwargs)
         return sample(*args, **kwargs)
 
-    monkeypatch.setattr(ppo_collect, "sample", listen)
+    monkeypatch.setattr(rollout_file, "sample", listen)
     rollout_of(trainer(tmp_path, temperature=0.7))
     assert (asked["temperature"], asked["top_k"], asked["top_p"]) == (0.7, 0, 1.0)
     rollout_of(trainer(tmp_path, top_k=5, top_p=0.9))
@@ -69,9 +77,9 @@ def test_p02_old_log_probs_are_the_training_forwards_and_the_mismatch_is_logged(
         made = sample(*args, **kwargs)
         return Generation(made.tokens, [[x + 0.25 for x in row] for row in made.logprobs], made.finished)
 
-    plain = trainer(tmp_path).collector.collect(0, 0.05)
-    monkeypatch.setattr(ppo_collect, "sample", off_by_a_quarter)
-    shifted = trainer(tmp_path).collector.collect(0, 0.05)
+    plain = collect(trainer(tmp_path), 0, 0.05)
+    monkeypatch.setattr(rollout_file, "sample", off_by_a_quarter)
+    shifted = collect(trainer(tmp_path), 0, 0.05)
     assert torch.equal(plain.rollout.logps_BR, shifted.rollout.logps_BR)
     assert shifted.metrics["rollout/logprob_mismatch"] == pytest.approx(0.25, abs=1e-4)
 
@@ -81,14 +89,14 @@ def test_p02_old_log_probs_are_the_training_forwards_and_the_mismatch_is_logged(
 def test_p02_cached_decode_equals_the_full_forward_merged_or_not(tmp_path: Path, merge: bool) -> None:
     """fp32, at rounding level: one engine, whether LoRA runs beside the base or inside its weights."""
     made = trainer(tmp_path, tiny(strength=0.3), temperature=0.7)
-    prompts = made.collector.prompts.ids
+    prompts = made.prompts.ids
     generation = sample(
         made.adapters, "default", prompts, max_new_tokens=24, temperature=0.7, eos_token_id=END, pad_token_id=0, seed=5,
         merge=merge,
     )  # fmt: skip
     episodes = make_episodes(prompts, generation, 0, CPU)
     assert episodes.length_B.max() == 24
-    logps_BR = made.collector._forwards(episodes)[0]
+    logps_BR = made.method.forwards(episodes).logps_BR
     torch.testing.assert_close(logps_BR, episodes.sampler_logps_BR, rtol=1e-5, atol=1e-5)
     # and it is the adapter's doing
     with torch.no_grad(), made.adapters.using(None):
@@ -100,10 +108,10 @@ def test_p02_cached_decode_equals_the_full_forward_merged_or_not(tmp_path: Path,
 def test_p05_padding_changes_no_number(tmp_path: Path) -> None:
     made = trainer(tmp_path, tiny(model=absolute()))
     episodes = rollout_of(made).episodes
-    together = made.collector._forwards(episodes)
+    together = tensors(made, episodes)
     for i in range(len(episodes)):
         one = episodes.rows(torch.tensor([i]))
-        for whole, alone in zip(together, made.collector._forwards(one), strict=True):
+        for whole, alone in zip(together, tensors(made, one), strict=True):
             torch.testing.assert_close(whole[i : i + 1, : alone.shape[1]], alone, rtol=0, atol=2e-6)
 
 
@@ -111,7 +119,7 @@ def test_p05_padding_changes_no_number(tmp_path: Path) -> None:
 def test_p05_left_padding_in_the_sampler_changes_no_number(tmp_path: Path) -> None:
     """Prompts of unlike lengths are padded on the left there; the training forward never pads on the left."""
     made = trainer(tmp_path, tiny(model=absolute()), max_new_tokens=12)
-    collected = made.collector.collect(0, 0.05)
+    collected = collect(made, 0, 0.05)
     assert len(set(collected.rollout.episodes.start_B.tolist())) > 1
     assert collected.metrics["rollout/logprob_mismatch"] < 5e-6
 
@@ -149,9 +157,9 @@ def test_p07_tokens_after_the_end_change_no_number(tmp_path: Path) -> None:
     episodes = make_episodes([[40, 41], [50, 51, 52]], generation, 0, CPU)
 
     def numbers(episodes: Episodes) -> list[torch.Tensor]:
-        found = list(made.collector._forwards(episodes))
+        found = tensors(made, episodes)
         ones_BR = torch.ones_like(found[0])
-        rollout = ppo_collect.Rollout(episodes, *found[:3], ones_BR, ones_BR, torch.zeros(2))
+        rollout = Rollout(episodes, found[0], found[1], ones_BR, torch.zeros(2), found[2], ones_BR)
         made.updater.gradients(rollout, torch.arange(2), 0.05)
         grads = [p.grad.clone() for p in made.trainables.values() if p.grad is not None]
         return [*found, made.trunk.scores("reward", episodes), *grads]
@@ -168,7 +176,7 @@ def test_p07_tokens_after_the_end_change_no_number(tmp_path: Path) -> None:
 def test_p10_non_score_reward_is_minus_coef_times_the_logged_kl(tmp_path: Path) -> None:
     made = trainer(tmp_path)
     move_policy(made)
-    metrics = made.collector.collect(0, 0.25).metrics
+    metrics = collect(made, 0, 0.25).metrics
     assert abs(metrics["objective/kl"]) > 0.01
     assert metrics["objective/non_score_reward"] == pytest.approx(-0.25 * metrics["objective/kl"], abs=1e-6)
     total = metrics["objective/scores"] - 0.25 * metrics["objective/kl"]
@@ -186,10 +194,10 @@ def test_p16_a_rollouts_advantages_are_whitened_over_its_valid_tokens(tmp_path: 
     torch.testing.assert_close(valid.mean(), torch.tensor(0.0), rtol=0, atol=1e-6)
     torch.testing.assert_close(valid.std(correction=0), torch.tensor(1.0), rtol=0, atol=1e-5)
     # two processes with the same rollout: the global moments are twice the sums over twice the tokens
-    made.collector.reduce = lambda tensor, how: 2 * tensor if how == "sum" else tensor
+    made.method.reduce = lambda tensor, how: 2 * tensor if how == "sum" else tensor
     torch.testing.assert_close(rollout_of(made).advantages_BR, rollout.advantages_BR)
     # another process with tokens of its own moves the mean: it is no longer this process' own
-    made.collector.reduce = lambda tensor, how: tensor + 100 if how == "sum" else tensor
+    made.method.reduce = lambda tensor, how: tensor + 100 if how == "sum" else tensor
     assert rollout_of(made).advantages_BR[mask_BR].mean().abs() > 0.1
 
 
@@ -232,7 +240,7 @@ def test_p25_a_padded_rollout_logs_what_its_rows_alone_log(tmp_path: Path) -> No
     move_policy(made)
     rollout = rollout_of(made)
     rollout.episodes.length_B.copy_(UNEVEN)
-    *_, entropy_BR = made.collector._forwards(rollout.episodes)
+    entropy_BR = made.method.forwards(rollout.episodes).entropy_BR
     # what stands outside the mask must not count, whatever it is
     noise_BR = torch.where(rollout.episodes.mask_BR, 0.0, 1e3)
     for tensor_BR in (rollout.logps_BR, rollout.values_BR, rollout.returns_BR, entropy_BR):
@@ -241,7 +249,8 @@ def test_p25_a_padded_rollout_logs_what_its_rows_alone_log(tmp_path: Path) -> No
     def logged(rows: torch.Tensor) -> dict[str, float]:
         part = rollout.rows(rows)
         r = part.episodes.sampler_logps_BR.shape[1]
-        return made.collector._metrics(part, part.logps_BR - part.ref_logps_BR, entropy_BR[rows, :r])
+        non_score_BR = part.logps_BR - part.ref_logps_BR
+        return rollout_metrics(part, non_score_BR, entropy_BR[rows, :r], made.reduce, 8)
 
     whole, singles = logged(torch.arange(8)), [logged(torch.tensor([i])) for i in range(8)]
     # means over the rollout_batch_size of 8 add up over its rows

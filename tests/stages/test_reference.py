@@ -14,9 +14,9 @@ from preftune.data.encode import encode_pairs
 from preftune.models.adapters import AdapterSet, LoraSpec
 from preftune.models.base import load_model, load_tokenizer
 from preftune.stages.dpo import DPOStageTrainer, build_dpo
-from preftune.stages.job import load_data
 from preftune.stages.kto import build_kto
 from preftune.stages.options import stage_config
+from preftune.stages.run import load_data
 
 
 @pytest.mark.parametrize("build", [build_dpo, build_kto])
@@ -43,7 +43,7 @@ class Runs:
             return true(trainer, *args)
 
         monkeypatch.setattr(DPOStageTrainer, "compute_ref_log_probs", listen)
-        load_data(job, "pair", encode_pairs, load_tokenizer(job.base)).train.save_to_disk(folder)
+        load_data(job, encode_pairs, load_tokenizer(job.base)).train.save_to_disk(folder)
 
     def run(
         self, *, alpha: int = 8, push: float = 0.1, rows: int = 12, template: str | None = None, **given: Any

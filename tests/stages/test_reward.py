@@ -10,10 +10,10 @@ from trl import RewardConfig
 from preftune.data.encode import encode_pairs
 from preftune.models.lineage import read_lineage
 from preftune.models.reward_model import create_reward_model, load_reward_model
-from preftune.stages.job import load_data, run_stage
 from preftune.stages.metrics import length_baselines, mean_std, pair_accuracy
 from preftune.stages.options import stage_config
 from preftune.stages.reward import RewardStageTrainer, score, with_prompts
+from preftune.stages.run import load_data, run_stage
 
 ROWS = [[5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16, 17, 18]]
 
@@ -81,7 +81,7 @@ def test_r04_margin_and_centring_by_hand(make_job, tokenizer, pair_rows, margins
     trainer = RewardStageTrainer(
         model=create_reward_model(job.base, tokenizer, job.lora),
         args=stage_config(RewardConfig, job, held_out=False),
-        train_dataset=with_prompts(load_data(job, "pair", encode_pairs, tokenizer).train),
+        train_dataset=with_prompts(load_data(job, encode_pairs, tokenizer).train),
         processing_class=tokenizer,
     )
     batch = next(iter(trainer.get_train_dataloader()))
@@ -110,7 +110,7 @@ def test_r06_length_alone_is_a_baseline():
 @pytest.mark.checklist("P22")
 def test_p22_the_stored_mean_is_that_of_reference_responses(reward_folder, tokenizer):
     job, _ = reward_folder
-    held = with_prompts(load_data(job, "pair", encode_pairs, tokenizer).held)
+    held = with_prompts(load_data(job, encode_pairs, tokenizer).held)
     model = load_reward_model(job.output_dir, job.base, tokenizer)
     raw = score(model, held["chosen_ids"][:], tokenizer.pad_token_id)
     stored = read_lineage(job.output_dir).reward

@@ -6,9 +6,16 @@ import torch
 from preftune.errors import UserError
 from preftune.models.generate import Generation
 from preftune.models.masked import masked_moments
-from preftune.stages.rewards import RewardSource, RunningScale, apply_eos_rule, combine
-from preftune.stages.rollout import make_episodes
-from preftune.stages.scorers import FunctionScorer, Responses, import_function
+from preftune.stages.ppo.rewards import (
+    FunctionScorer,
+    Responses,
+    RewardSource,
+    RunningScale,
+    apply_eos_rule,
+    combine,
+    import_function,
+)
+from preftune.stages.ppo.rollout import make_episodes
 
 
 def test_weighted_sum_and_ensemble_by_hand() -> None:

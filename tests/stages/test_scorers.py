@@ -18,10 +18,10 @@ from transformers import (
 
 from preftune.errors import UserError
 from preftune.models.tiny import byte_tokenizer
-from preftune.stages.ppo_models import reward_sources
-from preftune.stages.rewards import RewardSource
-from preftune.stages.scorers import ModelScorer, Responses
+from preftune.stages.ppo.opening import reward_sources
+from preftune.stages.ppo.rewards import ModelScorer, Responses, RewardSource
 
+from .collecting import collect
 from .tiny_ppo import eager_tokenizer, letters, reward_folder, rollout_of, trainer, with_reward
 
 CPU = torch.device("cpu")
@@ -116,7 +116,7 @@ def test_a_classifier_of_several_classes_is_no_reward(tmp_path: Path) -> None:
 def test_another_model_rewards_ppo(tmp_path: Path) -> None:
     folder = outsider(tmp_path / "judge", "decoder")
     made = trainer(tmp_path, reward=str(folder), total_episodes=8)
-    collected = made.collector.collect(0, 0.05)
+    collected = collect(made, 0, 0.05)
     for sample, score in zip(collected.samples, collected.rollout.scores_B.tolist(), strict=False):
         assert score == pytest.approx(plain_score(folder, sample["prompt"] + sample["completion"]), abs=1e-5)
     assert made.train().global_step == 4

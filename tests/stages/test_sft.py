@@ -7,7 +7,7 @@ import torch
 from peft import AutoPeftModelForCausalLM
 
 from preftune.models.adapters import AdapterSet
-from preftune.stages.job import run_stage
+from preftune.stages.run import run_stage
 from preftune.stages.sft import build_sft
 
 

@@ -10,9 +10,12 @@ from preftune.models.adapters import AdapterSet, LoraSpec
 from preftune.models.base import Base
 from preftune.models.lineage import Lineage, tokenizer_info, write_lineage
 from preftune.models.tiny import byte_tokenizer
-from preftune.stages.ppo import PPOConfig, PPOTrainer
-from preftune.stages.rewards import RewardSource
-from preftune.stages.rollout import Rollout
+from preftune.stages.ppo.config import PPOConfig
+from preftune.stages.ppo.rewards import RewardSource
+from preftune.stages.ppo.rollout import Rollout
+from preftune.stages.ppo.trainer import PPOTrainer
+
+from .collecting import collect
 
 TOKENIZER: Any = byte_tokenizer()
 PROMPTS = [{"prompt": text} for text in ("a", "hello there", "what?", "one two three")]
@@ -80,7 +83,7 @@ def trainer(folder: Path, model: Any = None, **options: Any) -> PPOTrainer:
 
 def rollout_of(made: PPOTrainer, iteration: int = 0) -> Rollout:
     """What the trainer collects in that iteration."""
-    return made.collector.collect(iteration, made.args.kl_coef).rollout
+    return collect(made, iteration).rollout
 
 
 def eager_tokenizer(folder: Path) -> Any:
@@ -94,7 +97,7 @@ def eager_tokenizer(folder: Path) -> Any:
 def move_policy(made: PPOTrainer, strength: float = 0.3) -> None:
     """Change the policy alone: away from its reference, and from rollouts taken before."""
     with torch.no_grad():
-        made.updater.policy[1].add_(strength)
+        made.method.policy[1].add_(strength)
 
 
 def reward_folder(folder: Path, mean: float = 0.4, std: float = 2.0, seed: int = 3) -> Path:

@@ -1,0 +1,35 @@
+"""Steps 1 to 5 of an iteration alone: a rollout, without the minibatch epochs that follow."""
+
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+from preftune.stages.ppo.files import LoopState
+from preftune.stages.ppo.rollout import Rollout
+from preftune.stages.ppo.trainer import PPOTrainer
+
+
+@dataclass(frozen=True)
+class Collected:
+    """A rollout, what is logged about it, and the generations that would be written."""
+
+    rollout: Rollout
+    metrics: dict[str, float]
+    samples: list[dict[str, Any]]
+
+
+def collect(trainer: PPOTrainer, iteration: int = 0, kl_coef: float | None = None) -> Collected:
+    """What the trainer collects in that iteration. Nothing is compared with the reference: tests move the policy."""
+    samples: list[dict[str, Any]] = []
+    coef = trainer.args.kl_coef if kl_coef is None else kl_coef
+    trainer.loop = LoopState(iteration=iteration, kl_coef=coef, world_size=trainer.args.world_size)
+    own_reference, trainer.own_reference = trainer.own_reference, False
+    with (
+        patch.object(trainer, "_minibatch_epochs"),
+        patch.object(trainer.samples, "write", lambda _, rows: samples.extend(rows)),
+    ):
+        trainer._iteration()
+    trainer.own_reference = own_reference
+    rollout, trainer.rollout = trainer.rollout, None
+    assert rollout is not None
+    return Collected(rollout, trainer.loop.metrics, samples)

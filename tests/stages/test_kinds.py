@@ -1,0 +1,79 @@
+"""The records of the kinds: they agree with the configs that they name, and import nothing heavy."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from preftune.errors import UserError
+from preftune.stages.kinds import DPO, KINDS, PPO, StageKind, stage_kind
+from preftune.stages.ppo.config import PPOConfig
+
+
+def test_records_are_read_without_torch_or_trl() -> None:
+    code = "import sys, preftune.stages.kinds; print([x for x in ('torch', 'trl', 'transformers') if x in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=lambda kind: kind.name)
+def test_parameters_are_fields_of_the_config_with_its_defaults(kind: StageKind) -> None:
+    fields = {each.name: each for each in dataclasses.fields(kind.config_class())}
+    for parameter in kind.parameters:
+        assert parameter.help.endswith(".") and "\n" not in parameter.help, parameter.name
+        if not parameter.of_config:
+            assert parameter.name not in fields
+            continue
+        field = fields[parameter.name]
+        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
+        if (kind.name, parameter.name) == ("reward", "center_rewards_coefficient"):
+            default = 0.01  # ours, as TRL's documentation recommends; TRL's own is None
+        assert parameter.default == default, parameter.name
+    assert callable(kind.runner())
+
+
+def test_every_setting_of_ppo_is_a_parameter_but_for_its_places() -> None:
+    inherited = {each.name for each in dataclasses.fields(PPOConfig.__mro__[2])}
+    own = {each.name for each in dataclasses.fields(PPOConfig)} - inherited
+    assert own == {each.name for each in PPO.parameters} | {"samples_file", "policies_dir"}
+
+
+def test_grouped_parameters_exist_and_stand_in_one_group_only() -> None:
+    for kind in KINDS.values():
+        grouped = [name for keys in kind.groups.values() for name in keys.values()]
+        assert len(grouped) == len(set(grouped))
+        assert {each.name for each in kind.alone()} == {each.name for each in kind.parameters} - set(grouped)
+
+
+@pytest.mark.parametrize(
+    ("word", "parts"),
+    [
+        ("dop", ["'dop' is no kind of stage", "did you mean 'dpo'?"]),
+        ("ipo", ["write kind: dpo and loss_type: ipo"]),
+        ("there_is_no_such_module:KIND", ["there_is_no_such_module cannot be imported"]),
+        ("/no/such/file.py:KIND", ["/no/such/file.py cannot be imported"]),
+        ("preftune.stages.kinds:PATH", ["'PATH' in preftune.stages.kinds is nothing, expected a StageKind"]),
+        ("preftune.stages.kinds:KINDS", ["is a dict, expected a StageKind"]),
+        ("preftune.stages.kinds:DPO", ["'dpo', as a kind of preftune's own"]),
+    ],
+)
+def test_what_is_no_kind_is_said(word: str, parts: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        stage_kind(word, "stages.x.kind")
+    assert caught.value.where == "stages.x.kind"
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_a_method_that_does_not_import_says_why(tmp_path: Path) -> None:
+    file = tmp_path / "broken.py"
+    file.write_text("import there_is_no_such_module\n")
+    with pytest.raises(UserError, match=r"broken.py cannot be imported \(No module named 'there_is_no_such_module'\)"):
+        stage_kind(f"{file}:KIND")
+
+
+def test_an_unknown_parameter_is_a_mistake_of_ours() -> None:
+    with pytest.raises(KeyError, match="a dpo stage has no parameter 'kl_coef'"):
+        DPO.parameter("kl_coef")
