@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from ..data.rows import Row
-    from ..data.spec import Kind
+    from ..data.spec import RowKind
     from .rewards import RewardSource
 
 logger = logging.getLogger(__name__)
@@ -137,7 +137,7 @@ class StageData:
 Encode = Callable[["list[Row]", PreTrainedTokenizerBase, DataSpec], "tuple[Dataset, Any]"]
 
 
-def load_data(job: StageJob, kind: "Kind", encode: Encode, tokenizer: PreTrainedTokenizerBase) -> StageData:
+def load_data(job: StageJob, kind: "RowKind", encode: Encode, tokenizer: PreTrainedTokenizerBase) -> StageData:
     """Read, split by prompt (R7) and encode the job's data.
 
     Args:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ...data.load import load_rows
 from ...data.rows import Row
-from ...data.spec import Kind
+from ...data.spec import RowKind
 from ...errors import UserError
 from ...models.base import load_tokenizer
 from ...stages.job import StageJob
@@ -46,7 +46,7 @@ class Checkup:
     run_dir: Path
     jobs: tuple[StageJob, ...]
     evaluation: EvalSpec
-    rows: Mapping[str, Kind]
+    rows: Mapping[str, RowKind]
     elsewhere: Collection[str] = ()
     samples: int = 64
 
