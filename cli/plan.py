@@ -10,7 +10,7 @@ from ..recipes.build import ROWS, data_spec, folders, lora_values, method_values
 from ..recipes.graph import order
 from ..recipes.load import load_recipe
 from ..recipes.schema import Recipe
-from .progress import Voice
+from .output import Output
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Transformers' own defaults, for what the recipe leaves out.
@@ -21,7 +21,7 @@ _EPOCHS, _BATCH = 3.0, 8
 _PASSES = {"sft": 2, "reward": 2, "dpo": 3, "kto": 3}
 
 
-def plan_recipe(recipe: str, overrides: Sequence[str], voice: Voice) -> None:
+def plan_recipe(recipe: str, overrides: Sequence[str], output: Output) -> None:
     """`preftune plan`: one row a stage. Numbers are estimates to about a factor of two."""
     loaded = load_recipe(recipe, overrides)
     from ..models.base import load_tokenizer, resolve_base
@@ -31,8 +31,8 @@ def plan_recipe(recipe: str, overrides: Sequence[str], voice: Voice) -> None:
     config = json.loads((base.path / "config.json").read_text(encoding="utf-8"))
     weights = sum(_parameters(file) for file in base.path.glob("*.safetensors"))
     rows = [_stage(loaded, name, tokenizer, config, weights) for name in order(loaded)]
-    voice.say(f"{loaded.model.base}: {weights / 1e6:.0f} M parameters")
-    voice.rows(rows)
+    output.say(f"{loaded.model.base}: {weights / 1e6:.0f} M parameters")
+    output.rows(rows)
 
 
 def _stage(recipe: Recipe, name: str, tokenizer: Any, config: dict[str, Any], weights: int) -> dict[str, Any]:
