@@ -1,7 +1,7 @@
 """`preftune doctor`: which stage of a run is bad, and why."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..recipes.build import ROWS, stage_job
 from ..recipes.graph import order
@@ -42,12 +42,11 @@ def checkup(recipe: Recipe, base: "Base", run: Path, samples: int) -> "Checkup":
 
     folder = RunFolder(run)
     stamps = {name: folder.stamp(name) for name in recipe.stages}
-    rows: Any = ROWS
     return Checkup(
         run_dir=run,
         jobs=tuple(stage_job(recipe, name, base, run, run / name) for name in order(recipe)),
         evaluation=sampling_spec(recipe, base, run),
-        rows=rows,
+        rows=ROWS,
         elsewhere={name for name, stamp in stamps.items() if stamp is not None and "from_adapter" in stamp.parts},
         samples=samples,
     )

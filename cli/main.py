@@ -159,9 +159,9 @@ def merge(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: the training's.")] = None,
 ) -> None:
     """Write the base with the adapter merged into it, as one ordinary model."""
-    from .merge import merge_adapter
+    from .merge import merge_stage
 
-    merge_adapter(adapter, out, dtype)
+    merge_stage(adapter, out, dtype)
 
 
 @app.command()

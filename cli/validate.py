@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..data.spec import RowKind
 from ..errors import UserError
 from ..recipes.build import ROWS, data_spec, folders, stage_job
 from ..recipes.graph import order
@@ -13,6 +14,8 @@ from .output import Output
 from .process import make_functions_importable
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from ..models.base import Base
 
 _ROW_WORDS = {"demo": "demonstrations", "pair": "pairs", "label": "labelled replies", "prompt": "prompts"}
@@ -39,7 +42,7 @@ def validate_recipe(recipe: str, overrides: Sequence[str], output: Output) -> No
     output.say("nothing wrong found")
 
 
-def data_uses(recipe: Recipe) -> Iterator[tuple[str, Data, str]]:
+def data_uses(recipe: Recipe) -> Iterator[tuple[str, Data, RowKind]]:
     """(name, entry, kind of rows) of each way in which an entry is read, once each."""
     seen = set()
     for name in order(recipe):
@@ -66,7 +69,7 @@ def offline() -> bool:
     return is_offline_mode()
 
 
-def _base(recipe: Recipe, output: Output) -> "tuple[Base | None, Any]":
+def _base(recipe: Recipe, output: Output) -> "tuple[Base | None, PreTrainedTokenizerBase | None]":
     from ..models.base import load_tokenizer, resolve_base
 
     try:
@@ -81,14 +84,15 @@ def _base(recipe: Recipe, output: Output) -> "tuple[Base | None, Any]":
 
 
 def _check_rows(
-    recipe: Recipe, name: str, entry: Data, kind: str, tokenizer: Any, output: Output
+    recipe: Recipe, name: str, entry: Data, kind: RowKind, tokenizer: "PreTrainedTokenizerBase | None", output: Output
 ) -> Iterator[dict[str, Any]]:
+    from ..data.encode import encode_rows
     from ..data.load import load_rows
 
     spec = data_spec(entry, recipe.seed)
     label = f"data {name} as {_ROW_WORDS[kind]}" if name != "eval.prompts" else name
     try:
-        loaded = load_rows(spec, kind, folders(recipe))  # type: ignore[arg-type]
+        loaded = load_rows(spec, kind, folders(recipe))
     except UserError:
         away = [source.path for source in spec.sources if is_on_hub(recipe, source.path)]
         if not (away and offline()):
@@ -105,19 +109,6 @@ def _check_rows(
             why = "; ".join(encoded.lines()[1:])
             raise UserError(f"data.{name}", f"no row is left ({why})", "raise max_length or max_prompt_length")
     yield report
-
-
-def encode_rows(kind: str, rows: Any, tokenizer: Any, spec: Any) -> tuple[Any, Any]:
-    """(dataset of token ids, report) by the data room's encoder of that kind of rows."""
-    from ..data import encode
-
-    functions = {
-        "demo": encode.encode_demos,
-        "pair": encode.encode_pairs,
-        "label": encode.encode_labels,
-        "prompt": encode.encode_prompts,
-    }
-    return functions[kind](rows, tokenizer, spec)
 
 
 def _check_words(recipe: Recipe, base: "Base | None", output: Output) -> None:

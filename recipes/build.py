@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from .schema import BASE, Data, PPOStage, Recipe, Stage, method_keys
 
 if TYPE_CHECKING:
-    from ..data.spec import DataSpec
+    from ..data.spec import DataSpec, RowKind
     from ..eval.spec import EvalSpec, OverOptimisation, RewardModel
     from ..models.base import Base
     from ..models.lora import LoraSpec
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..stages.rewards import RewardSource
 
 # Which rows a kind of stage reads.
-ROWS = {"sft": "demo", "reward": "pair", "dpo": "pair", "kto": "label", "ppo": "prompt"}
+ROWS: "dict[str, RowKind]" = {"sft": "demo", "reward": "pair", "dpo": "pair", "kto": "label", "ppo": "prompt"}
 _ORDER_PAIRS = ("reward", "dpo", "kto")
 _KL_FIELDS = {
     "coef": "kl_coef",
