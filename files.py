@@ -44,18 +44,34 @@ def whole_folder(final: Path) -> Iterator[Path]:
     Where the block raises, `final` stays as it was.
     """
     beside = final.with_name(f".{final.name}.{os.getpid()}")
-    old = final.with_name(f".{final.name}.old")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
         yield beside
-        if final.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            final.rename(old)
-        beside.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
+        replace_folder(beside, final)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def replace_folder(new: Path, final: Path) -> None:
+    """Move a finished folder to its place beside it; an older one there goes only then."""
+    old = final.with_name(f".{final.name}.old")
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+    new.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def finish_replacing(parent: Path) -> None:
+    """Put right what a crash in `replace_folder` left behind: the older folder comes back unless the new one is there.
+
+    Args:
+        parent: the folder that they lie in; nobody else may be replacing folders in it.
+    """
+    for old in parent.glob(".*.old"):
+        final = old.with_name(old.name[1 : -len(".old")])
+        shutil.rmtree(old) if final.exists() else old.rename(final)
 
 
 def read_json_lines(file: Path) -> list[dict[str, Any]]:

@@ -1,29 +1,30 @@
 """The chain: every stage in its order, what is unchanged skipped, then the evaluation and the report."""
 
 import gc
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..errors import UserError
+from ..errors import UserError, nearest
+from ..files import CHECKPOINTS, EVALUATION, RECIPE, REPORT, write_whole
 from ..recipes.build import eval_spec, stage_job
 from ..recipes.graph import needed_for, order, parents
-from ..recipes.problems import nearest
-from ..recipes.schema import BASE, Recipe
-from .folder import RunFolder, Stamp, write_stamp, write_whole
+from ..recipes.schema import Recipe
+from ..values import is_number
+from .folder import RunFolder, Stamp, write_stamp
 from .keys import Keys, difference, key_of
-from .progress import Voice, duration
+from .output import Output, duration
+from .process import make_functions_importable, quiet_libraries
 
 if TYPE_CHECKING:
     from ..models.base import Base
     from ..stages.job import StageJob
 
-EVAL = "eval"
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,13 @@ class Chain:
         self,
         recipe: Recipe,
         options: Options,
-        voice: Voice,
+        output: Output,
         *,
         run_stage: "Callable[[StageJob], Mapping[str, Any]] | None" = None,
         run_eval: Callable[..., Any] | None = None,
         resolve: "Callable[[str, str | None], Base] | None" = None,
     ) -> None:
-        self.recipe, self.options, self.voice = recipe, options, voice
+        self.recipe, self.options, self.output = recipe, options, output
         self.path = (options.output_dir or default_folder(recipe)).expanduser()
         self._run_stage, self._run_eval, self._resolve = run_stage, run_eval, resolve
         self.keys: dict[str, str] = {}
@@ -84,8 +85,8 @@ class Chain:
         """All of it. Raises what a step raises; the steps after it are then not run, and its state is `failed`."""
         # 1. what is to be done, before anything heavy is imported
         selected = self.selected = self._selected()
-        import_from_here(self.recipe)
-        hush()
+        make_functions_importable(self.recipe)
+        quiet_libraries()
         self.folder = RunFolder(self.path)
         with self.folder.lock():
             self.folder.load()
@@ -100,7 +101,7 @@ class Chain:
             # 4. the evaluation, and the report
             if evaluates:
                 done.append(self._evaluation())
-            if any(each.state == "ran" for each in done) or not (self.path / "report.html").is_file():
+            if any(each.state == "ran" for each in done) or not (self.path / REPORT).is_file():
                 self._report()
         return done
 
@@ -137,15 +138,15 @@ class Chain:
             return skipped
         self._check_words()
         began, started = time.monotonic(), _now()
-        output = self.folder.begin(name, Stamp(key, parts, started), fresh=self.options.force)
-        if any((output / "checkpoints").glob("checkpoint-*")):
-            self.voice.say(f"{name}: continues from a checkpoint of the interrupted run")
-        job = stage_job(self.recipe, name, self.base, self.path, output, adapter)
-        metrics = self._guarded(name, key, started, lambda: self._work(job))
+        partial = self.folder.begin(name, Stamp(key, parts, started), fresh=self.options.force)
+        if any((partial / CHECKPOINTS).glob("checkpoint-*")):
+            self.output.say(f"{name}: continues from a checkpoint of the interrupted run")
+        job = stage_job(self.recipe, name, self.base, self.path, partial, adapter)
+        metrics = self._recorded(name, key, started, lambda: self._work(job))
         seconds = time.monotonic() - began
         self.folder.promote(name, Stamp(key, parts, started, seconds))
         self.folder.record(name, state="done", key=key, seconds=round(seconds, 3), started=started)
-        self.voice.say(f"{name}: done in {duration(seconds)}{_highlights(metrics)}")
+        self.output.say(f"{name}: done in {duration(seconds)}{_highlights(metrics)}")
         _free_memory()
         return Done(name, "ran", seconds, metrics or {})
 
@@ -163,18 +164,18 @@ class Chain:
     def _evaluation(self) -> Done:
         parts = self.parts.evaluation(self.keys)
         key = key_of(parts)
-        if (skipped := self._unchanged(EVAL, key, parts)) is not None:
+        if (skipped := self._unchanged(EVALUATION, key, parts)) is not None:
             return skipped
         began, started = time.monotonic(), _now()
         run_eval = self._run_eval or _run_eval
         spec = eval_spec(self.recipe, self.base, self.path)
-        self._guarded(EVAL, key, started, lambda: run_eval(spec, self.path))
+        self._recorded(EVALUATION, key, started, lambda: run_eval(spec, self.path))
         seconds = time.monotonic() - began
-        write_stamp(self.path / EVAL, Stamp(key, parts, started, seconds))
-        self.folder.record(EVAL, state="done", key=key, seconds=round(seconds, 3), started=started)
-        self.voice.say(f"{EVAL}: done in {duration(seconds)}")
+        write_stamp(self.path / EVALUATION, Stamp(key, parts, started, seconds))
+        self.folder.record(EVALUATION, state="done", key=key, seconds=round(seconds, 3), started=started)
+        self.output.say(f"{EVALUATION}: done in {duration(seconds)}")
         _free_memory()
-        return Done(EVAL, "ran", seconds)
+        return Done(EVALUATION, "ran", seconds)
 
     def _unchanged(self, name: str, key: str, parts: Mapping[str, Any]) -> Done | None:
         """The step as it lies there, where it was made for the same key; says why it is run or not."""
@@ -183,23 +184,23 @@ class Chain:
             entry = {"state": "done", "key": key, "seconds": round(stamp.seconds, 3), "started": stamp.started}
             if self.folder.stages.get(name) != entry:
                 self.folder.record(name, **entry)
-            self.voice.say(f"{name}: unchanged since {stamp.started[:16].replace('T', ' ')} UTC, skipped")
+            self.output.say(f"{name}: unchanged since {stamp.started[:16].replace('T', ' ')} UTC, skipped")
             return Done(name, "skipped", stamp.seconds)
         if stamp is not None and stamp.key != key:
-            self.voice.say(f"{name}: runs again, changed: {difference(stamp.parts, parts)}")
+            self.output.say(f"{name}: runs again, changed: {difference(stamp.parts, parts)}")
         elif stamp is not None:
-            self.voice.say(f"{name}: runs again, forced")
+            self.output.say(f"{name}: runs again, forced")
         else:
             before = self.folder.stages.get(name, {}).get("state")
             why = {"failed": ", it failed before", "running": ", it was interrupted", "done": ", its folder is gone"}
-            self.voice.say(f"{name}: runs{why.get(str(before), '')}")
+            self.output.say(f"{name}: runs{why.get(str(before), '')}")
         return None
 
     def _finished(self, name: str, needed: str) -> str:
         """The key of a stage that this one needs and that is not part of this run."""
         stamp = self.folder.stamp(needed)
         if stamp is None:
-            where = f"stages.{name}" if name != EVAL else EVAL
+            where = f"stages.{name}" if name != EVALUATION else EVALUATION
             said = f"needs {needed}, which is not finished in {self.path}"
             raise UserError(where, said, f"run it first: preftune run ... --until {needed}")
         above = {each: self.folder.stamp(each) for each in parents(self.recipe, needed)}
@@ -208,11 +209,11 @@ class Chain:
             parts = self.parts.stage(needed, keys)
             if key_of(parts) != stamp.key:
                 changed = difference(parts, stamp.parts)
-                self.voice.say(f"{needed}: taken as it lies there, made with another recipe: {changed}")
+                self.output.say(f"{needed}: taken as it lies there, made with another recipe: {changed}")
         return stamp.key
 
-    def _guarded(self, name: str, key: str, started: str, work: Callable[[], Any]) -> Any:
-        """Does the work; run.json says `running` meanwhile, and `failed` where it does not end well."""
+    def _recorded(self, name: str, key: str, started: str, work: Callable[[], _T]) -> _T:
+        """Do the work; run.json says `running` meanwhile, and `failed` if it raises."""
         began = time.monotonic()
         self.folder.record(name, state="running", key=key, seconds=0.0, started=started)
         try:
@@ -236,23 +237,7 @@ def write_recipe(folder: Path, recipe: Recipe) -> None:
     import yaml
 
     text = yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True, width=120)
-    write_whole(folder / "recipe.yaml", text)
-
-
-def import_from_here(recipe: Recipe) -> None:
-    """Reward and judge functions may lie in a module beside the recipe or in the current folder."""
-    for folder in (recipe.folder, Path.cwd()):
-        if folder is not None and str(folder) not in sys.path:
-            sys.path.append(str(folder))
-
-
-def hush() -> None:
-    """No bars of libraries where nobody watches a terminal; ours become lines there."""
-    if not sys.stderr.isatty():
-        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    write_whole(folder / RECIPE, text)
 
 
 def _highlights(metrics: Mapping[str, Any] | None) -> str:
@@ -262,12 +247,8 @@ def _highlights(metrics: Mapping[str, Any] | None) -> str:
         "objective/scores": "score",
         "objective/kl": "KL",
     }
-    said = [f"{word} {metrics[key]:.4g}" for key, word in names.items() if metrics and _number(metrics.get(key))]
+    said = [f"{word} {metrics[key]:.4g}" for key, word in names.items() if metrics and is_number(metrics.get(key))]
     return f" ({', '.join(said)})" if said else ""
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _resolve_base(spec: str, revision: str | None) -> "Base":
@@ -292,6 +273,3 @@ def _free_memory() -> None:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-__all__ = ["BASE", "Chain", "Done", "Options", "default_folder", "import_from_here", "write_recipe"]

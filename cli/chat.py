@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from ..errors import UserError
 from ..recipes.graph import policies
 from ..recipes.schema import BASE, Recipe
-from .chain import hush
 from .policies import check_policy, last_policy, recipe_base, run_recipe, sampling_spec
+from .process import quiet_libraries
 from .speakers import Single, Speaker
 from .terminal import Terminal
 
@@ -46,7 +46,7 @@ def chat_run(run: Path, options: ChatOptions) -> None:
     """
     recipe = run_recipe(run)
     names = _compared(options)
-    hush()
+    quiet_libraries()
     if options.samples:
         from .compare import vote_on_samples
 

@@ -10,13 +10,13 @@ from ..recipes.load import load_recipe, shipped_recipes
 from ..recipes.problems import nearest
 from ..recipes.schema import Recipe
 from .chain import Chain, Done, Options
-from .progress import Voice, duration
+from .output import Output, duration
 
 
 def run_chain(recipe: str, overrides: Sequence[str] | None, options: Options, json: bool) -> list[Done]:
     """`preftune run`: the chain, then where things are."""
     loaded = load_recipe(recipe, overrides or ())
-    return _run(loaded, options, Voice(json))
+    return _run(loaded, options, Output(json))
 
 
 def run_alone(
@@ -36,7 +36,7 @@ def run_alone(
         raise UserError("--from-adapter", f"{str(from_adapter)!r} holds no adapter", "give a finished stage's folder")
     adapter = from_adapter.resolve() if from_adapter is not None else None
     options = Options(output_dir, the_stage(loaded, kind, stage), None, force, adapter, launch)
-    return _run(loaded, options, Voice(json))
+    return _run(loaded, options, Output(json))
 
 
 def the_stage(recipe: Recipe, kind: str, name: str | None) -> str:
@@ -71,26 +71,26 @@ def list_recipes(json: bool) -> None:
         first = file.read_text(encoding="utf-8").splitlines()[0]
         about = first.removeprefix("#").strip() if first.startswith("#") else ""
         rows.append({"name": file.stem, "about": about, **({"path": str(file)} if json else {})})
-    Voice(json).rows(rows)
+    Output(json).rows(rows)
 
 
-def _run(recipe: Recipe, options: Options, voice: Voice) -> list[Done]:
-    chain = Chain(recipe, options, voice)
+def _run(recipe: Recipe, options: Options, output: Output) -> list[Done]:
+    chain = Chain(recipe, options, output)
     done = chain.run()
-    if voice.json:
-        voice.rows({"stage": each.name, "state": each.state, "seconds": each.seconds, **each.metrics} for each in done)
+    if output.json:
+        output.rows({"stage": each.name, "state": each.state, "seconds": each.seconds, **each.metrics} for each in done)
     else:
-        _show_results(chain.path, done, voice)
+        _show_results(chain.path, done, output)
     spent = sum(each.seconds for each in done if each.state == "ran")
-    voice.say(f"adapters: {chain.path}/<stage>, report: {chain.path / 'report.html'} ({duration(spent)} of work)")
+    output.say(f"adapters: {chain.path}/<stage>, report: {chain.path / 'report.html'} ({duration(spent)} of work)")
     return done
 
 
-def show_rewards(path: Path, voice: Voice) -> None:
+def show_rewards(path: Path, output: Output) -> None:
     """The table of RUN/eval/rewards.json, where the evaluation wrote one."""
     file = path / "eval" / "rewards.json"
     if file.is_file():
-        voice.say("\nreward models on the pairs that training left out; held against longer_wins")
+        output.say("\nreward models on the pairs that training left out; held against longer_wins")
         columns = (
             "stage",
             "kind",
@@ -102,12 +102,12 @@ def show_rewards(path: Path, voice: Voice) -> None:
             "calibration_error",
             "longer_wins",
         )
-        voice.rows({key: row.get(key) for key in columns} for row in loads(file.read_text(encoding="utf-8")))
+        output.rows({key: row.get(key) for key in columns} for row in loads(file.read_text(encoding="utf-8")))
 
 
 def show_over_optimisation(content: Mapping[str, Any], json: bool) -> None:
     """The points and the fits of `eval.overoptimisation`: two tables, or JSON lines of both."""
-    voice = Voice(json)
+    output = Output(json)
     proxy, gold = content["proxy"], content["gold"]
     points, fits = [], []
     for method in content["methods"]:
@@ -118,21 +118,21 @@ def show_over_optimisation(content: Mapping[str, Any], json: bool) -> None:
         for side in ("proxy", "gold"):
             if method["fit"] is not None and (fit := method["fit"][side]) is not None:
                 fits.append({"method": method["method"], "side": side, "form": method["fit"]["form"], **fit})
-    voice.rows(points)
+    output.rows(points)
     if not json:
-        voice.say(
+        output.say(
             f"\nproxy {proxy}, gold {gold}, {content['prompts']} prompts, from {content['start']}; KL in nats a reply, "
             "that of best of n an upper bound\n"
         )
-        voice.say("gain over the start as a function of d = sqrt(KL); peak: its highest d within the measured range")
+        output.say("gain over the start as a function of d = sqrt(KL); peak: its highest d within the measured range")
         if not fits:
-            voice.say("nothing fitted: fewer than 3 points off zero (keep_every of the PPO stage keeps more)")
-    voice.rows(fits)
+            output.say("nothing fitted: fewer than 3 points off zero (keep_every of the PPO stage keeps more)")
+    output.rows(fits)
     for method in content["methods"] if fits else ():
-        voice.say(f"{method['method']}, {method['peak']}")
+        output.say(f"{method['method']}, {method['peak']}")
 
 
-def _show_results(path: Path, done: Sequence[Done], voice: Voice) -> None:
+def _show_results(path: Path, done: Sequence[Done], output: Output) -> None:
     """The evaluation's tables, where this run had one."""
     results = path / "eval" / "results.json"
     if results.is_file() and any(each.name == "eval" for each in done):
@@ -140,5 +140,5 @@ def _show_results(path: Path, done: Sequence[Done], voice: Voice) -> None:
             *("policy", "reference", "judge", "n", "mean_score", "win_rate", "ci_low", "ci_high"),
             *("length", "repetition", "kl"),
         )
-        voice.rows({key: row.get(key) for key in columns} for row in loads(results.read_text(encoding="utf-8")))
-        show_rewards(path, voice)
+        output.rows({key: row.get(key) for key in columns} for row in loads(results.read_text(encoding="utf-8")))
+        show_rewards(path, output)

@@ -8,7 +8,7 @@ from ..errors import UserError
 from ..eval.chat.blind import Ballot, draw_pair, sample_ballots
 from ..eval.chat.votes import Vote, append_vote, read_votes, vote_ratings, vote_rows
 from ..values import plain
-from .progress import Voice
+from .output import Output
 from .speakers import show_reply
 from .terminal import Terminal
 
@@ -119,13 +119,13 @@ def ask_vote(terminal: Terminal, ballot: Ballot) -> float | None:
 
 def show_tally(run: Path, policies: list[str], cast: int) -> None:
     """The votes on these policies, old and new: win-rates, and ratings of more than two."""
-    voice, file = Voice(), votes_file(run)
+    output, file = Output(), votes_file(run)
     votes = [vote for vote in open_votes(run) if set(vote.policies) <= set(policies)]
-    voice.say(f"\nvotes on {', '.join(policies)} in {file}: {len(votes)}, {cast} of them now")
-    voice.rows(vote_rows(votes))
+    output.say(f"\nvotes on {', '.join(policies)} in {file}: {len(votes)}, {cast} of them now")
+    output.rows(vote_rows(votes))
     if len({policy for vote in votes for policy in vote.policies}) > 2:
-        voice.say("\nratings: Bradley-Terry log-odds of mean 0, with 95% intervals over prompts")
-        voice.rows(
+        output.say("\nratings: Bradley-Terry log-odds of mean 0, with 95% intervals over prompts")
+        output.rows(
             plain({"policy": policy, "rating": each.log_odds, "low": each.low, "high": each.high})
             for policy, each in vote_ratings(votes).items()
         )

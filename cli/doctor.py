@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING
 from ..recipes.build import stage_job
 from ..recipes.graph import order
 from ..recipes.schema import Recipe
-from .chain import hush
 from .folder import RunFolder
+from .output import Output
 from .policies import recipe_base, run_recipe, sampling_spec
-from .progress import Voice
+from .process import quiet_libraries
 
 if TYPE_CHECKING:
     from ..eval.doctor import Checkup, Examination
     from ..models.base import Base
 
 
-def doctor_run(run: Path, samples: int, voice: Voice) -> int:
+def doctor_run(run: Path, samples: int, output: Output) -> int:
     """Examine a run, write RUN/doctor.json, say what was found.
 
     Returns:
@@ -26,13 +26,13 @@ def doctor_run(run: Path, samples: int, voice: Voice) -> int:
         UserError: no run folder, or nothing in it.
     """
     recipe = run_recipe(run)
-    hush()
+    quiet_libraries()
     from ..eval.doctor import examine, first_broken, write_examination
 
     base = recipe_base(recipe)
     examination = examine(checkup(recipe, base, run, samples))
     write_examination(run, examination)
-    _show(examination, voice)
+    _show(examination, output)
     return 0 if first_broken(examination.findings) is None else 1
 
 
@@ -51,15 +51,15 @@ def checkup(recipe: Recipe, base: "Base", run: Path, samples: int) -> "Checkup":
     )
 
 
-def _show(examination: "Examination", voice: Voice) -> None:
+def _show(examination: "Examination", output: Output) -> None:
     """The findings; then, for people, what to do about them."""
     from ..eval.doctor import first_broken
 
     findings = examination.findings
-    if voice.json:
-        voice.rows(each.as_dict() for each in findings)
+    if output.json:
+        output.rows(each.as_dict() for each in findings)
     else:
-        voice.rows(
+        output.rows(
             {
                 "level": each.level,
                 "stage": each.stage,
@@ -70,12 +70,12 @@ def _show(examination: "Examination", voice: Voice) -> None:
             for each in findings
         )
     for line in examination.left_out:
-        voice.say(f"left out: {line}")
+        output.say(f"left out: {line}")
     for each in findings:
         if each.level != "OK":
-            voice.say(f"{each.level}: {each.stage}, {each.check}: {each.number()}; {each.remedy}")
+            output.say(f"{each.level}: {each.stage}, {each.check}: {each.number()}; {each.remedy}")
     worst, looks = first_broken(findings), sum(each.level == "look" for each in findings)
     if worst is None:
-        voice.say(f"nothing is broken in {len(findings)} checks; worth a look: {looks}")
+        output.say(f"nothing is broken in {len(findings)} checks; worth a look: {looks}")
     else:
-        voice.say(f"{worst.stage} is broken ({worst.check}); stages that come from it inherit that")
+        output.say(f"{worst.stage} is broken ({worst.check}); stages that come from it inherit that")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UserError
+from .arguments import AsJson, DataOption, EvalOverrides, Policies, RunArgument
 
 if TYPE_CHECKING:
     from ..data.spec import DataSpec
@@ -14,30 +15,22 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Measure a run: win-rates, KL, perplexity, reward models.", no_args_is_help=True)
 
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides such as eval.temperature=0.")
-]
-Policies = Annotated[str | None, typer.Option(metavar="A,B", help="These policies only. Default: the recipe's.")]
-DataOption = Annotated[str | None, typer.Option("--data", help="A data entry of the recipe, or a file.")]
 # The same for every judge: a table of their own.
 _OF_REPLIES = (
     *("length", "length_se", "eos_rate", "eos_rate_se", "repetition", "repetition_se"),
     *("kl", "kl_se", "kl_per_token"),
 )
 
-AsJson = Annotated[bool, typer.Option("--json", help="Results as one JSON object a line.")]
-
 
 @app.command("run")
-def run_all(run: Run, overrides: Overrides = None, json: AsJson = False) -> None:
+def run_all(run: RunArgument, overrides: EvalOverrides = None, json: AsJson = False) -> None:
     """All policies and judges of the recipe, and its reward models; writes RUN/eval and RUN/report.html."""
     _, spec = _open(run, overrides, None)
     from ..eval.report import write_report
     from ..eval.run import run_eval
     from .commands import show_rewards
     from .folder import RunFolder
-    from .progress import Voice
+    from .output import Output
 
     folder = RunFolder(run)
     with folder.lock():
@@ -45,13 +38,13 @@ def run_all(run: Run, overrides: Overrides = None, json: AsJson = False) -> None
         write_report(run)
     _print(rows, json)
     if not json:
-        show_rewards(run, Voice())
+        show_rewards(run, Output())
 
 
 @app.command()
 def winrate(
     run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="A run folder.")] = None,
-    overrides: Overrides = None,
+    overrides: EvalOverrides = None,
     policies: Policies = None,
     annotations: Annotated[
         list[Path] | None,
@@ -72,9 +65,9 @@ def winrate(
         if policies or annotations or run is not None:
             raise UserError("--votes", "stands alone", "leave out the run, --policies and --annotations")
         from ..eval.chat.votes import read_votes, vote_rows
-        from .progress import Voice
+        from .output import Output
 
-        Voice(json).rows(vote_rows(read_votes(votes)))
+        Output(json).rows(vote_rows(read_votes(votes)))
         return
     if annotations:
         if policies:
@@ -93,7 +86,7 @@ def winrate(
 
 
 @app.command()
-def kl(run: Run, overrides: Overrides = None, policies: Policies = None, json: AsJson = False) -> None:
+def kl(run: RunArgument, overrides: EvalOverrides = None, policies: Policies = None, json: AsJson = False) -> None:
     """KL(policy || reference) in nats, with standard errors."""
     _, spec = _open(run, overrides, policies)
     from ..eval.commands import eval_kl
@@ -103,7 +96,11 @@ def kl(run: Run, overrides: Overrides = None, policies: Policies = None, json: A
 
 @app.command()
 def perplexity(
-    run: Run, overrides: Overrides = None, policies: Policies = None, data: DataOption = None, json: AsJson = False
+    run: RunArgument,
+    overrides: EvalOverrides = None,
+    policies: Policies = None,
+    data: DataOption = None,
+    json: AsJson = False,
 ) -> None:
     """Perplexity of demonstrations under every policy. Default data: those of the SFT stage."""
     recipe, spec = _open(run, overrides, policies)
@@ -114,8 +111,8 @@ def perplexity(
 
 @app.command()
 def reward(
-    run: Run,
-    overrides: Overrides = None,
+    run: RunArgument,
+    overrides: EvalOverrides = None,
     stage: Annotated[
         str | None, typer.Option(help="One reward stage, or one DPO, IPO or KTO stage. Default: all that are finished.")
     ] = None,
@@ -148,8 +145,8 @@ def reward(
 
 @app.command("over-optimisation")
 def over_optimisation(
-    run: Run,
-    overrides: Overrides = None,
+    run: RunArgument,
+    overrides: EvalOverrides = None,
     gold: Annotated[str | None, typer.Option(help="The judge to believe. Default: the recipe's.")] = None,
     proxy: Annotated[
         str | None, typer.Option(help="The judge optimised for. Default: that of the reward stage PPO trains on.")
@@ -233,25 +230,25 @@ def _data(recipe: "Recipe", given: str | None, kind: str) -> "DataSpec":
 
 def _print(rows: list[dict[str, Any]], json: bool) -> None:
     """The rows; as tables, what is true of replies and the matrix of all pairs stand apart from the rest."""
-    from .progress import Voice
+    from .output import Output
 
-    voice = Voice(json)
+    output = Output(json)
     if json:
-        voice.rows(rows)
+        output.rows(rows)
         return
     judged = any("judge" in row for row in rows)
     apart = {"against", "calibration", *(_OF_REPLIES if judged else ())}
-    voice.rows({key: value for key, value in row.items() if key not in apart} for row in rows)
+    output.rows({key: value for key, value in row.items() if key not in apart} for row in rows)
     if judged:
-        voice.say("\nreplies: length in tokens, repetition of 4-grams, KL to the reference in nats")
+        output.say("\nreplies: length in tokens, repetition of 4-grams, KL to the reference in nats")
         first = {row["policy"]: row for row in reversed(rows)}
         policies = dict.fromkeys(row["policy"] for row in rows)
-        voice.rows({key: first[policy].get(key) for key in ("policy", *_OF_REPLIES)} for policy in policies)
+        output.rows({key: first[policy].get(key) for key in ("policy", *_OF_REPLIES)} for policy in policies)
     matrix = [row for row in rows if row.get("against")]
     if len(matrix) > 2:
-        voice.say("\nwin-rate of the row's policy against the column's")
+        output.say("\nwin-rate of the row's policy against the column's")
         others = list(dict.fromkeys(row["policy"] for row in matrix))
-        voice.rows(
+        output.rows(
             {key: row[key] for key in ("policy", "judge")}
             | {other: row["against"].get(other, {}).get("win_rate") for other in others}
             for row in matrix

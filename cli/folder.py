@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..files import RUN_STATE, finish_replacing, replace_folder, write_whole
 
 STAMP = ".key.json"
 """In a stage's folder: the key that it was made for."""
@@ -41,16 +42,13 @@ class RunFolder:
         Raises:
             UserError: run.json cannot be read.
         """
-        file = self.path / "run.json"
+        file = self.path / RUN_STATE
         if file.is_file():
             try:
                 self.stages = dict(json.loads(file.read_text(encoding="utf-8"))["stages"])
             except (KeyError, TypeError, ValueError) as error:
                 raise UserError(str(file), f"unreadable ({error})", "delete it; finished stages are kept") from error
-        for old in self.path.glob(".*.old"):
-            # died between the two renames of `promote`, or before the old folder was gone
-            final = self.path / old.name[1 : -len(".old")]
-            shutil.rmtree(old) if final.exists() else old.rename(final)
+        finish_replacing(self.path)
 
     def partial(self, name: str) -> Path:
         """Where a stage is written until it is complete."""
@@ -63,7 +61,7 @@ class RunFolder:
     def record(self, name: str, **values: Any) -> None:
         """Set a step's entry in run.json."""
         self.stages[name] = values
-        write_whole(self.path / "run.json", json.dumps({"stages": self.stages}, indent=2) + "\n")
+        write_whole(self.path / RUN_STATE, json.dumps({"stages": self.stages}, indent=2) + "\n")
 
     def begin(self, name: str, stamp: Stamp, *, fresh: bool = False) -> Path:
         """An output folder for the stage: the one that an interrupted run for the same key left, or an empty one.
@@ -81,12 +79,9 @@ class RunFolder:
 
     def promote(self, name: str, stamp: Stamp) -> None:
         """The stage is complete: its folder takes its place; an older one goes only then."""
-        partial, final, old = self.partial(name), self.path / name, self.path / f".{name}.old"
+        partial = self.partial(name)
         write_stamp(partial, stamp)
-        if final.exists():
-            final.rename(old)
-        partial.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
+        replace_folder(partial, self.path / name)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -112,13 +107,6 @@ class RunFolder:
         finally:
             holder.unlink(missing_ok=True)
             lock.release()
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write a file so that a reader sees the old content or the new, never half."""
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(file)
 
 
 def write_stamp(folder: Path, stamp: Stamp) -> None:

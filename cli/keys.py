@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..data.spec import DataSpec, RowKind
 from ..recipes.build import data_spec, data_values, folders, lora_values, reward_stages
 from ..recipes.graph import parents
 from ..recipes.schema import BASE, Recipe
@@ -43,7 +44,7 @@ class Keys:
 
     def __init__(self, recipe: Recipe, base: "Base", run_dir: Path) -> None:
         self.recipe, self.base, self.run_dir = recipe, base, run_dir
-        self._fingerprints: dict[Any, str] = {}
+        self._fingerprints: dict[tuple[str, RowKind], str] = {}
 
     def read_data(self, stages: Iterable[str], *, evaluation: bool) -> None:
         """Read what these stages and the evaluation read: a wrong file is known before the first of them trains."""
@@ -130,13 +131,13 @@ class Keys:
             return {} if folder is None else {f"files of {named}": folder_sha256(folder)}
         return {}
 
-    def fingerprint(self, spec: Any, kind: str) -> str:
+    def fingerprint(self, spec: DataSpec, kind: RowKind) -> str:
         """The hash of the rows themselves, wherever they were read from."""
         from ..data.load import load_rows
 
         known = (repr(spec), kind)
         if known not in self._fingerprints:
-            self._fingerprints[known] = load_rows(spec, kind, folders(self.recipe)).fingerprint  # type: ignore[arg-type]
+            self._fingerprints[known] = load_rows(spec, kind, folders(self.recipe)).fingerprint
         return self._fingerprints[known]
 
     def _model(self) -> dict[str, Any]:

@@ -1,20 +1,17 @@
 """The `preftune` command. Nothing heavy is imported before a command needs it."""
 
-import os
 import sys
-import traceback
-import warnings
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from ..errors import UserError
 from ..stages.kinds import KINDS
 from ..version import __version__
 from . import evaluate
-from .launch import StageFailed
+from .arguments import AsJson, Force, Launch, OutputDir, RecipeArgument, RecipeOverrides, RunArgument
+from .process import exit_code_of, ignore_library_warnings
 
 app = typer.Typer(
     name="preftune",
@@ -26,61 +23,20 @@ app = typer.Typer(
 )
 app.add_typer(evaluate.app, name="eval")
 
-RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe's name.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides such as stages.dpo.beta=0.2.")
-]
-OutputDir = Annotated[Path | None, typer.Option(help="The run folder. Default: runs/NAME.", show_default=False)]
-AsJson = Annotated[bool, typer.Option("--json", help="Results as one JSON object a line.")]
-Force = Annotated[bool, typer.Option("--force", help="Run even what is unchanged.")]
-Launch = Annotated[
-    Path | None, typer.Option(metavar="CONFIG", help="An accelerate config: stages run under accelerate launch.")
-]
-
 
 def main() -> None:
-    """The console script: a user's mistake is one line and exit code 2, anything else 1."""
-    calm()
-    sys.exit(guarded(lambda: app(standalone_mode=False)))
+    """The console script."""
+    ignore_library_warnings()
+    sys.exit(run_command())
 
 
-def calm() -> None:
-    """Leave out what libraries say to one another about their next versions."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"(transformers|peft|trl|torch)\.")
+def run_command(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line in this process and return its exit code.
 
-
-def guarded(work: Callable[[], object]) -> int:
-    """Runs it and gives the exit code."""
-    try:
-        code = work()
-        return code if isinstance(code, int) else 0
-    except UserError as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
-        return 2
-    except StageFailed as error:
-        print(error, file=sys.stderr)
-    except (KeyboardInterrupt, typer.Abort):
-        print("interrupted; the same command continues", file=sys.stderr)
-    except BrokenPipeError:
-        # whoever read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except Exception as error:
-        # the parser's own errors; typer brings its own copy of click, so their class is not to be had by name
-        if hasattr(error, "format_message") and hasattr(error, "exit_code"):
-            return _wrong_command(error)
-        traceback.print_exc()
-    return 1
-
-
-def _wrong_command(error: Any) -> int:
-    if type(error).__name__ == "NoArgsIsHelpError":
-        error.show()
-    else:
-        command = error.ctx.command_path if getattr(error, "ctx", None) is not None else "preftune"
-        said = " ".join(error.format_message().split()).rstrip(".")
-        print(f"{command}: {said}; see `{command} --help`", file=sys.stderr)
-    return int(error.exit_code)
+    Args:
+        arguments: the words after `preftune`; None: those of this process.
+    """
+    return exit_code_of(lambda: app(arguments, standalone_mode=False))
 
 
 def _version(wanted: bool) -> None:
@@ -99,7 +55,7 @@ def _options(
 @app.command()
 def run(
     recipe: RecipeArgument,
-    overrides: Overrides = None,
+    overrides: RecipeOverrides = None,
     output_dir: OutputDir = None,
     only: Annotated[str | None, typer.Option(metavar="STAGE", help="That stage alone.")] = None,
     until: Annotated[str | None, typer.Option(metavar="STAGE", help="That stage and all that it needs.")] = None,
@@ -117,7 +73,7 @@ def run(
 def _stage_command(kind: str, words: str) -> None:
     def command(
         recipe: RecipeArgument,
-        overrides: Overrides = None,
+        overrides: RecipeOverrides = None,
         output_dir: OutputDir = None,
         stage: Annotated[str | None, typer.Option(help="Which, where the recipe has several of the kind.")] = None,
         from_adapter: Annotated[
@@ -139,21 +95,21 @@ for _kind in KINDS.values():
 
 
 @app.command()
-def validate(recipe: RecipeArgument, overrides: Overrides = None, json: AsJson = False) -> None:
+def validate(recipe: RecipeArgument, overrides: RecipeOverrides = None, json: AsJson = False) -> None:
     """Check a recipe and its data row by row, without running anything."""
-    from .progress import Voice
+    from .output import Output
     from .validate import validate_recipe
 
-    validate_recipe(recipe, overrides or [], Voice(json))
+    validate_recipe(recipe, overrides or [], Output(json))
 
 
 @app.command()
-def plan(recipe: RecipeArgument, overrides: Overrides = None, json: AsJson = False) -> None:
+def plan(recipe: RecipeArgument, overrides: RecipeOverrides = None, json: AsJson = False) -> None:
     """Rows, steps, memory and FLOPs of every stage, roughly, before anything runs."""
+    from .output import Output
     from .plan import plan_recipe
-    from .progress import Voice
 
-    plan_recipe(recipe, overrides or [], Voice(json))
+    plan_recipe(recipe, overrides or [], Output(json))
 
 
 @app.command()
@@ -164,14 +120,14 @@ def doctor(
 ) -> int:
     """Say which stage of a run is bad, and why; exit code 1 where something is broken. Writes RUN/doctor.json."""
     from .doctor import doctor_run
-    from .progress import Voice
+    from .output import Output
 
-    return doctor_run(run, samples, Voice(json))
+    return doctor_run(run, samples, Output(json))
 
 
 @app.command()
 def chat(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    run: RunArgument,
     policy: Annotated[str | None, typer.Option(metavar="NAME", help="Who speaks. Default: the last policy.")] = None,
     compare: Annotated[
         str | None,
@@ -198,13 +154,13 @@ def merge(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: the training's.")] = None,
 ) -> None:
     """Write the base with the adapter merged into it, as one ordinary model."""
-    from .merge import merge_adapter
+    from .merge import merge_stage
 
-    merge_adapter(adapter, out, dtype)
+    merge_stage(adapter, out, dtype)
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
+def report(run: RunArgument) -> None:
     """Write RUN/report.html again from what lies in the run folder."""
     from .commands import run_folder
 

@@ -1,37 +1,49 @@
 """What a recipe will cost, roughly, before anything runs."""
 
-import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..recipes.build import data_spec, folders, lora_values
+from ..recipes.build import data_spec, folders, lora_spec
 from ..recipes.graph import order
 from ..recipes.load import load_recipe
 from ..recipes.schema import Recipe
-from .progress import Voice
+from .output import Output
 
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
 # Transformers' own defaults, for what the recipe leaves out.
 _EPOCHS, _BATCH = 3.0, 8
 
 
-def plan_recipe(recipe: str, overrides: Sequence[str], voice: Voice) -> None:
+def plan_recipe(recipe: str, overrides: Sequence[str], output: Output) -> None:
     """`preftune plan`: one row a stage. Numbers are estimates to about a factor of two."""
     loaded = load_recipe(recipe, overrides)
+    from transformers import AutoConfig
+
     from ..models.base import load_tokenizer, resolve_base
+    from ..models.cost import parameters_in
 
     base = resolve_base(loaded.model.base, loaded.model.revision)
     tokenizer = load_tokenizer(base, loaded.model.chat_template)
-    config = json.loads((base.path / "config.json").read_text(encoding="utf-8"))
-    weights = sum(_parameters(file) for file in base.path.glob("*.safetensors"))
+    config = AutoConfig.from_pretrained(base.path)
+    weights = parameters_in(base.path.glob("*.safetensors"))
     rows = [_stage(loaded, name, tokenizer, config, weights) for name in order(loaded)]
-    voice.say(f"{loaded.model.base}: {weights / 1e6:.0f} M parameters")
-    voice.rows(rows)
+    output.say(f"{loaded.model.base}: {weights / 1e6:.0f} M parameters")
+    output.rows(rows)
 
 
-def _stage(recipe: Recipe, name: str, tokenizer: Any, config: dict[str, Any], weights: int) -> dict[str, Any]:
+def _stage(
+    recipe: Recipe, name: str, tokenizer: "PreTrainedTokenizerBase", config: "PreTrainedConfig", weights: int
+) -> dict[str, Any]:
+    """The plan's row for a stage.
+
+    Args:
+        weights: parameters of the base.
+    """
+    from ..models.cost import activation_bytes, adapter_parameters, training_bytes, training_flops
+
     stage = recipe.stages[name]
     rows, tokens, longest = _lengths(recipe, name, tokenizer)
     train, kind = stage.train, stage.record
@@ -51,13 +63,16 @@ def _stage(recipe: Recipe, name: str, tokenizer: Any, config: dict[str, Any], we
         steps = given if given > 0 else math.ceil(math.ceil(rows / per_step) * epochs)
         seen = tokens * steps * per_step / max(rows, 1)
         passes = kind.passes
-    adapter = _adapter_parameters(config, lora_values(recipe, name)["r"])
-    element = _BYTES[recipe.model.dtype]
-    sides = 2 if kind.rows == "pair" else 1
-    # the residual stream and what the backward keeps of each block: about 16 vectors of the hidden size
-    activations = batch * sides * longest * config["hidden_size"] * config["num_hidden_layers"] * 16 * element
-    if train.get("gradient_checkpointing"):
-        activations //= 10
+    adapter = adapter_parameters(config, lora_spec(recipe, name))
+    activations = activation_bytes(
+        rows=batch * (2 if kind.rows == "pair" else 1),
+        tokens=longest,
+        hidden_size=config.get_text_config().hidden_size,
+        layers=config.get_text_config().num_hidden_layers,
+        dtype=recipe.model.dtype,
+        gradient_checkpointing=bool(train.get("gradient_checkpointing")),
+    )
+    memory = training_bytes(parameters=weights, dtype=recipe.model.dtype, adapter=adapter, activations=activations)
     return {
         "stage": name,
         "rows": rows,
@@ -65,40 +80,22 @@ def _stage(recipe: Recipe, name: str, tokenizer: Any, config: dict[str, Any], we
         "longest": longest,
         "steps": steps,
         "trained parameters": adapter,
-        "PFLOP": 2 * weights * seen * passes / 1e15,
-        "memory GB": (weights * element + adapter * 16 + activations) / 1e9,
+        "PFLOP": training_flops(weights, seen, passes) / 1e15,
+        "memory GB": memory / 1e9,
     }
 
 
-def _lengths(recipe: Recipe, name: str, tokenizer: Any) -> tuple[int, int, int]:
+def _lengths(recipe: Recipe, name: str, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, int, int]:
     """(rows, tokens in all, the longest row's tokens) of a stage's data."""
+    from ..data.encode import encode_rows
     from ..data.load import load_rows
-    from .validate import encode_rows
 
     stage = recipe.stages[name]
     spec, kind = data_spec(recipe.data[stage.data], recipe.seed), stage.record.rows
-    loaded = load_rows(spec, kind, folders(recipe))  # type: ignore[arg-type]
+    loaded = load_rows(spec, kind, folders(recipe))
     encoded, _ = encode_rows(kind, loaded.rows, tokenizer, spec)
     columns = [key for key in encoded.column_names if key.endswith("_ids")]
-    lengths = [sum(len(row[key]) for key in columns) for row in encoded]
-    if "chosen_ids" in columns:
-        # both sides carry the prompt
-        lengths = [length + len(row["prompt_ids"]) for length, row in zip(lengths, encoded, strict=True)]
+    # both sides of a pair carry the prompt
+    columns += ["prompt_ids"] if "chosen_ids" in columns else []
+    lengths = [sum(map(len, parts)) for parts in zip(*(encoded[key] for key in columns), strict=True)]
     return len(lengths), sum(lengths), max(lengths, default=0)
-
-
-def _parameters(file: Path) -> int:
-    from safetensors import safe_open
-
-    with safe_open(file, "pt") as tensors:
-        return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
-
-
-def _adapter_parameters(config: dict[str, Any], rank: int) -> int:
-    """LoRA on every linear map of a Llama-like block: r * (inputs + outputs) each."""
-    hidden, heads, layers = config["hidden_size"], config["num_attention_heads"], config["num_hidden_layers"]
-    inner = config.get("intermediate_size") or 4 * hidden
-    head = config.get("head_dim") or hidden // heads
-    queries, keys = heads * head, (config.get("num_key_value_heads") or heads) * head
-    block = 2 * (hidden + queries) + 2 * (hidden + keys) + 3 * (hidden + inner)
-    return rank * layers * block

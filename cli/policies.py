@@ -32,9 +32,9 @@ def run_recipe(run: Path, overrides: Sequence[str] = ()) -> Recipe:
 def recipe_base(recipe: Recipe) -> "Base":
     """The recipe's base, and its functions within reach."""
     from ..models.base import resolve_base
-    from .chain import import_from_here
+    from .process import make_functions_importable
 
-    import_from_here(recipe)
+    make_functions_importable(recipe)
     return resolve_base(recipe.model.base, recipe.model.revision)
 
 

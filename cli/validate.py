@@ -4,21 +4,24 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..data.spec import RowKind
 from ..errors import UserError
 from ..recipes.build import data_spec, folders, stage_job
 from ..recipes.graph import order
 from ..recipes.load import load_recipe
 from ..recipes.schema import Data, Recipe
-from .chain import import_from_here
-from .progress import Voice
+from .output import Output
+from .process import make_functions_importable
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from ..models.base import Base
 
 _ROW_WORDS = {"demo": "demonstrations", "pair": "pairs", "label": "labelled replies", "prompt": "prompts"}
 
 
-def validate_recipe(recipe: str, overrides: Sequence[str], voice: Voice) -> None:
+def validate_recipe(recipe: str, overrides: Sequence[str], output: Output) -> None:
     """`preftune validate`: every entry of the data as every stage would read it, lengths in tokens, every word.
 
     What cannot be looked at offline is said and is no error.
@@ -27,19 +30,19 @@ def validate_recipe(recipe: str, overrides: Sequence[str], voice: Voice) -> None
         UserError: the first thing that is wrong.
     """
     loaded = load_recipe(recipe, overrides)
-    import_from_here(loaded)
-    voice.say(f"recipe: {loaded.name}, stages in running order: {', '.join(order(loaded))}")
-    base, tokenizer = _base(loaded, voice)
+    make_functions_importable(loaded)
+    output.say(f"recipe: {loaded.name}, stages in running order: {', '.join(order(loaded))}")
+    base, tokenizer = _base(loaded, output)
     for name, entry, kind in data_uses(loaded):
-        for row in _check_rows(loaded, name, entry, kind, tokenizer, voice):
-            if voice.json:
-                voice.rows([row])
-    _check_words(loaded, base, voice)
+        for row in _check_rows(loaded, name, entry, kind, tokenizer, output):
+            if output.json:
+                output.rows([row])
+    _check_words(loaded, base, output)
     _check_judges(loaded)
-    voice.say("nothing wrong found")
+    output.say("nothing wrong found")
 
 
-def data_uses(recipe: Recipe) -> Iterator[tuple[str, Data, str]]:
+def data_uses(recipe: Recipe) -> Iterator[tuple[str, Data, RowKind]]:
     """(name, entry, kind of rows) of each way in which an entry is read, once each."""
     seen = set()
     for name in order(recipe):
@@ -66,7 +69,7 @@ def offline() -> bool:
     return is_offline_mode()
 
 
-def _base(recipe: Recipe, voice: Voice) -> "tuple[Base | None, Any]":
+def _base(recipe: Recipe, output: Output) -> "tuple[Base | None, PreTrainedTokenizerBase | None]":
     from ..models.base import load_tokenizer, resolve_base
 
     try:
@@ -74,32 +77,33 @@ def _base(recipe: Recipe, voice: Voice) -> "tuple[Base | None, Any]":
     except UserError as error:
         if "cannot be reached" not in error.problem:
             raise
-        voice.say(f"model: not checked, {recipe.model.base} is on the hub and cannot be reached; no token lengths")
+        output.say(f"model: not checked, {recipe.model.base} is on the hub and cannot be reached; no token lengths")
         return None, None
-    voice.say(f"model: {recipe.model.base}, sha256 {base.sha256[:12]}")
+    output.say(f"model: {recipe.model.base}, sha256 {base.sha256[:12]}")
     return base, load_tokenizer(base, recipe.model.chat_template)
 
 
 def _check_rows(
-    recipe: Recipe, name: str, entry: Data, kind: str, tokenizer: Any, voice: Voice
+    recipe: Recipe, name: str, entry: Data, kind: RowKind, tokenizer: "PreTrainedTokenizerBase | None", output: Output
 ) -> Iterator[dict[str, Any]]:
+    from ..data.encode import encode_rows
     from ..data.load import load_rows
 
     spec = data_spec(entry, recipe.seed)
     label = f"data {name} as {_ROW_WORDS[kind]}" if name != "eval.prompts" else name
     try:
-        loaded = load_rows(spec, kind, folders(recipe))  # type: ignore[arg-type]
+        loaded = load_rows(spec, kind, folders(recipe))
     except UserError:
         away = [source.path for source in spec.sources if is_on_hub(recipe, source.path)]
         if not (away and offline()):
             raise
-        voice.say(f"{label}: not checked, {', '.join(away)} is on the hub and we are offline")
+        output.say(f"{label}: not checked, {', '.join(away)} is on the hub and we are offline")
         return
     report = {"data": name, "rows": kind, "read": loaded.report.as_dict()}
-    _say(voice, label, loaded.report.lines())
+    _say(output, label, loaded.report.lines())
     if tokenizer is not None:
         encoded = encode_rows(kind, loaded.rows, tokenizer, spec)[1]
-        _say(voice, f"{label}, in tokens", encoded.lines())
+        _say(output, f"{label}, in tokens", encoded.lines())
         report["encoded"] = encoded.as_dict()
         if not encoded.used:
             why = "; ".join(encoded.lines()[1:])
@@ -107,27 +111,14 @@ def _check_rows(
     yield report
 
 
-def encode_rows(kind: str, rows: Any, tokenizer: Any, spec: Any) -> tuple[Any, Any]:
-    """(dataset of token ids, report) by the data room's encoder of that kind of rows."""
-    from ..data import encode
-
-    functions = {
-        "demo": encode.encode_demos,
-        "pair": encode.encode_pairs,
-        "label": encode.encode_labels,
-        "prompt": encode.encode_prompts,
-    }
-    return functions[kind](rows, tokenizer, spec)
-
-
-def _check_words(recipe: Recipe, base: "Base | None", voice: Voice) -> None:
+def _check_words(recipe: Recipe, base: "Base | None", output: Output) -> None:
     from ..models.base import Base
     from ..stages.options import check_words
 
     stand_in = base or Base(recipe.model.base, Path(), None, "")
     for name in order(recipe):
         check_words(stage_job(recipe, name, stand_in, Path(), Path()))
-    voice.say(f"stages: every word of {len(recipe.stages)} stages is known")
+    output.say(f"stages: every word of {len(recipe.stages)} stages is known")
 
 
 def _check_judges(recipe: Recipe) -> None:
@@ -137,6 +128,6 @@ def _check_judges(recipe: Recipe) -> None:
         plan_judges(recipe.eval.judges, Path("runs") / recipe.name)
 
 
-def _say(voice: Voice, label: str, lines: list[str]) -> None:
+def _say(output: Output, label: str, lines: list[str]) -> None:
     for line in lines:
-        voice.say(f"{label}: {line}")
+        output.say(f"{label}: {line}")

@@ -5,7 +5,7 @@ are cut from the left (a BOS stays), replies from the right, and a reply that wa
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, Features, Json, List, Value, concatenate_datasets
 from tqdm.auto import tqdm
@@ -13,9 +13,12 @@ from tqdm.auto import tqdm
 from ..errors import UserError
 from .report import DataReport
 from .rows import Message, Row, Unusable, canonical
-from .spec import DataSpec
+from .spec import DataSpec, RowKind
 from .template import Templater, find_spans, span_texts
 from .turns import SAME_SIDES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
 
@@ -35,7 +38,7 @@ _CHUNK = 1000
 Encoded = tuple[Dataset, DataReport]
 
 
-def encode_demos(rows: Sequence[Row], tokenizer: Any, spec: DataSpec) -> Encoded:
+def encode_demos(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", spec: DataSpec) -> Encoded:
     """Dataset[input_ids, labels]: labels are the ids where an assistant speaks (each EOS included), else -100.
 
     Every assistant's turn of `completion` is trained; where the template renders a turn differently once others follow,
@@ -69,7 +72,7 @@ def encode_demos(rows: Sequence[Row], tokenizer: Any, spec: DataSpec) -> Encoded
     return encoder.run(rows, texts, finish, Features({"input_ids": _TOKENS, "labels": _TOKENS}))
 
 
-def encode_pairs(rows: Sequence[Row], tokenizer: Any, spec: DataSpec) -> Encoded:
+def encode_pairs(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", spec: DataSpec) -> Encoded:
     """Dataset[prompt_ids, chosen_ids, rejected_ids(, margin)]: the replies without the prompt, ending in EOS.
 
     `margin` is there when every row has one. Raises as `encode_demos`.
@@ -102,7 +105,7 @@ def encode_pairs(rows: Sequence[Row], tokenizer: Any, spec: DataSpec) -> Encoded
     return encoder.run(rows, texts, finish, Features(features | ({"margin": Value("float32")} if margins else {})))
 
 
-def encode_labels(rows: Sequence[Row], tokenizer: Any, spec: DataSpec) -> Encoded:
+def encode_labels(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", spec: DataSpec) -> Encoded:
     """Dataset[prompt_ids, completion_ids, label]: the last reply without its prompt. Raises as `encode_demos`."""
     encoder = _Encoder(tokenizer, spec)
 
@@ -126,7 +129,7 @@ def encode_labels(rows: Sequence[Row], tokenizer: Any, spec: DataSpec) -> Encode
     return encoder.run(rows, texts, finish, features)
 
 
-def encode_prompts(rows: Sequence[Row], tokenizer: Any, spec: DataSpec) -> Encoded:
+def encode_prompts(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", spec: DataSpec) -> Encoded:
     """Dataset[prompt_ids, prompt, columns]: prompt as messages, columns as one JSON text a row.
 
     `prompt_ids` end with the template's generation prompt. They must fit `max_prompt_length`, or else `max_length`.
@@ -145,10 +148,24 @@ def encode_prompts(rows: Sequence[Row], tokenizer: Any, spec: DataSpec) -> Encod
     return encoder.run(rows, texts, finish, features)
 
 
+ENCODERS: "dict[RowKind, Callable[[Sequence[Row], PreTrainedTokenizerBase, DataSpec], Encoded]]" = {
+    "demo": encode_demos,
+    "pair": encode_pairs,
+    "label": encode_labels,
+    "prompt": encode_prompts,
+}
+"""What turns each kind of rows into token ids."""
+
+
+def encode_rows(kind: RowKind, rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", spec: DataSpec) -> Encoded:
+    """Encode rows of that kind; columns and errors are those of its encoder."""
+    return ENCODERS[kind](rows, tokenizer, spec)
+
+
 class _Encoder:
     """What the four kinds share: chunked tokenising, the limits, the counts."""
 
-    def __init__(self, tokenizer: Any, spec: DataSpec) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", spec: DataSpec) -> None:
         self.templater = Templater(tokenizer)
         self.spec = spec
         self.report = DataReport()

@@ -21,7 +21,7 @@ from .hh import is_dialogue, split_pair
 from .messages import to_messages, to_tools
 from .rows import Message, Row, Unusable, text_message
 from .sources import RawRow
-from .spec import Kind
+from .spec import RowKind
 from .turns import SAME_SIDES, UNWANTED, check, first_turn, has_system, last_turn, single, until_reply
 from .voted import is_vote, vote_as_pair
 
@@ -38,7 +38,7 @@ EXPECTED = {
 }
 
 
-def normalise(raw: RawRow, kind: Kind, origin: str, columns: dict[str, str] | None = None) -> list[Row]:
+def normalise(raw: RawRow, kind: RowKind, origin: str, columns: dict[str, str] | None = None) -> list[Row]:
     """The rows of `kind` that `raw` stands for: one, or two where a pair serves as labelled completions.
 
     Args:
@@ -67,15 +67,15 @@ def _renamed(raw: RawRow, columns: dict[str, str] | None, origin: str) -> RawRow
 class _Reader:
     """One raw row on its way to rows; remembers which fields were consumed, the rest are `columns`."""
 
-    def __init__(self, raw: RawRow, kind: Kind, origin: str) -> None:
+    def __init__(self, raw: RawRow, kind: RowKind, origin: str) -> None:
         self.raw, self.origin = raw, origin
-        self.kind: Kind = kind
+        self.kind: RowKind = kind
         self.fields = [name for name, value in raw.items() if value is not None]
         self.taken = {"tools"}
         self.system = self.system_text()
 
     def rows(self) -> list[Row]:
-        readers: dict[Kind, Callable[[], list[Row]]] = {
+        readers: dict[RowKind, Callable[[], list[Row]]] = {
             "demo": self.demo,
             "pair": self.pair,
             "label": self.labelled,

@@ -12,7 +12,7 @@ from .formats import normalise
 from .report import DataReport
 from .rows import Row, Unusable, fingerprint, prompt_key, text_message
 from .sources import Placed, read_source
-from .spec import DataSpec, Kind, SourceSpec
+from .spec import DataSpec, RowKind, SourceSpec
 from .turns import has_system
 
 
@@ -25,7 +25,7 @@ class Loaded:
     report: DataReport
 
 
-def load_rows(spec: DataSpec, kind: Kind, folders: Sequence[Path] = ()) -> Loaded:
+def load_rows(spec: DataSpec, kind: RowKind, folders: Sequence[Path] = ()) -> Loaded:
     """Read, normalise, mix and count.
 
     Mixing: without weights (all equal) every row of every source is kept, one source after the other. With weights,
@@ -60,7 +60,7 @@ def load_rows(spec: DataSpec, kind: Kind, folders: Sequence[Path] = ()) -> Loade
     return Loaded(rows, fingerprint(rows), report)
 
 
-def _read(source: SourceSpec, spec: DataSpec, kind: Kind, folders: Sequence[Path], report: DataReport) -> list[Row]:
+def _read(source: SourceSpec, spec: DataSpec, kind: RowKind, folders: Sequence[Path], report: DataReport) -> list[Row]:
     """The usable rows of one source, at most `source.limit`."""
     # Only the first rows matter when nothing is drawn from a larger pool.
     enough = [limit for limit in (source.limit, spec.limit if len(spec.sources) == 1 else None) if limit is not None]

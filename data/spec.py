@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 from ..errors import UserError
 
-Kind = Literal["demo", "pair", "label", "prompt"]
+RowKind = Literal["demo", "pair", "label", "prompt"]
 Overflow = Literal["drop", "truncate", "error"]
 
 # The names that `columns` may map from: ours on the left, the file's on the right.

@@ -8,7 +8,7 @@ from typing import Any
 from ..data.encode import encode_demos
 from ..data.load import load_rows
 from ..data.rows import Row
-from ..data.spec import DataSpec, Kind
+from ..data.spec import DataSpec, RowKind
 from ..data.split import split_rows
 from ..errors import UserError
 from ..values import plain
@@ -99,7 +99,7 @@ def eval_reward(spec: EvalSpec, models: Sequence[RewardModel], *, skip: bool = F
     return rows
 
 
-def _rows(spec: EvalSpec, data: DataSpec, kind: Kind) -> list[Row]:
+def _rows(spec: EvalSpec, data: DataSpec, kind: RowKind) -> list[Row]:
     """The rows to measure on: what training on the same data entry left out, or all where it left out none."""
     rows = load_rows(data, kind, spec.folders).rows
     return split_rows(rows, data.held_out, data.seed)[1] if data.held_out > 0 else rows

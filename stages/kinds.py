@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 from annotated_types import Ge, Gt
 
-from ..data.spec import Kind as RowKind
+from ..data.spec import RowKind
 from ..errors import UserError, nearest
 from .ppo.settings import PPOSettings
 

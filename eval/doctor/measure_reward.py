@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
+from transformers import PreTrainedTokenizerBase
 
 from ...data.encode import encode_demos, encode_pairs
 from ...data.rows import Row
@@ -40,7 +41,7 @@ class Demos:
         return float(np.mean([len(reply) <= tokens for reply in self.replies])) if self.replies else None
 
 
-def read_demos(record: Record, rows: list[Row], tokenizer: object) -> Demos:
+def read_demos(record: Record, rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> Demos:
     """The first demonstrations of an SFT stage that have one reply, whole.
 
     Args:

@@ -99,7 +99,7 @@ class Shell:
         """(exit code, standard output, standard error)."""
         self.monkeypatch.setattr("sys.stdin", io.StringIO(typed))
         self.capsys.readouterr()
-        code = cli.guarded(lambda: cli.app([str(each) for each in arguments], standalone_mode=False))
+        code = cli.run_command([str(each) for each in arguments])
         captured = self.capsys.readouterr()
         return code, captured.out, captured.err
 

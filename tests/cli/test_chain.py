@@ -10,7 +10,7 @@ import pytest
 
 from preftune.cli.chain import Chain, Options
 from preftune.cli.folder import RunFolder
-from preftune.cli.progress import Voice, duration
+from preftune.cli.output import Output, duration
 from preftune.errors import UserError
 from preftune.models.base import Base
 from preftune.recipes.load import load_recipe
@@ -47,7 +47,7 @@ class Workshop:
         chain = Chain(
             load_recipe(self.recipe, overrides),
             Options(output_dir=self.path, **options),
-            Voice(),
+            Output(),
             run_stage=self.stage,
             run_eval=self.evaluate,
             resolve=lambda spec, revision: Base(spec, self.path, None, "b" * 64),

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from preftune.cli import main as cli
 from preftune.cli.chain import Chain, Done, Options
 from preftune.cli.keys import Keys, difference, eval_needs, key_of
-from preftune.cli.progress import Voice
+from preftune.cli.output import Output
 from preftune.models.base import Base
 from preftune.models.lora import WEIGHTS
 from preftune.recipes.build import eval_spec
@@ -57,7 +57,7 @@ def write(folder: Path) -> Path:
 
 def chain(recipe: Path, run: Path, *overrides: str) -> dict[str, str]:
     """step -> ran or skipped"""
-    done: list[Done] = Chain(load_recipe(recipe, overrides), Options(output_dir=run), Voice(json=True)).run()
+    done: list[Done] = Chain(load_recipe(recipe, overrides), Options(output_dir=run), Output(json=True)).run()
     return {each.name: each.state for each in done}
 
 
@@ -70,7 +70,7 @@ def run(tmp_path_factory) -> Path:
 
 def preftune(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
     capsys.readouterr()
-    code = cli.guarded(lambda: cli.app([str(each) for each in arguments], standalone_mode=False))
+    code = cli.run_command([str(each) for each in arguments])
     said = capsys.readouterr()
     return code, said.out, said.err
 

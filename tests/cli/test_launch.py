@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from preftune.cli import launch
+from preftune.cli import launched
 from preftune.cli import main as cli
 from preftune.errors import UserError
 
@@ -42,7 +42,7 @@ def ppo(folder: Path, function: str, capfd: pytest.CaptureFixture[str]) -> tuple
              "num_ppo_epochs=1", "num_mini_batches=1"]  # fmt: skip
     arguments = ["ppo", "smoke", *(f"stages.ppo.{word}" for word in words)]
     arguments += ["--output-dir", str(folder / "run"), "--launch", str(config)]
-    code = cli.guarded(lambda: cli.app(arguments, standalone_mode=False))
+    code = cli.run_command(arguments)
     return code, capfd.readouterr().err
 
 
@@ -100,7 +100,7 @@ def test_only_several_cpu_processes_without_mpi_go_through_torchrun(
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
     config = write(tmp_path / "config.yaml", **TWO_ON_CPU | changed)
-    assert launch._cpu_options(str(config)) == options
+    assert launched._cpu_options(str(config)) == options
     assert os.environ["ACCELERATE_USE_CPU"] == ("true" if options else "false")
 
 
@@ -117,7 +117,7 @@ def test_a_config_that_cannot_be_used_is_an_error_in_words(tmp_path: Path, text:
     config = tmp_path / "config.yaml"
     config.write_text(text)
     with pytest.raises(UserError, match=f"(?s)--launch: .*config.yaml: .*{words}"):
-        launch._launcher(str(config), str(tmp_path), "run", "sft")
+        launched._launcher(str(config), str(tmp_path), "run", "sft")
 
 
 def test_a_users_mistake_silences_what_it_does_to_the_other_processes(
@@ -130,21 +130,21 @@ def test_a_users_mistake_silences_what_it_does_to_the_other_processes(
         raise UserError("there", "wrong", "put it right")
 
     # on its own it is told in full
-    monkeypatch.setattr(launch, "_run", broken)
-    assert launch.main("process", str(tmp_path), "run", "ppo") == 1
+    monkeypatch.setattr(launched, "_run", broken)
+    assert launched.main("process", str(tmp_path), "run", "ppo") == 1
     assert "Traceback" in capsys.readouterr().err
-    monkeypatch.setattr(launch, "_run", mistaken)
+    monkeypatch.setattr(launched, "_run", mistaken)
     monkeypatch.setenv("RANK", "1")
-    assert launch.main("process", str(tmp_path), "run", "ppo") == 2
-    monkeypatch.setattr(launch, "_run", broken)
-    assert launch.main("process", str(tmp_path), "run", "ppo") == 1
+    assert launched.main("process", str(tmp_path), "run", "ppo") == 2
+    monkeypatch.setattr(launched, "_run", broken)
+    assert launched.main("process", str(tmp_path), "run", "ppo") == 1
     assert capsys.readouterr() == ("", "")
-    assert str(launch._read_error(tmp_path)) == "there: wrong; put it right"
+    assert str(launched.read_error(tmp_path)) == "there: wrong; put it right"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")
 def test_a_killed_chain_leaves_no_process_behind() -> None:
-    child = "import time; from preftune.cli.launch import _end_with_parent as end; end(); print(1, flush=True)"
+    child = "import time; from preftune.cli.launched import _end_with_parent as end; end(); print(1, flush=True)"
     child += "; time.sleep(60)"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True) as process:

@@ -24,7 +24,7 @@ stages:
 
 def preftune(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
     """(exit code, standard output, standard error) of a command run in this process."""
-    code = cli.guarded(lambda: cli.app([str(each) for each in arguments], standalone_mode=False))
+    code = cli.run_command([str(each) for each in arguments])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 

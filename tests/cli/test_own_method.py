@@ -87,7 +87,7 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def call(*arguments: object) -> int:
-    return cli.guarded(lambda: cli.app([str(each) for each in arguments], standalone_mode=False))
+    return cli.exit_code_of(lambda: cli.app([str(each) for each in arguments], standalone_mode=False))
 
 
 def test_a_method_in_a_file_of_its_own_is_validated_planned_trained_and_reported(

@@ -21,7 +21,7 @@ KEYS = ["model", "n", "win_rate", "standard_error", "length_controlled_win_rate"
 
 
 def preftune(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    code = cli.guarded(lambda: cli.app([str(each) for each in arguments], standalone_mode=False))
+    code = cli.run_command([str(each) for each in arguments])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 

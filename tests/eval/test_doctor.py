@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from preftune.cli import main as cli
 from preftune.cli.chain import Chain, Options, write_recipe
-from preftune.cli.progress import Voice
+from preftune.cli.output import Output
 from preftune.data.encode import encode_demos
 from preftune.models.base import load_tokenizer, resolve_base
 from preftune.models.lora import SCORE, WEIGHTS, LoraSpec
@@ -76,7 +76,7 @@ def train(recipe: Path, run: Path, *overrides: str, only: str | None = None) -> 
     """The chain up to PPO (no evaluation), or one stage of it again."""
     loaded = load_recipe(recipe, overrides)
     loaded.eval, evaluation = None, loaded.eval
-    Chain(loaded, Options(output_dir=run, only=only, force=only is not None), Voice(json=True)).run()
+    Chain(loaded, Options(output_dir=run, only=only, force=only is not None), Output(json=True)).run()
     loaded.eval = evaluation
     write_recipe(run, loaded)
 
@@ -85,7 +85,7 @@ def doctor(capsys: pytest.CaptureFixture[str], run: Path, *options: str) -> tupl
     """(exit code, findings, what was said besides)."""
     capsys.readouterr()
     arguments = ["doctor", str(run), "--json", *options]
-    code = cli.guarded(lambda: cli.app(arguments, standalone_mode=False))
+    code = cli.run_command(arguments)
     said = capsys.readouterr()
     return code, [json.loads(line) for line in said.out.splitlines()], said.err
 
@@ -118,7 +118,7 @@ def test_a_good_run_has_nothing_broken(good_run: Path, capsys):
 
 
 def test_people_get_a_table_and_a_verdict(good_run: Path, capsys):
-    assert cli.guarded(lambda: cli.app(["doctor", str(good_run), "--samples", "4"], standalone_mode=False)) == 0
+    assert cli.run_command(["doctor", str(good_run), "--samples", "4"]) == 0
     out = capsys.readouterr().out
     assert "nothing is broken" in out and "of 4 replies end within 12 tokens" in out
 

@@ -11,7 +11,7 @@ import yaml
 
 from preftune.cli.chain import Chain, Options
 from preftune.cli.keys import Keys, eval_needs, key_of
-from preftune.cli.progress import Voice
+from preftune.cli.output import Output
 from preftune.errors import UserError
 from preftune.eval import overoptimisation as overoptimisation_run
 from preftune.eval import workbench
@@ -88,7 +88,7 @@ def made(tmp_path_factory) -> Path:
     del recipe.eval.judges[2]
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(root))
-        Chain(recipe, Options(output_dir=root / "run"), Voice()).run()
+        Chain(recipe, Options(output_dir=root / "run"), Output()).run()
     return root
 
 

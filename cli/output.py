@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 
-class Voice:
+class Output:
     """Says lines. With `json`, results go to standard output as one object a line and all else to standard error."""
 
     def __init__(self, json: bool = False) -> None:

@@ -1,0 +1,25 @@
+"""Arguments and options that several commands share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe's name.")]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+
+RecipeOverrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides such as stages.dpo.beta=0.2.")
+]
+EvalOverrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides such as eval.temperature=0.")
+]
+
+AsJson = Annotated[bool, typer.Option("--json", help="Results as one JSON object a line.")]
+OutputDir = Annotated[Path | None, typer.Option(help="The run folder. Default: runs/NAME.", show_default=False)]
+Force = Annotated[bool, typer.Option("--force", help="Run even what is unchanged.")]
+Launch = Annotated[
+    Path | None, typer.Option(metavar="CONFIG", help="An accelerate config: stages run under accelerate launch.")
+]
+Policies = Annotated[str | None, typer.Option(metavar="A,B", help="These policies only. Default: the recipe's.")]
+DataOption = Annotated[str | None, typer.Option("--data", help="A data entry of the recipe, or a file.")]

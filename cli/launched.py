@@ -1,0 +1,154 @@
+"""The processes of a launched stage: `launch.launch_stage` starts accelerate's launcher, which starts those that train.
+
+Both are this module, in two roles (`_launcher` and `_process`). What is wrong with the user's input is left as a file,
+so that the chain, which started it all, says it once.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..files import RECIPE, write_whole
+from .folder import RunFolder
+from .process import ignore_library_warnings, make_functions_importable
+
+MODULE = f"{__package__}.launched"
+"""What `python -m` takes."""
+
+
+def _launcher(config: str, said: str, *stage: str) -> int:
+    """accelerate's launcher on the config."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    _silence_elastic()
+    process = ["-m", MODULE, "process", said, *stage]
+    try:
+        args = launch_command_parser().parse_args(["--config_file", config, *_cpu_options(config), *process])
+        launch_command(args)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        return _say_once(Path(said), f"process {rank} ended with exit code {failure.exitcode}")
+    except subprocess.CalledProcessError as error:
+        return _say_once(Path(said), f"the process ended with exit code {error.returncode}")
+    except (SignalException, KeyboardInterrupt):
+        return 1
+    except ValueError as error:
+        problem = " ".join(str(error).split())
+        raise UserError("--launch", f"{config}: {problem}", "write it anew with `accelerate config`") from error
+    return 0
+
+
+def _cpu_options(config: str) -> list[str]:
+    """What accelerate must be told beside a config for several processes on the CPU.
+
+    Its launcher starts those through mpirun, and one process only where the config names no host file. Its launcher
+    for several GPUs is torchrun, which starts processes on CPUs as well; they find each other through gloo.
+    """
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.utils import DistributedType
+
+    try:
+        found: Any = load_config_from_file(config)
+    except (AttributeError, TypeError, KeyError) as error:  # not a mapping, or without what every config has
+        raise ValueError(f"no accelerate config ({error})") from error
+    several = found.distributed_type == DistributedType.MULTI_CPU and found.num_processes > 1
+    if not several or found.mpirun_config:
+        return []
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    return ["--multi_gpu"]
+
+
+def _silence_elastic() -> None:
+    """torchrun's own words on a process that failed: that process and `_launcher` say what there is to say."""
+    import logging
+
+    elastic = logging.getLogger("torch.distributed.elastic")
+    elastic.addHandler(logging.NullHandler())
+    elastic.propagate = False
+
+
+def _process(said: str, run_dir: str, name: str, from_adapter: str | None = None) -> int:
+    """One of the stage's processes."""
+    try:
+        _run(Path(run_dir), name, Path(from_adapter) if from_adapter else None)
+    except UserError:
+        raise
+    except KeyboardInterrupt:
+        return 1
+    except Exception:
+        return _say_once(Path(said), traceback.format_exc())
+    return 0
+
+
+def _run(run_dir: Path, name: str, from_adapter: Path | None) -> None:
+    from ..models.base import resolve_base
+    from ..recipes.build import stage_job
+    from ..recipes.load import load_recipe
+    from ..stages.run import run_stage
+
+    ignore_library_warnings()
+    recipe = load_recipe(run_dir / RECIPE)
+    make_functions_importable(recipe)
+    base = resolve_base(recipe.model.base, recipe.model.revision)
+    output = RunFolder(run_dir).partial(name)
+    run_stage(stage_job(recipe, name, base, run_dir, output, from_adapter))
+    _leave_group()
+
+
+def _leave_group() -> None:
+    """A process that ends with its group still open is now and then aborted by one of the group's threads."""
+    import torch.distributed
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _end_with_parent() -> None:
+    """Asked for by the launcher and the processes: a killed chain leaves nobody who goes on writing into its folder."""
+    if sys.platform == "linux":
+        import ctypes
+        import signal
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _say_once(said: Path, words: str) -> int:
+    """On standard error, unless a process left a `UserError`: then the others ended because that one did."""
+    if read_error(said) is None:
+        print(words, file=sys.stderr)
+    return 1
+
+
+def _write_error(said: Path, error: UserError) -> None:
+    file = said / f"{os.environ.get('RANK', 'launcher')}.json"
+    write_whole(file, json.dumps([error.where, error.problem, error.remedy]))
+
+
+def read_error(said: Path) -> UserError | None:
+    """The first process' error; None where there is none."""
+    files = sorted(said.glob("*.json"))
+    return UserError(*json.loads(files[0].read_text(encoding="utf-8"))) if files else None
+
+
+def main(role: str, *arguments: str) -> int:
+    """A launcher or a stage's process; `said`, the folder for errors, is among its arguments."""
+    work: Callable[..., int]
+    work, said = (_launcher, arguments[1]) if role == "launcher" else (_process, arguments[0])
+    try:
+        return work(*arguments)
+    except UserError as error:
+        _write_error(Path(said), error)
+        return 2
+
+
+if __name__ == "__main__":
+    _end_with_parent()
+    sys.exit(main(*sys.argv[1:]))

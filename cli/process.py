@@ -1,0 +1,95 @@
+"""What every process of the command sets up, and with which exit code it ends."""
+
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol, TypeGuard
+
+import typer
+
+from ..errors import UserError
+from ..recipes.schema import Recipe
+
+
+class StageFailed(Exception):
+    """A stage in processes of its own ended with another exit code than 0; its own message stands above."""
+
+
+class _ParserError(Protocol):
+    """What click's errors have. typer brings its own copy of click, so their class cannot be imported by name."""
+
+    exit_code: int
+
+    def format_message(self) -> str: ...
+
+    def show(self) -> None: ...
+
+
+def exit_code_of(work: Callable[[], object]) -> int:
+    """Run a command, say on standard error what went wrong, and return the exit code.
+
+    Returns:
+        What the command returns where that is a number, else 0; 2 for a user's mistake, which is one line without a
+        traceback; 1 for anything else.
+    """
+    try:
+        code = work()
+        return code if isinstance(code, int) else 0
+    except UserError as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except StageFailed as error:
+        print(error, file=sys.stderr)
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted; the same command continues", file=sys.stderr)
+    except BrokenPipeError:
+        # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as error:
+        if _is_parser_error(error):
+            return _wrong_command(error)
+        traceback.print_exc()
+    return 1
+
+
+def _is_parser_error(error: object) -> TypeGuard[_ParserError]:
+    return hasattr(error, "format_message") and hasattr(error, "exit_code")
+
+
+def _wrong_command(error: _ParserError) -> int:
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+    else:
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "preftune"
+        said = " ".join(error.format_message().split()).rstrip(".")
+        print(f"{command}: {said}; see `{command} --help`", file=sys.stderr)
+    return int(error.exit_code)
+
+
+def ignore_library_warnings() -> None:
+    """Leave out what libraries tell one another about their next versions."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"(transformers|peft|trl|torch)\.")
+
+
+def quiet_libraries() -> None:
+    """Errors only from transformers, and no progress bars of libraries unless a person watches a terminal.
+
+    To be called before they are imported: they read it from the environment, as the processes that we start do.
+    """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def make_functions_importable(recipe: Recipe) -> None:
+    """Put the recipe's folder and the current one on `sys.path`, where its reward and judge functions may lie."""
+    for folder in (recipe.folder, Path.cwd()):
+        if folder is not None and str(folder) not in sys.path:
+            sys.path.append(str(folder))
