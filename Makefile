@@ -1,10 +1,11 @@
 # `make quickstart` and `make test` do all set-up themselves: they need python3 (3.11 or newer), pip and a package index.
 VENV ?= .venv
 PYTHON ?= python3
+LATEST ?= .venv-latest
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: quickstart test clean
+.PHONY: quickstart test test-latest mutations format clean
 
 quickstart: $(VENV)/.runtime
 	$(BIN)/preftune run quickstart
@@ -16,8 +17,24 @@ test: $(VENV)/.test
 	$(BIN)/basedpyright
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+# With the newest versions that pyproject.toml allows, and every warning an error, those too that pyproject.toml excuses:
+# what the next release of a library will break. BEYOND="trl transformers peft" goes past their pins as well.
+test-latest: $(LATEST)/.torch
+	$(LATEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $< \
+		--upgrade --upgrade-strategy eager --editable '.[test]'
+	$(if $(BEYOND),$(LATEST)/bin/python -m pip install --quiet --constraint $< --upgrade $(BEYOND))
+	$(LATEST)/bin/python -m pytest -n 2 --dist loadfile
+
+# Breaks every rule of the checklist and says which tests notice; THIRD=N a third of them.
+mutations: $(VENV)/.test
+	$(BIN)/python tests/mutations.py $(if $(THIRD),--third $(THIRD))
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(LATEST)
 
 # torch first and alone: a pinned version that is already at hand is then never replaced by a larger build.
 $(VENV)/.runtime: pyproject.toml constraints.txt
@@ -29,3 +46,12 @@ $(VENV)/.runtime: pyproject.toml constraints.txt
 $(VENV)/.test: $(VENV)/.runtime
 	$(PIP) --editable '.[test]'
 	touch $@
+
+# The torch that $(VENV) has is copied: an index may hold a larger build of the same version. It stays as it is.
+$(LATEST)/.torch:
+	$(PYTHON) -m venv $(LATEST)
+	if from=$$($(BIN)/python -c 'import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))'); then \
+		to=$$($(LATEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+		cp -R "$$from"/torch "$$from"/torchgen "$$from"/functorch "$$from"/torch-*.dist-info "$$to"; \
+	else $(LATEST)/bin/python -m pip install --quiet torch; fi
+	$(LATEST)/bin/python -m pip freeze | grep '^torch==' > $@

@@ -2,6 +2,7 @@
 
     python tests/mutations.py            # every row; a Markdown table, exit code 1 if a break goes unnoticed
     python tests/mutations.py P17 P22    # some rows
+    python tests/mutations.py --third 7  # every third break, by the number's remainder: what CI does, a third a commit
 
 Each break is one small edit in a temporary copy of the package; the tests of its row, and only they, run against that
 copy. Tests in several processes are left out: every rule must show in one.
@@ -183,6 +184,86 @@ MUTATIONS = [
     ),
 ]  # fmt: skip
 
+MUTATIONS += [
+    Mutation(
+        "R1", "the head that never trained is saved", "models/reward_model.py",
+        "inner.score.modules_to_save[DEFAULT]", "inner.score.original_module",
+    ),
+    Mutation(
+        "R2", "the head starts at a width's own scale", "models/heads.py",
+        "(linear.in_features + 1) ** -0.5", "0.02",
+    ),
+    Mutation(
+        "R3", "EOS is taken for padding", "models/tokens.py",
+        "config.eos_token_id = tokenizer.pad_token_id,", "config.eos_token_id = tokenizer.eos_token_id,",
+    ),
+    Mutation(
+        "R4", "scores are not centred", "stages/reward.py",
+        "center_rewards_coefficient=0.01", "center_rewards_coefficient=0.0",
+    ),
+    Mutation("R4", "margins are left out", "stages/reward.py", 'if "margin" in pairs.column_names:', "if False:"),
+    Mutation("R5", "a tie counts as a win", "stages/metrics.py", "0.5 if good == bad", "1.0 if good == bad"),
+    Mutation(
+        "R6", "shorter wins as often as longer", "stages/metrics.py",
+        '"shorter_wins": 1 - longer', '"shorter_wins": longer',
+    ),
+    Mutation("R7", "the row is drawn, not its prompt", "data/split.py", "prompt_key(row.prompt)}", "row}"),
+    Mutation(
+        "D1", "the frozen reference keeps its dropout", "models/adapters.py", "config.lora_dropout = 0.0", "pass"
+    ),
+    Mutation("D1", "a wrong reference is not noticed", "stages/trainers.py", "not abs(ratio) <= tolerance", "False"),
+    Mutation(
+        "D3", "IPO averages over prompt and response", "stages/reference.py",
+        "trl._compute_loss(model, inputs,",
+        'trl._compute_loss(model, {**inputs, "completion_mask": inputs["attention_mask"]},',
+    ),
+    Mutation("D4", "a batch of one passes", "stages/kto.py", "batch_size < 2 or rows < 2", "rows < 2"),
+    Mutation(
+        "D5", "EOS does not train", "data/encode.py",
+        "labels[start:end] = spans.ids[start:end]", "labels[start : end - 1] = spans.ids[start : end - 1]",
+    ),
+    Mutation("D5", "the prompt trains", "data/encode.py", "[IGNORED] * len(prompt) + trained", "prompt + trained"),
+    Mutation(
+        "D6", "a reply sees the other replies to its prompt", "models/prefix_tree.py",
+        " & (index_T[:, None] < self.end_N[span])", "",
+    ),
+    Mutation(
+        "D7", "prompt and reply are tokenised apart", "data/template.py",
+        "common_prefix(before, whole)", "len(before)",
+    ),
+    Mutation(
+        "D8", "each micro-batch is averaged over its own tokens", "stages/trainers.py", "evaluate_seconds = 0.0",
+        "evaluate_seconds = 0.0\n    model_accepts_loss_kwargs = property(lambda _: False, lambda *_: None)",
+    ),
+    Mutation("D9", "a doubled BOS stays", "data/template.py", "while ids[:2] == [self.bos, self.bos]:", "while False:"),
+    Mutation(
+        "E1", "one order alone counts", "eval/statistics/winrate.py", "0.5 * (first + (1.0 - second))", "first"
+    ),
+    Mutation(
+        "E1", "a missing verdict is a tie", "eval/statistics/winrate.py",
+        "np.nan if verdict is None else verdict for verdict in policy_first",
+        "0.5 if verdict is None else verdict for verdict in policy_first",
+    ),
+    Mutation("E2", "every outcome is drawn by itself", "eval/statistics/intervals.py", "if units is None:", "if True:"),
+    Mutation(
+        "E3", "the length difference is not bounded", "eval/statistics/length_control.py",
+        "np.tanh(difference_N / spread)", "(difference_N / spread)",
+    ),
+    Mutation(
+        "E3", "the length term stays in", "eval/statistics/length_control.py",
+        "same_length=True)", "same_length=False)",
+    ),
+    Mutation("E4", "the KL runs the other way", "eval/kl.py", "(logp_CV.exp() *", "(logq_CV.exp() *"),
+    Mutation(
+        "E4", "the reference is read at temperature 1", "eval/kl.py",
+        "reference_CV.float() / temperature", "reference_CV.float()",
+    ),
+    Mutation(
+        "E5", "every policy has a random stream of its own", "eval/samples.py",
+        "seed=seed,", "seed=seed + len(policy),",
+    ),
+]  # fmt: skip
+
 
 def copy_package(folder: Path) -> Path:
     """A copy that `import preftune` finds before any installed one, with `folder` on PYTHONPATH."""
@@ -226,20 +307,28 @@ def apply(package: Path, mutation: Mutation) -> str:
     return text
 
 
+def chosen(rows: list[str], third: int | None) -> list[Mutation]:
+    """The breaks of these rows (all of them if none is named), or every third of those."""
+    found = [each for each in MUTATIONS if not rows or each.row in rows]
+    return found if third is None else found[third % 3 :: 3]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", nargs="*", help="rows of the checklist; all of them if none is named")
-    wanted = [row.upper() for row in parser.parse_args().rows] or list(dict.fromkeys(m.row for m in MUTATIONS))
+    parser.add_argument("rows", nargs="*", type=str.upper, help="rows of the checklist; all of them if none is named")
+    parser.add_argument("--third", type=int, metavar="N", help="every third break, from N modulo 3 on")
+    given = parser.parse_args()
+    mutations = chosen(given.rows, given.third)
     with tempfile.TemporaryDirectory() as folder:
         package = copy_package(Path(folder))
         found = python(package, "-c", "import preftune; print(preftune.__file__)").stdout.strip()
         if Path(found) != package / "__init__.py":
             raise SystemExit(f"preftune is imported from {found}, expected the copy {package}")
-        if already := red_tests(package, wanted):
+        if already := red_tests(package, list(dict.fromkeys(each.row for each in mutations))):
             raise SystemExit(f"{', '.join(already)} fails before anything is broken")
         unnoticed = 0
         print("| row | what was broken | tests that went red |\n|---|---|---|")
-        for mutation in (each for each in MUTATIONS if each.row in wanted):
+        for mutation in mutations:
             text = apply(package, mutation)
             red = red_tests(package, [mutation.row])
             (package / mutation.file).write_text(text, encoding="utf-8")

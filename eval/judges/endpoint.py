@@ -14,13 +14,10 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+import httpx2 as httpx
+
 from ...errors import UserError
 from .answers import Answers
-
-try:
-    import httpx2 as httpx
-except ImportError:  # huggingface-hub 2 brings httpx2, its first versions httpx, which has the same interface
-    import httpx  # pyright: ignore[reportMissingImports]
 
 Messages = list[dict[str, str]]
 

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
-from matplotlib.ticker import MaxNLocator
 
 from . import svg
 from .text import MINUS
@@ -40,10 +39,30 @@ class Axis:
 def axis(values: Iterable[float], start: float, end: float, *, ticks: int = 5, tight: bool = False) -> Axis:
     """An axis over all values; its ends are ticks unless it is `tight`, where they are the values' own."""
     low, high = _range(values)
-    found = [float(t) for t in MaxNLocator(nbins=ticks, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)]
+    found = round_ticks(low, high, ticks)
     if tight:
         return Axis(low, high, start, end, tuple(t for t in found if low <= t <= high))
-    return Axis(found[0], found[-1], start, end, tuple(found))
+    return Axis(found[0], found[-1], start, end, found)
+
+
+def round_ticks(low: float, high: float, intervals: int) -> tuple[float, ...]:
+    """Multiples of a round step (1, 2, 2.5 or 5 times a power of ten); the first and the last enclose `low` to `high`.
+
+    The step is the smallest that goes into the range at most `intervals` times, or a smaller one where fewer than two
+    of its multiples lie within the range. These are the ticks of matplotlib's `MaxNLocator`.
+    """
+    least = (high - low) / intervals
+    magnitude = 10.0 ** math.floor(math.log10(least))
+    steps = [factor * magnitude for factor in (0.1, 0.2, 0.25, 0.5, 1.0, 2.0, 2.5, 5.0, 10.0, 20.0)]
+    largest = next(place for place, step in enumerate(steps) if step >= least)
+    found: tuple[float, ...] = ()
+    for step in reversed(steps[: largest + 1]):
+        slack = max(1e-10, 1e-15 * max(abs(low), abs(high)) / step)  # an end that is a multiple but for rounding is one
+        first, last = math.floor(low / step + slack), math.ceil(high / step - slack)
+        found = tuple(n * step for n in range(first, last + 1))
+        if sum(low <= tick <= high for tick in found) >= 2:
+            break
+    return found
 
 
 def root_axis(values: Iterable[float], start: float, end: float) -> Axis:

@@ -4,6 +4,7 @@ import itertools
 import re
 
 import pytest
+from matplotlib.ticker import MaxNLocator
 
 from preftune.eval.report import axes, curves, frontier, lengths, lineage, rewards, svg, text, winrates
 from preftune.eval.report.read import Run, StageRecord, read_run
@@ -56,6 +57,16 @@ def test_axes_have_round_ticks_and_put_values_in_proportion():
     assert axes.axis([3.0, 3.0], 0, 1).low < 3.0 < axes.axis([3.0, 3.0], 0, 1).high
     assert [axes.tick_label(t, (0.0, 0.25, 0.5)) for t in (0.0, 0.25)] == ["0.00", "0.25"]
     assert axes.tick_label(-2.0, (-2.0, 0.0)) == "−2"
+
+
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [(0.12, 0.83), (0.0, 1.0), (-3.7, 12.0), (1234.5, 1251.0), (2e-5, 3.1e-5), (-0.3, -0.1), (0.0, 7e6)],
+)
+@pytest.mark.parametrize("intervals", [3, 4, 5, 6])
+def test_round_ticks_are_matplotlibs(low, high, intervals):
+    theirs = MaxNLocator(nbins=intervals, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+    assert axes.round_ticks(low, high, intervals) == pytest.approx(theirs.tolist(), abs=1e-12 * (high - low))
 
 
 def test_a_root_axis_puts_four_nats_half_way_to_sixteen():

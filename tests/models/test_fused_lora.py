@@ -94,6 +94,8 @@ def test_a_frozen_adapter_and_an_input_without_gradient():
         torch.testing.assert_close(grads[1][name], grads[0][name], atol=1e-5, rtol=1e-5)
 
 
+# `second` has no bias, so that PEFT warns that this LoRA cannot be merged: nobody merges it here
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_dropout": 0.5}, {"lora_bias": True}])
 def test_more_than_a_plain_lora_is_pefts_business(monkeypatch, options):
     calls = counted(monkeypatch)

@@ -116,11 +116,11 @@ def test_with_gradient_checkpointing_the_gradients_are_the_same(name, batch):
     plain, packed = both(name)
     expected = outcome(plain, *batch)[3]
     inner = packed.get_base_model()
-    inner.gradient_checkpointing_enable({"use_reentrant": False})
+    inner.activation_checkpointing_enable({"use_reentrant": False})
     inner.train()
     try:
         found = outcome(packed, *batch)[3]
     finally:
-        inner.gradient_checkpointing_disable()
+        inner.activation_checkpointing_disable()
         inner.eval()
     assert gradient_error(found, expected) < 1e-5

@@ -94,7 +94,7 @@ def plain(start: Start) -> PeftModel:
 def options(tmp_path: Path, **given: Any) -> dict[str, Any]:
     return {
         "output_dir": str(tmp_path / "trl"), "use_cpu": True, "bf16": False, "report_to": "none",
-        "gradient_checkpointing": False, "per_device_train_batch_size": 4, **given,
+        "activation_checkpointing": False, "per_device_train_batch_size": 4, **given,
     }  # fmt: skip
 
 
