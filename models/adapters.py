@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from . import seams
 from .base import Base
 from .fused_lora import use_fused_lora
 from .heads import ScalarHead
@@ -51,6 +52,8 @@ class AdapterSet:
         self.base = base
         self.heads: dict[str, ScalarHead] = {}
         self._layers = lora_layers(model)
+        for layer in self._layers.values():
+            seams.require(seams.ADAPTER_SWITCH, layer)
 
     @classmethod
     def create(

@@ -14,6 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import UserError
+from . import seams
 from .cache import remembered
 from .gguf import convert_gguf
 from .heads import load_classifier
@@ -128,6 +129,7 @@ def load_model(
             model = load_classifier(base.path, seed, options)
         else:
             model = AutoModelForCausalLM.from_pretrained(base.path, **options)
+    seams.require(seams.BASE_NAME, model)
     # PEFT writes this into adapter_config.json as the base's name.
     model.config._name_or_path = model.name_or_path = base.model_id
     model.requires_grad_(False).eval()

@@ -15,6 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from . import seams
 from .adapters import AdapterSet
 from .decoder import Decoder, StatefulDecoder
 from .logprobs import LmHead
@@ -90,6 +91,7 @@ def _ready(adapters: AdapterSet, role: str | None, merge: bool) -> Iterator[tupl
 
 def keeps_a_state(backbone: Any) -> bool:
     """Whether some layers hold something else than keys and values of their own for every token."""
+    seams.require(seams.DECODER_FIELDS)
     config = backbone.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
     shared = getattr(config, "num_kv_shared_layers", 0)

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from ..errors import UserError
+from . import seams
 from .cache import build_once, file_sha256
 from .quiet import quiet
 from .tokens import prepare_model, set_eos, set_pad
@@ -45,6 +46,7 @@ def unpack_gguf(file: Path, folder: Path) -> None:
     packed = [name for name, parameter in model.named_parameters() if not parameter.is_floating_point()]
     if packed:
         raise UserError("model.base", f"{packed[0]} of {file.name} stayed packed", "use its safetensors original")
+    seams.require(seams.QUANTIZER_MARKS)
     # The weights are plain now; with these marks left on, save_pretrained refuses.
     model.hf_quantizer = None
     model.is_quantized = False

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
 from ..version import __version__
+from . import seams
 from .base import Base, resolve_base
 from .cache import remembered
 from .lora import WEIGHTS, read_adapter, tensors_sha256
@@ -173,6 +174,7 @@ def load_adapter_base(folder: Path) -> Base:
 
 
 def _encoding(tokenizer: PreTrainedTokenizerBase) -> Any:
+    seams.require(seams.TOKENIZER_CORE)
     core = getattr(tokenizer, "backend_tokenizer", None)
     if core is None:
         return tokenizer.get_vocab()

@@ -14,14 +14,18 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from ..errors import UserError
+from . import seams
 from .base import Base
+
+with seams.importing(seams.LORA_LAYER):
+    from peft.tuners.tuners_utils import BaseTunerLayer
+with seams.importing(seams.CONV1D):
+    from transformers.pytorch_utils import Conv1D
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 SCORE = "base_model.model.score.weight"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from .packing import ATTENTION, build_tree, forward_tree
+from .packing import build_tree, forward_tree, packs_now
 
 Prompt = Sequence[int]
 
@@ -72,7 +72,7 @@ def prefill(backbone: Any, prompts: Sequence[Prompt], pad_token_id: int, device:
     cache = DynamicCache()
     index_BP = None
     # Elsewhere than on a CPU the padding costs little, and each tree's attention would be compiled anew.
-    if device.type == "cpu" and backbone.config._attn_implementation == ATTENTION:
+    if device.type == "cpu" and packs_now(backbone, device):
         tree = build_tree(ids_BP, mask_BP, apart_tokens=APART)
         hidden_NH = forward_tree(backbone, tree, past_key_values=cache, use_cache=True)
         index_BP, last_BH = tree.index_BL, hidden_NH[tree.index_BL[:, -1]]

@@ -36,6 +36,7 @@ class Tree:
         index_BL: where each padded position's token lies (0 where there is padding).
         mask_BL: the batch's attention mask, boolean.
         masks: what was already made: masks by block, window and dtype; the runs.
+        attended: the sliding window (None: there is none) of every attention layer that this tree has reached.
     """
 
     ids_N: Tensor
@@ -45,6 +46,7 @@ class Tree:
     index_BL: Tensor
     mask_BL: Tensor
     masks: dict[Any, Any] = field(default_factory=dict)
+    attended: list[int | None] = field(default_factory=list)
 
     def mask(self, block: tuple[int, int], window: int | None, dtype: torch.dtype) -> Tensor:
         """Additive mask [1, 1, T, T] of a block: 0 for ancestors within the layer's sliding window, else -inf."""
