@@ -11,7 +11,8 @@ from .version import __version__
 if TYPE_CHECKING:
     from .errors import UserError
     from .models.adapters import AdapterSet, LoraSpec
-    from .models.base import load_model, load_tokenizer, resolve_base
+    from .models.loading import load_model, resolve_base
+    from .models.tokens import load_tokenizer
     from .stages.ppo import PPOConfig, PPOTrainer
 
 __all__ = [
@@ -32,9 +33,9 @@ _HOMES = {
     "PPOConfig": ".stages.ppo",
     "PPOTrainer": ".stages.ppo",
     "UserError": ".errors",
-    "load_model": ".models.base",
-    "load_tokenizer": ".models.base",
-    "resolve_base": ".models.base",
+    "load_model": ".models.loading",
+    "load_tokenizer": ".models.tokens",
+    "resolve_base": ".models.loading",
 }
 
 

@@ -23,9 +23,10 @@ from ..data.encode import encode_prompts
 from ..data.load import load_rows
 from ..data.spec import DataSpec, SourceSpec
 from ..models.adapters import AdapterSet, LoraSpec
-from ..models.base import load_model, load_tokenizer, prepare_model
+from ..models.batching import left_pad
 from ..models.generate import merged, sample
-from ..models.prefill import left_pad
+from ..models.loading import load_model
+from ..models.tokens import load_tokenizer, prepare_model
 from .measure import alternate, machine, measured_apart, write_result
 from .workload import base
 

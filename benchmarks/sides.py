@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from ..data.spec import DataSpec, SourceSpec
 from ..models.adapters import LoraSpec
-from ..models.base import load_tokenizer
+from ..models.tokens import load_tokenizer
 from ..stages.job import StageJob
 from .workload import base
 

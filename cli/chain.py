@@ -271,7 +271,7 @@ def _number(value: Any) -> bool:
 
 
 def _resolve_base(spec: str, revision: str | None) -> "Base":
-    from ..models.base import resolve_base
+    from ..models.loading import resolve_base
 
     return resolve_base(spec, revision)
 

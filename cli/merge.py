@@ -30,9 +30,9 @@ def merge_adapter(adapter: Path, out: Path, dtype: str | None = None) -> None:
     from peft import PeftModel
     from transformers import AutoTokenizer
 
-    from ..models.base import load_model
     from ..models.lineage import load_adapter_base, read_lineage
-    from ..models.quiet import quiet
+    from ..models.loading import load_model
+    from ..models.quiet import quiet_transformers
 
     base = load_adapter_base(adapter)
     has_lineage = (adapter / "lineage.json").is_file()
@@ -47,7 +47,7 @@ def merge_adapter(adapter: Path, out: Path, dtype: str | None = None) -> None:
     merged.config.eos_token_id = tokenizer.eos_token_id
     merged.to(getattr(torch, dtype or trained or "float32"))
     merged.config.name_or_path = ""
-    with quiet():
+    with quiet_transformers():
         merged.save_pretrained(out, safe_serialization=True)
     tokenizer.save_pretrained(out)
     print(f"{out}: {base.spec} with {adapter} merged into it, {dtype or trained or 'float32'}")

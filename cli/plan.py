@@ -24,7 +24,8 @@ _PASSES = {"sft": 2, "reward": 2, "dpo": 3, "kto": 3}
 def plan_recipe(recipe: str, overrides: Sequence[str], voice: Voice) -> None:
     """`preftune plan`: one row a stage. Numbers are estimates to about a factor of two."""
     loaded = load_recipe(recipe, overrides)
-    from ..models.base import load_tokenizer, resolve_base
+    from ..models.loading import resolve_base
+    from ..models.tokens import load_tokenizer
 
     base = resolve_base(loaded.model.base, loaded.model.revision)
     tokenizer = load_tokenizer(base, loaded.model.chat_template)

@@ -31,7 +31,7 @@ def run_recipe(run: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def recipe_base(recipe: Recipe) -> "Base":
     """The recipe's base, and its functions within reach."""
-    from ..models.base import resolve_base
+    from ..models.loading import resolve_base
     from .chain import import_from_here
 
     import_from_here(recipe)

@@ -67,7 +67,8 @@ def offline() -> bool:
 
 
 def _base(recipe: Recipe, voice: Voice) -> "tuple[Base | None, Any]":
-    from ..models.base import load_tokenizer, resolve_base
+    from ..models.loading import resolve_base
+    from ..models.tokens import load_tokenizer
 
     try:
         base = resolve_base(recipe.model.base, recipe.model.revision)

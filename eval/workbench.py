@@ -12,7 +12,8 @@ from ..data.encode import encode_prompts
 from ..data.load import load_rows
 from ..errors import UserError
 from ..models.adapters import AdapterSet, LoraSpec
-from ..models.base import load_model, load_tokenizer, prepare_model
+from ..models.loading import load_model
+from ..models.tokens import load_tokenizer, prepare_model
 from .kl import KL, sequence_kls, summarise
 from .progress import meter
 from .samples import Prompt, Sample, generate_samples, read_prompts

@@ -19,6 +19,7 @@ from .heads import ScalarHead
 from .lineage import check_base
 from .lora import (
     SCORE,
+    VALUE_HEAD,
     LoraSpec,
     embed_parent,
     fill,
@@ -32,7 +33,6 @@ from .lora import (
 __all__ = ["DEFAULT", "REF", "REWARD", "VALUE", "VALUE_HEAD", "AdapterSet", "LoraSpec"]
 
 DEFAULT, REF, REWARD, VALUE = "default", "ref", "reward", "value"
-VALUE_HEAD = "value_head.safetensors"
 
 
 class AdapterSet:

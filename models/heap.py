@@ -1,12 +1,5 @@
-"""The process' free memory, where the C library keeps it."""
+"""The old name of `memory.release_free_memory`."""
 
-import ctypes
-import sys
+from .memory import release_free_memory as give_back
 
-
-def give_back() -> None:
-    """Let the system have what is free. glibc keeps it, in pieces: what one phase of a program leaves (loading, a
-    training step, a rollout) the next one would grow on top of. Elsewhere than on Linux nothing happens."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
+__all__ = ["give_back"]

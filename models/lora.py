@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import UserError
+from ..files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from . import seams
 from .base import Base
 
@@ -27,7 +28,8 @@ with seams.importing(seams.LORA_LAYER):
 with seams.importing(seams.CONV1D):
     from transformers.pytorch_utils import Conv1D
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS, CONFIG = ADAPTER_WEIGHTS, ADAPTER_CONFIG
+VALUE_HEAD = "value_head.safetensors"
 SCORE = "base_model.model.score.weight"
 
 # What would make an adapter more than W + scaling * B @ A; our exact copies and growth know only that.

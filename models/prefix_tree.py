@@ -3,7 +3,6 @@
 Legend of shape suffixes: B rows, L padded positions, N distinct tokens, T tokens of a block.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..data.template import common_prefix
 from .block_attention import Run
 from .flex_tree import tree_block_mask
 
@@ -120,7 +120,7 @@ def build_tree(
     start = 0
     for i in sorted(range(len(rows)), key=rows.__getitem__):
         row = rows[i]
-        shared = _common_prefix(row, previous)
+        shared = common_prefix(row, previous)
         full = len(ids) - start + len(row) - shared > block_tokens
         if path and (full or (apart_tokens and not shared and len(ids) - start >= apart_tokens)):
             blocks.append((start, len(ids)))
@@ -144,13 +144,6 @@ def build_tree(
         index_BL.to(device),
         mask_BL,
     )
-
-
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    n = min(len(a), len(b))
-    if a[:n] == b[:n]:
-        return n
-    return next(k for k in range(n) if a[k] != b[k])
 
 
 def rounded(tree: Tree, multiple: int = ROUND_TO) -> Tree:

@@ -19,7 +19,7 @@ from ..data.spec import DataSpec
 from ..data.split import split_rows
 from ..errors import UserError
 from ..models.adapters import AdapterSet, LoraSpec
-from ..models.base import Base, load_model, load_tokenizer, prepare_model
+from ..models.base import Base
 from ..models.lineage import (
     Lineage,
     adapter_sha256,
@@ -30,6 +30,8 @@ from ..models.lineage import (
     tokenizer_info,
     write_lineage,
 )
+from ..models.loading import load_model
+from ..models.tokens import load_tokenizer, prepare_model
 from ..values import plain
 from .trainers import train
 

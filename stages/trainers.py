@@ -14,8 +14,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..models import seams
 from ..models.lm_head import use_compact_head
+from ..models.memory import peak_memory_bytes
 from .callbacks import Clock, LogFile, Progress
-from .metrics import peak_memory_bytes
 from .options import EARLY_STOPPING, device_defaults, stage_config, worded
 
 __all__ = [

@@ -13,7 +13,7 @@ from ...data.load import load_rows
 from ...data.rows import Row
 from ...data.spec import Kind
 from ...errors import UserError
-from ...models.base import load_tokenizer
+from ...models.tokens import load_tokenizer
 from ...stages.job import StageJob
 from ..spec import BASE, EvalSpec
 from ..workbench import Workbench

@@ -11,7 +11,7 @@ from ...data.template import Templater
 from ...models.base import Base
 from ...models.lineage import LINEAGE, adapter_sha256, read_lineage, tokenizer_info
 from ...models.lora import WEIGHTS
-from ...models.quiet import quiet
+from ...models.quiet import quiet_transformers
 from ...stages.ppo_config import PPOConfig
 from ...stages.reference import DEFAULT_BETA
 from ..spec import BASE
@@ -118,7 +118,7 @@ def _tokenizers(record: Record, tokenizer: Any, left_out: list[str]) -> Iterator
         yield from check_tokenizer(record.name, record.lineage.tokenizer, others)
         left_out.append(f"{record.name}, bos: no tokenizer lies beside its adapter")
         return
-    with quiet():
+    with quiet_transformers():
         saved = AutoTokenizer.from_pretrained(record.folder, trust_remote_code=False)
     others["the tokenizer beside its adapter"] = _saved_info(saved, tokenizer)
     yield from check_tokenizer(record.name, record.lineage.tokenizer, others)

@@ -14,7 +14,7 @@ from preftune.cli.policies import recipe_base, run_recipe, sampling_spec
 from preftune.eval.chat.conversation import Conversation
 from preftune.eval.workbench import Workbench
 from preftune.models.adapters import AdapterSet, LoraSpec
-from preftune.models.base import load_model, resolve_base
+from preftune.models.loading import load_model, resolve_base
 
 POLICIES = ("sft", "dpo", "ipo")
 EVAL = """\

@@ -12,8 +12,8 @@ from preftune.eval.chat.conversation import Conversation
 from preftune.eval.spec import EvalSpec
 from preftune.eval.workbench import Workbench
 from preftune.models.adapters import AdapterSet, LoraSpec
-from preftune.models.base import load_model, resolve_base
 from preftune.models.generate import sample
+from preftune.models.loading import load_model, resolve_base
 
 from .conftest import shake
 

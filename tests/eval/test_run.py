@@ -15,7 +15,7 @@ from preftune.eval.report import write_report
 from preftune.eval.run import EvalSpec, run_eval
 from preftune.eval.spec import RewardModel
 from preftune.models.adapters import AdapterSet, LoraSpec
-from preftune.models.base import load_model, resolve_base
+from preftune.models.loading import load_model, resolve_base
 
 from .chat_server import ChatServer, completion
 from .conftest import shake

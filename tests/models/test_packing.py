@@ -9,8 +9,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from preftune.models import seams
 from preftune.models.adapters import AdapterSet, LoraSpec
-from preftune.models.base import load_model, resolve_base
 from preftune.models.flex_tree import flex_applies, flex_tree_attention
+from preftune.models.loading import load_model, resolve_base
 from preftune.models.packing import build_tree, forward_tree, packs_now, rounded, tree_attention, use_packed_forward
 
 SMALL = dict(

@@ -19,8 +19,8 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from preftune.models import seams
 from preftune.models.adapters import AdapterSet, LoraSpec
-from preftune.models.base import load_model
 from preftune.models.dropout import no_dropout
+from preftune.models.loading import load_model
 from preftune.models.row_cache import RowCache, _Layer
 from preftune.stages.dpo import DPOStageTrainer
 from preftune.stages.kto import KTOStageTrainer

@@ -12,10 +12,12 @@ from transformers import (
 )
 
 from preftune.models.adapters import AdapterSet, LoraSpec
-from preftune.models.base import Base, resolve_base
+from preftune.models.base import Base
+from preftune.models.batching import left_pad
 from preftune.models.generate import sample
+from preftune.models.loading import resolve_base
 from preftune.models.packing import packs_now, use_packed_forward
-from preftune.models.prefill import left_pad, prefill
+from preftune.models.prefill import prefill
 from preftune.models.prepack import prepack, prepacked, prepacks
 from preftune.models.token_step import TokenStep
 

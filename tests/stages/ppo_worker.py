@@ -23,8 +23,9 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 from preftune.models.adapters import AdapterSet, LoraSpec
-from preftune.models.base import load_model, load_tokenizer, resolve_base
 from preftune.models.generate import Generation
+from preftune.models.loading import load_model, resolve_base
+from preftune.models.tokens import load_tokenizer
 from preftune.stages import ppo_collect, ppo_run
 from preftune.stages.callbacks import LogFile
 from preftune.stages.ppo import PPOConfig, PPOTrainer

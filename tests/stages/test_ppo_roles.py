@@ -8,9 +8,9 @@ from peft import AutoPeftModelForSequenceClassification
 
 from preftune.data.encode import encode_pairs
 from preftune.models.adapters import AdapterSet
-from preftune.models.base import load_model
 from preftune.models.generate import Generation
 from preftune.models.lineage import read_lineage
+from preftune.models.loading import load_model
 from preftune.stages.job import load_data, run_stage
 from preftune.stages.ppo import PPOTrainer
 from preftune.stages.reward import score, with_prompts

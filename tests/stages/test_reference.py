@@ -12,7 +12,8 @@ from trl import DPOConfig
 
 from preftune.data.encode import encode_pairs
 from preftune.models.adapters import AdapterSet, LoraSpec
-from preftune.models.base import load_model, load_tokenizer
+from preftune.models.loading import load_model
+from preftune.models.tokens import load_tokenizer
 from preftune.stages.dpo import DPOStageTrainer, build_dpo
 from preftune.stages.job import load_data
 from preftune.stages.kto import build_kto
