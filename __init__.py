@@ -10,8 +10,10 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .errors import UserError
-    from .models.adapters import AdapterSet, LoraSpec
-    from .models.base import load_model, load_tokenizer, resolve_base
+    from .models.adapters import AdapterSet
+    from .models.loading import load_model, resolve_base
+    from .models.lora import LoraSpec
+    from .models.tokens import load_tokenizer
     from .stages.ppo.config import PPOConfig
     from .stages.ppo.trainer import PPOTrainer
 
@@ -33,9 +35,9 @@ _HOMES = {
     "PPOConfig": ".stages.ppo.config",
     "PPOTrainer": ".stages.ppo.trainer",
     "UserError": ".errors",
-    "load_model": ".models.base",
-    "load_tokenizer": ".models.base",
-    "resolve_base": ".models.base",
+    "load_model": ".models.loading",
+    "load_tokenizer": ".models.tokens",
+    "resolve_base": ".models.loading",
 }
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from ..stages.metrics import peak_memory_bytes, reset_peak_memory
+from ..models.memory import peak_memory_bytes, reset_peak_memory
 
 RESULTS = Path(__file__).parent / "results"
 Measured = dict[str, Any]

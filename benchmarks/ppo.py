@@ -26,9 +26,10 @@ from ..data.encode import encode_prompts
 from ..data.load import load_rows
 from ..data.spec import DataSpec, SourceSpec
 from ..models.adapters import AdapterSet
-from ..models.base import load_model, load_tokenizer, prepare_model
 from ..models.lineage import Lineage, base_info, library_versions, tokenizer_info, write_lineage
+from ..models.loading import load_model
 from ..models.lora import linear_names
+from ..models.tokens import load_tokenizer, prepare_model
 from ..stages.ppo.rollout import stream_rows
 from .measure import StepClock, alternate, machine, measured_apart, write_result
 from .sides import LORA, our_trainer

@@ -73,7 +73,7 @@ def measure(recipe: Recipe, run: Path, policy: Path, seed: int, best_of: int = 0
     from ..eval.kl import sequence_kls
     from ..eval.samples import generate_samples
     from ..eval.workbench import Workbench
-    from ..models.base import resolve_base
+    from ..models.loading import resolve_base
 
     spec = eval_spec(recipe, resolve_base(recipe.model.base), run, ["sft"])
     spec = dataclasses.replace(spec, policies={"sft": run / "sft", "policy": policy})
@@ -131,7 +131,7 @@ def _rubric(recipe: Recipe) -> Any:
 
 
 def _work(run: Path, trial: Trial) -> dict[str, Any]:
-    from ..models.base import resolve_base
+    from ..models.loading import resolve_base
     from ..stages.run import run_stage
 
     seeded = () if trial.best_of or trial.stage == "sft" else (f"stages.{trial.stage}.seed={trial.seed}",)

@@ -22,10 +22,12 @@ from transformers import AutoModelForCausalLM
 from ..data.encode import encode_prompts
 from ..data.load import load_rows
 from ..data.spec import DataSpec, SourceSpec
-from ..models.adapters import AdapterSet, LoraSpec
-from ..models.base import load_model, load_tokenizer, prepare_model
+from ..models.adapters import AdapterSet
+from ..models.batching import left_pad
 from ..models.generate import merged, sample
-from ..models.prefill import left_pad
+from ..models.loading import load_model
+from ..models.lora import LoraSpec
+from ..models.tokens import load_tokenizer, prepare_model
 from .measure import alternate, machine, measured_apart, write_result
 from .workload import base
 

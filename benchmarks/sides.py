@@ -14,8 +14,8 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from ..data.spec import DataSpec, SourceSpec
-from ..models.adapters import LoraSpec
-from ..models.base import load_tokenizer
+from ..models.lora import LoraSpec
+from ..models.tokens import load_tokenizer
 from ..stages.job import StageJob
 from .workload import base
 

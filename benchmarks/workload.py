@@ -11,7 +11,9 @@ from ..data.load import load_rows
 from ..data.rows import Message, Row
 from ..data.spec import DataSpec, SourceSpec
 from ..errors import UserError
-from ..models.base import Base, load_tokenizer, resolve_base
+from ..models.base import Base
+from ..models.loading import resolve_base
+from ..models.tokens import load_tokenizer
 
 # each is one token after a blank, for SmolLM2's tokenizer and most others
 WORDS = (

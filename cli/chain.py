@@ -227,7 +227,7 @@ class Chain:
     def _report(self) -> None:
         if self._run_stage is not None:
             return
-        from ..eval.report import write_report
+        from ..eval.report.page import write_report
 
         write_report(self.path)
 
@@ -252,7 +252,7 @@ def _highlights(metrics: Mapping[str, Any] | None) -> str:
 
 
 def _resolve_base(spec: str, revision: str | None) -> "Base":
-    from ..models.base import resolve_base
+    from ..models.loading import resolve_base
 
     return resolve_base(spec, revision)
 

@@ -5,9 +5,8 @@ from json import loads
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, nearest
 from ..recipes.load import load_recipe, shipped_recipes
-from ..recipes.problems import nearest
 from ..recipes.schema import Recipe
 from .chain import Chain, Done, Options
 from .output import Output, duration

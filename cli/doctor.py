@@ -12,7 +12,7 @@ from .policies import recipe_base, run_recipe, sampling_spec
 from .process import quiet_libraries
 
 if TYPE_CHECKING:
-    from ..eval.doctor import Checkup, Examination
+    from ..eval.doctor.examine import Checkup, Examination
     from ..models.base import Base
 
 
@@ -27,7 +27,9 @@ def doctor_run(run: Path, samples: int, output: Output) -> int:
     """
     recipe = run_recipe(run)
     quiet_libraries()
-    from ..eval.doctor import examine, first_broken, write_examination
+    from ..eval.doctor import examine
+    from ..eval.doctor.examine import write_examination
+    from ..eval.doctor.finding import first_broken
 
     base = recipe_base(recipe)
     examination = examine(checkup(recipe, base, run, samples))
@@ -38,7 +40,7 @@ def doctor_run(run: Path, samples: int, output: Output) -> int:
 
 def checkup(recipe: Recipe, base: "Base", run: Path, samples: int) -> "Checkup":
     """What is to be examined of a run of that recipe."""
-    from ..eval.doctor import Checkup
+    from ..eval.doctor.examine import Checkup
 
     folder = RunFolder(run)
     stamps = {name: folder.stamp(name) for name in recipe.stages}
@@ -53,7 +55,7 @@ def checkup(recipe: Recipe, base: "Base", run: Path, samples: int) -> "Checkup":
 
 def _show(examination: "Examination", output: Output) -> None:
     """The findings; then, for people, what to do about them."""
-    from ..eval.doctor import first_broken
+    from ..eval.doctor.finding import first_broken
 
     findings = examination.findings
     if output.json:

@@ -26,7 +26,7 @@ _OF_REPLIES = (
 def run_all(run: RunArgument, overrides: EvalOverrides = None, json: AsJson = False) -> None:
     """All policies and judges of the recipe, and its reward models; writes RUN/eval and RUN/report.html."""
     _, spec = _open(run, overrides, None)
-    from ..eval.report import write_report
+    from ..eval.report.page import write_report
     from ..eval.run import run_eval
     from .commands import show_rewards
     from .folder import RunFolder
@@ -124,8 +124,8 @@ def reward(
     Default data: each stage's own, the part that its training left out where there is one.
     """
     recipe = _recipe(run, overrides)
+    from ..errors import nearest
     from ..recipes.build import eval_spec, reward_model, reward_stages
-    from ..recipes.problems import nearest
     from .policies import recipe_base
 
     known = reward_stages(recipe)

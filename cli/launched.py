@@ -89,7 +89,7 @@ def _process(said: str, run_dir: str, name: str, from_adapter: str | None = None
 
 
 def _run(run_dir: Path, name: str, from_adapter: Path | None) -> None:
-    from ..models.base import resolve_base
+    from ..models.loading import resolve_base
     from ..recipes.build import stage_job
     from ..recipes.load import load_recipe
     from ..stages.run import run_stage

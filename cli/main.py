@@ -165,7 +165,7 @@ def report(run: RunArgument) -> None:
     from .commands import run_folder
 
     folder = run_folder(run)
-    from ..eval.report import write_report
+    from ..eval.report.page import write_report
 
     print(write_report(folder))
 

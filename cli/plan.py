@@ -22,8 +22,9 @@ def plan_recipe(recipe: str, overrides: Sequence[str], output: Output) -> None:
     loaded = load_recipe(recipe, overrides)
     from transformers import AutoConfig
 
-    from ..models.base import load_tokenizer, resolve_base
     from ..models.cost import parameters_in
+    from ..models.loading import resolve_base
+    from ..models.tokens import load_tokenizer
 
     base = resolve_base(loaded.model.base, loaded.model.revision)
     tokenizer = load_tokenizer(base, loaded.model.chat_template)

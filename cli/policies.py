@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import UserError
+from ..errors import UserError, nearest
 from ..recipes.build import data_spec, eval_spec, folders
 from ..recipes.graph import policies
 from ..recipes.load import load_recipe
-from ..recipes.problems import nearest
 from ..recipes.schema import BASE, Recipe
 from .commands import run_folder
 
@@ -31,7 +30,7 @@ def run_recipe(run: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def recipe_base(recipe: Recipe) -> "Base":
     """The recipe's base, and its functions within reach."""
-    from ..models.base import resolve_base
+    from ..models.loading import resolve_base
     from .process import make_functions_importable
 
     make_functions_importable(recipe)

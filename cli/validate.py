@@ -70,7 +70,8 @@ def offline() -> bool:
 
 
 def _base(recipe: Recipe, output: Output) -> "tuple[Base | None, PreTrainedTokenizerBase | None]":
-    from ..models.base import load_tokenizer, resolve_base
+    from ..models.loading import resolve_base
+    from ..models.tokens import load_tokenizer
 
     try:
         base = resolve_base(recipe.model.base, recipe.model.revision)

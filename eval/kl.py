@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..models.adapters import AdapterSet
+from ..models.batching import TOKENS_PER_BATCH, right_pad, token_batches
 from ..models.logprobs import LmHead, chunk_rows, response_positions, states_before_response
-from .batches import TOKENS_PER_BATCH, right_pad, token_batches
 from .statistics.intervals import mean_se, ratio_se
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from ..models.adapters import AdapterSet
+from ..models.batching import TOKENS_PER_BATCH, right_pad, token_batches
 from ..models.logprobs import LmHead, token_logprobs
-from .batches import TOKENS_PER_BATCH, right_pad, token_batches
 from .statistics.intervals import ratio_se
 
 IGNORED = -100

@@ -15,7 +15,8 @@ from ..data.load import load_rows
 from ..data.spec import DataSpec
 from ..data.split import split_rows
 from ..errors import UserError
-from ..models.lineage import LINEAGE, Lineage, adapter_sha256, read_lineage
+from ..files import LINEAGE
+from ..models.lineage import Lineage, adapter_sha256, read_lineage
 from ..stages.kinds import DPO
 from ..values import plain
 from .judges.registry import reward_scores

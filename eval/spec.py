@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 from ..data.spec import DataSpec
 from ..errors import UserError
-from ..models.base import Base, Quantization
+from ..models.base import Base
 from ..models.lineage import check_lineage
+from ..models.loading import Quantization
 
 BASE = "base"
 

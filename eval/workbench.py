@@ -11,8 +11,10 @@ import torch
 from ..data.encode import encode_prompts
 from ..data.load import load_rows
 from ..errors import UserError
-from ..models.adapters import AdapterSet, LoraSpec
-from ..models.base import load_model, load_tokenizer, prepare_model
+from ..models.adapters import AdapterSet
+from ..models.loading import load_model
+from ..models.lora import LoraSpec
+from ..models.tokens import load_tokenizer, prepare_model
 from .kl import KL, sequence_kls, summarise
 from .progress import meter
 from .samples import Prompt, Sample, generate_samples, read_prompts

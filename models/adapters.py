@@ -12,12 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from . import seams
 from .base import Base
 from .fused_lora import use_fused_lora
 from .heads import ScalarHead
 from .lineage import check_base
 from .lora import (
     SCORE,
+    VALUE_HEAD,
     LoraSpec,
     embed_parent,
     fill,
@@ -31,7 +33,6 @@ from .lora import (
 __all__ = ["DEFAULT", "REF", "REWARD", "VALUE", "VALUE_HEAD", "AdapterSet", "LoraSpec"]
 
 DEFAULT, REF, REWARD, VALUE = "default", "ref", "reward", "value"
-VALUE_HEAD = "value_head.safetensors"
 
 
 class AdapterSet:
@@ -51,6 +52,8 @@ class AdapterSet:
         self.base = base
         self.heads: dict[str, ScalarHead] = {}
         self._layers = lora_layers(model)
+        for layer in self._layers.values():
+            seams.require(seams.ADAPTER_SWITCH, layer)
 
     @classmethod
     def create(

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import seams
+
 LONGEST_BLOCK = 512
 """Tokens of a block beyond which its kept probabilities (H * T * T of them, a layer) would cost too much memory."""
 
@@ -84,6 +86,7 @@ class _BlockAttention(torch.autograd.Function):
             probs.append(torch.softmax(scores, -1))
             mixed = torch.bmm(probs[-1], _batched(value_KND[:, span], k, t))
             out_NHD[span] = mixed.view(-1, h, t, d).transpose(1, 2).reshape(-1, h, d)
+        seams.require(seams.SOFTMAX_BACKWARD)
         ctx.save_for_backward(query_HND, key_KND, value_KND, *probs)
         ctx.runs, ctx.scale = runs, scale
         return out_NHD

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from ..files import write_whole
+
 _BLOCK = 1 << 22
 
 
@@ -69,7 +71,5 @@ def remembered(purpose: str, files: list[Path], compute: Callable[[], str]) -> s
         return note.read_text()
     value = compute()
     note.parent.mkdir(exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=note.parent, delete=False) as handle:
-        handle.write(value)
-    Path(handle.name).replace(note)
+    write_whole(note, value)
     return value

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from .lora import LoraSpec
-from .quiet import quiet
+from .quiet import quiet_transformers
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Of one number of that dtype."""
@@ -37,7 +37,7 @@ def adapter_parameters(config: PreTrainedConfig, lora: LoraSpec) -> int:
     Counted in PEFT's own adapter on a model without memory (torch's meta device), so it holds for every architecture
     and every choice of target modules.
     """
-    with torch.device("meta"), quiet():
+    with torch.device("meta"), quiet_transformers():
         model = AutoModelForCausalLM.from_config(config)
         adapted = PeftModelForCausalLM(model, lora.config(model, "CAUSAL_LM"))
     return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)

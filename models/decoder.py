@@ -1,6 +1,7 @@
 """Decoding many prompts together: who is in flight, what each row drew, when a row leaves.
 
-Shape suffixes: N requests, S steps, B rows in flight, C columns of the cache, H hidden size.
+Shape suffixes: N requests, S steps, B rows in flight, C columns of the cache, H hidden size,
+E tokens that end a completion.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from .batching import left_pad
 from .logprobs import LmHead
 from .packing import ATTENTION
-from .prefill import left_pad, prefill
+from .prefill import prefill
 from .row_cache import RowCache
 from .sampling import Sampling, choose, uniforms
-from .stopping import Stops
 from .token_step import Product, TokenStep, sees_everything
 
 # Places are refilled, or the batch made smaller, once this share of it has ended: copying for every single row would
@@ -28,7 +29,7 @@ class Decoder:
 
     Attributes:
         tokens_NS, logps_NS: what was sampled, S = `max_new_tokens`; one row more than requests, for idle places.
-        count_N: tokens of each request so far. stopped_N: whether its newest one ended it (not the length limit).
+        count_N: tokens of each request so far. stopped_N: whether its newest one is EOS.
         request_B: which request each row serves; N where the place is idle.
         step_B: tokens sampled so far. length_B: prompt and sampled tokens, the newest not yet in the cache included.
         idle: places that serve no request.
@@ -42,7 +43,7 @@ class Decoder:
         sampling: Sampling,
         *,
         max_new_tokens: int,
-        stops: Stops,
+        eos_token_id: int | Sequence[int],
         pad_token_id: int,
         seed: int | Sequence[int],
         batch_size: int,
@@ -54,7 +55,9 @@ class Decoder:
         self.max_new_tokens, self.pad_token_id, self.done, self.heard = max_new_tokens, pad_token_id, done, heard
         device = self.device = head.weight.device
         n = len(prompts)
-        self.stops = stops
+        self.eos_E = torch.tensor(
+            [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id), device=device
+        )
         streams = [(seed, i) for i in range(n)] if isinstance(seed, int) else [(each, 0) for each in seed]
         self.uniforms_NS = torch.stack([uniforms(s, i, max_new_tokens) for s, i in (*streams, (0, n))]).to(device)
         self.tokens_NS = torch.full((n + 1, max_new_tokens), pad_token_id, device=device)
@@ -139,7 +142,7 @@ class Decoder:
         token_B, logp_B = choose(self.head.logits(hidden_BH), self.uniforms_NS[request_B, step_B], self.sampling)
         self.tokens_NS[request_B, step_B] = token_B
         self.logps_NS[request_B, step_B] = logp_B
-        self.stopped_N[request_B] = stopped_B = self.stops(self.tokens_NS, request_B, step_B)
+        self.stopped_N[request_B] = stopped_B = torch.isin(token_B, self.eos_E)
         step_B = step_B + 1
         self.count_N[request_B] = step_B
         active_B = request_B != n

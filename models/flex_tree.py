@@ -14,7 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from . import seams
+
+with seams.importing(seams.FLEX_ATTENTION):
+    from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 logger = logging.getLogger(__name__)
 

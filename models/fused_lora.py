@@ -11,9 +11,13 @@ import types
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from . import seams
+
+with seams.importing(seams.LORA_LAYER):
+    from peft.tuners.lora.layer import Linear as LoraLinear
 
 
 def use_fused_lora(model: nn.Module) -> None:
@@ -23,6 +27,8 @@ def use_fused_lora(model: nn.Module) -> None:
     own forward: several active adapters, dropout, DoRA and other variants, merged weights, a quantised base.
     """
     for module in model.modules():
+        if isinstance(module, LoraLinear):
+            seams.require(seams.LORA_LAYER, module)
         if type(module) is LoraLinear and type(module.get_base_layer()) is nn.Linear:
             module.forward = types.MethodType(_forward, module)
 

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
+from . import seams
 from .adapters import AdapterSet
+from .batching import TokenIds
 from .decoder import Decoder, StatefulDecoder
 from .logprobs import LmHead
 from .lora import merged_weight
 from .prepack import Product, merges_all, prepack, prepacked, prepacks
 from .sampling import Sampling
-from .stopping import Stops
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class Generation:
     """Completions in the order of their prompts.
 
     Attributes:
-        tokens: ids of each completion, what stopped it included.
+        tokens: ids of each completion, EOS included.
         logprobs: log-probability of each of those tokens under the whole temperature-scaled distribution, before any
-            top-k, top-p or min-p cut: the quantity that training recomputes.
-        finished: whether the completion was stopped, by EOS as a rule (False: it was cut at `max_new_tokens`).
+            top-k or top-p cut: the quantity that training recomputes.
+        finished: whether EOS ended the completion (False: it was cut at `max_new_tokens`).
     """
 
     tokens: list[list[int]] = field(default_factory=list)
@@ -90,17 +90,31 @@ def _ready(adapters: AdapterSet, role: str | None, merge: bool) -> Iterator[tupl
 
 def keeps_a_state(backbone: Any) -> bool:
     """Whether some layers hold something else than keys and values of their own for every token."""
+    seams.require(seams.DECODER_FIELDS)
     config = backbone.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
     shared = getattr(config, "num_kv_shared_layers", 0)
     return bool(getattr(backbone, "_is_stateful", False) or shared or kinds - {"full_attention", "sliding_attention"})
 
 
+def check_request(prompts: Sequence[TokenIds], **numbers: int) -> None:
+    """Refuse an empty prompt, and numbers below 1.
+
+    Raises:
+        ValueError: one of them, with its name.
+    """
+    if any(len(prompt) == 0 for prompt in prompts):
+        raise ValueError("a prompt is empty, expected at least one token; give it a BOS or a chat template")
+    for name, value in numbers.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}, expected 1 or more")
+
+
 @torch.inference_mode()
 def sample(
     adapters: AdapterSet,
     role: str | None,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[TokenIds],
     *,
     max_new_tokens: int,
     eos_token_id: int | Sequence[int],
@@ -109,9 +123,6 @@ def sample(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    min_p: float = 0.0,
-    stop_strings: Sequence[str] = (),
-    tokenizer: PreTrainedTokenizerBase | None = None,
     batch_size: int = 32,
     merge: bool = True,
     on_batch: Callable[[int], None] | None = None,
@@ -127,8 +138,6 @@ def sample(
         eos_token_id: a completion ends with this token, or with the first of these.
         seed: with a prompt's place in the list it fixes that row's random stream, whatever the batch size; or one for
             each prompt, which does so alone.
-        stop_strings: a completion also ends where its text ends in one of these (see `stopping.Stops`; needs the
-            `tokenizer`).
         batch_size: rows decoded at once.
         merge: fold the adapter into the base's weights while decoding (see `merged`).
         on_batch: called with the number of completions done so far, whenever some ended.
@@ -138,17 +147,12 @@ def sample(
     Raises:
         ValueError: an empty prompt, or a setting out of its range.
     """
-    if any(len(prompt) == 0 for prompt in prompts):
-        raise ValueError("a prompt is empty, expected at least one token; give it a BOS or a chat template")
-    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}, expected 1 or more")
-    sampling = Sampling(temperature, top_k, top_p, min_p)
+    check_request(prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    sampling = Sampling(temperature, top_k, top_p)
     if not prompts:
         return Generation()
     if not isinstance(seed, int) and len(seed) != len(prompts):
         raise ValueError(f"{len(seed)} seeds for {len(prompts)} prompts, expected one each, or one for all")
-    stops = Stops(eos_token_id, stop_strings, tokenizer)
     with _ready(adapters, role, merge) as (head, joint):
         backbone: Any = adapters.backbone
         decoder = (StatefulDecoder if keeps_a_state(backbone) else Decoder)(
@@ -157,7 +161,7 @@ def sample(
             prompts,
             sampling,
             max_new_tokens=max_new_tokens,
-            stops=stops,
+            eos_token_id=eos_token_id,
             pad_token_id=pad_token_id,
             seed=seed,
             batch_size=batch_size,

@@ -7,8 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from ..errors import UserError
+from . import seams
 from .cache import build_once, file_sha256
-from .quiet import quiet
+from .quiet import quiet_transformers
 from .tokens import prepare_model, set_eos, set_pad
 
 # Raise it whenever the conversion below changes: the cached folders carry it in their names.
@@ -30,7 +31,7 @@ def convert_gguf(file: Path) -> tuple[Path, str]:
 def unpack_gguf(file: Path, folder: Path) -> None:
     """Write the dequantised model and its tokenizer into `folder`."""
     try:
-        with quiet():
+        with quiet_transformers():
             model: Any = AutoModelForCausalLM.from_pretrained(
                 file.parent,
                 gguf_file=file.name,
@@ -45,6 +46,7 @@ def unpack_gguf(file: Path, folder: Path) -> None:
     packed = [name for name, parameter in model.named_parameters() if not parameter.is_floating_point()]
     if packed:
         raise UserError("model.base", f"{packed[0]} of {file.name} stayed packed", "use its safetensors original")
+    seams.require(seams.QUANTIZER_MARKS)
     # The weights are plain now; with these marks left on, save_pretrained refuses.
     model.hf_quantizer = None
     model.is_quantized = False
@@ -55,6 +57,6 @@ def unpack_gguf(file: Path, folder: Path) -> None:
         set_eos(tokenizer)
     set_pad(tokenizer, model.config.get_text_config().vocab_size)
     prepare_model(model, tokenizer)
-    with quiet():
+    with quiet_transformers():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -44,6 +44,17 @@ class ScalarHead(nn.Module):
         return self.score(hidden_BTH).squeeze(-1)
 
 
+def score_at(head: ScalarHead, hidden_BLH: Tensor, position_B: Tensor) -> Tensor:
+    """What a head says of one token of each row [B], fp32: a reward is read at the row's last token.
+
+    Args:
+        hidden_BLH: last hidden states, of any dtype.
+        position_B: the column of the token that is read.
+    """
+    rows_B = torch.arange(len(position_B), device=hidden_BLH.device)
+    return head(hidden_BLH[rows_B, position_B][:, None]).squeeze(1)
+
+
 def init_score(linear: nn.Linear, generator: torch.Generator | None = None) -> None:
     """Weight ~ N(0, 1/(H + 1)), bias 0, in place."""
     with torch.no_grad():

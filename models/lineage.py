@@ -12,12 +12,14 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
+from ..files import LINEAGE, write_whole
 from ..version import __version__
-from .base import Base, resolve_base
+from . import seams
+from .base import Base
 from .cache import remembered
-from .lora import WEIGHTS, read_adapter, tensors_sha256
+from .loading import resolve_base
+from .lora import VALUE_HEAD, WEIGHTS, read_adapter, tensors_sha256
 
-LINEAGE = "lineage.json"
 _FORMAT = 1
 _PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "safetensors")
 
@@ -58,7 +60,7 @@ def write_lineage(folder: Path, lineage: Lineage) -> None:
     if keys["reward"] is None:
         del keys["reward"]
     ordered = {"format": keys.pop("format"), **keys}
-    (folder / LINEAGE).write_text(json.dumps(ordered, indent=2, default=str) + "\n", encoding="utf-8")
+    write_whole(folder / LINEAGE, json.dumps(ordered, indent=2, default=str) + "\n")
 
 
 def read_lineage(folder: Path) -> Lineage:
@@ -103,7 +105,7 @@ def library_versions() -> dict[str, str]:
 
 def adapter_sha256(folder: Path) -> str:
     """Hash of a saved adapter's tensors, its value head included (see `AdapterSet.digest`)."""
-    files = [file for file in (folder / WEIGHTS, folder / "value_head.safetensors") if file.is_file()]
+    files = [file for file in (folder / WEIGHTS, folder / VALUE_HEAD) if file.is_file()]
     if not files or files[0].name != WEIGHTS:
         raise UserError(str(folder), f"no {WEIGHTS} there", "give the folder of a finished stage")
 
@@ -173,6 +175,7 @@ def load_adapter_base(folder: Path) -> Base:
 
 
 def _encoding(tokenizer: PreTrainedTokenizerBase) -> Any:
+    seams.require(seams.TOKENIZER_CORE)
     core = getattr(tokenizer, "backend_tokenizer", None)
     if core is None:
         return tokenizer.get_vocab()

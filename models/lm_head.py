@@ -15,11 +15,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
-from trl.trainer.utils import FusedCausalLMOutput
 
+from ..data.encode import IGNORED
+from . import seams
 from .logprobs import LmHead, chunk_rows, token_logprobs
 
-_IGNORED = -100
+with seams.importing(seams.FUSED_HEAD):
+    from trl.trainer.utils import FusedCausalLMOutput
+
 _NOT_OURS = ("output_router_logits", "output_multiplier", "lm_head_multiplier")
 
 
@@ -35,6 +38,7 @@ def use_compact_head(model: PreTrainedModel, *, mean_logits: bool = False) -> bo
         loss of a mixture of experts, other multipliers) keeps TRL's. The caller keeps TRL's where Triton runs, or
         where it needs `log_sum_sq_probs`.
     """
+    seams.require(seams.FUSED_HEAD)
     config = model.config.get_text_config()
     if any(getattr(config, name, None) for name in _NOT_OURS) or config.model_type == "hyperclovax":
         return False
@@ -75,7 +79,7 @@ def use_compact_head(model: PreTrainedModel, *, mean_logits: bool = False) -> bo
 def _score(
     head: LmHead, hidden_BSH: torch.Tensor, labels_BS: torch.Tensor, num_items: Any, mean_logits: bool
 ) -> FusedCausalLMOutput:
-    mask_BS = labels_BS != _IGNORED
+    mask_BS = labels_BS != IGNORED
     hidden_NH, targets_N = hidden_BSH[mask_BS], labels_BS[mask_BS]
     logps_N, entropy_N, top1_N = token_logprobs(
         hidden_NH,

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from . import seams
+
 CHUNK_ELEMENTS = {"cpu": 6 << 20}
 """Logits of one chunk by device, 16 Mi elsewhere. On a CPU, passes over what stays in its caches cost a tenth less than
 over larger ones; smaller chunks re-read the head's weight more often."""
@@ -46,6 +48,7 @@ class LmHead:
     @classmethod
     def of(cls, lm_head: torch.nn.Module, config: Any) -> "LmHead":
         """The head of a Hugging Face causal model: its output embedding module and its config."""
+        seams.require(seams.LOGIT_FIELDS)
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         scale = float(getattr(text, "logit_scale", None) or 1.0)
         if divisor := getattr(text, "logits_scaling", None):

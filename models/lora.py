@@ -14,16 +14,22 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from ..errors import UserError
+from ..files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from . import seams
 from .base import Base
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+with seams.importing(seams.LORA_LAYER):
+    from peft.tuners.tuners_utils import BaseTunerLayer
+with seams.importing(seams.CONV1D):
+    from transformers.pytorch_utils import Conv1D
+
+WEIGHTS, CONFIG = ADAPTER_WEIGHTS, ADAPTER_CONFIG
+VALUE_HEAD = "value_head.safetensors"
 SCORE = "base_model.model.score.weight"
 
 # What would make an adapter more than W + scaling * B @ A; our exact copies and growth know only that.

@@ -9,9 +9,10 @@ from peft import PeftModel
 from transformers import AutoTokenizer
 
 from ..files import ADAPTER_CONFIG, LINEAGE
-from .base import Base, load_model
+from .base import Base
 from .lineage import load_adapter_base, read_lineage
-from .quiet import quiet
+from .loading import load_model
+from .quiet import quiet_transformers
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def merge_adapter(adapter: Path, out: Path, dtype: str | None = None) -> Merged:
     merged.config.eos_token_id = tokenizer.eos_token_id
     merged.to(getattr(torch, target))
     merged.config.name_or_path = ""
-    with quiet():
+    with quiet_transformers():
         merged.save_pretrained(out, safe_serialization=True)
     tokenizer.save_pretrained(out)
     return Merged(base, target)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from .packing import ATTENTION, build_tree, forward_tree
-
-Prompt = Sequence[int]
+from .batching import TokenIds, left_pad
+from .packing import forward_tree, packs_now
+from .prefix_tree import build_tree
 
 APART = 64
 """Tokens of an attention block after which rows that share nothing with it make their own: without a backward, small
@@ -41,7 +41,7 @@ class Prefilled:
     length_B: Tensor
     row: dict[tuple[int, ...], int]
 
-    def rows(self, prompts: Sequence[Prompt]) -> Tensor:
+    def rows(self, prompts: Sequence[TokenIds]) -> Tensor:
         """Where these prompts stand [their number]."""
         return torch.tensor([self.row[tuple(each)] for each in prompts], device=self.length_B.device)
 
@@ -54,15 +54,7 @@ class Prefilled:
         return found.keys[0][:, index_BP].transpose(0, 1), found.values[0][:, index_BP].transpose(0, 1)
 
 
-def left_pad(rows: Sequence[Prompt], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask [B, P], every row's last token in the last column."""
-    width = max(len(row) for row in rows)
-    ids_BP = torch.tensor([[pad_token_id] * (width - len(row)) + list(row) for row in rows], device=device)
-    mask_BP = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return ids_BP, mask_BP
-
-
-def prefill(backbone: Any, prompts: Sequence[Prompt], pad_token_id: int, device: torch.device) -> Prefilled:
+def prefill(backbone: Any, prompts: Sequence[TokenIds], pad_token_id: int, device: torch.device) -> Prefilled:
     """Run the backbone over prompts."""
     row: dict[tuple[int, ...], int] = {}
     for prompt in prompts:
@@ -72,7 +64,7 @@ def prefill(backbone: Any, prompts: Sequence[Prompt], pad_token_id: int, device:
     cache = DynamicCache()
     index_BP = None
     # Elsewhere than on a CPU the padding costs little, and each tree's attention would be compiled anew.
-    if device.type == "cpu" and backbone.config._attn_implementation == ATTENTION:
+    if device.type == "cpu" and packs_now(backbone, device):
         tree = build_tree(ids_BP, mask_BP, apart_tokens=APART)
         hidden_NH = forward_tree(backbone, tree, past_key_values=cache, use_cache=True)
         index_BP, last_BH = tree.index_BL, hidden_NH[tree.index_BL[:, -1]]

@@ -3,7 +3,6 @@
 Legend of shape suffixes: B rows, L padded positions, N distinct tokens, T tokens of a block.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..data.template import common_prefix
 from .block_attention import Run
 from .flex_tree import tree_block_mask
 
@@ -36,6 +36,7 @@ class Tree:
         index_BL: where each padded position's token lies (0 where there is padding).
         mask_BL: the batch's attention mask, boolean.
         masks: what was already made: masks by block, window and dtype; the runs.
+        attended: the sliding window (None: there is none) of every attention layer that this tree has reached.
     """
 
     ids_N: Tensor
@@ -45,6 +46,7 @@ class Tree:
     index_BL: Tensor
     mask_BL: Tensor
     masks: dict[Any, Any] = field(default_factory=dict)
+    attended: list[int | None] = field(default_factory=list)
 
     def mask(self, block: tuple[int, int], window: int | None, dtype: torch.dtype) -> Tensor:
         """Additive mask [1, 1, T, T] of a block: 0 for ancestors within the layer's sliding window, else -inf."""
@@ -118,7 +120,7 @@ def build_tree(
     start = 0
     for i in sorted(range(len(rows)), key=rows.__getitem__):
         row = rows[i]
-        shared = _common_prefix(row, previous)
+        shared = common_prefix(row, previous)
         full = len(ids) - start + len(row) - shared > block_tokens
         if path and (full or (apart_tokens and not shared and len(ids) - start >= apart_tokens)):
             blocks.append((start, len(ids)))
@@ -142,13 +144,6 @@ def build_tree(
         index_BL.to(device),
         mask_BL,
     )
-
-
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    n = min(len(a), len(b))
-    if a[:n] == b[:n]:
-        return n
-    return next(k for k in range(n) if a[k] != b[k])
 
 
 def rounded(tree: Tree, multiple: int = ROUND_TO) -> Tree:

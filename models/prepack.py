@@ -12,6 +12,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from . import seams
 from .fused_lora import use_fused_lora
 from .lora import merged_weight
 
@@ -26,16 +27,15 @@ ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
 def prepacks(weight_OI: Tensor) -> bool:
     """Whether it is worth it and can be done: bf16 on a CPU with oneDNN. In fp32 the plain product is as fast, and its
     last digit is what everybody else's models give."""
-    return (
-        weight_OI.device.type == "cpu"
-        and weight_OI.dtype == torch.bfloat16
-        and torch.backends.mkldnn.is_available()
-        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    )
+    if weight_OI.device.type != "cpu" or weight_OI.dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
+        return False
+    seams.require(seams.ONEDNN_BF16)
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def prepack(weight_OI: Tensor, bias_O: Tensor | None = None) -> Product:
     """`F.linear` with this weight, from a copy of it in blocks: x [..., I] -> [..., O]. It has no gradient."""
+    seams.require(seams.ONEDNN_LINEAR)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach(), None)
     linear = torch.ops.mkldnn._linear_pointwise
 

@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from .adapters import DEFAULT
-from .base import Base, Quantization, load_model, prepare_model
+from .base import Base
 from .fused_lora import use_fused_lora
 from .lineage import check_base
+from .loading import Quantization, load_model
 from .lora import SCORE, LoraSpec, embed_parent, fill, lora_layers, lora_state, read_adapter, write_adapter
+from .tokens import prepare_model
 
 
 def create_reward_model(

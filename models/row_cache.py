@@ -12,9 +12,12 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
 
+from . import seams
 from .prefill import Prefilled
+
+with seams.importing(seams.CACHE_LAYER):
+    from transformers.cache_utils import CacheLayerMixin
 
 ROOM = 16
 """Columns that buffers have to spare, at most, when they are made. A forward sees whole buffers, because products of a
@@ -32,6 +35,7 @@ class RowCache(Cache):
     """
 
     def __init__(self, rows: int, layers: int) -> None:
+        seams.require(seams.CACHE_LAYER, _Layer)
         self.rows, self.columns, self.stop = rows, 0, 0
         super().__init__(layers=[_Layer(self, index) for index in range(layers)])
 

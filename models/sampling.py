@@ -19,13 +19,11 @@ class Sampling:
         temperature: divides the logits; 0 means greedy.
         top_k: keep the k likeliest tokens (0: all).
         top_p: keep the smallest set of tokens with at least this probability (1: all).
-        min_p: keep tokens with at least this share of the likeliest token's probability (0: all).
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
-    min_p: float = 0.0
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
@@ -34,17 +32,13 @@ class Sampling:
             raise ValueError(f"top_k is {self.top_k}, expected 0 (all tokens) or more")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}, expected a number in (0, 1]")
-        if not 0 <= self.min_p < 1:
-            raise ValueError(f"min_p is {self.min_p}, expected a number in [0, 1)")
 
 
 def filter_probs(probs_BV: Tensor, sampling: Sampling) -> Tensor:
-    """Probabilities [B, V] with the tokens that top-k, top-p and min-p cut away set to 0 (not renormalised)."""
-    if sampling.min_p == 0 and sampling.top_k == 0 and sampling.top_p == 1:
+    """Probabilities [B, V] with the tokens that top-k and top-p cut away set to 0 (not renormalised)."""
+    if sampling.top_k == 0 and sampling.top_p == 1:
         return probs_BV
     keep_BV = torch.ones_like(probs_BV, dtype=torch.bool)
-    if sampling.min_p > 0:
-        keep_BV &= probs_BV >= sampling.min_p * probs_BV.amax(-1, keepdim=True)
     if 0 < sampling.top_k < probs_BV.size(-1):
         keep_BV &= probs_BV >= probs_BV.topk(sampling.top_k, dim=-1).values[:, -1:]
     if sampling.top_p < 1:

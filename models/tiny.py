@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ..errors import UserError
 from .cache import build_once
-from .quiet import quiet
+from .quiet import quiet_transformers
 
 # Raise it whenever what is built below changes: the cached folders carry it in their names.
 _VERSION = 1
@@ -86,6 +86,6 @@ def _build(folder: Path, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config).float()
-    with quiet():
+    with quiet_transformers():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

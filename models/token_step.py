@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import seams
 from .block_attention import token_attention
 from .row_cache import RowCache
 
@@ -35,6 +36,7 @@ class TokenStep:
     """
 
     def __init__(self, backbone: Any, joint: Mapping[nn.Module, Product]) -> None:
+        seams.require(seams.DECODER_PARTS, backbone)
         self.embed, self.rotary, self.norm = backbone.embed_tokens, backbone.rotary_emb, _norm(backbone.norm)
         self.layers = [_Layer(layer, joint) for layer in backbone.layers]
         self.heads = backbone.config.num_attention_heads
@@ -42,6 +44,8 @@ class TokenStep:
     @staticmethod
     def applies(backbone: Any) -> bool:
         """Whether this decoder is known here, sees all columns in every layer, and has no hooks that must run."""
+        seams.require(seams.HOOK_MARK)
+        seams.require(seams.MODULE_HOOKS, backbone)
         hooked = any(hasattr(m, "_hf_hook") or m._forward_hooks or m._forward_pre_hooks for m in backbone.modules())
         return type(backbone).__name__ in LLAMA_LIKE and sees_everything(backbone) and not hooked
 

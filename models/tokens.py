@@ -3,15 +3,14 @@
 import logging
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.template import DEFAULT_CHAT_TEMPLATE
 from ..errors import UserError
-from .quiet import quiet
-
-if TYPE_CHECKING:
-    from .base import Base
+from .base import Base
+from .quiet import quiet_transformers
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +19,7 @@ _KNOWN_PADS = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad
 _SPARE = re.compile(r"pad|reserved|unused|extra|placeholder", re.IGNORECASE)
 
 
-def load_tokenizer(base: "Base", chat_template: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(base: Base, chat_template: str | None = None) -> PreTrainedTokenizerBase:
     """The base's tokenizer with right padding, a chat template, and `pad_token_id != eos_token_id`.
 
     Args:
@@ -30,7 +29,7 @@ def load_tokenizer(base: "Base", chat_template: str | None = None) -> PreTrained
     Raises:
         UserError: an unknown template, or no token that can serve as PAD.
     """
-    with quiet():
+    with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(base.path, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise UserError("model.base", f"the tokenizer of {base.spec!r} has no EOS token", "set eos_token in its config")
@@ -111,8 +110,6 @@ def special_tokens(tokenizer: Any) -> dict[str, int]:
 
 
 def _template(tokenizer: PreTrainedTokenizerBase, wanted: str | None) -> str:
-    from ..data.template import DEFAULT_CHAT_TEMPLATE
-
     own = tokenizer.chat_template
     if wanted is None:
         if isinstance(own, dict):
@@ -131,7 +128,5 @@ def _template(tokenizer: PreTrainedTokenizerBase, wanted: str | None) -> str:
     )
 
 
-def _vocab_size(base: "Base") -> int:
-    from transformers import AutoConfig
-
+def _vocab_size(base: Base) -> int:
     return AutoConfig.from_pretrained(base.path, trust_remote_code=False).get_text_config().vocab_size

@@ -45,7 +45,7 @@ def folders(recipe: Recipe) -> tuple[Path, ...]:
 
 def lora_spec(recipe: Recipe, name: str) -> "LoraSpec":
     """The stage's adapter: the recipe's, with what the stage says differently."""
-    from ..models.adapters import LoraSpec
+    from ..models.lora import LoraSpec
 
     return LoraSpec(**lora_values(recipe, name))
 

@@ -10,8 +10,8 @@ from typing import Any, TextIO
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..models.memory import reset_peak_memory
 from ..values import plain
-from .metrics import reset_peak_memory
 
 _SECONDS_BETWEEN_LINES = 5.0
 

@@ -1,11 +1,13 @@
-"""Small measures that stages and the evaluation share: pair accuracy, length baselines, peak memory."""
+"""Small measures that stages and the evaluation share: pair accuracy, length baselines."""
 
 import math
-import resource
-import sys
 from collections.abc import Sequence
 
 import torch
+
+from ..models.memory import peak_memory_bytes
+
+__all__ = ["length_baselines", "mean_std", "pair_accuracy", "peak_memory_bytes"]
 
 
 def pair_accuracy(chosen: Sequence[float], rejected: Sequence[float]) -> float:
@@ -32,17 +34,3 @@ def mean_std(values: Sequence[float]) -> dict[str, float]:
     tensor = torch.tensor(values, dtype=torch.float64)
     std = tensor.std(correction=0).item() if len(values) > 1 else 0.0
     return {"mean": tensor.mean().item() if len(values) else 0.0, "std": std or 1.0}
-
-
-def reset_peak_memory() -> None:
-    """Forget the accelerator's peak so far. A process' own peak cannot be reset."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-
-
-def peak_memory_bytes() -> int:
-    """The accelerator's peak since `reset_peak_memory`; without one, the process' peak resident size so far."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -5,6 +5,7 @@ from typing import Any
 
 from datasets.fingerprint import Hasher
 
+from ..models import seams
 from ..models.lineage import tokenizer_info
 from .trainers import StageTrainer, check_identity
 
@@ -18,6 +19,7 @@ class ReferenceTrainer(StageTrainer):
 
     beta: float
     mean_logits = True
+    overridden = (*StageTrainer.overridden, seams.COMPUTE_LOSS, seams.REFERENCE_LOGPS)
     _identity_checked = False
     _reference_key: str | None = None
 
@@ -48,6 +50,8 @@ def reference_key(trainer: Any) -> str:
     (LoRA's alpha is no weight), that computes in another precision or cuts its rows elsewhere.
     """
     args, model = trainer.args, trainer.model
+    seams.require(seams.COLLATOR, trainer)
+    seams.require(seams.TRL_SETTINGS, args)
     cut = {name: getattr(trainer.data_collator, name, None) for name in ("max_length", "truncation_mode")}
     return Hasher.hash(
         json.dumps(

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import RewardTrainer
 
 from ..data.encode import encode_pairs
+from ..models.batching import right_pad, row_batches
 from ..models.reward_model import create_reward_model, save_reward_model
 from .job import StageJob
 from .metrics import length_baselines, mean_std, pair_accuracy
@@ -110,12 +110,8 @@ def score(model: torch.nn.Module, rows: Sequence[list[int]], pad_token_id: int, 
     model.eval()
     device = next(model.parameters()).device
     scores = [0.0] * len(rows)
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        ids = [torch.tensor(rows[index]) for index in batch]
-        mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True).to(device)
-        input_ids = pad_sequence(ids, batch_first=True, padding_value=pad_token_id).to(device)
+    for batch in row_batches([len(row) for row in rows], batch_size, longest_first=False):
+        input_ids, mask = right_pad([rows[index] for index in batch], pad_token_id, device)
         logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
         for index, value in zip(batch, logits.squeeze(-1).float().tolist(), strict=True):
             scores[index] = value

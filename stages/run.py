@@ -18,7 +18,6 @@ from ..data.split import split_rows
 from ..errors import UserError
 from ..files import CHECKPOINTS, METRICS
 from ..models.adapters import AdapterSet
-from ..models.base import load_model, load_tokenizer, prepare_model
 from ..models.lineage import (
     Lineage,
     adapter_sha256,
@@ -29,6 +28,8 @@ from ..models.lineage import (
     tokenizer_info,
     write_lineage,
 )
+from ..models.loading import load_model
+from ..models.tokens import load_tokenizer, prepare_model
 from ..values import plain
 from .job import StageJob
 from .trainers import train

@@ -13,11 +13,12 @@ from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallbac
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..files import LOG
+from ..models import seams
 from ..models.lm_head import use_compact_head
+from ..models.memory import peak_memory_bytes
 from .callbacks import Clock, LogFile, Progress
 from .job import StageJob
 from .kinds import EARLY_STOPPING
-from .metrics import peak_memory_bytes
 
 
 class StageTrainer(Trainer):
@@ -29,8 +30,12 @@ class StageTrainer(Trainer):
     compact_head = True
     mean_logits = False
     evaluate_seconds = 0.0
+    overridden: tuple[seams.Seam, ...] = (seams.PREPARE_DATASET,)
+    """TRL's methods that stand differently here, and that TRL must go on calling."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        for each in self.overridden:
+            seams.require(each, type(self))
         with _without_rename_warnings():
             super().__init__(*args, **kwargs)
         self._use_compact_head()
@@ -41,6 +46,7 @@ class StageTrainer(Trainer):
     def _use_compact_head(self) -> None:
         model: Any = self.model
         triton = self.args.device.type in ("cuda", "xpu")
+        seams.require(seams.TRL_SETTINGS, self.args)
         if not self.compact_head or triton or getattr(self.args, "use_weighting", False):
             return  # no LM head; TRL's kernel; or WPO's weights, which need `log_sum_sq_probs`
         use_compact_head(model.get_base_model(), mean_logits=self.mean_logits)
@@ -77,6 +83,8 @@ def train(trainer: Trainer, rows: int) -> dict[str, Any]:
     clock = next(each for each in trainer.callback_handler.callbacks if isinstance(each, Clock))
     with _without_rename_warnings():
         output = trainer.train(resume_from_checkpoint=latest_checkpoint(Path(str(trainer.args.output_dir))))
+    seams.require(seams.TRAINED_TOKENS, trainer)
+    tokens: Any = trainer
     seconds = max(clock.seconds - getattr(trainer, "evaluate_seconds", 0.0), 1e-9)
     peak = peak_memory_bytes()
     if trainer.eval_dataset is not None and not _evaluated_last(trainer):
@@ -89,7 +97,7 @@ def train(trainer: Trainer, rows: int) -> dict[str, Any]:
     return {
         "train_seconds": seconds,
         "examples_per_second": (epochs - clock.first_epoch) * rows / seconds,
-        "tokens_per_second": getattr(trainer, "_total_train_tokens", math.nan) / seconds,
+        "tokens_per_second": tokens._total_train_tokens / seconds,
         "peak_memory_bytes": peak,
         "steps": trainer.state.global_step,
         "epochs": epochs,
@@ -115,7 +123,10 @@ def check_identity(trainer: Any, beta: float) -> None:
     """
     if any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in trainer.model.modules()):
         return
+    seams.require(seams.METRICS, trainer)
     metrics = trainer._metrics["train"]
+    if not (metrics.get("rewards/chosen") or metrics.get("rewards/rejected")):
+        raise seams.METRICS.moved(["rewards/chosen and rewards/rejected"])
     low = trainer.args.bf16 or trainer.args.fp16 or trainer.model.dtype != torch.float32
     precision = torch.finfo(torch.bfloat16 if low else torch.float32).eps
     for side in ("chosen", "rejected"):

@@ -5,7 +5,6 @@ import pytest
 from preftune.benchmarks import frontier, ppo_seeds
 from preftune.benchmarks.quick import RECIPE, rubric_scores
 from preftune.recipes.load import load_recipe
-from preftune.recipes.schema import PPOStage
 
 
 def test_the_frontiers_trials_are_what_their_names_say():
@@ -14,11 +13,10 @@ def test_the_frontiers_trials_are_what_their_names_say():
     assert all(trial.seed == 2 for trial in trials.values())
     for target in frontier.KL_TARGETS:
         stage = load_recipe(RECIPE, trials[f"PPO, target {target}"].overrides).stages["ppo"]
-        assert isinstance(stage, PPOStage)
-        assert stage.kl.target == target
-        assert [each.function for each in stage.reward] == ["preftune.benchmarks.quick:rubric_scores"]
+        assert stage.method()["kl_target"] == target
+        assert [each.function for each in stage.rewards] == ["preftune.benchmarks.quick:rubric_scores"]
     for beta in frontier.BETAS:
-        assert load_recipe(RECIPE, trials[f"DPO, beta {beta}"].overrides).stages["dpo"].beta == beta  # type: ignore[union-attr]
+        assert load_recipe(RECIPE, trials[f"DPO, beta {beta}"].overrides).stages["dpo"].method() == {"beta": beta}
 
 
 def test_the_rubric_as_a_reward_tells_a_good_reply_from_a_bad_one():

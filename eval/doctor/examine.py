@@ -12,7 +12,7 @@ from typing import Any
 from ...data.load import load_rows
 from ...data.rows import Row
 from ...errors import UserError
-from ...models.base import load_tokenizer
+from ...models.tokens import load_tokenizer
 from ...stages.job import StageJob
 from ..spec import BASE, EvalSpec
 from ..workbench import Workbench

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import torch
 
+from ...models.batching import right_pad
 from ...models.generate import merged
 from ...models.logprobs import LmHead, chunk_rows
-from ..batches import right_pad
 from ..kl import kl_from_logits, response_hidden, sequence_kls, summarise
 from ..progress import meter
 from ..samples import Sample

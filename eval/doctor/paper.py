@@ -8,10 +8,11 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from ...data.template import Templater
+from ...files import LINEAGE
 from ...models.base import Base
-from ...models.lineage import LINEAGE, adapter_sha256, read_lineage, tokenizer_info
+from ...models.lineage import adapter_sha256, read_lineage, tokenizer_info
 from ...models.lora import WEIGHTS
-from ...models.quiet import quiet
+from ...models.quiet import quiet_transformers
 from ..spec import BASE
 from .finding import Finding
 from .identity_checks import check_base, check_bos, check_parent, check_tokenizer
@@ -116,7 +117,7 @@ def _tokenizers(record: Record, tokenizer: Any, left_out: list[str]) -> Iterator
         yield from check_tokenizer(record.name, record.lineage.tokenizer, others)
         left_out.append(f"{record.name}, bos: no tokenizer lies beside its adapter")
         return
-    with quiet():
+    with quiet_transformers():
         saved = AutoTokenizer.from_pretrained(record.folder, trust_remote_code=False)
     others["the tokenizer beside its adapter"] = _saved_info(saved, tokenizer)
     yield from check_tokenizer(record.name, record.lineage.tokenizer, others)

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ...data.encode import TRUNCATED
 from ...data.spec import DataSpec, SourceSpec
+from ...files import LINEAGE
 from ...models.heads import ScalarHead
-from ...models.lineage import LINEAGE, Lineage, read_lineage
+from ...models.lineage import Lineage, read_lineage
 from ...models.lora import CONFIG, SCORE, WEIGHTS
 from ...stages.job import StageJob
 

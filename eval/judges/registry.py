@@ -16,8 +16,9 @@ import torch
 
 from ...errors import UserError
 from ...models.adapters import AdapterSet
+from ...models.batching import TOKENS_PER_BATCH, right_pad, token_batches
+from ...models.heads import score_at
 from ...stages.ppo.rewards import import_function
-from ..batches import TOKENS_PER_BATCH, right_pad, token_batches
 from ..chat.votes import read_votes
 from ..samples import Sample
 from ..spec import check_adapter
@@ -109,9 +110,8 @@ def reward_scores(
     for batch in token_batches([len(row) for row in rows], max_tokens):
         ids_BL, mask_BL = right_pad([rows[i] for i in batch], pad_token_id, device)
         hidden_BLH = adapters.hidden(role, ids_BL, mask_BL)
-        last_B = mask_BL.sum(-1) - 1
-        last_B1H = hidden_BLH[torch.arange(len(batch), device=device), last_B][:, None]
-        for i, score in zip(batch, adapters.heads[role](last_B1H)[:, 0].tolist(), strict=True):
+        score_B = score_at(adapters.heads[role], hidden_BLH, mask_BL.sum(-1) - 1)
+        for i, score in zip(batch, score_B.tolist(), strict=True):
             scores[i] = score
         done += len(batch)
         if on_batch is not None:

@@ -8,13 +8,11 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
 
 from ...models.adapters import DEFAULT, REF, AdapterSet
+from ...models.heads import score_at
 from ...models.logprobs import LmHead, ResponseLogprobs, response_logprobs, states_before_response
 from .rollout import Episodes
-
-DROPOUT_FIELDS = ("attention_dropout", "activation_dropout", "dropout", "hidden_dropout", "embd_pdrop", "resid_pdrop")
 
 
 class Trunk:
@@ -70,19 +68,7 @@ class Trunk:
         """The scalar head of `role` at the last response token [B], under that adapter."""
         with self.adapters.using(role):
             hidden_BTH = self.hidden(episodes)
-        rows_B = torch.arange(len(episodes), device=hidden_BTH.device)
-        last_BH = hidden_BTH[rows_B, episodes.start_B + episodes.length_B - 1]
-        return self.adapters.heads[role](last_BH[:, None]).squeeze(1)
-
-
-def dropout_off(model: nn.Module) -> None:
-    """No dropout anywhere, LoRA's included, whatever mode the model is in (gradient checkpointing needs train mode)."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-        for name in DROPOUT_FIELDS:
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
+        return score_at(self.adapters.heads[role], hidden_BTH, episodes.start_B + episodes.length_B - 1)
 
 
 def add_reference(adapters: AdapterSet) -> bool:

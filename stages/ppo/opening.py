@@ -9,10 +9,13 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ...errors import UserError
-from ...models.adapters import AdapterSet, LoraSpec
-from ...models.base import Base, load_model, load_tokenizer, prepare_model, resolve_base
-from ...models.lineage import LINEAGE, check_lineage, load_adapter_base
-from ...models.lora import read_adapter
+from ...files import LINEAGE
+from ...models.adapters import AdapterSet
+from ...models.base import Base
+from ...models.lineage import check_lineage, load_adapter_base
+from ...models.loading import load_model, resolve_base
+from ...models.lora import LoraSpec, read_adapter
+from ...models.tokens import load_tokenizer, prepare_model
 from .rewards import RewardKind, RewardSource
 
 # what would make an adapter more, or start it elsewhere, than a `LoraSpec` can say

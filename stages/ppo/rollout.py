@@ -19,9 +19,9 @@ from ...data.template import prompt_ids
 from ...errors import UserError
 from ...models.adapters import AdapterSet
 from ...models.generate import Generation, sample
-from ...models.heap import give_back
 from ...models.logprobs import response_positions
 from ...models.masked import masked_mean, masked_moments, masked_sum, mean_and_variance
+from ...models.memory import release_free_memory
 
 PromptText = str | list[dict[str, Any]]
 """A prompt as the data have it: text, or messages."""
@@ -261,7 +261,7 @@ def generate(
     """One response of the policy to each prompt."""
     eos = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
     pad = eos if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)  # type: ignore[arg-type]
-    give_back()  # here and below: no phase grows on top of what another one left
+    release_free_memory()  # here and below: no phase grows on top of what another one left
     generation = sample(
         adapters,
         "default",
@@ -275,7 +275,7 @@ def generate(
         seed=seed,
         batch_size=config.rollout_micro_batch_size,
     )
-    give_back()
+    release_free_memory()
     return make_episodes(prompts.ids, generation, pad, device)
 
 

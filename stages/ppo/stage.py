@@ -6,9 +6,9 @@ from typing import Any
 from ...data.encode import encode_prompts
 from ...errors import UserError
 from ...models.lineage import check_lineage
+from ...models.memory import peak_memory_bytes
 from ..callbacks import Clock
 from ..job import StageJob
-from ..metrics import peak_memory_bytes
 from ..options import stage_config
 from ..run import finish, load_data, open_adapters, open_tokenizer
 from ..trainers import stage_callbacks

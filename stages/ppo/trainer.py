@@ -27,8 +27,10 @@ from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
 from ...errors import UserError
-from ...models.adapters import DEFAULT, REF, AdapterSet, LoraSpec
-from ...models.heap import give_back
+from ...models.adapters import DEFAULT, REF, AdapterSet
+from ...models.dropout import no_dropout
+from ...models.lora import LoraSpec
+from ...models.memory import release_free_memory
 from ..kl_control import kl_controller
 from ..losses import token_rewards
 from .config import PPOConfig
@@ -48,7 +50,7 @@ from .files import (
     save_tensors,
 )
 from .method import PPO, Method, value_start
-from .network import Trunk, add_reference, dropout_off
+from .network import Trunk, add_reference
 from .opening import open_policy, reward_sources
 from .rewards import Responses, RewardSource, RunningScale, Scorer, Scoring, build_scorers
 from .rollout import (
@@ -158,7 +160,7 @@ class OnPolicyTrainer(Trainer):
         self.trainables = self.method.trainables
         for head in adapters.heads.values():
             head.to(args.device)
-        dropout_off(adapters.model)
+        no_dropout(adapters.model)
         adapters.model.train(bool(args.activation_checkpointing))
         self._share_start()
         self.updater = Updater(args, self.method, self.reduce)
@@ -210,7 +212,7 @@ class OnPolicyTrainer(Trainer):
 
             # 4. Log-probs of old policy and reference; the KL penalty goes into the rewards, token by token.
             forwards = self.method.forwards(episodes)
-            give_back()
+            release_free_memory()
             delta_BR = forwards.logps_BR - forwards.ref_logps_BR
             coef = loop.kl_coef if args.kl_in == "reward" else 0.0
             rewards_BR, non_score_BR = token_rewards(delta_BR, scores_B, episodes.mask_BR, coef)

@@ -13,8 +13,9 @@ from preftune.cli import main as cli
 from preftune.cli.policies import recipe_base, run_recipe, sampling_spec
 from preftune.eval.chat.conversation import Conversation
 from preftune.eval.workbench import Workbench
-from preftune.models.adapters import AdapterSet, LoraSpec
-from preftune.models.base import load_model, resolve_base
+from preftune.models.adapters import AdapterSet
+from preftune.models.loading import load_model, resolve_base
+from preftune.models.lora import LoraSpec
 
 POLICIES = ("sft", "dpo", "ipo")
 EVAL = """\

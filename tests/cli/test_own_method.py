@@ -117,7 +117,7 @@ def test_a_method_in_a_file_of_its_own_is_validated_planned_trained_and_reported
 
 def test_a_change_of_the_methods_code_runs_the_stage_again(recipe: Path, tmp_path: Path) -> None:
     from preftune.cli.keys import Keys
-    from preftune.models.base import resolve_base
+    from preftune.models.loading import resolve_base
     from preftune.recipes.load import load_recipe
 
     def parts() -> dict[str, object]:

@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from preftune.models.adapters import AdapterSet, LoraSpec
+from preftune.models.adapters import AdapterSet
 from preftune.models.base import Base
+from preftune.models.lora import LoraSpec
 
 
 @pytest.fixture

@@ -11,9 +11,10 @@ from preftune.errors import UserError
 from preftune.eval.chat.conversation import Conversation
 from preftune.eval.spec import EvalSpec
 from preftune.eval.workbench import Workbench
-from preftune.models.adapters import AdapterSet, LoraSpec
-from preftune.models.base import load_model, resolve_base
+from preftune.models.adapters import AdapterSet
 from preftune.models.generate import sample
+from preftune.models.loading import load_model, resolve_base
+from preftune.models.lora import LoraSpec
 
 from .conftest import shake
 

@@ -15,9 +15,10 @@ from preftune.cli import main as cli
 from preftune.cli.chain import Chain, Options, write_recipe
 from preftune.cli.output import Output
 from preftune.data.encode import encode_demos
-from preftune.models.base import load_tokenizer, resolve_base
+from preftune.models.loading import resolve_base
 from preftune.models.lora import SCORE, WEIGHTS, LoraSpec
 from preftune.models.reward_model import create_reward_model, reward_tensors
+from preftune.models.tokens import load_tokenizer
 from preftune.recipes.load import load_recipe
 from preftune.stages import dpo as dpo_stage
 

@@ -18,9 +18,9 @@ from preftune.eval import workbench
 from preftune.eval.judges.names import judge_name, only_compares
 from preftune.eval.judges.registry import plan_judges
 from preftune.eval.overoptimisation import eval_over_optimisation
-from preftune.eval.report import write_report
+from preftune.eval.report.page import write_report
 from preftune.eval.workbench import Workbench
-from preftune.models.base import resolve_base
+from preftune.models.loading import resolve_base
 from preftune.recipes.build import eval_spec
 from preftune.recipes.load import load_recipe
 

@@ -10,8 +10,8 @@ from html.parser import HTMLParser
 import pytest
 
 from preftune.errors import UserError
-from preftune.eval.report import read_run, render, write_report
-from preftune.eval.report.page import TEMPLATES
+from preftune.eval.report.page import TEMPLATES, render, write_report
+from preftune.eval.report.read import read_run
 from preftune.eval.report.samples import browser, json_for_script, verdict
 
 from .fake_run import JUDGES, POLICIES, build_run

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from preftune.eval.report import write_report
+from preftune.eval.report.page import write_report
 
 from .fake_run import build_run
 

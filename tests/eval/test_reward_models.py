@@ -22,10 +22,11 @@ from preftune.eval.reward_models import left_out
 from preftune.eval.run import run_eval
 from preftune.eval.spec import EvalSpec, RewardModel
 from preftune.eval.workbench import Workbench
-from preftune.models.adapters import AdapterSet, LoraSpec
-from preftune.models.base import load_model, load_tokenizer, resolve_base
+from preftune.models.adapters import AdapterSet
 from preftune.models.lineage import Lineage, adapter_sha256, base_info, read_lineage, tokenizer_info, write_lineage
-from preftune.models.lora import SCORE, WEIGHTS
+from preftune.models.loading import load_model, resolve_base
+from preftune.models.lora import SCORE, WEIGHTS, LoraSpec
+from preftune.models.tokens import load_tokenizer
 
 from .conftest import shake
 

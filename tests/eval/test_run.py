@@ -11,11 +11,12 @@ from preftune.data.spec import DataSpec, SourceSpec
 from preftune.data.split import split_rows
 from preftune.errors import UserError
 from preftune.eval.commands import eval_kl, eval_perplexity, eval_reward, eval_winrate
-from preftune.eval.report import write_report
-from preftune.eval.run import EvalSpec, run_eval
-from preftune.eval.spec import RewardModel
-from preftune.models.adapters import AdapterSet, LoraSpec
-from preftune.models.base import load_model, resolve_base
+from preftune.eval.report.page import write_report
+from preftune.eval.run import run_eval
+from preftune.eval.spec import EvalSpec, RewardModel
+from preftune.models.adapters import AdapterSet
+from preftune.models.loading import load_model, resolve_base
+from preftune.models.lora import LoraSpec
 
 from .chat_server import ChatServer, completion
 from .conftest import shake

@@ -3,8 +3,10 @@
 import pytest
 
 from preftune.eval.samples import Prompt, generate_samples, read_prompts
-from preftune.models.adapters import AdapterSet, LoraSpec
-from preftune.models.base import load_model, load_tokenizer, resolve_base
+from preftune.models.adapters import AdapterSet
+from preftune.models.loading import load_model, resolve_base
+from preftune.models.lora import LoraSpec
+from preftune.models.tokens import load_tokenizer
 
 from .conftest import shake
 

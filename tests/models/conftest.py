@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from preftune.models.adapters import AdapterSet, LoraSpec
-from preftune.models.base import Base, load_model, load_tokenizer, resolve_base
-from preftune.models.lora import lora_state
+from preftune.models.adapters import AdapterSet
+from preftune.models.base import Base
+from preftune.models.loading import load_model, resolve_base
+from preftune.models.lora import LoraSpec, lora_state
+from preftune.models.tokens import load_tokenizer
 
 
 @pytest.fixture(scope="session")

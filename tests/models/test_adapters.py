@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from preftune import UserError
-from preftune.models.adapters import AdapterSet, LoraSpec
-from preftune.models.base import load_model, resolve_base
+from preftune.models.adapters import AdapterSet
 from preftune.models.generate import merged
 from preftune.models.lineage import adapter_sha256
+from preftune.models.loading import load_model, resolve_base
+from preftune.models.lora import LoraSpec
 
 from .conftest import IDS, logits, shake
 

@@ -3,12 +3,14 @@
 import pytest
 import torch
 
-from preftune.models.adapters import AdapterSet, LoraSpec
-from preftune.models.base import load_model, load_tokenizer, resolve_base
+from preftune.models.adapters import AdapterSet
+from preftune.models.batching import left_pad
 from preftune.models.beam import beam_search
 from preftune.models.generate import keeps_a_state, merged, sample
-from preftune.models.prefill import left_pad
+from preftune.models.loading import load_model, resolve_base
+from preftune.models.lora import LoraSpec
 from preftune.models.sampling import Sampling, choose, filter_probs
+from preftune.models.tokens import load_tokenizer
 
 PROMPTS = [[5, 6, 7, 8, 9], [40], [90, 12, 33], [7, 7, 7, 7, 7, 7, 7, 7]]
 
@@ -129,7 +131,6 @@ def test_a_draw_at_the_very_end_never_takes_a_token_without_mass():
         (Sampling(top_k=2), [0, 1]),
         (Sampling(top_p=0.45), [0]),
         (Sampling(top_p=0.55), [0, 1]),
-        (Sampling(min_p=0.5), [0, 1]),
         (Sampling(), [0, 1, 2, 3]),
     ],
 )
@@ -138,7 +139,7 @@ def test_filters_keep_what_their_names_say(sampling, kept):
     assert left[0].nonzero().squeeze(-1).tolist() == kept
 
 
-@pytest.mark.parametrize("bad", [{"temperature": -1}, {"top_p": 0}, {"min_p": 1}, {"top_k": -2}])
+@pytest.mark.parametrize("bad", [{"temperature": -1}, {"top_p": 0}, {"top_k": -2}])
 def test_settings_out_of_range_are_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         Sampling(**bad)
@@ -256,36 +257,6 @@ def test_every_prompt_may_have_a_seed_of_its_own(adapters, tokenizer):
         draw_from(adapters, tokenizer, prompts, seed=[1, 2])
 
 
-def stopped_at(adapters, tokenizer, strings):
-    return sample(
-        adapters, "default", PROMPTS, max_new_tokens=24, seed=3, temperature=0.9, batch_size=4, eos_token_id=-1,
-        pad_token_id=tokenizer.pad_token_id, stop_strings=strings, tokenizer=tokenizer,
-    )  # fmt: skip
-
-
-def test_a_stop_string_ends_a_completion_where_its_text_has_it(adapters, tokenizer):
-    free = draw(adapters, tokenizer, max_new_tokens=24, eos_token_id=-1)
-    texts = [tokenizer.decode(row) for row in free.tokens]
-    # two tokens that are text on their own (the vocabulary is bytes), which the string spans
-    pairs = {(row, i): tokenizer.decode(free.tokens[row][i : i + 2]) for row in range(4) for i in range(3, 20)}
-    row, at = next(place for place, text in pairs.items() if text.isascii() and len(text) == 2)
-    wanted = tokenizer.decode(free.tokens[row][at : at + 2])
-    out = stopped_at(adapters, tokenizer, [wanted])
-    assert out.finished[row] and out.tokens[row] == free.tokens[row][: at + 2]
-    for row, whole, ended, text in zip(out.tokens, free.tokens, out.finished, texts, strict=True):
-        assert row == whole[: len(row)]
-        assert ended == (wanted in text)
-        if not ended:
-            assert row == whole
-
-
-def test_stop_strings_that_cannot_be_are_refused(adapters, tokenizer):
-    with pytest.raises(ValueError, match="without a tokenizer"):
-        draw(adapters, tokenizer, stop_strings=["."])
-    with pytest.raises(ValueError, match="empty"):
-        stopped_at(adapters, tokenizer, [""])
-
-
 def test_beam_search_finds_at_least_what_greedy_finds(adapters, tokenizer):
     settings = dict(max_new_tokens=6, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     wide = beam_search(adapters, "default", PROMPTS, num_beams=4, length_penalty=0.0, batch_size=3, **settings)
@@ -296,6 +267,33 @@ def test_beam_search_finds_at_least_what_greedy_finds(adapters, tokenizer):
         assert ours == pytest.approx(theirs, abs=1e-4)
     assert all(sum(w) >= sum(g) - 1e-4 for w, g in zip(wide.logprobs, greedy.logprobs, strict=True))
     assert any(sum(w) > sum(g) + 1e-3 for w, g in zip(wide.logprobs, greedy.logprobs, strict=True))
+
+
+def test_a_beam_ends_at_the_first_of_several_tokens(adapters, tokenizer):
+    """Called as `sample` is; what it says and when it ends are those of the free search, cut there."""
+    settings = dict(num_beams=1, max_new_tokens=12, pad_token_id=tokenizer.pad_token_id)
+    free = beam_search(adapters, "default", PROMPTS, eos_token_id=-1, **settings)
+    ends, done = [free.tokens[0][3], free.tokens[1][5]], []
+    out = beam_search(adapters, "default", PROMPTS, eos_token_id=ends, batch_size=3, on_batch=done.append, **settings)
+    for row, logps, finished, whole in zip(out.tokens, out.logprobs, out.finished, free.tokens, strict=True):
+        first = next((i for i, token in enumerate(whole) if token in ends), None)
+        assert row == (whole if first is None else whole[: first + 1])
+        assert len(logps) == len(row)
+        assert finished == (first is not None)
+    assert done == [3, 4]
+    drawn = sample(adapters, "default", PROMPTS, temperature=0, seed=0, eos_token_id=ends, max_new_tokens=12,
+                   pad_token_id=tokenizer.pad_token_id)  # fmt: skip
+    assert out.tokens == drawn.tokens and out.finished == drawn.finished
+
+
+def test_a_beam_search_that_cannot_be_is_refused(adapters):
+    settings = dict(num_beams=2, max_new_tokens=4, eos_token_id=2, pad_token_id=0)
+    assert beam_search(adapters, None, [], **settings).tokens == []
+    with pytest.raises(ValueError, match="empty"):
+        beam_search(adapters, None, [[5], []], **settings)
+    for name in ("num_beams", "max_new_tokens", "batch_size"):
+        with pytest.raises(ValueError, match=name):
+            beam_search(adapters, None, [[5]], **(settings | {name: 0}))
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])

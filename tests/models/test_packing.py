@@ -1,11 +1,19 @@
 """The packed forward gives the padded forward's numbers, on every architecture that takes it."""
 
+import functools
+
 import pytest
 import torch
 from transformers import AutoModel, Gemma3TextConfig, GPT2Config, LlamaConfig, MistralConfig, Phi3Config, Qwen3Config
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from preftune.models import seams
+from preftune.models.adapters import AdapterSet
 from preftune.models.flex_tree import flex_applies, flex_tree_attention
-from preftune.models.packing import build_tree, rounded, tree_attention, use_packed_forward
+from preftune.models.loading import load_model, resolve_base
+from preftune.models.lora import LoraSpec
+from preftune.models.packing import forward_tree, packs_now, tree_attention, use_packed_forward
+from preftune.models.prefix_tree import build_tree, rounded
 
 SMALL = dict(
     vocab_size=50,
@@ -221,3 +229,143 @@ def test_blocks_that_look_the_same_make_a_run() -> None:
     rows = torch.tensor([[3, 1, 1, 1, 0], [3, 1, 1, 9, 0], [5, 6, 7, 8, 9]])
     mask = (rows > 0).long()
     assert build_tree(rows, mask, 64, 4).runs() == ((0, 5, 5), (5, 10, 5))
+
+
+# --- the probe -------------------------------------------------------------------------------------------------------
+
+CPU = torch.device("cpu")
+
+
+def small(name: str = "llama", dtype: torch.dtype = torch.float32):
+    torch.manual_seed(0)
+    model = AutoModel.from_config(CONFIGS[name], attn_implementation="sdpa")
+    for key, parameter in model.named_parameters():
+        if "norm" not in key and "bias" not in key:
+            torch.nn.init.normal_(parameter, std=0.3)  # wide enough that positions matter
+    return model.to(dtype)
+
+
+def drops_keyword_arguments(model) -> None:
+    """Its layers hand nothing on that they do not know, as decoders with a fixed signature do."""
+    for layer in model.layers:
+        layer.self_attn.forward = functools.partial(_without_kwargs, layer.self_attn.forward)
+
+
+def _without_kwargs(attention, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **_):
+    return attention(hidden_states, position_embeddings, attention_mask, past_key_values)
+
+
+def makes_its_own_mask(model) -> None:
+    """Its attention is causal and its own: it asks neither for a mask nor for transformers' attention function."""
+    for layer in model.layers:
+        layer.self_attn.forward = functools.partial(_own_attention, layer.self_attn)
+
+
+def _own_attention(self, hidden_states, position_embeddings=None, **kwargs):
+    shape = (*hidden_states.shape[:2], -1, self.head_dim)
+    q, k, v = (each(hidden_states).view(shape).transpose(1, 2) for each in (self.q_proj, self.k_proj, self.v_proj))
+    q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return self.o_proj(out.transpose(1, 2).flatten(2)), None
+
+
+def drops_its_window(model) -> None:
+    for layer in model.layers:
+        layer.self_attn.sliding_window = None
+
+
+def asks_and_ignores(model) -> None:
+    """Its attention function gets the tree, and positions of its own."""
+    plain = model.rotary_emb.forward
+    model.rotary_emb.forward = lambda x, position_ids: plain(x, torch.arange(x.shape[1])[None])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "spoil", "why"),
+    [
+        ("llama", drops_keyword_arguments, "keyword arguments that reach LlamaAttention"),
+        ("llama", makes_its_own_mask, "hand-over"),
+        ("llama", asks_and_ignores, "differ by"),
+        ("gemma3", drops_its_window, "sliding window of 1 layer"),
+    ],
+)
+def test_a_decoder_that_cannot_be_packed_stays_padded_and_says_so(name, spoil, why, dtype, caplog):
+    model = small(name, dtype).eval()
+    spoil(model)
+    ids, mask = batch(7)
+    with torch.no_grad():
+        plain = model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        assert use_packed_forward(model)
+        found = model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    assert torch.equal(found, plain)
+    assert not packs_now(model, CPU)
+    assert model.config._attn_implementation == "sdpa"
+    (record,) = [each for each in caplog.records if each.levelname == "WARNING"]
+    assert type(model).__name__ in record.getMessage() and why in record.getMessage()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_decoder_that_can_be_packed_is(name, dtype, caplog):
+    model = small(name, dtype)
+    use_packed_forward(model)
+    assert packs_now(model, CPU)
+    assert not caplog.records
+
+
+def test_the_probe_leaves_nothing_behind():
+    """Modes, random numbers, and the gradients of the first step under autocast, which keeps what it has cast."""
+    base = resolve_base("random:llama")
+
+    def first_step(probed: bool):
+        adapters = AdapterSet.create(load_model(base), base, LoraSpec(r=4, alpha=8, dropout=0.5))
+        adapters.model.train()
+        modes = [module.training for module in adapters.model.modules()]
+        if probed:
+            ids, mask = torch.tensor([[8, 30, 60]]), torch.ones(1, 3)
+        else:
+            assert packs_now(adapters.backbone, CPU)
+            with torch.autocast("cpu", torch.bfloat16):
+                assert packs_now(adapters.backbone, CPU)
+            ids, mask = torch.tensor([[8, 30, 60]]), torch.ones(1, 3)
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16):
+            adapters.backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.sum().backward()
+        assert modes == [module.training for module in adapters.model.modules()]
+        return torch.rand(3), [p.grad for p in adapters.parameters("default")]
+
+    (within, grads), (before, expected) = first_step(True), first_step(False)
+    assert torch.equal(within, before)
+    assert any(grad is not None and bool(grad.any()) for grad in grads)
+    for grad, other in zip(grads, expected, strict=True):
+        assert torch.equal(grad, other)
+
+
+def test_a_base_that_is_moved_to_another_precision_is_tried_anew():
+    model = small()
+    use_packed_forward(model)
+    assert packs_now(model, CPU)
+    drops_keyword_arguments(model)
+    assert packs_now(model, CPU)
+    assert not packs_now(model.to(torch.bfloat16), CPU)
+
+
+def test_no_packed_row_is_attended_to_without_its_tree():
+    q = torch.randn(1, 4, 6, 8)
+    with pytest.raises(seams.SeamMoved, match=r"tested with transformers==.*packed rows would see one another"):
+        tree_attention(torch.nn.Module(), q, q, q, torch.ones(1, 1, 1, 1))
+    model = small().eval()
+    use_packed_forward(model)
+    assert packs_now(model, CPU)
+    makes_its_own_mask(model)  # after the probe: what nobody expects
+    with pytest.raises(seams.SeamMoved, match="hand-over"):
+        forward_tree(model, build_tree(torch.tensor([[5, 6, 7]]), torch.ones(1, 3)))
+
+
+def test_packing_twice_changes_nothing():
+    model = small()
+    assert use_packed_forward(model)
+    forward = model.forward
+    assert use_packed_forward(model)
+    assert model.forward is forward

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from preftune.models.logprobs import LmHead, token_logprobs
 from preftune.models.lora import linear_names
-from preftune.models.packing import build_tree, use_packed_forward
+from preftune.models.packing import use_packed_forward
+from preftune.models.prefix_tree import build_tree
 
 from .test_packing import CONFIGS
 

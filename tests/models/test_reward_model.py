@@ -10,10 +10,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from preftune import UserError
-from preftune.models.adapters import LoraSpec
 from preftune.models.heads import ScalarHead
 from preftune.models.lineage import adapter_sha256
-from preftune.models.lora import SCORE, lora_layers, lora_state
+from preftune.models.lora import SCORE, LoraSpec, lora_layers, lora_state
 from preftune.models.reward_model import create_reward_model, load_reward_model, reward_tensors, save_reward_model
 
 from .conftest import IDS

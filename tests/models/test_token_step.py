@@ -11,11 +11,14 @@ from transformers import (
     Qwen3Config,
 )
 
-from preftune.models.adapters import AdapterSet, LoraSpec
-from preftune.models.base import Base, resolve_base
+from preftune.models.adapters import AdapterSet
+from preftune.models.base import Base
+from preftune.models.batching import left_pad
 from preftune.models.generate import sample
-from preftune.models.packing import use_packed_forward
-from preftune.models.prefill import left_pad, prefill
+from preftune.models.loading import resolve_base
+from preftune.models.lora import LoraSpec
+from preftune.models.packing import packs_now, use_packed_forward
+from preftune.models.prefill import prefill
 from preftune.models.prepack import prepack, prepacked, prepacks
 from preftune.models.token_step import TokenStep
 
@@ -118,6 +121,7 @@ def test_prefilled_prompts_share_their_beginnings(monkeypatch):
     """Six prompts of 26 tokens, two of them equal and one that begins as they do, are 18 tokens of a tree."""
     monkeypatch.setattr("preftune.models.packing.rounded", lambda tree: tree)
     backbone, lengths = build("llama").backbone, []
+    assert packs_now(backbone, torch.device("cpu"))  # the probe's rows are not counted
     plain = backbone.layers[0].forward
     backbone.layers[0].forward = lambda hidden, *args, **kwargs: (
         lengths.append(tuple(hidden.shape[:2])) or plain(hidden, *args, **kwargs)

@@ -7,9 +7,8 @@ from transformers import PreTrainedTokenizerFast
 
 from preftune import UserError, load_model, load_tokenizer
 from preftune.data.template import DEFAULT_CHAT_TEMPLATE
-from preftune.models.base import prepare_model
 from preftune.models.tiny import byte_tokenizer
-from preftune.models.tokens import set_eos, set_pad
+from preftune.models.tokens import prepare_model, set_eos, set_pad
 
 TURNS = [{"role": "user", "content": "hé"}, {"role": "assistant", "content": "ÿ ok"}]
 

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from preftune.data.spec import DataSpec, SourceSpec
-from preftune.models.adapters import LoraSpec
-from preftune.models.base import Base, load_tokenizer, resolve_base
+from preftune.models.base import Base
+from preftune.models.loading import resolve_base
+from preftune.models.lora import LoraSpec
+from preftune.models.tokens import load_tokenizer
 from preftune.stages.job import StageJob
 from preftune.stages.run import run_stage
 

@@ -23,9 +23,11 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
-from preftune.models.adapters import AdapterSet, LoraSpec
-from preftune.models.base import load_model, load_tokenizer, resolve_base
+from preftune.models.adapters import AdapterSet
 from preftune.models.generate import Generation
+from preftune.models.loading import load_model, resolve_base
+from preftune.models.lora import LoraSpec
+from preftune.models.tokens import load_tokenizer
 from preftune.stages.callbacks import LogFile
 from preftune.stages.ppo import rollout as rollout_file
 from preftune.stages.ppo import trainer as trainer_file

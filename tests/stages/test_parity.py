@@ -14,8 +14,10 @@ from transformers import AutoModelForSequenceClassification
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
 
 from preftune.data.encode import encode_pairs
-from preftune.models.base import Base, load_model, load_tokenizer, resolve_base
+from preftune.models.base import Base
+from preftune.models.loading import load_model, resolve_base
 from preftune.models.reward_model import create_reward_model
+from preftune.models.tokens import load_tokenizer
 from preftune.stages.dpo import build_dpo
 from preftune.stages.kto import build_kto
 from preftune.stages.options import stage_config

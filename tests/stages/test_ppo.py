@@ -12,9 +12,9 @@ from transformers import AutoTokenizer
 
 from preftune import PPOConfig, PPOTrainer
 from preftune.errors import UserError
-from preftune.models.adapters import LoraSpec
-from preftune.models.base import load_model
 from preftune.models.lineage import adapter_sha256, read_lineage, tokenizer_info, write_lineage
+from preftune.models.loading import load_model
+from preftune.models.lora import LoraSpec
 
 from .tiny_ppo import (
     PROMPTS,

@@ -8,9 +8,9 @@ from peft import AutoPeftModelForSequenceClassification
 
 from preftune.data.encode import encode_pairs
 from preftune.models.adapters import AdapterSet
-from preftune.models.base import load_model
 from preftune.models.generate import Generation
 from preftune.models.lineage import read_lineage
+from preftune.models.loading import load_model
 from preftune.stages.ppo.rewards import Responses
 from preftune.stages.ppo.rollout import make_episodes
 from preftune.stages.ppo.trainer import PPOTrainer

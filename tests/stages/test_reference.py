@@ -11,8 +11,10 @@ from datasets import Dataset, load_from_disk
 from trl import DPOConfig
 
 from preftune.data.encode import encode_pairs
-from preftune.models.adapters import AdapterSet, LoraSpec
-from preftune.models.base import load_model, load_tokenizer
+from preftune.models.adapters import AdapterSet
+from preftune.models.loading import load_model
+from preftune.models.lora import LoraSpec
+from preftune.models.tokens import load_tokenizer
 from preftune.stages.dpo import DPOStageTrainer, build_dpo
 from preftune.stages.kto import build_kto
 from preftune.stages.options import stage_config

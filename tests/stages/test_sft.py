@@ -37,7 +37,7 @@ def test_saved_adapter_loads_with_plain_peft(make_job):
     assert sorted(file.name for file in job.output_dir.iterdir() if file.is_dir()) == []
     ids = torch.randint(5, 100, (2, 9))
     loaded = AutoPeftModelForCausalLM.from_pretrained(job.output_dir).eval()
-    from preftune.models.base import load_model
+    from preftune.models.loading import load_model
 
     ours = AdapterSet.create(load_model(job.base), job.base, job.lora, job.output_dir)
     with torch.no_grad(), ours.using("default"):

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PrinterCallback, TrainerCallback
 
-from preftune.models.adapters import AdapterSet, LoraSpec
+from preftune.models.adapters import AdapterSet
 from preftune.models.base import Base
 from preftune.models.lineage import Lineage, tokenizer_info, write_lineage
+from preftune.models.lora import LoraSpec
 from preftune.models.tiny import byte_tokenizer
 from preftune.stages.ppo.config import PPOConfig
 from preftune.stages.ppo.rewards import RewardSource

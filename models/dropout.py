@@ -1,0 +1,27 @@
+"""Training without dropout."""
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+from . import seams
+
+RATES = ("attention_dropout", "activation_dropout", "dropout", "hidden_dropout", "embd_pdrop", "resid_pdrop")
+"""Under these names transformers' modules and configs keep a rate that is no `nn.Dropout`."""
+
+
+def no_dropout(model: nn.Module) -> None:
+    """No dropout anywhere, LoRA's included, whatever mode the model is in (gradient checkpointing needs train mode).
+
+    Raises:
+        SeamMoved: something is left that would still be dropped.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        # some attention modules read their rate from the config at every forward
+        for holder in (module, getattr(module, "config", None)):
+            if isinstance(holder, nn.Module | PreTrainedConfig):
+                for name in RATES:
+                    if isinstance(getattr(holder, name, None), float):
+                        setattr(holder, name, 0.0)
+    seams.check(seams.DROPOUT, model)
