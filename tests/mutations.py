@@ -35,23 +35,23 @@ class Mutation(NamedTuple):
 
 MUTATIONS = [
     Mutation(
-        "P1", "training's log-probs are read at temperature 1", "stages/ppo_forward.py",
+        "P1", "training's log-probs are read at temperature 1", "stages/ppo/network.py",
         "temperature=self.temperature,", "temperature=1.0,",
     ),
-    Mutation("P1", "a nucleus that nobody asked for", "stages/ppo_collect.py", "top_p=config.top_p,", "top_p=0.9,"),
+    Mutation("P1", "a nucleus that nobody asked for", "stages/ppo/rollout.py", "top_p=config.top_p,", "top_p=0.9,"),
     Mutation(
-        "P2", "the sampler's log-probs are taken for the old policy's", "stages/ppo_collect.py",
-        "(old.logps_BR, ref.logps_BR, values_BR", "(part.sampler_logps_BR, ref.logps_BR, values_BR",
+        "P2", "the sampler's log-probs are taken for the old policy's", "stages/ppo/method.py",
+        "(old.logps_BR, ref.logps_BR, old", "(part.sampler_logps_BR, ref.logps_BR, old",
     ),
     Mutation(
         "P2", "the merged weights are 1% off", "models/lora.py",
         "layer.get_delta_weight(role).float()", "0.99 * layer.get_delta_weight(role).float()",
     ),
     Mutation(
-        "P3", "the ratio is taken to the reference", "stages/ppo_update.py",
+        "P3", "the ratio is taken to the reference", "stages/ppo/method.py",
         "now.logps_BR, r.logps_BR, r.advantages_BR", "now.logps_BR, r.ref_logps_BR, r.advantages_BR",
     ),
-    Mutation("P4", "dropout stays on", "stages/ppo.py", "        dropout_off(adapters.model)\n", ""),
+    Mutation("P4", "dropout stays on", "stages/ppo/trainer.py", "        no_dropout(adapters.model)\n", ""),
     Mutation(
         "P5", "positions count the padding on the left", "models/prefill.py",
         "position_ids=(mask_BP.cumsum(-1) - 1).clamp(min=0),",
@@ -62,7 +62,7 @@ MUTATIONS = [
         "self.token_step(self.newest_B, self.length_B - 1,", "self.token_step(self.newest_B, self.length_B,",
     ),
     Mutation(
-        "P6", "the mask goes by what equals EOS, not by length", "stages/rollout.py",
+        "P6", "the mask goes by what equals EOS, not by length", "stages/ppo/rollout.py",
         "return (step_T < (self.start_B + self.length_B)[:, None]).long()",
         "return (step_T < 0) | (self.input_ids_BT != 2)",
     ),
@@ -76,7 +76,7 @@ MUTATIONS = [
         "last_B1 = mask_BR.long().sum(1, keepdim=True).clamp(max=mask_BR.shape[1] - 1)",
     ),
     Mutation(
-        "P9", "the penalty replaces the score", "stages/rewards.py",
+        "P9", "the penalty replaces the score", "stages/ppo/rewards.py",
         "torch.where(finished_B, scores_B, scores_B - penalty)", "torch.where(finished_B, scores_B, -penalty)",
     ),
     Mutation(
@@ -102,11 +102,11 @@ MUTATIONS = [
         "    values_BR = torch.where(mask_BR, values_BR, 0.0)\n", "",
     ),
     Mutation(
-        "P14", "the value's bias starts at 0", "stages/ppo_roles.py",
+        "P14", "the value's bias starts at 0", "stages/ppo/method.py",
         "head.bias.fill_(-start.mean * start.weight / start.std)", "head.bias.zero_()",
     ),
     Mutation(
-        "P14", "the value starts as the policy", "stages/ppo_roles.py",
+        "P14", "the value starts as the policy", "stages/ppo/method.py",
         "adapters.copy(VALUE, source=start.role,", "adapters.copy(VALUE, source=DEFAULT,",
     ),
     Mutation(
@@ -114,39 +114,39 @@ MUTATIONS = [
         "torch.maximum(error_BR, clipped_error_BR)", "torch.minimum(error_BR, clipped_error_BR)",
     ),
     Mutation(
-        "P16", "whitening per process", "stages/ppo_collect.py",
-        'mean_and_variance(self.reduce(masked_moments(x_BR, mask_BR), "sum"))',
+        "P16", "whitening per process", "stages/ppo/rollout.py",
+        'mean_and_variance(reduce(masked_moments(x_BR, mask_BR), "sum"))',
         "mean_and_variance(masked_moments(x_BR, mask_BR))",
     ),
-    Mutation("P16", "reward whitening takes the mean away", "stages/ppo_collect.py", ", keep_mean=True)", ")"),
+    Mutation("P16", "reward whitening takes the mean away", "stages/ppo/method.py", ", keep_mean=True)", ")"),
     Mutation(
-        "P17", "each micro-batch is averaged over its own tokens", "stages/ppo_update.py",
-        "self._backward(rollout.rows(part), tokens, kl_coef)",
-        "self._backward(rollout.rows(part), float(rollout.episodes.length_B[part].sum()), kl_coef)",
+        "P17", "each micro-batch is averaged over its own tokens", "stages/ppo/update.py",
+        "method.backward(rollout.rows(part), tokens, kl_coef)",
+        "method.backward(rollout.rows(part), float(rollout.episodes.length_B[part].sum()), kl_coef)",
     ),
     Mutation(
-        "P18", "every epoch takes the same order", "stages/ppo.py",
+        "P18", "every epoch takes the same order", "stages/ppo/trainer.py",
         "loop.iteration, epoch, args.process_index", "loop.iteration, args.process_index",
     ),
     Mutation(
-        "P19", "nothing is clipped", "stages/ppo_update.py",
+        "P19", "nothing is clipped", "stages/ppo/update.py",
         'limit = self.config.max_grad_norm or float("inf")', 'limit = float("inf")',
     ),
-    Mutation("P20", "the brake comes ten times too late", "stages/ppo_update.py", "1.5 * target", "15 * target"),
+    Mutation("P20", "the brake comes ten times too late", "stages/ppo/update.py", "1.5 * target", "15 * target"),
     Mutation(
-        "P20", "the controller's target stops the epochs", "stages/ppo_update.py",
+        "P20", "the controller's target stops the epochs", "stages/ppo/update.py",
         "target = config.target_approx_kl", "target = config.kl_target",
     ),
     Mutation(
-        "P20", "an exploding ratio is not skipped", "stages/ppo_update.py",
+        "P20", "an exploding ratio is not skipped", "stages/ppo/update.py",
         "config.max_ratio is not None and not ratio <= config.max_ratio", "False",
     ),
     Mutation(
-        "P21", "all processes sample from one stream", "stages/ppo_collect.py",
-        'config.seed, "rollout", iteration, config.process_index', 'config.seed, "rollout", iteration',
+        "P21", "all processes sample from one stream", "stages/ppo/trainer.py",
+        'args.seed, "rollout", loop.iteration, args.process_index', 'args.seed, "rollout", loop.iteration',
     ),
     Mutation(
-        "P22", "the reference mean is not subtracted", "stages/ppo_collect.py",
+        "P22", "the reference mean is not subtracted", "stages/ppo/rewards.py",
         "scores_B = (scores_B - mean) /", "scores_B = scores_B /",
     ),
     Mutation(
@@ -154,11 +154,11 @@ MUTATIONS = [
         'measured["chosen_ids"]', 'measured["rejected_ids"]',
     ),
     Mutation(
-        "P23", "the value is not restored", "stages/ppo_checkpoint.py",
+        "P23", "the value is not restored", "stages/ppo/files.py",
         "parameter.copy_(saved[name])", 'parameter.copy_(saved[name] if "policy" in name else parameter)',
     ),
     Mutation(
-        "P23", "the running reward scale is not restored", "stages/ppo_run.py",
+        "P23", "the running reward scale is not restored", "stages/ppo/trainer.py",
         "RunningScale(*self.loop.running)", "RunningScale()",
     ),
     Mutation(
@@ -166,20 +166,20 @@ MUTATIONS = [
         "parameter.requires_grad_(before.get(id(parameter), trainable))", "parameter.requires_grad_(True)",
     ),
     Mutation(
-        "P24", "the reward's adapter serves as the value", "stages/ppo_roles.py",
+        "P24", "the reward's adapter serves as the value", "stages/ppo/method.py",
         "value = list(adapters.heads[VALUE].parameters()) if shared else adapters.parameters(VALUE)",
         "value = [p.requires_grad_(True) for p in adapters.parameters(list(adapters.heads)[0])]",
     ),
     Mutation(
-        "P25", "a minibatch's mean counts once, whatever its tokens", "stages/ppo_metrics.py",
+        "P25", "a minibatch's mean counts once, whatever its tokens", "stages/ppo/update.py",
         'totals[name] / totals["tokens"]', 'totals[name] / totals["steps"]',
     ),
     Mutation(
-        "P25", "the entropy is averaged over padding", "stages/ppo_collect.py",
+        "P25", "the entropy is averaged over padding", "stages/ppo/rollout.py",
         "masked_mean(entropy_BR, mask_BR, 1)", "entropy_BR.mean(1)",
     ),
     Mutation(
-        "D2", "the cache goes by the weights alone", "stages/reference.py",
+        "D2", "the cache goes by the weights alone", "stages/reference_trainer.py",
         "            self._precompute_model_hash = self._reference_key\n", "",
     ),
 ]  # fmt: skip
@@ -198,8 +198,8 @@ MUTATIONS += [
         "config.eos_token_id = tokenizer.pad_token_id,", "config.eos_token_id = tokenizer.eos_token_id,",
     ),
     Mutation(
-        "R4", "scores are not centred", "stages/reward.py",
-        "center_rewards_coefficient=0.01", "center_rewards_coefficient=0.0",
+        "R4", "scores are not centred", "stages/kinds.py",
+        '"center_rewards_coefficient", float, 0.01', '"center_rewards_coefficient", float, 0.0',
     ),
     Mutation("R4", "margins are left out", "stages/reward.py", 'if "margin" in pairs.column_names:', "if False:"),
     Mutation("R5", "a tie counts as a win", "stages/metrics.py", "0.5 if good == bad", "1.0 if good == bad"),
@@ -213,7 +213,7 @@ MUTATIONS += [
     ),
     Mutation("D1", "a wrong reference is not noticed", "stages/trainers.py", "not abs(ratio) <= tolerance", "False"),
     Mutation(
-        "D3", "IPO averages over prompt and response", "stages/reference.py",
+        "D3", "IPO averages over prompt and response", "stages/reference_trainer.py",
         "trl._compute_loss(model, inputs,",
         'trl._compute_loss(model, {**inputs, "completion_mask": inputs["attention_mask"]},',
     ),
