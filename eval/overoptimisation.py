@@ -17,9 +17,9 @@ from ..errors import UserError
 from ..models.lineage import adapter_sha256, read_lineage
 from ..stages.ppo_keep import POLICIES, kept_policies
 from ..values import plain
+from .judges.judge import Judge, PairJudge
 from .judges.names import judge_name, scoring_judges
 from .judges.registry import plan_judges
-from .judges.verdicts import Judge, PairJudge
 from .progress import say
 from .samples import Prompt, Sample
 from .spec import BASE, EvalSpec, OverOptimisation

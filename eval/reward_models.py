@@ -18,9 +18,9 @@ from ..errors import UserError
 from ..models.lineage import LINEAGE, Lineage, adapter_sha256, read_lineage
 from ..stages.reference import DEFAULT_BETA
 from ..values import plain
-from .judges.registry import reward_scores
 from .perplexity import sequence_nlls
 from .progress import meter, say
+from .reward_scores import reward_scores
 from .spec import RewardModel
 from .statistics.reward_metrics import reward_metrics
 from .workbench import Workbench

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..values import plain
-from .judges.endpoint import Metered
+from .judges.endpoint_client import Metered
 from .judges.registry import plan_judges
 from .judges.verdicts import COLUMNS, Verdicts, verdict_columns
 from .kl import KL

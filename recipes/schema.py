@@ -237,7 +237,7 @@ class OverOptimisation(Part):
 
 
 class Eval(Part):
-    """Samples of every policy on the same prompts, judged against the reference. Judges as in `eval/judges.py`."""
+    """Samples of every policy on the same prompts, judged against the reference. Judges as in `eval/judges/`."""
 
     prompts: Data
     policies: list[str] = Field(default_factory=list)

@@ -10,8 +10,8 @@ from ...data.encode import encode_demos, encode_pairs
 from ...data.rows import Row
 from ...data.split import split_rows
 from ...stages.reward import REFERENCE_RESPONSES
-from ..judges.registry import reward_scores
 from ..progress import meter
+from ..reward_scores import reward_scores
 from ..samples import Prompt, generate_samples
 from ..statistics.intervals import bootstrap_interval
 from ..statistics.reward_metrics import reward_metrics

@@ -10,10 +10,11 @@ import pytest
 import yaml
 
 from preftune.errors import UserError
-from preftune.eval.judges.chat_verdicts import read_choice, read_rating
 from preftune.eval.judges.endpoint_judge import CACHE_FOLDER
+from preftune.eval.judges.endpoint_prompts import read_choice, read_rating
+from preftune.eval.judges.judge import PairJudge
 from preftune.eval.judges.registry import plan_judges
-from preftune.eval.judges.verdicts import PairJudge, Verdicts
+from preftune.eval.judges.verdicts import Verdicts
 from preftune.eval.samples import Prompt, Sample
 from preftune.recipes.load import load_recipe
 

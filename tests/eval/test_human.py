@@ -7,7 +7,7 @@ import pytest
 
 from preftune.errors import UserError
 from preftune.eval.chat.votes import read_votes
-from preftune.eval.judges.human import HumanJudge
+from preftune.eval.judges.human_judge import HumanJudge
 from preftune.eval.judges.registry import plan_judges
 from preftune.eval.judges.verdicts import Verdicts
 from preftune.eval.samples import Prompt, Sample

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from preftune.errors import UserError
-from preftune.eval.judges.registry import RewardJudge, plan_judges, reward_scores
+from preftune.eval.judges.registry import plan_judges
+from preftune.eval.judges.reward_judge import RewardJudge
+from preftune.eval.reward_scores import reward_scores
 from preftune.eval.samples import Prompt, Sample
 
 

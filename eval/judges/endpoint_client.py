@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from ...errors import UserError
-from .answers import Answers
+from .endpoint_answers import Answers
 
 try:
     import httpx2 as httpx
