@@ -16,10 +16,10 @@ from ..data.spec import DataSpec
 from ..data.split import split_rows
 from ..errors import UserError
 from ..models.lineage import LINEAGE, Lineage, adapter_sha256, read_lineage
+from ..progress import meter, say
 from ..stages.reference import DEFAULT_BETA
 from ..values import plain
 from .perplexity import sequence_nlls
-from .progress import meter, say
 from .reward_scores import reward_scores
 from .spec import RewardModel
 from .statistics.reward_metrics import reward_metrics

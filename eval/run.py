@@ -1,20 +1,19 @@
 """The whole evaluation: samples of every policy, scored by every judge, with win-rates and KL."""
 
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..files import EVALUATION, OVER_OPTIMISATION, RESULTS, REWARDS, SAMPLES, whole_folder
+from ..progress import say
 from ..values import plain
 from .judges.endpoint_client import Metered
 from .judges.registry import plan_judges
 from .judges.verdicts import COLUMNS, Verdicts, verdict_columns
 from .kl import KL
 from .overoptimisation import check_over_optimisation, over_optimisation
-from .progress import say
 from .replies import reply_statistics
 from .reward_models import measured_in_evaluation
 from .samples import Sample
@@ -71,7 +70,7 @@ def run_eval(spec: EvalSpec, run_dir: Path | None = None) -> list[dict[str, Any]
     if root is None:
         raise ValueError("no run folder: give run_dir or the spec's output_dir")
     evaluation = evaluate(spec, root)
-    _write(root / "eval", evaluation)
+    _write(root / EVALUATION, evaluation)
     return evaluation.rows
 
 
@@ -124,28 +123,18 @@ def _reply_columns(replies: Sequence[Sample], kl: KL | None) -> dict[str, Any]:
     }
 
 
-def _write(folder: Path, evaluation: Evaluation) -> None:
-    """Writes the files beside the folder and renames, so that a reader never sees half of them."""
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    (beside / "results.json").write_text(json.dumps(evaluation.rows, indent=2) + "\n", encoding="utf-8")
-    if evaluation.reward_models:
-        (beside / "rewards.json").write_text(json.dumps(evaluation.reward_models, indent=2) + "\n", encoding="utf-8")
-    if (over := evaluation.over_optimisation) is not None:
-        (beside / "overoptimisation.json").write_text(json.dumps(over, indent=2) + "\n", encoding="utf-8")
-    with (beside / "samples.jsonl").open("w", encoding="utf-8") as file:
-        for policy, replies in evaluation.samples.items():
-            for place, reply in enumerate(replies):
-                judged = {
-                    name: {judge: values[place] for (p, judge), values in table.items() if p == policy}
-                    for name, table in (("scores", evaluation.scores), ("outcomes", evaluation.outcomes))
-                }
-                file.write(json.dumps(plain({**reply.as_dict(), **judged}), ensure_ascii=False) + "\n")
-    if folder.exists():
-        old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-        folder.rename(old)
-        beside.rename(folder)
-        shutil.rmtree(old)
-    else:
-        beside.rename(folder)
+def _write(final: Path, evaluation: Evaluation) -> None:
+    """The files of RUN/eval; the folder appears whole or not at all."""
+    with whole_folder(final) as folder:
+        contents = {RESULTS: evaluation.rows, REWARDS: evaluation.reward_models or None}
+        for name, content in {**contents, OVER_OPTIMISATION: evaluation.over_optimisation}.items():
+            if content is not None:
+                (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        with (folder / SAMPLES).open("w", encoding="utf-8") as file:
+            for policy, replies in evaluation.samples.items():
+                for place, reply in enumerate(replies):
+                    judged = {
+                        name: {judge: values[place] for (p, judge), values in table.items() if p == policy}
+                        for name, table in (("scores", evaluation.scores), ("outcomes", evaluation.outcomes))
+                    }
+                    file.write(json.dumps(plain({**reply.as_dict(), **judged}), ensure_ascii=False) + "\n")

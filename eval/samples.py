@@ -10,7 +10,7 @@ from ..models.generate import sample
 
 
 @dataclass(frozen=True)
-class Prompt:
+class EncodedPrompt:
     """One evaluation prompt.
 
     Attributes:
@@ -39,7 +39,7 @@ class Sample:
 
     policy: str
     prompt_index: int
-    prompt: Prompt
+    prompt: EncodedPrompt
     completion: str
     tokens: list[int]
     finished: bool
@@ -56,13 +56,13 @@ class Sample:
         }
 
 
-def read_prompts(dataset: Any) -> list[Prompt]:
+def read_prompts(dataset: Any) -> list[EncodedPrompt]:
     """Prompts from the data room's encoded dataset (columns prompt_ids, prompt, columns as a JSON string)."""
     prompts = []
     for row in dataset:
         columns = row.get("columns")
         parsed = json.loads(columns) if isinstance(columns, str) and columns else dict(columns or {})
-        prompts.append(Prompt(list(row["prompt"]), list(row["prompt_ids"]), parsed))
+        prompts.append(EncodedPrompt(list(row["prompt"]), list(row["prompt_ids"]), parsed))
     return prompts
 
 
@@ -70,7 +70,7 @@ def generate_samples(
     adapters: AdapterSet,
     role: str | None,
     policy: str,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[EncodedPrompt],
     tokenizer: Any,
     *,
     max_new_tokens: int,

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from ..data.spec import DataSpec
 from ..errors import UserError
+from ..files import ADAPTER_CONFIG, LINEAGE
 from ..models.base import Base, Quantization
 from ..models.lineage import check_lineage
 
@@ -123,7 +124,7 @@ class EvalSpec:
 
 def check_adapter(folder: Path, base: Base, tokenizer: Any) -> None:
     """Raises UserError where the folder holds no adapter, or one whose lineage names another base or tokenizer."""
-    if not (folder / "adapter_config.json").is_file():
+    if not (folder / ADAPTER_CONFIG).is_file():
         raise UserError(str(folder), "holds no adapter", "train that stage first, or correct its name")
-    if (folder / "lineage.json").is_file():
+    if (folder / LINEAGE).is_file():
         check_lineage(folder, base, tokenizer)

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from ...data.encode import encode_demos, encode_pairs
+from ...data.encode import IGNORED, encode_demos, encode_pairs
 from ...data.rows import Row
 from ...data.split import split_rows
+from ...progress import meter
 from ...stages.reward import REFERENCE_RESPONSES
-from ..progress import meter
 from ..reward_scores import reward_scores
-from ..samples import Prompt, generate_samples
+from ..samples import EncodedPrompt, generate_samples
 from ..statistics.intervals import bootstrap_interval
 from ..statistics.reward_metrics import reward_metrics
 from ..workbench import Workbench
@@ -52,7 +52,7 @@ def read_demos(record: Record, rows: list[Row], tokenizer: object) -> Demos:
         return Demos(prompts, replies)
     dataset, _ = encode_demos(rows[:MAX_DEMOS], tokenizer, record.data())
     for ids, labels in zip(dataset["input_ids"], dataset["labels"], strict=True):
-        start = next(place for place, label in enumerate(labels) if label != -100)
+        start = next(place for place, label in enumerate(labels) if label != IGNORED)
         # several turns, or a reply that was cut
         if labels[start:] == ids[start:] and ids[-1] == getattr(tokenizer, "eos_token_id", None):
             prompts.append(list(ids[:start]))
@@ -129,7 +129,7 @@ def sft_findings(
             bench.adapters,
             bench.roles[sft],
             sft,
-            [Prompt([], prompt) for prompt in prompts],
+            [EncodedPrompt([], prompt) for prompt in prompts],
             bench.tokenizer,
             max_new_tokens=budget,
             temperature=bench.spec.temperature,

@@ -32,7 +32,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ...errors import UserError
 from ...models.adapters import AdapterSet
-from ..progress import meter
+from ...progress import meter
+from ...values import is_finite
 from ..samples import Sample
 from ..statistics.winrate import order_outcomes
 from .endpoint_answers import Answers
@@ -209,8 +210,7 @@ def _cache_folder(entry: dict[str, Any], where: str, run_dir: Path | None) -> Pa
 
 def _number(entry: dict[str, Any], key: str, default: float, where: str, *, low: float, whole: bool = False) -> float:
     value = entry.get(key, default)
-    fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-    if not fits or not math.isfinite(value) or value < low:
+    if not is_finite(value) or (whole and not isinstance(value, int)) or value < low:
         wanted = f"a {'whole ' if whole else ''}number of at least {low:g}"
         raise UserError(f"{where}.{key}", f"is {value!r}, expected {wanted}", "correct it, or leave it out")
     return value

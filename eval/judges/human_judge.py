@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from ...errors import UserError
+from ...progress import say
 from ..chat.votes import Vote, check_place, messages_key, read_votes
-from ..progress import say
 from ..samples import Sample
 from .judge import JudgePlan
 from .kinds import Entry

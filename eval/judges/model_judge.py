@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from ...errors import UserError
 from ...models.adapters import AdapterSet
 from ...models.fingerprints import folder_sha256
+from ...progress import meter
 from ...stages.rewards import RewardSource
 from ...stages.scorers import ModelScorer
-from ..progress import meter
 from ..samples import Sample
 from .judge import Judge, JudgePlan
 from .kinds import Entry

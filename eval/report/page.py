@@ -1,6 +1,5 @@
 """The page: every section that there is something for, through the templates."""
 
-import os
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -9,6 +8,8 @@ from typing import Any
 from jinja2 import ChainableUndefined, Environment, FileSystemLoader
 from markupsafe import Markup
 
+from ...files import REPORT, write_whole
+from ...values import is_number
 from ...version import __version__
 from ..judges.verdicts import LENGTH_CONTROL_PROMPTS
 from . import doctor, frontier, head, lengths, lineage, rewards, samples, svg, text, winrates
@@ -34,11 +35,9 @@ def write_report(run_dir: Path) -> Path:
         UserError: the folder holds neither a stage nor an evaluation, or a file that cannot be read.
     """
     run_dir = Path(run_dir)
-    page = render(read_run(run_dir))
-    beside = run_dir / f".report.html.{os.getpid()}"
     # A lone surrogate in a reply has no UTF-8; it becomes a question mark.
-    beside.write_text(page, encoding="utf-8", errors="replace")
-    return beside.replace(run_dir / "report.html")
+    page = render(read_run(run_dir)).encode("utf-8", "replace").decode("utf-8")
+    return write_whole(run_dir / REPORT, page)
 
 
 def render(run: Run) -> str:
@@ -111,7 +110,7 @@ def _curves(run: Run) -> list[dict[str, Any]]:
     shown = []
     for stage in run.stages:
         main, rest = stage_curves(stage.log)
-        numbers = {k: v for k, v in stage.metrics.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+        numbers = {k: v for k, v in stage.metrics.items() if is_number(v)}
         if main or rest or numbers:
             shown.append({"stage": stage, "main": main, "rest": rest, "metrics": numbers})
     return shown

@@ -13,6 +13,8 @@ from scipy import stats
 
 BootstrapMethod = Literal["percentile", "bca"]
 DRAWS = 2000
+Z95 = 1.96
+"""Standard errors on either side of a normal estimate that make a 95% interval."""
 
 
 def unit_totals(values: Sequence[float], units: Sequence[Any] | None = None) -> tuple[np.ndarray, np.ndarray]:

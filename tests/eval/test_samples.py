@@ -2,7 +2,7 @@
 
 import pytest
 
-from preftune.eval.samples import Prompt, generate_samples, read_prompts
+from preftune.eval.samples import EncodedPrompt, generate_samples, read_prompts
 from preftune.models.adapters import AdapterSet, LoraSpec
 from preftune.models.base import load_model, load_tokenizer, resolve_base
 
@@ -23,7 +23,7 @@ def adapters() -> AdapterSet:
 
 
 def draw(adapters, tokenizer, role, **changes):
-    prompts = [Prompt([{"role": "user", "content": "x" * n}], [5 + n] * n, {"n": n}) for n in (3, 1, 7)]
+    prompts = [EncodedPrompt([{"role": "user", "content": "x" * n}], [5 + n] * n, {"n": n}) for n in (3, 1, 7)]
     settings = {"max_new_tokens": 6, "temperature": 0.8, "seed": 0} | changes
     return generate_samples(adapters, role, str(role), prompts, tokenizer, **settings)
 
@@ -53,4 +53,4 @@ def test_a_sample_knows_its_text_and_whether_it_ended(adapters, tokenizer):
 def test_prompts_from_encoded_rows():
     message = {"role": "user", "content": "hi"}
     rows = [{"prompt_ids": [1, 2], "prompt": [message], "columns": '{"topic": "x"}'}]
-    assert read_prompts(rows) == [Prompt([message], [1, 2], {"topic": "x"})]
+    assert read_prompts(rows) == [EncodedPrompt([message], [1, 2], {"topic": "x"})]
