@@ -1,4 +1,4 @@
-"""The meter: silent while work is quick, lines where there is no terminal, rich only once there is something to show."""
+"""The meter: silent while work is quick, lines where there is no terminal, rich only when something is shown."""
 
 import subprocess
 import sys
