@@ -93,6 +93,8 @@ class Keys:
         assert part is not None
         spec = data_spec(part.prompts, self.recipe.seed)
         values = part.model_dump(exclude={"prompts", "batch_size", "over_optimisation"})
+        if values["beams"] in (None, 1):
+            del values["beams"]
         over = part.over_optimisation
         parts = {
             **self._model(),

@@ -57,11 +57,11 @@ def run_eval(spec: EvalSpec, run_dir: Path | None = None) -> list[dict[str, Any]
     Returns:
         The rows of results.json: policy, reference, judge, n, mean_score, win_rate, ci_low, ci_high, ties, unparsable,
         length_controlled_win_rate, rating_log_odds, rating_low, rating_high, against, length, length_se, eos_rate,
-        eos_rate_se, repetition, repetition_se, kl, kl_se, kl_per_token, temperature, seed. Rates are fractions of 1,
-        lengths tokens, KL nats, ratings Bradley-Terry log-odds of mean 0; `against` is the policy's row of the matrix
-        of all pairs, `repetition` is that of `replies.py`. None where something was not measured, as length control
-        with few prompts. The rows of a judge that costs something have `usage` besides: what judging all policies took
-        this time, answers kept from before being free (see `endpoint.Usage`).
+        eos_rate_se, repetition, repetition_se, kl, kl_se, kl_per_token, temperature, seed, and beams where there are
+        several. Rates are fractions of 1, lengths tokens, KL nats, ratings Bradley-Terry log-odds of mean 0; `against`
+        is the policy's row of the matrix of all pairs, `repetition` is that of `replies.py`. None where something was
+        not measured, as length control with few prompts. The rows of a judge that costs something have `usage`
+        besides: what judging all policies took this time, answers kept from before being free (see `endpoint.Usage`).
 
     Raises:
         UserError: for what the user can put right in policies, prompts or judges.
@@ -103,6 +103,7 @@ def evaluate(spec: EvalSpec, run_dir: Path | None = None) -> Evaluation:
             # Without a judge: how many replies there are and nothing else.
             said = judged[judge][policy] if judge else dict.fromkeys(COLUMNS) | {"n": len(prompts)}
             drawn = {"temperature": spec.temperature, "seed": spec.seed}
+            drawn |= {"beams": spec.beams} if spec.beams > 1 else {}
             rows.append(plain(names | said | _reply_columns(replies, kls[policy]) | drawn | usages.get(judge, {})))
     return Evaluation(rows, samples, scores, outcomes, rewards, over)
 

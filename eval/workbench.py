@@ -125,6 +125,7 @@ class Workbench:
                 temperature=spec.temperature,
                 seed=spec.seed,
                 batch_size=spec.batch_size,
+                beams=spec.beams,
                 on_batch=done,
             )
 

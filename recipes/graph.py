@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable
 
+from ..eval.decoding import beam_problem
 from .problems import nearest, problem
 from .schema import BASE, Data, PPOStage, Recipe
 from .text import Path_, Text
@@ -140,6 +141,10 @@ def _check_said_once(text: Text, here: Path_, stage: object) -> None:
 def _check_eval(recipe: Recipe, text: Text) -> None:
     if recipe.eval is None:
         return
+    part = recipe.eval
+    curve = part.over_optimisation is not None
+    if found := beam_problem(part.beams or 1, temperature=part.temperature, kl=part.kl, over_optimisation=curve):
+        raise problem(text, ("eval", "beams"), *found)
     known = [BASE, *(name for name, stage in recipe.stages.items() if stage.kind != "reward")]
     for index, policy in enumerate(recipe.eval.policies):
         if policy not in known:

@@ -135,6 +135,7 @@ def sft_findings(
             temperature=bench.spec.temperature,
             seed=bench.spec.seed,
             batch_size=bench.spec.batch_size,
+            beams=bench.spec.beams,
             on_batch=done,
         )
     shown = _score(bench, record, prompts, [demos.replies[place] for place in fitting])

@@ -1,6 +1,8 @@
 """The same prompts and the same random streams for every policy."""
 
 import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
 
 from preftune.eval.samples import EncodedPrompt, generate_samples, read_prompts
 from preftune.models.adapters import AdapterSet, LoraSpec
@@ -54,3 +56,29 @@ def test_prompts_from_encoded_rows():
     message = {"role": "user", "content": "hi"}
     rows = [{"prompt_ids": [1, 2], "prompt": [message], "columns": '{"topic": "x"}'}]
     assert read_prompts(rows) == [EncodedPrompt([message], [1, 2], {"topic": "x"})]
+
+
+def test_beams_are_transformers_own(adapters, tokenizer, tmp_path):
+    adapters.save("default", tmp_path)
+    theirs = AutoPeftModelForCausalLM.from_pretrained(tmp_path).eval()
+    done = []
+    ours = draw(adapters, tokenizer, "default", beams=4, batch_size=8, max_new_tokens=12, on_batch=done.append)
+    for sample in ours:
+        ids = torch.tensor([sample.prompt.ids])
+        found = theirs.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            num_beams=4,
+            do_sample=False,
+            max_new_tokens=12,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )[0, ids.size(1) :].tolist()
+        end = found.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in found else len(found)
+        assert sample.tokens == found[:end]
+        assert sample.finished == (tokenizer.eos_token_id in found)
+    # two prompts at a time, so that no more rows are decoded at once than without beams
+    assert done == [2, 3]
+    assert [each.tokens for each in ours] != [
+        each.tokens for each in draw(adapters, tokenizer, "default", temperature=0)
+    ]
