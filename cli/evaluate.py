@@ -20,12 +20,6 @@ Overrides = Annotated[
 ]
 Policies = Annotated[str | None, typer.Option(metavar="A,B", help="These policies only. Default: the recipe's.")]
 DataOption = Annotated[str | None, typer.Option("--data", help="A data entry of the recipe, or a file.")]
-# The same for every judge: a table of their own.
-_OF_REPLIES = (
-    *("length", "length_se", "eos_rate", "eos_rate_se", "repetition", "repetition_se"),
-    *("kl", "kl_se", "kl_per_token"),
-)
-
 AsJson = Annotated[bool, typer.Option("--json", help="Results as one JSON object a line.")]
 
 
@@ -240,13 +234,15 @@ def _print(rows: list[dict[str, Any]], json: bool) -> None:
         voice.rows(rows)
         return
     judged = any("judge" in row for row in rows)
-    apart = {"against", "calibration", *(_OF_REPLIES if judged else ())}
+    from ..eval.replies import REPLY_COLUMNS, REPLY_LEGEND
+
+    apart = {"against", "calibration", *(REPLY_COLUMNS if judged else ())}
     voice.rows({key: value for key, value in row.items() if key not in apart} for row in rows)
     if judged:
-        voice.say("\nreplies: length in tokens, repetition of 4-grams, KL to the reference in nats")
+        voice.say(f"\nreplies: {REPLY_LEGEND}")
         first = {row["policy"]: row for row in reversed(rows)}
         policies = dict.fromkeys(row["policy"] for row in rows)
-        voice.rows({key: first[policy].get(key) for key in ("policy", *_OF_REPLIES)} for policy in policies)
+        voice.rows({key: first[policy].get(key) for key in ("policy", *REPLY_COLUMNS)} for policy in policies)
     matrix = [row for row in rows if row.get("against")]
     if len(matrix) > 2:
         voice.say("\nwin-rate of the row's policy against the column's")

@@ -14,7 +14,7 @@ from .judges.registry import plan_judges
 from .judges.verdicts import COLUMNS, Verdicts, verdict_columns
 from .kl import KL
 from .overoptimisation import check_over_optimisation, over_optimisation
-from .replies import reply_statistics
+from .replies import measure_replies
 from .reward_models import measured_in_evaluation
 from .samples import Sample
 from .spec import EvalSpec
@@ -116,8 +116,7 @@ def measure_kl(bench: Workbench, replies: Sequence[Sample]) -> KL:
 
 def _reply_columns(replies: Sequence[Sample], kl: KL | None) -> dict[str, Any]:
     """What is true of a policy's replies whoever judges them."""
-    said = reply_statistics([reply.tokens for reply in replies], [reply.finished for reply in replies])
-    return asdict(said) | {
+    return measure_replies(replies) | {
         "kl": kl.per_sequence if kl else None,
         "kl_se": kl.per_sequence_se if kl else None,
         "kl_per_token": kl.per_token if kl else None,

@@ -11,10 +11,11 @@ from markupsafe import Markup
 from ...files import REPORT, write_whole
 from ...values import is_number
 from ...version import __version__
+from .. import replies
 from ..judges.verdicts import LENGTH_CONTROL_PROMPTS
 from . import doctor, frontier, head, lengths, lineage, rewards, samples, svg, text, winrates
 from .curves import stage_curves
-from .read import Run, read_run
+from .read import Run, number, read_run
 
 TEMPLATES = Path(__file__).with_name("templates")
 
@@ -120,9 +121,12 @@ def _winrates(run: Run) -> dict[str, Any] | None:
     if not run.results:
         return None
     tables, places = winrates.judge_tables(run), {policy: i for i, policy in enumerate(run.policies())}
+    policies = run.by_policy()
+    measured = {name for row in policies.values() for name in row if number(row[name]) is not None}
     return {
         "tables": tables,
-        "policies": [{**row, "place": places[row["policy"]]} for row in run.by_policy().values()],
+        "policies": [{**row, "place": places[row["policy"]]} for row in policies.values()],
+        "metrics": [each for each in replies.REPLY_METRICS if each.heading and each.name in measured],
         "controlled": any(table["controlled"] for table in tables),
         "length_control_prompts": LENGTH_CONTROL_PROMPTS,
         "first": run.results[0],
