@@ -27,6 +27,11 @@ EVALUATION, RESULTS, SAMPLES, REWARDS, OVER_OPTIMISATION = (
 """The evaluation's folder in that of the run, and what lies in it."""
 
 
+def partial_folder(run_dir: Path, stage: str) -> Path:
+    """Where a stage of a run is written until it is finished, and lies after it was interrupted."""
+    return run_dir / f".{stage}.partial"
+
+
 def write_whole(file: Path, text: str) -> Path:
     """Write a text file so that a reader sees the old content or the new one, never half; returns its path."""
     beside = file.with_name(f".{file.name}.{os.getpid()}")

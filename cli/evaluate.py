@@ -15,12 +15,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Measure a run: win-rates, KL, perplexity, reward models.", no_args_is_help=True)
 
-# The same for every judge: a table of their own.
-_OF_REPLIES = (
-    *("length", "length_se", "eos_rate", "eos_rate_se", "repetition", "repetition_se"),
-    *("kl", "kl_se", "kl_per_token"),
-)
-
 
 @app.command("run")
 def run_all(run: RunArgument, overrides: EvalOverrides = None, json: AsJson = False) -> None:
@@ -237,13 +231,15 @@ def _print(rows: list[dict[str, Any]], json: bool) -> None:
         output.rows(rows)
         return
     judged = any("judge" in row for row in rows)
-    apart = {"against", "calibration", *(_OF_REPLIES if judged else ())}
+    from ..eval.replies import REPLY_COLUMNS, REPLY_LEGEND
+
+    apart = {"against", "calibration", *(REPLY_COLUMNS if judged else ())}
     output.rows({key: value for key, value in row.items() if key not in apart} for row in rows)
     if judged:
-        output.say("\nreplies: length in tokens, repetition of 4-grams, KL to the reference in nats")
+        output.say(f"\nreplies: {REPLY_LEGEND}")
         first = {row["policy"]: row for row in reversed(rows)}
         policies = dict.fromkeys(row["policy"] for row in rows)
-        output.rows({key: first[policy].get(key) for key in ("policy", *_OF_REPLIES)} for policy in policies)
+        output.rows({key: first[policy].get(key) for key in ("policy", *REPLY_COLUMNS)} for policy in policies)
     matrix = [row for row in rows if row.get("against")]
     if len(matrix) > 2:
         output.say("\nwin-rate of the row's policy against the column's")

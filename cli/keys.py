@@ -1,13 +1,14 @@
 """Cache keys: everything that can change a step's result, by name, and the hash of it all."""
 
 import hashlib
-import importlib.util
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.spec import DataSpec, RowKind
+from ..eval.judges.kinds import judge_parts
+from ..models.fingerprints import code_sha256, content, folder_sha256
 from ..recipes.build import data_spec, data_values, folders, lora_values, reward_stages
 from ..recipes.graph import parents
 from ..recipes.schema import BASE, Recipe
@@ -23,7 +24,6 @@ EVAL_FORMAT = 2
 """The same for the evaluation alone: raise it when the same recipe must write more or other numbers."""
 
 _SHOWN = 3
-_MODEL_FILES = (".safetensors", ".bin", ".json", ".jinja", ".txt", ".model")
 
 
 def key_of(parts: Mapping[str, Any]) -> str:
@@ -96,6 +96,8 @@ class Keys:
         assert part is not None
         spec = data_spec(part.prompts, self.recipe.seed)
         values = part.model_dump(exclude={"prompts", "batch_size", "over_optimisation"})
+        if values["beams"] in (None, 1):
+            del values["beams"]
         over = part.over_optimisation
         parts = {
             **self._model(),
@@ -109,27 +111,8 @@ class Keys:
         for name in eval_needs(self.recipe):
             parts |= {f"stage {name}": known[name], f"adapter {name}": content(self.run_dir / name)}
         for judge in part.judges:
-            parts |= self._judge(judge)
+            parts |= judge_parts(judge, self.run_dir)
         return parts
-
-    def _judge(self, judge: Mapping[str, Any]) -> dict[str, Any]:
-        """What a judge's result depends on besides its words in the recipe: the content of what they name."""
-        if isinstance(target := judge.get("function"), str):
-            return {f"code of {target}": code_sha256(target)}
-        if isinstance(named := judge.get("adapter"), str):
-            return {f"files of {named}": content(Path(named))}
-        if isinstance(named := judge.get("votes"), str):
-            given = Path(named).expanduser()
-            places = (self.run_dir / given, given)
-            file = next((place for place in places if place.is_file()), None)
-            return {f"files of {named}": None if file is None else hashlib.sha256(file.read_bytes()).hexdigest()}
-        if judge.get("kind") == "model" and isinstance(named := judge.get("model"), str):
-            from ..eval.judges.model_judge import model_folder
-
-            # a hub id says by itself which model it is
-            folder = model_folder(named, self.run_dir)
-            return {} if folder is None else {f"files of {named}": folder_sha256(folder)}
-        return {}
 
     def fingerprint(self, spec: DataSpec, kind: RowKind) -> str:
         """The hash of the rows themselves, wherever they were read from."""
@@ -169,32 +152,6 @@ def eval_needs(recipe: Recipe) -> list[str]:
         # the policies on the way to it follow from its key, and so does where it started
         named |= dict.fromkeys([part.over_optimisation.policy or BASE])
     return [name for name in named if name != BASE]
-
-
-def content(folder: Path) -> str | None:
-    """Hash of the adapter in a folder; None where there is none."""
-    from ..models.lineage import adapter_sha256
-
-    return adapter_sha256(folder) if (folder / "adapter_model.safetensors").is_file() else None
-
-
-def folder_sha256(folder: Path) -> str:
-    """Hash of a model's own files in a folder: weights, config, tokenizer."""
-    from ..models.cache import file_sha256
-
-    files = sorted(file for file in folder.iterdir() if file.is_file() and file.suffix in _MODEL_FILES)
-    return hashlib.sha256("".join(f"{file.name} {file_sha256(file)}\n" for file in files).encode()).hexdigest()
-
-
-def code_sha256(target: str) -> str | None:
-    """Hash of the file that `module:function` lies in; None where it cannot be found (who imports it says so)."""
-    try:
-        found = importlib.util.find_spec(target.partition(":")[0])
-    except (ImportError, ValueError):
-        return None
-    if found is None or found.origin is None or not Path(found.origin).is_file():
-        return None
-    return hashlib.sha256(Path(found.origin).read_bytes()).hexdigest()
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

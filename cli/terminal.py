@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from ..eval.progress import say
+from ..progress import say
 
 
 class Terminal:

@@ -1,6 +1,5 @@
 """Preferences that somebody else collected: reading them, and their win-rates (`eval winrate --annotations`)."""
 
-import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 
 from ..data.sources import read_file
 from ..errors import UserError
-from ..values import plain
+from ..values import is_finite, is_number, plain
 from .statistics.intervals import ratio_se, unit_totals
 from .statistics.length_control import control_length
 
@@ -56,7 +55,7 @@ def read_annotations(path: Path) -> Annotations:
 def read_preference(row: dict[str, Any], origin: str) -> float:
     """The row's `preference`, a number from 1 to 2."""
     value = _field(row, "preference", origin)
-    if not _is_number(value) or not 1 <= value <= 2:
+    if not is_number(value) or not 1 <= value <= 2:
         remedy = "2 says that the second reply wins (in annotations the model's), 1 the first, 1.5 neither"
         raise UserError(origin, f"preference is {value!r}, expected a number from 1 to 2", remedy)
     return float(value)
@@ -98,12 +97,8 @@ def _prompt(row: dict[str, Any], origin: str) -> Hashable:
 
 def _length(row: dict[str, Any], name: str, origin: str) -> float:
     value = _field(row, name, origin)
-    if not _is_number(value) or not math.isfinite(value) or value < 0:
+    if not is_finite(value) or value < 0:
         raise UserError(
             origin, f"{name} is {value!r}, expected 0 or more", "write the reply's length, in characters say"
         )
     return float(value)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -5,15 +5,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ..data.encode import encode_demos
+from ..data.encode import IGNORED, encode_demos
 from ..data.load import load_rows
 from ..data.rows import Row
 from ..data.spec import DataSpec, RowKind
 from ..data.split import split_rows
 from ..errors import UserError
+from ..progress import meter
 from ..values import plain
 from .perplexity import sequence_nlls, summarise
-from .progress import meter
 from .reward_models import measure_reward_models
 from .run import evaluate, measure_kl
 from .spec import BASE, EvalSpec, RewardModel
@@ -69,7 +69,7 @@ def eval_perplexity(spec: EvalSpec, data: DataSpec) -> list[dict[str, Any]]:
     dataset, _ = encode_demos(_rows(spec, data, "demo"), bench.tokenizer, data)
     input_ids, labels = list(dataset["input_ids"]), list(dataset["labels"])
     # The first token of a row has nothing before it, so it is never predicted.
-    tokens = [sum(label != -100 for label in row[1:]) for row in labels]
+    tokens = [sum(label != IGNORED for label in row[1:]) for row in labels]
     rows = []
     for policy, role in bench.roles.items():
         with meter(f"eval {policy}: perplexity", len(input_ids)) as done:

@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
+from ..files import ADAPTER_WEIGHTS, LINEAGE, METRICS
 from ..models.lineage import adapter_sha256, read_lineage
+from ..progress import say
 from ..stages.ppo.files import POLICIES, kept_policies
 from ..values import plain
+from .judges.judge import Judge, PairJudge
 from .judges.names import judge_name, scoring_judges
 from .judges.registry import plan_judges
-from .judges.verdicts import Judge, PairJudge
-from .progress import say
-from .samples import Prompt, Sample
+from .samples import EncodedPrompt, Sample
 from .spec import BASE, EvalSpec, OverOptimisation
 from .statistics.intervals import mean_se
 from .statistics.overoptimisation import BEST_OF_N, RL, Form, best_of, best_of_kl, counts, fit_gain
@@ -63,7 +64,7 @@ def eval_over_optimisation(spec: EvalSpec, run_dir: Path) -> dict[str, Any]:
 
 def over_optimisation(
     bench: Workbench,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[EncodedPrompt],
     judges: Sequence[Judge | PairJudge],
 ) -> dict[str, Any]:
     """The content of overoptimisation.json.
@@ -137,8 +138,8 @@ def check_over_optimisation(spec: EvalSpec) -> None:
         raise UserError("eval.over_optimisation.gold", said, "name a judge that the policy is not trained on")
     _last_step(wanted.folder)
     # the start is the adapter that the stage's lineage names first, where both have one
-    lineage, start = wanted.folder / "lineage.json", wanted.start
-    if start is None or not lineage.is_file() or not (start / "adapter_model.safetensors").is_file():
+    lineage, start = wanted.folder / LINEAGE, wanted.start
+    if start is None or not lineage.is_file() or not (start / ADAPTER_WEIGHTS).is_file():
         return
     parents = read_lineage(wanted.folder).parents
     if parents and parents[0]["sha256"] != adapter_sha256(start):
@@ -151,7 +152,11 @@ def _scorer(judges: Sequence[Judge | PairJudge], name: str) -> Judge:
 
 
 def _path(
-    bench: Workbench, wanted: OverOptimisation, prompts: list[Prompt], sides: Mapping[str, Judge], start: str | None
+    bench: Workbench,
+    wanted: OverOptimisation,
+    prompts: list[EncodedPrompt],
+    sides: Mapping[str, Judge],
+    start: str | None,
 ) -> list[Point]:
     """PPO's kept policies and its last one, each on the base for as long as it is asked."""
     last = _last_step(wanted.folder)
@@ -169,10 +174,10 @@ def _path(
 
 def _last_step(folder: Path) -> int:
     """The optimiser steps of a finished stage, from its metrics.json."""
-    file = folder / "metrics.json"
+    file = folder / METRICS
     steps = json.loads(file.read_text(encoding="utf-8")).get("steps") if file.is_file() else None
     if not isinstance(steps, int):
-        raise UserError(str(folder), "holds no finished PPO stage (metrics.json with its steps)", "train it first")
+        raise UserError(str(folder), f"holds no finished PPO stage ({METRICS} with its steps)", "train it first")
     return steps
 
 

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
+from ..data.encode import IGNORED
 from ..models.adapters import AdapterSet
 from ..models.batching import TOKENS_PER_BATCH, right_pad, token_batches
 from ..models.logprobs import LmHead, token_logprobs
-from .statistics.intervals import ratio_se
-
-IGNORED = -100
+from .statistics.intervals import Z95, ratio_se
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ def sequence_nlls(
     max_tokens: int = TOKENS_PER_BATCH,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[float]:
-    """Summed NLL in nats of each row's labelled tokens; label -100 counts for nothing.
+    """Summed NLL in nats of each row's labelled tokens; the label `IGNORED` counts for nothing.
 
     Args:
         input_ids, labels: [rows][tokens], the label of a token standing at the token's own place.
@@ -81,8 +80,8 @@ def summarise(nlls: Sequence[float], tokens: Sequence[int]) -> Perplexity:
         nll=nll,
         nll_se=se,
         perplexity=math.exp(nll),
-        ci_low=math.exp(nll - 1.96 * se),
-        ci_high=math.exp(nll + 1.96 * se),
+        ci_low=math.exp(nll - Z95 * se),
+        ci_high=math.exp(nll + Z95 * se),
         n=len(nlls),
         tokens=sum(tokens),
     )

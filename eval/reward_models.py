@@ -17,11 +17,11 @@ from ..data.split import split_rows
 from ..errors import UserError
 from ..files import LINEAGE
 from ..models.lineage import Lineage, adapter_sha256, read_lineage
+from ..progress import meter, say
 from ..stages.kinds import DPO
 from ..values import plain
-from .judges.registry import reward_scores
 from .perplexity import sequence_nlls
-from .progress import meter, say
+from .reward_scores import reward_scores
 from .spec import RewardModel
 from .statistics.reward_metrics import reward_metrics
 from .workbench import Workbench

@@ -1,21 +1,20 @@
 """The whole evaluation: samples of every policy, scored by every judge, with win-rates and KL."""
 
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..files import EVALUATION, OVER_OPTIMISATION, RESULTS, REWARDS, SAMPLES, whole_folder
+from ..progress import say
 from ..values import plain
-from .judges.endpoint import Metered
+from .judges.endpoint_client import Metered
 from .judges.registry import plan_judges
 from .judges.verdicts import COLUMNS, Verdicts, verdict_columns
 from .kl import KL
 from .overoptimisation import check_over_optimisation, over_optimisation
-from .progress import say
-from .replies import reply_statistics
+from .replies import measure_replies
 from .reward_models import measured_in_evaluation
 from .samples import Sample
 from .spec import EvalSpec
@@ -58,11 +57,11 @@ def run_eval(spec: EvalSpec, run_dir: Path | None = None) -> list[dict[str, Any]
     Returns:
         The rows of results.json: policy, reference, judge, n, mean_score, win_rate, ci_low, ci_high, ties, unparsable,
         length_controlled_win_rate, rating_log_odds, rating_low, rating_high, against, length, length_se, eos_rate,
-        eos_rate_se, repetition, repetition_se, kl, kl_se, kl_per_token, temperature, seed. Rates are fractions of 1,
-        lengths tokens, KL nats, ratings Bradley-Terry log-odds of mean 0; `against` is the policy's row of the matrix
-        of all pairs, `repetition` is that of `replies.py`. None where something was not measured, as length control
-        with few prompts. The rows of a judge that costs something have `usage` besides: what judging all policies took
-        this time, answers kept from before being free (see `endpoint.Usage`).
+        eos_rate_se, repetition, repetition_se, kl, kl_se, kl_per_token, temperature, seed, and beams where there are
+        several. Rates are fractions of 1, lengths tokens, KL nats, ratings Bradley-Terry log-odds of mean 0; `against`
+        is the policy's row of the matrix of all pairs, `repetition` is that of `replies.py`. None where something was
+        not measured, as length control with few prompts. The rows of a judge that costs something have `usage`
+        besides: what judging all policies took this time, answers kept from before being free (see `endpoint.Usage`).
 
     Raises:
         UserError: for what the user can put right in policies, prompts or judges.
@@ -71,7 +70,7 @@ def run_eval(spec: EvalSpec, run_dir: Path | None = None) -> list[dict[str, Any]
     if root is None:
         raise ValueError("no run folder: give run_dir or the spec's output_dir")
     evaluation = evaluate(spec, root)
-    _write(root / "eval", evaluation)
+    _write(root / EVALUATION, evaluation)
     return evaluation.rows
 
 
@@ -104,6 +103,7 @@ def evaluate(spec: EvalSpec, run_dir: Path | None = None) -> Evaluation:
             # Without a judge: how many replies there are and nothing else.
             said = judged[judge][policy] if judge else dict.fromkeys(COLUMNS) | {"n": len(prompts)}
             drawn = {"temperature": spec.temperature, "seed": spec.seed}
+            drawn |= {"beams": spec.beams} if spec.beams > 1 else {}
             rows.append(plain(names | said | _reply_columns(replies, kls[policy]) | drawn | usages.get(judge, {})))
     return Evaluation(rows, samples, scores, outcomes, rewards, over)
 
@@ -116,36 +116,25 @@ def measure_kl(bench: Workbench, replies: Sequence[Sample]) -> KL:
 
 def _reply_columns(replies: Sequence[Sample], kl: KL | None) -> dict[str, Any]:
     """What is true of a policy's replies whoever judges them."""
-    said = reply_statistics([reply.tokens for reply in replies], [reply.finished for reply in replies])
-    return asdict(said) | {
+    return measure_replies(replies) | {
         "kl": kl.per_sequence if kl else None,
         "kl_se": kl.per_sequence_se if kl else None,
         "kl_per_token": kl.per_token if kl else None,
     }
 
 
-def _write(folder: Path, evaluation: Evaluation) -> None:
-    """Writes the files beside the folder and renames, so that a reader never sees half of them."""
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    (beside / "results.json").write_text(json.dumps(evaluation.rows, indent=2) + "\n", encoding="utf-8")
-    if evaluation.reward_models:
-        (beside / "rewards.json").write_text(json.dumps(evaluation.reward_models, indent=2) + "\n", encoding="utf-8")
-    if (over := evaluation.over_optimisation) is not None:
-        (beside / "overoptimisation.json").write_text(json.dumps(over, indent=2) + "\n", encoding="utf-8")
-    with (beside / "samples.jsonl").open("w", encoding="utf-8") as file:
-        for policy, replies in evaluation.samples.items():
-            for place, reply in enumerate(replies):
-                judged = {
-                    name: {judge: values[place] for (p, judge), values in table.items() if p == policy}
-                    for name, table in (("scores", evaluation.scores), ("outcomes", evaluation.outcomes))
-                }
-                file.write(json.dumps(plain({**reply.as_dict(), **judged}), ensure_ascii=False) + "\n")
-    if folder.exists():
-        old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-        folder.rename(old)
-        beside.rename(folder)
-        shutil.rmtree(old)
-    else:
-        beside.rename(folder)
+def _write(final: Path, evaluation: Evaluation) -> None:
+    """The files of RUN/eval; the folder appears whole or not at all."""
+    with whole_folder(final) as folder:
+        contents = {RESULTS: evaluation.rows, REWARDS: evaluation.reward_models or None}
+        for name, content in {**contents, OVER_OPTIMISATION: evaluation.over_optimisation}.items():
+            if content is not None:
+                (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        with (folder / SAMPLES).open("w", encoding="utf-8") as file:
+            for policy, replies in evaluation.samples.items():
+                for place, reply in enumerate(replies):
+                    judged = {
+                        name: {judge: values[place] for (p, judge), values in table.items() if p == policy}
+                        for name, table in (("scores", evaluation.scores), ("outcomes", evaluation.outcomes))
+                    }
+                    file.write(json.dumps(plain({**reply.as_dict(), **judged}), ensure_ascii=False) + "\n")

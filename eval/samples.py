@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..models.adapters import AdapterSet
+from ..models.beam import beam_search
 from ..models.generate import sample
 
 
 @dataclass(frozen=True)
-class Prompt:
+class EncodedPrompt:
     """One evaluation prompt.
 
     Attributes:
@@ -39,7 +40,7 @@ class Sample:
 
     policy: str
     prompt_index: int
-    prompt: Prompt
+    prompt: EncodedPrompt
     completion: str
     tokens: list[int]
     finished: bool
@@ -56,13 +57,13 @@ class Sample:
         }
 
 
-def read_prompts(dataset: Any) -> list[Prompt]:
+def read_prompts(dataset: Any) -> list[EncodedPrompt]:
     """Prompts from the data room's encoded dataset (columns prompt_ids, prompt, columns as a JSON string)."""
     prompts = []
     for row in dataset:
         columns = row.get("columns")
         parsed = json.loads(columns) if isinstance(columns, str) and columns else dict(columns or {})
-        prompts.append(Prompt(list(row["prompt"]), list(row["prompt_ids"]), parsed))
+        prompts.append(EncodedPrompt(list(row["prompt"]), list(row["prompt_ids"]), parsed))
     return prompts
 
 
@@ -70,13 +71,14 @@ def generate_samples(
     adapters: AdapterSet,
     role: str | None,
     policy: str,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[EncodedPrompt],
     tokenizer: Any,
     *,
     max_new_tokens: int,
     temperature: float,
     seed: int,
     batch_size: int = 32,
+    beams: int = 1,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[Sample]:
     """One reply to each prompt, in the prompts' order.
@@ -85,20 +87,21 @@ def generate_samples(
         role: the adapter that speaks; None is the base.
         policy: the name that the samples carry.
         seed: with the prompt's place it fixes the random stream, so two policies that agree say the same.
+        batch_size: rows decoded at once.
+        beams: above 1, the best reply of a beam search of that width; temperature and seed are not used then.
         on_batch: called with the number of prompts done so far.
     """
-    generation = sample(
-        adapters,
-        role,
-        [prompt.ids for prompt in prompts],
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        seed=seed,
-        batch_size=batch_size,
-        on_batch=on_batch,
-    )
+    shared = {
+        "max_new_tokens": max_new_tokens,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "on_batch": on_batch,
+    }
+    ids = [prompt.ids for prompt in prompts]
+    if beams > 1:
+        generation = beam_search(adapters, role, ids, num_beams=beams, batch_size=max(1, batch_size // beams), **shared)
+    else:
+        generation = sample(adapters, role, ids, temperature=temperature, seed=seed, batch_size=batch_size, **shared)
     texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in generation.tokens]
     return [
         Sample(policy, index, prompt, texts[index], generation.tokens[index], generation.finished[index])

@@ -7,9 +7,11 @@ from typing import Any, Literal
 
 from ..data.spec import DataSpec
 from ..errors import UserError
+from ..files import ADAPTER_CONFIG, LINEAGE
 from ..models.base import Base
 from ..models.lineage import check_lineage
 from ..models.loading import Quantization
+from .decoding import beam_problem
 
 BASE = "base"
 
@@ -69,6 +71,7 @@ class EvalSpec:
         folders: where paths in `prompts` are looked up.
         judges: mappings as in the recipe (see `judges.plan_judges`).
         max_new_tokens, temperature, seed, batch_size: of the sampling, alike for every policy.
+        beams: width of a beam search instead of sampling, as transformers' `num_beams`; 1: no search.
         kl: measure KL(policy || reference); needs a temperature above 0.
         output_dir: the run folder, used where `run_eval` is given none.
         chat_template: a template instead of the tokenizer's own.
@@ -90,6 +93,7 @@ class EvalSpec:
     seed: int = 0
     kl: bool = True
     batch_size: int = 32
+    beams: int = 1
     output_dir: Path | None = None
     chat_template: str | None = None
     packed: bool = True
@@ -105,6 +109,13 @@ class EvalSpec:
             )
         if self.temperature < 0:
             raise UserError("eval.temperature", f"is {self.temperature}, expected 0 or more", "write 0.7, say")
+        for field in ("max_new_tokens", "batch_size", "beams"):
+            if getattr(self, field) < 1:
+                raise UserError(f"eval.{field}", f"is {getattr(self, field)}, expected 1 or more", "raise it")
+        asks_for_curve = self.over_optimisation is not None
+        found = beam_problem(self.beams, temperature=self.temperature, kl=self.kl, over_optimisation=asks_for_curve)
+        if found is not None:
+            raise UserError("eval.beams", *found)
         if self.kl and self.temperature == 0:
             raise UserError(
                 "eval.kl", "greedy decoding (temperature 0) has no KL", "set eval.kl to false or a temperature above 0"
@@ -112,9 +123,6 @@ class EvalSpec:
         if self.over_optimisation is not None and self.temperature == 0:
             said = "greedy decoding (temperature 0) has no KL and one reply a prompt"
             raise UserError("eval.over_optimisation", said, "set eval.temperature above 0, or leave the section out")
-        for field in ("max_new_tokens", "batch_size"):
-            if getattr(self, field) < 1:
-                raise UserError(f"eval.{field}", f"is {getattr(self, field)}, expected 1 or more", "raise it")
 
     def all_policies(self) -> dict[str, Path | None]:
         """The policies in their order, the base added in front where it is an unlisted reference."""
@@ -124,7 +132,7 @@ class EvalSpec:
 
 def check_adapter(folder: Path, base: Base, tokenizer: Any) -> None:
     """Raises UserError where the folder holds no adapter, or one whose lineage names another base or tokenizer."""
-    if not (folder / "adapter_config.json").is_file():
+    if not (folder / ADAPTER_CONFIG).is_file():
         raise UserError(str(folder), "holds no adapter", "train that stage first, or correct its name")
-    if (folder / "lineage.json").is_file():
+    if (folder / LINEAGE).is_file():
         check_lineage(folder, base, tokenizer)

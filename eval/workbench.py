@@ -15,9 +15,9 @@ from ..models.adapters import AdapterSet
 from ..models.loading import load_model
 from ..models.lora import LoraSpec
 from ..models.tokens import load_tokenizer, prepare_model
+from ..progress import meter
 from .kl import KL, sequence_kls, summarise
-from .progress import meter
-from .samples import Prompt, Sample, generate_samples, read_prompts
+from .samples import EncodedPrompt, Sample, generate_samples, read_prompts
 from .spec import EvalSpec, check_adapter
 
 
@@ -95,18 +95,20 @@ class Workbench:
             for place in self.loaded.keys() - before:
                 self.adapters.remove(self.loaded.pop(place))
 
-    def prompts(self) -> list[Prompt]:
+    def prompts(self) -> list[EncodedPrompt]:
         """The evaluation's prompts, encoded; the same list for every policy (E5)."""
         spec = self.spec
         loaded = load_rows(spec.prompts, "prompt", spec.folders)
         dataset, _ = encode_prompts(loaded.rows, self.tokenizer, spec.prompts)
         return read_prompts(dataset)
 
-    def samples(self, policy: str, prompts: list[Prompt]) -> list[Sample]:
+    def samples(self, policy: str, prompts: list[EncodedPrompt]) -> list[Sample]:
         """One reply of the policy to each prompt."""
         return self.replies(self.roles[policy], policy, prompts)
 
-    def replies(self, role: str | None, policy: str, prompts: Sequence[Prompt], what: str = "samples") -> list[Sample]:
+    def replies(
+        self, role: str | None, policy: str, prompts: Sequence[EncodedPrompt], what: str = "samples"
+    ) -> list[Sample]:
         """One reply to each prompt of whichever adapter is loaded as `role`; None is the base.
 
         Args:
@@ -125,6 +127,7 @@ class Workbench:
                 temperature=spec.temperature,
                 seed=spec.seed,
                 batch_size=spec.batch_size,
+                beams=spec.beams,
                 on_batch=done,
             )
 

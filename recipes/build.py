@@ -128,6 +128,7 @@ def eval_spec(recipe: Recipe, base: "Base", run_dir: Path, policies: list[str] |
         seed=recipe.seed if part.seed is None else part.seed,
         kl=part.kl,
         batch_size=part.batch_size,
+        beams=part.beams or 1,
         output_dir=run_dir,
         chat_template=recipe.model.chat_template,
         packed=recipe.model.packed,

@@ -195,6 +195,7 @@ class Eval(Part):
     seed: int | None = None
     kl: bool = True
     batch_size: Positive = 32
+    beams: Positive | None = None
     over_optimisation: OverOptimisation | None = None
 
 

@@ -10,8 +10,7 @@ from typing import Any
 from ...data.rows import Message
 from ...data.sources import read_file
 from ...errors import UserError
-from ..judges.human import check_place
-from .votes import Vote
+from .votes import Vote, check_place
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from transformers import TextStreamer
 from ...data.rows import Message
 from ...data.template import prompt_ids
 from ...errors import UserError
+from ...models.beam import beam_search
 from ...models.generate import sample
 from ..workbench import Workbench
 
@@ -57,12 +58,12 @@ class Conversation:
         on_text: Callable[[str], None] | None = None,
         stop: Callable[[], bool] = lambda: False,
     ) -> Reply:
-        """The policy's reply to the messages, with the evaluation's settings.
+        """The policy's reply to the messages, with the evaluation's settings; beam search shows it once it is whole.
 
         Args:
             seed: of its random stream; policies that agree say the same with the same seed.
             on_text: called with the parts of the text, as soon as their words are complete.
-            stop: asked after every token; once it says yes the reply ends there.
+            stop: asked after every token; once it says yes the reply ends there, a beam search without a reply.
 
         Raises:
             UserError: the chat template refuses the messages, or the conversation has become too long for the model.
@@ -79,23 +80,28 @@ class Conversation:
             if stop():
                 raise _Stopped
 
-        stopped = False
+        def searched() -> None:
+            if stop():
+                raise _Stopped
+
+        adapters, role, stopped = self.bench.adapters, self.bench.roles[policy], False
+        shared = {
+            "max_new_tokens": room,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
         try:
-            sample(
-                self.bench.adapters,
-                self.bench.roles[policy],
-                [ids],
-                max_new_tokens=room,
-                temperature=spec.temperature,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-                seed=[seed],
-                on_tokens=heard,
-            )
+            if spec.beams > 1:
+                # which beam is the best is known at the end
+                best = beam_search(adapters, role, [ids], num_beams=spec.beams, on_step=searched, **shared)
+                tokens.extend(best.tokens[0])
+                stream.put(torch.tensor(tokens))
+            else:
+                sample(adapters, role, [ids], temperature=spec.temperature, seed=[seed], on_tokens=heard, **shared)
         except _Stopped:
             stopped = True
         stream.end()
-        finished = tokens[-1] == tokenizer.eos_token_id
+        finished = bool(tokens) and tokens[-1] == tokenizer.eos_token_id
         text = tokenizer.decode(tokens, skip_special_tokens=True)
         return Reply(policy, text, len(tokens), finished, stopped and not finished)
 

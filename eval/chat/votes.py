@@ -67,6 +67,28 @@ def read_votes(path: Path) -> tuple[Vote, ...]:
     return votes
 
 
+def check_place(vote: Vote, replies: Sequence[Sequence[str]]) -> None:
+    """Raises UserError where a vote on a place is one on another evaluation.
+
+    Args:
+        replies: the evaluation's replies of the vote's two policies, in its order.
+    """
+    assert isinstance(vote.prompt, int)
+    if vote.prompt >= len(replies[0]):
+        raise UserError(
+            vote.origin,
+            f"prompt is {vote.prompt}, and the evaluation has {len(replies[0])} prompts, counted from 0",
+            "vote on the prompts of this evaluation",
+        )
+    for policy, completion, side in zip(vote.policies, vote.completions, replies, strict=True):
+        if completion is not None and completion != side[vote.prompt]:
+            raise UserError(
+                vote.origin,
+                f"a vote on another reply of {policy!r} than the evaluation's",
+                "evaluate with the prompts, seed and adapters that the votes were cast on, or vote again",
+            )
+
+
 def append_vote(path: Path, row: dict[str, Any]) -> None:
     """Adds one line to the file; when this returns the vote is on disk, whatever happens to the process."""
     line = json.dumps(row, ensure_ascii=False) + "\n"

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -12,6 +11,7 @@ from typing import Any
 from ...data.load import load_rows
 from ...data.rows import Row
 from ...errors import UserError
+from ...files import DOCTOR, write_whole
 from ...models.tokens import load_tokenizer
 from ...stages.job import StageJob
 from ..spec import BASE, EvalSpec
@@ -23,7 +23,6 @@ from .measure_reward import Demos, read_demos, reward_role, score_findings, sft_
 from .paper import paper_findings
 from .records import Record, read_record
 
-DOCTOR = "doctor.json"
 _FORMAT = 1
 _NO_MEASURE = ("base", "template", "tokenizer", "pad and eos")
 """A stage that is broken in these reads other ids than the base's tokenizer makes, and cannot be measured with it."""
@@ -80,9 +79,7 @@ def write_examination(run_dir: Path, examination: Examination) -> Path:
         "findings": [each.as_dict() for each in examination.findings],
         "left_out": examination.left_out,
     }
-    beside = run_dir / f".{DOCTOR}.{os.getpid()}"
-    beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return beside.replace(run_dir / DOCTOR)
+    return write_whole(run_dir / DOCTOR, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 class _Run:

@@ -7,8 +7,8 @@ import torch
 from ...models.batching import right_pad
 from ...models.generate import merged
 from ...models.logprobs import LmHead, chunk_rows
+from ...progress import meter
 from ..kl import kl_from_logits, response_hidden, sequence_kls, summarise
-from ..progress import meter
 from ..samples import Sample
 from ..statistics.intervals import mean_se
 from ..workbench import Workbench

@@ -7,13 +7,13 @@ import numpy as np
 from scipy import stats
 from transformers import PreTrainedTokenizerBase
 
-from ...data.encode import encode_demos, encode_pairs
+from ...data.encode import IGNORED, encode_demos, encode_pairs
 from ...data.rows import Row
 from ...data.split import split_rows
+from ...progress import meter
 from ...stages.reward import REFERENCE_RESPONSES
-from ..judges.registry import reward_scores
-from ..progress import meter
-from ..samples import Prompt, generate_samples
+from ..reward_scores import reward_scores
+from ..samples import EncodedPrompt, generate_samples
 from ..statistics.intervals import bootstrap_interval
 from ..statistics.reward_metrics import reward_metrics
 from ..workbench import Workbench
@@ -53,7 +53,7 @@ def read_demos(record: Record, rows: list[Row], tokenizer: PreTrainedTokenizerBa
         return Demos(prompts, replies)
     dataset, _ = encode_demos(rows[:MAX_DEMOS], tokenizer, record.data())
     for ids, labels in zip(dataset["input_ids"], dataset["labels"], strict=True):
-        start = next(place for place, label in enumerate(labels) if label != -100)
+        start = next(place for place, label in enumerate(labels) if label != IGNORED)
         # several turns, or a reply that was cut
         if labels[start:] == ids[start:] and ids[-1] == getattr(tokenizer, "eos_token_id", None):
             prompts.append(list(ids[:start]))
@@ -130,12 +130,13 @@ def sft_findings(
             bench.adapters,
             bench.roles[sft],
             sft,
-            [Prompt([], prompt) for prompt in prompts],
+            [EncodedPrompt([], prompt) for prompt in prompts],
             bench.tokenizer,
             max_new_tokens=budget,
             temperature=bench.spec.temperature,
             seed=bench.spec.seed,
             batch_size=bench.spec.batch_size,
+            beams=bench.spec.beams,
             on_batch=done,
         )
     shown = _score(bench, record, prompts, [demos.replies[place] for place in fitting])

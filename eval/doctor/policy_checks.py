@@ -2,7 +2,7 @@
 
 import math
 
-from ..statistics.intervals import wilson_interval
+from ..statistics.intervals import Z95, wilson_interval
 from .finding import Finding, judge
 
 EOS_JUDGED_FROM = 0.2
@@ -57,7 +57,7 @@ def check_drift(stage: str, kl: float, se: float, *, reference: str, n: int) -> 
         stage,
         "kl to reference",
         kl,
-        interval=(kl - 1.96 * se, kl + 1.96 * se),
+        interval=(kl - Z95 * se, kl + Z95 * se),
         unit=f"nats per token from {reference}, {n} replies",
         threshold=f"look: above {KL_LOOK}; broken: above {KL_BROKEN}",
         broken=not kl <= KL_BROKEN,

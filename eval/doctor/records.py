@@ -13,11 +13,12 @@ from torch import Tensor
 
 from ...data.encode import TRUNCATED
 from ...data.spec import DataSpec, SourceSpec
-from ...files import LINEAGE
+from ...files import LINEAGE, LOG, METRICS, partial_folder, read_json_lines
 from ...models.heads import ScalarHead
 from ...models.lineage import Lineage, read_lineage
 from ...models.lora import CONFIG, SCORE, WEIGHTS
 from ...stages.job import StageJob
+from ...values import is_finite
 
 
 @dataclass(frozen=True)
@@ -91,19 +92,19 @@ def read_record(job: StageJob, run_dir: Path) -> Record:
     folder = job.output_dir
     finished = all((folder / name).is_file() for name in (LINEAGE, CONFIG, WEIGHTS))
     # a stage at work, or one that was interrupted, lies beside its place
-    lies = folder if finished else run_dir / f".{job.name}.partial"
-    metrics = lies / "metrics.json"
+    lies = folder if finished else partial_folder(run_dir, job.name)
+    metrics = lies / METRICS
     return Record(
         job,
         read_lineage(folder) if finished else None,
         json.loads(metrics.read_text(encoding="utf-8")) if metrics.is_file() else {},
-        _read_log(lies / "log.jsonl"),
+        read_json_lines(lies / LOG),
     )
 
 
 def series(log: Sequence[dict[str, Any]], *keys: str) -> list[list[float]]:
     """The values of each key in the rows that have all of them as finite numbers, in order."""
-    rows = [row for row in log if all(_number(row.get(key)) for key in keys)]
+    rows = [row for row in log if all(is_finite(row.get(key)) for key in keys)]
     return [[float(row[key]) for row in rows] for key in keys]
 
 
@@ -154,20 +155,3 @@ def lora_change(child: dict[str, Tensor], parent: dict[str, Tensor] | None) -> t
     if size == 0:
         return math.sqrt(change), None
     return math.sqrt(change / size), shared / size
-
-
-def _read_log(file: Path) -> list[dict[str, Any]]:
-    """The rows of a log; one that a kill cut off is left out."""
-    rows = []
-    for line in file.read_text(encoding="utf-8", errors="replace").split("\n") if file.is_file() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -28,21 +28,20 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from ...errors import UserError
 from ...models.adapters import AdapterSet
-from ..progress import meter
+from ...progress import meter
+from ...values import is_finite
 from ..samples import Sample
 from ..statistics.winrate import order_outcomes
-from .answers import Answers
-from .chat_verdicts import CRITERIA, comparison, rating, read_choice, read_rating
-from .endpoint import Client, Endpoint, Usage
-from .verdicts import Judge, JudgePlan, PairJudge
+from .endpoint_answers import Answers
+from .endpoint_client import Client, Endpoint, Usage
+from .endpoint_prompts import CRITERIA, comparison, rating, read_choice, read_rating
+from .judge import Judge, JudgePlan, PairJudge
+from .names import judge_name
 
-ENDPOINT_FIELDS = (
-    *("url", "model", "mode", "criteria", "api_key_env", "parameters", "concurrency", "retries", "timeout", "cache"),
-    "price_per_million",
-)
 CACHE_FOLDER = "eval-cache"
 _PARAMETERS = {"temperature": 0, "max_tokens": 512}
 # Ours to say, or of no use to a judge that reads one whole answer.
@@ -97,7 +96,7 @@ class ScoreEndpointJudge(_EndpointJudge):
 _MODES = {"pairwise": PairwiseEndpointJudge, "score": ScoreEndpointJudge}
 
 
-def plan_endpoint(entry: dict[str, Any], where: str, run_dir: Path | None) -> JudgePlan:
+def plan(entry: dict[str, Any], where: str, run_dir: Path | None) -> JudgePlan:
     """Checks the recipe's entry (see the module for its fields) and reads the key; no request is sent.
 
     Args:
@@ -128,9 +127,9 @@ def plan_endpoint(entry: dict[str, Any], where: str, run_dir: Path | None) -> Ju
         timeout=_number(entry, "timeout", 120.0, where, low=0.001),
         price=_price(entry, where),
     )
-    name, folder = str(entry.get("name", model)), _cache_folder(entry, where, run_dir)
+    name, folder = judge_name(entry), _cache_folder(entry, where, run_dir)
 
-    def open_judge(adapters: AdapterSet, tokenizer: Any) -> Judge | PairJudge:
+    def open_judge(adapters: AdapterSet, tokenizer: PreTrainedTokenizerBase) -> Judge | PairJudge:
         del adapters, tokenizer
         return _MODES[mode](name, Client(endpoint, Answers(folder, where)), criteria)
 
@@ -211,8 +210,7 @@ def _cache_folder(entry: dict[str, Any], where: str, run_dir: Path | None) -> Pa
 
 def _number(entry: dict[str, Any], key: str, default: float, where: str, *, low: float, whole: bool = False) -> float:
     value = entry.get(key, default)
-    fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-    if not fits or not math.isfinite(value) or value < low:
+    if not is_finite(value) or (whole and not isinstance(value, int)) or value < low:
         wanted = f"a {'whole ' if whole else ''}number of at least {low:g}"
         raise UserError(f"{where}.{key}", f"is {value!r}, expected {wanted}", "correct it, or leave it out")
     return value

@@ -9,14 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from ...errors import UserError
 from ...models.adapters import AdapterSet
+from ...models.fingerprints import folder_sha256
+from ...progress import meter
 from ...stages.ppo.rewards import ModelScorer, RewardSource
-from ..progress import meter
 from ..samples import Sample
-from .verdicts import Judge, JudgePlan
+from .judge import Judge, JudgePlan
+from .kinds import Entry
+from .names import judge_name
 
-MODEL_FIELDS = ("model", "batch_size")
 _BATCH_SIZE = 8
 
 
@@ -33,7 +37,7 @@ class ModelJudge:
             return self.scorer.scores(prompts, [sample.completion for sample in samples], done).tolist()
 
 
-def plan_model(entry: dict[str, Any], where: str, run_dir: Path | None) -> JudgePlan:
+def plan(entry: dict[str, Any], where: str, run_dir: Path | None) -> JudgePlan:
     """Checks the recipe's entry; the model is loaded when the judge is opened, onto the base's device.
 
     Args:
@@ -50,9 +54,9 @@ def plan_model(entry: dict[str, Any], where: str, run_dir: Path | None) -> Judge
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise UserError(f"{where}.batch_size", f"is {batch_size!r}, expected 1 or more", "leave it out")
     target = _folder_or_hub_id(named, where, run_dir)
-    name = str(entry.get("name", named))
+    name = judge_name(entry)
 
-    def open_judge(adapters: AdapterSet, tokenizer: Any) -> Judge:
+    def open_judge(adapters: AdapterSet, tokenizer: PreTrainedTokenizerBase) -> Judge:
         del tokenizer
         device = next(adapters.model.parameters()).device
         try:
@@ -66,7 +70,14 @@ def plan_model(entry: dict[str, Any], where: str, run_dir: Path | None) -> Judge
     return JudgePlan(name, open_judge)
 
 
-def model_folder(named: str, run_dir: Path | None) -> Path | None:
+def key_parts(entry: Entry, run_dir: Path) -> dict[str, str | None]:
+    """A folder's files; a hub id says by itself which model it is."""
+    named = entry.get("model")
+    folder = _model_folder(named, run_dir) if isinstance(named, str) else None
+    return {} if folder is None else {f"files of {named}": folder_sha256(folder)}
+
+
+def _model_folder(named: str, run_dir: Path | None) -> Path | None:
     """The folder that a judge's `model` names, looked up from the run folder, then from here; None: there is none."""
     given = Path(named).expanduser()
     places = [folder / given for folder in (run_dir, Path()) if folder is not None]
@@ -75,7 +86,7 @@ def model_folder(named: str, run_dir: Path | None) -> Path | None:
 
 def _folder_or_hub_id(named: str, where: str, run_dir: Path | None) -> str:
     """The folder's absolute path, or the name itself where it can be a hub id."""
-    found = model_folder(named, run_dir)
+    found = _model_folder(named, run_dir)
     if found is not None:
         return str(found)
     # A hub id is NAME or OWNER/NAME; everything else can only have meant a folder.

@@ -14,13 +14,12 @@ The score of a reply is the share of checks that it passes. In a recipe, `checks
 list.
 """
 
-import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...errors import UserError
+from ...errors import UserError, nearest
 
 Predicate = Callable[[str], bool]
 _SENTENCE_END = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s|$)|\n+")
@@ -81,21 +80,16 @@ def _parse_check(entry: Any, where: str) -> Check:
         raise UserError(where, f"is {entry!r}, expected a mapping", "write {name, kind, ...}")
     kind = entry.get("kind")
     if kind not in _KINDS:
-        raise UserError(where, f"kind is {kind!r}, expected one of {', '.join(_KINDS)}", _nearest(str(kind), _KINDS))
+        raise UserError(where, f"kind is {kind!r}, expected one of {', '.join(_KINDS)}", nearest(str(kind), _KINDS))
     required, build = _KINDS[kind]
     allowed = {"name", "kind", *required}
     for key in entry:
         if key not in allowed:
-            raise UserError(where, f"{kind} takes no {key!r}", _nearest(str(key), sorted(allowed)))
+            raise UserError(where, f"{kind} takes no {key!r}", nearest(str(key), sorted(allowed)))
     fields = {key: entry[key] for key in required if entry.get(key) is not None}
     if not fields:
         raise UserError(where, f"{kind} without {' or '.join(required)}", f"give {' or '.join(required)}")
     return Check(str(entry.get("name") or kind), kind, build(fields, where))
-
-
-def _nearest(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(known)}"
 
 
 def _number(fields: Mapping[str, Any], key: str, where: str) -> int:

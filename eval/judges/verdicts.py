@@ -1,17 +1,17 @@
 """What a judge says of every pair of policies, and the columns of results.json that follow from it."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
-from ...models.adapters import AdapterSet
 from ..samples import Sample
 from ..statistics.length_control import control_length
 from ..statistics.ratings import rate_policies
 from ..statistics.winrate import WinRate, against_itself, score_outcomes, win_rate
+from .judge import CheckingJudge, Judge, PairJudge
 
 # Fewer judged prompts than this say too little about the effect of length to take it out.
 LENGTH_CONTROL_PROMPTS = 50
@@ -19,46 +19,6 @@ COLUMNS = (
     *("n", "mean_score", "win_rate", "ci_low", "ci_high", "ties", "unparsable"),
     *("length_controlled_win_rate", "rating_log_odds", "rating_low", "rating_high", "against"),
 )
-
-
-class Judge(Protocol):
-    """Anything with a name that turns samples into scores; more is better."""
-
-    @property
-    def name(self) -> str: ...
-
-    def score(self, samples: Sequence[Sample]) -> list[float]:
-        """One score a sample, in order; nan where the judge has none."""
-        ...
-
-
-@runtime_checkable
-class PairJudge(Protocol):
-    """Anything with a name that compares two policies' replies to the same prompts."""
-
-    @property
-    def name(self) -> str: ...
-
-    def compare(self, policy: Sequence[Sample], other: Sequence[Sample]) -> list[float]:
-        """What the first policy gets on each prompt: 1 win, 0.5 tie, 0 loss, or between; nan without a verdict."""
-        ...
-
-
-@runtime_checkable
-class CheckingJudge(Protocol):
-    """A judge that looks at all replies before it is asked about any."""
-
-    def check(self, samples: Mapping[str, Sequence[Sample]]) -> None:
-        """Raises UserError where it has nothing to say of these samples, policy -> its replies."""
-        ...
-
-
-@dataclass(frozen=True)
-class JudgePlan:
-    """A judge that was checked and not opened yet: `open(adapters, tokenizer)` makes it."""
-
-    name: str
-    open: Callable[[AdapterSet, Any], Judge | PairJudge]
 
 
 @dataclass(frozen=True)

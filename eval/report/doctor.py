@@ -8,7 +8,6 @@ from ..doctor.finding import Finding
 from .read import Run, number
 
 LEVELS = ("broken", "look", "OK")
-ICONS = {"broken": "✕", "look": "!", "OK": "✓"}
 
 
 def findings(run: Run) -> list[Finding]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from ..statistics.intervals import Z95
 from ..statistics.overoptimisation import BEST_OF_N, RL, Form, gain, peak
 from . import svg
 from .axes import Axis, axis, frame, left_margin, place_labels, root_axis
@@ -15,7 +16,6 @@ from .read import Run, number
 from .text import fixed, short
 from .winrates import score_errors
 
-Z95 = 1.96
 FAR = 4  # times the furthest measured KL; a fitted peak beyond that says nothing
 WIDTH, HEIGHT = 380, 290
 

@@ -1,6 +1,5 @@
 """The page: every section that there is something for, through the templates."""
 
-import os
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -9,11 +8,14 @@ from typing import Any
 from jinja2 import ChainableUndefined, Environment, FileSystemLoader
 from markupsafe import Markup
 
+from ...files import REPORT, write_whole
+from ...values import is_number
 from ...version import __version__
+from .. import replies
 from ..judges.verdicts import LENGTH_CONTROL_PROMPTS
 from . import doctor, frontier, head, lengths, lineage, rewards, samples, svg, text, winrates
 from .curves import EVERY_PANEL, stage_curves
-from .read import Run, read_run
+from .read import Run, number, read_run
 
 TEMPLATES = Path(__file__).with_name("templates")
 
@@ -34,11 +36,9 @@ def write_report(run_dir: Path) -> Path:
         UserError: the folder holds neither a stage nor an evaluation, or a file that cannot be read.
     """
     run_dir = Path(run_dir)
-    page = render(read_run(run_dir))
-    beside = run_dir / f".report.html.{os.getpid()}"
     # A lone surrogate in a reply has no UTF-8; it becomes a question mark.
-    beside.write_text(page, encoding="utf-8", errors="replace")
-    return beside.replace(run_dir / "report.html")
+    page = render(read_run(run_dir)).encode("utf-8", "replace").decode("utf-8")
+    return write_whole(run_dir / REPORT, page)
 
 
 def render(run: Run) -> str:
@@ -111,7 +111,7 @@ def _curves(run: Run) -> list[dict[str, Any]]:
     shown = []
     for stage in run.stages:
         main, rest = stage_curves(stage.log, EVERY_PANEL if stage.record is None else stage.record.panels)
-        numbers = {k: v for k, v in stage.metrics.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+        numbers = {k: v for k, v in stage.metrics.items() if is_number(v)}
         if main or rest or numbers:
             shown.append({"stage": stage, "main": main, "rest": rest, "metrics": numbers})
     return shown
@@ -121,9 +121,12 @@ def _winrates(run: Run) -> dict[str, Any] | None:
     if not run.results:
         return None
     tables, places = winrates.judge_tables(run), {policy: i for i, policy in enumerate(run.policies())}
+    policies = run.by_policy()
+    measured = {name for row in policies.values() for name in row if number(row[name]) is not None}
     return {
         "tables": tables,
-        "policies": [{**row, "place": places[row["policy"]]} for row in run.by_policy().values()],
+        "policies": [{**row, "place": places[row["policy"]]} for row in policies.values()],
+        "metrics": [each for each in replies.REPLY_METRICS if each.heading and each.name in measured],
         "controlled": any(table["controlled"] for table in tables),
         "length_control_prompts": LENGTH_CONTROL_PROMPTS,
         "first": run.results[0],

@@ -1,7 +1,6 @@
 """What a run folder holds, read as it lies there."""
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,10 +9,26 @@ from typing import Any
 import yaml
 
 from ...errors import UserError
+from ...files import (
+    CHECKPOINTS,
+    DOCTOR,
+    EVALUATION,
+    LINEAGE,
+    LOG,
+    METRICS,
+    OVER_OPTIMISATION,
+    RECIPE,
+    RESULTS,
+    REWARDS,
+    RUN_STATE,
+    SAMPLES,
+    partial_folder,
+)
 from ...stages.kinds import StageKind, stage_kind
+from ...values import is_finite
 
-_STAGE_FILES = ("metrics.json", "log.jsonl", "lineage.json")
-_NO_STAGES = ("eval", "checkpoints")
+_STAGE_FILES = (METRICS, LOG, LINEAGE)
+_NO_STAGES = (EVALUATION, CHECKPOINTS)
 
 
 @dataclass(frozen=True)
@@ -93,13 +108,13 @@ def read_run(run_dir: Path) -> Run:
     Raises:
         UserError: it holds neither a stage nor an evaluation; a JSON file in it cannot be read.
     """
-    recipe = run_dir / "recipe.yaml"
+    recipe = run_dir / RECIPE
     text = recipe.read_text(encoding="utf-8") if recipe.is_file() else None
     plan = _plan(text)
-    progress = _object(_read_json(run_dir / "run.json"))
+    progress = _object(_read_json(run_dir / RUN_STATE))
     stages = _read_stages(run_dir, plan, _object(progress.get("stages")))
-    evaluation = run_dir / "eval"
-    results = _rows(_read_json(evaluation / "results.json"))
+    evaluation = run_dir / EVALUATION
+    results = _rows(_read_json(evaluation / RESULTS))
     if not results and not any(stage.folder for stage in stages):
         raise UserError(str(run_dir), "holds no stage and no evaluation", "give the folder of a run (runs/NAME)")
     machines = [progress.get("machine"), *(x.get("machine") for s in stages for x in (s.metrics, s.lineage))]
@@ -107,10 +122,10 @@ def read_run(run_dir: Path) -> Run:
         name=str(plan.get("name") or run_dir.resolve().name),
         stages=tuple(stages),
         results=results,
-        samples=tuple(read_lines(evaluation / "samples.jsonl")),
-        rewards=_rows(_read_json(evaluation / "rewards.json")),
-        overoptimisation=_object(_read_json(evaluation / "overoptimisation.json")) or None,
-        doctor=_object(_read_json(run_dir / "doctor.json")) or None,
+        samples=tuple(read_lines(evaluation / SAMPLES)),
+        rewards=_rows(_read_json(evaluation / REWARDS)),
+        overoptimisation=_object(_read_json(evaluation / OVER_OPTIMISATION)) or None,
+        doctor=_object(_read_json(run_dir / DOCTOR)) or None,
         recipe=text,
         plan=plan,
         machine=next((each for each in machines if isinstance(each, Mapping)), {}),
@@ -141,9 +156,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def number(value: Any) -> float | None:
     """The value where it is a finite number, else None."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)
+    return float(value) if is_finite(value) else None
 
 
 def _read_stages(run_dir: Path, plan: Mapping[str, Any], progress: Mapping[str, Any]) -> list[StageRecord]:
@@ -163,11 +176,11 @@ def _is_stage(path: Path) -> bool:
 
 def _read_stage(run_dir: Path, name: str, folder: Path | None, planned: Mapping[str, Any], step: Any) -> StageRecord:
     entry = _object(step)
-    partial = run_dir / f".{name}.partial"
+    partial = partial_folder(run_dir, name)
     if folder is None and partial.is_dir():
         folder = partial
-    lineage = _object(_read_json(folder / "lineage.json")) if folder else {}
-    metrics = _object(_read_json(folder / "metrics.json")) if folder else {}
+    lineage = _object(_read_json(folder / LINEAGE)) if folder else {}
+    metrics = _object(_read_json(folder / METRICS)) if folder else {}
     # the recipe names a method outside the package by its file, the lineage by its name
     words = [str(word) for word in (planned.get("kind"), lineage.get("kind"), name) if word]
     record = next((found for word in words if (found := _known_kind(word)) is not None), None)
@@ -180,7 +193,7 @@ def _read_stage(run_dir: Path, name: str, folder: Path | None, planned: Mapping[
         parents=_parents(record, lineage, planned),
         lineage=lineage,
         metrics=metrics,
-        log=tuple(read_lines(folder / "log.jsonl")) if folder else (),
+        log=tuple(read_lines(folder / LOG)) if folder else (),
         seconds=number(metrics.get("train_seconds")) or number(lineage.get("seconds")) or number(entry.get("seconds")),
     )
 

@@ -1,19 +1,16 @@
 """Numbers in words, one way all over the page."""
 
-import math
 from typing import Any
+
+from ...values import is_finite
 
 DASH = "–"
 MINUS = "−"
 
 
-def _usable(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def short(value: Any) -> str:
     """A number in at most four significant digits, for tables and axes; a dash where there is none."""
-    if not _usable(value):
+    if not is_finite(value):
         return DASH
     if isinstance(value, int) or float(value).is_integer():
         text = f"{int(value):,}" if abs(value) < 1e15 else f"{value:.3g}"
@@ -24,7 +21,7 @@ def short(value: Any) -> str:
 
 def fixed(value: Any, digits: int = 2) -> str:
     """A number with a fixed number of decimals, so that a column lines up."""
-    if not _usable(value):
+    if not is_finite(value):
         return DASH
     text = f"{value:,.{digits}f}"
     return text.replace("-", MINUS, 1) if float(text.replace(",", "")) else text.lstrip("-")
@@ -32,27 +29,27 @@ def fixed(value: Any, digits: int = 2) -> str:
 
 def percent(value: Any, digits: int = 1) -> str:
     """A fraction of 1 in per cent."""
-    return f"{fixed(100 * value, digits)}%" if _usable(value) else DASH
+    return f"{fixed(100 * value, digits)}%" if is_finite(value) else DASH
 
 
 def percents(low: Any, high: Any, digits: int = 1) -> str:
     """An interval of fractions of 1: "59.5 to 74.0%"."""
-    return f"{fixed(100 * low, digits)} to {fixed(100 * high, digits)}%" if _usable(low) and _usable(high) else ""
+    return f"{fixed(100 * low, digits)} to {fixed(100 * high, digits)}%" if is_finite(low) and is_finite(high) else ""
 
 
 def plus_minus(error: Any, digits: int = 2) -> str:
     """ "± 0.12" for a standard error, nothing where there is none."""
-    return f"± {fixed(error, digits)}" if _usable(error) else ""
+    return f"± {fixed(error, digits)}" if is_finite(error) else ""
 
 
 def percent_error(error: Any, digits: int = 1) -> str:
     """ "± 1.2" for the standard error of a rate, in percentage points."""
-    return f"± {fixed(100 * error, digits)}" if _usable(error) else ""
+    return f"± {fixed(100 * error, digits)}" if is_finite(error) else ""
 
 
 def duration(value: Any) -> str:
     """Seconds as "9.3 s", "1 min 15 s" or "2 h 05 min"."""
-    if not _usable(value):
+    if not is_finite(value):
         return DASH
     minutes, seconds = divmod(round(value), 60)
     hours, minutes = divmod(minutes, 60)
@@ -63,7 +60,7 @@ def duration(value: Any) -> str:
 
 def size(value: Any) -> str:
     """Bytes as "2.50 GB" or "12.3 MB"."""
-    if not _usable(value):
+    if not is_finite(value):
         return DASH
     return f"{value / 1e9:.2f} GB" if value >= 1e8 else f"{value / 1e6:.1f} MB"
 

@@ -6,13 +6,14 @@ values of one unit always stay together.
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from scipy import stats
 
-BootstrapMethod = Literal["percentile", "bca"]
 DRAWS = 2000
+Z95 = 1.96
+"""Standard errors on either side of a normal estimate that make a 95% interval."""
 
 
 def unit_totals(values: Sequence[float], units: Sequence[Any] | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -42,7 +43,6 @@ def bootstrap_interval(
     level: float = 0.95,
     draws: int = DRAWS,
     seed: int = 0,
-    method: BootstrapMethod = "percentile",
 ) -> tuple[float, float]:
     """Confidence interval of the mean of the values by a seeded bootstrap over units (Efron and Tibshirani 1993).
 
@@ -64,7 +64,7 @@ def bootstrap_interval(
         n_resamples=draws,
         # Resampled units held at once: bounds the memory for large evaluations.
         batch=max(1, 4_000_000 // len(sums)),
-        method="BCa" if method == "bca" else "percentile",
+        method="percentile",
         rng=np.random.default_rng(seed),
     )
     return float(result.confidence_interval.low), float(result.confidence_interval.high)

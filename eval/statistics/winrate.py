@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .intervals import DRAWS, BootstrapMethod, bootstrap_interval, unit_totals, wilson_interval
+from .intervals import DRAWS, bootstrap_interval, unit_totals, wilson_interval
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,6 @@ def win_rate(
     level: float = 0.95,
     draws: int = DRAWS,
     seed: int = 0,
-    method: BootstrapMethod = "percentile",
 ) -> WinRate:
     """Win-rate with its interval from a bootstrap over prompts (E2).
 
@@ -100,7 +99,7 @@ def win_rate(
     if np.ptp(sums / counts) == 0:
         low, high = wilson_interval(rate * n, n, level)
     else:
-        low, high = bootstrap_interval(kept.tolist(), units, level=level, draws=draws, seed=seed, method=method)
+        low, high = bootstrap_interval(kept.tolist(), units, level=level, draws=draws, seed=seed)
     wins, losses = int((kept > 0.5).sum()), int((kept < 0.5).sum())
     return WinRate(rate, low, high, n, wins, losses, len(kept) - wins - losses, unparsable)
 

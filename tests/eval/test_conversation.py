@@ -12,6 +12,7 @@ from preftune.eval.chat.conversation import Conversation
 from preftune.eval.spec import EvalSpec
 from preftune.eval.workbench import Workbench
 from preftune.models.adapters import AdapterSet
+from preftune.models.beam import beam_search
 from preftune.models.generate import sample
 from preftune.models.loading import load_model, resolve_base
 from preftune.models.lora import LoraSpec
@@ -47,6 +48,21 @@ def talk(folder) -> Conversation:
 
 def set_to(talk: Conversation, **changes) -> Conversation:
     return Conversation(replace(talk.bench, spec=replace(talk.bench.spec, **changes)))
+
+
+def test_a_reply_can_be_searched_with_beams(talk):
+    wide = set_to(talk, beams=3, temperature=0.0)
+    heard: list[str] = []
+    reply = wide.reply("sft", HELLO, seed=0, on_text=heard.append)
+    ids, tokenizer = prompt_ids(talk.bench.tokenizer, HELLO), talk.bench.tokenizer
+    best = beam_search(
+        talk.bench.adapters, talk.bench.roles["sft"], [ids], num_beams=3, max_new_tokens=24,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    assert reply.text == tokenizer.decode(best.tokens[0], skip_special_tokens=True) == "".join(heard)
+    assert (reply.tokens, reply.finished, reply.stopped) == (len(best.tokens[0]), best.finished[0], False)
+    stopped = wide.reply("sft", HELLO, seed=0, stop=lambda: True)
+    assert (stopped.text, stopped.tokens, stopped.stopped) == ("", 0, True)
 
 
 def test_a_reply_is_a_sample_with_the_evaluations_settings(talk):

@@ -10,11 +10,12 @@ import pytest
 import yaml
 
 from preftune.errors import UserError
-from preftune.eval.judges.chat_verdicts import read_choice, read_rating
 from preftune.eval.judges.endpoint_judge import CACHE_FOLDER
+from preftune.eval.judges.endpoint_prompts import read_choice, read_rating
+from preftune.eval.judges.judge import PairJudge
 from preftune.eval.judges.registry import plan_judges
-from preftune.eval.judges.verdicts import PairJudge, Verdicts
-from preftune.eval.samples import Prompt, Sample
+from preftune.eval.judges.verdicts import Verdicts
+from preftune.eval.samples import EncodedPrompt, Sample
 from preftune.recipes.load import load_recipe
 
 from .chat_server import ChatServer, completion, last_words
@@ -30,7 +31,7 @@ def environment(monkeypatch):
 
 
 def replies(policy: str, *texts: str) -> list[Sample]:
-    return [Sample(policy, place, Prompt(TALK, [1]), text, [3, 2], True) for place, text in enumerate(texts)]
+    return [Sample(policy, place, EncodedPrompt(TALK, [1]), text, [3, 2], True) for place, text in enumerate(texts)]
 
 
 def judge_of(server: ChatServer | None, run_dir: Path | None = None, **fields: Any) -> Any:

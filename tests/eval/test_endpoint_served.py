@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from preftune.eval.judges.registry import plan_judges
-from preftune.eval.samples import Prompt, Sample
+from preftune.eval.samples import EncodedPrompt, Sample
 from preftune.models.tiny import random_llama
 
 pytestmark = pytest.mark.slow
@@ -70,7 +70,7 @@ def test_a_served_model_is_asked_and_its_nonsense_is_no_verdict(served, tmp_path
     url, model = served
     raw = {"kind": "endpoint", "url": url, "model": model, "mode": mode, "name": "served", "concurrency": 2}
     raw["parameters"] = {"max_tokens": 8}
-    prompt = Prompt([{"role": "user", "content": "hi"}], [1])
+    prompt = EncodedPrompt([{"role": "user", "content": "hi"}], [1])
     ours, theirs = (
         [Sample(policy, place, prompt, f"{policy} {place}", [3, 2], True) for place in range(2)]
         for policy in ("sft", "dpo")

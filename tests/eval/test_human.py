@@ -7,14 +7,14 @@ import pytest
 
 from preftune.errors import UserError
 from preftune.eval.chat.votes import read_votes
-from preftune.eval.judges.human import HumanJudge
+from preftune.eval.judges.human_judge import HumanJudge
 from preftune.eval.judges.registry import plan_judges
 from preftune.eval.judges.verdicts import Verdicts
-from preftune.eval.samples import Prompt, Sample
+from preftune.eval.samples import EncodedPrompt, Sample
 
 
 def replies(policy: str, n: int = 4) -> list[Sample]:
-    prompt = Prompt([{"role": "user", "content": "hi"}], [1])
+    prompt = EncodedPrompt([{"role": "user", "content": "hi"}], [1])
     return [Sample(policy, place, prompt, f"{policy} says {place}", [3, 2], True) for place in range(n)]
 
 
@@ -58,7 +58,7 @@ def test_votes_on_other_replies_are_refused(judge):
 
 def asked(policy: str, *questions: str) -> list[Sample]:
     """One reply a question, each to a prompt of its own."""
-    prompts = [Prompt([{"role": "user", "content": question}], [1]) for question in questions]
+    prompts = [EncodedPrompt([{"role": "user", "content": question}], [1]) for question in questions]
     return [Sample(policy, i, prompt, f"{policy} says {i}", [3], True) for i, prompt in enumerate(prompts)]
 
 

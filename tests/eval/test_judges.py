@@ -8,12 +8,16 @@ import pytest
 import torch
 
 from preftune.errors import UserError
-from preftune.eval.judges.registry import RewardJudge, plan_judges, reward_scores
-from preftune.eval.samples import Prompt, Sample
+from preftune.eval.judges.registry import plan_judges
+from preftune.eval.judges.reward_judge import RewardJudge
+from preftune.eval.reward_scores import reward_scores
+from preftune.eval.samples import EncodedPrompt, Sample
 
 
 def made(completion: str, tokens=(4, 2), **columns) -> Sample:
-    return Sample("p", 0, Prompt([{"role": "user", "content": "hi"}], [1, 3], columns), completion, list(tokens), True)
+    return Sample(
+        "p", 0, EncodedPrompt([{"role": "user", "content": "hi"}], [1, 3], columns), completion, list(tokens), True
+    )
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Llam
 
 from preftune.errors import UserError
 from preftune.eval.judges.registry import plan_judges
-from preftune.eval.samples import Prompt, Sample
+from preftune.eval.samples import EncodedPrompt, Sample
 from preftune.models.tiny import byte_tokenizer
 
 TALK = [{"role": "user", "content": "What is it?"}]
@@ -40,7 +40,7 @@ def classifier(folder: Path, *, labels: int = 1, template: str | None = CHAT) ->
 
 def replies(*texts: str) -> list[Sample]:
     # ids that mean nothing to the judge: it reads the text
-    return [Sample("sft", place, Prompt(TALK, [1]), text, [4, 2], True) for place, text in enumerate(texts)]
+    return [Sample("sft", place, EncodedPrompt(TALK, [1]), text, [4, 2], True) for place, text in enumerate(texts)]
 
 
 def judge_of(adapters: Any, run_dir: Path | None = None, **fields: Any) -> Any:

@@ -1,8 +1,10 @@
 """The same prompts and the same random streams for every policy."""
 
 import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
 
-from preftune.eval.samples import Prompt, generate_samples, read_prompts
+from preftune.eval.samples import EncodedPrompt, generate_samples, read_prompts
 from preftune.models.adapters import AdapterSet
 from preftune.models.loading import load_model, resolve_base
 from preftune.models.lora import LoraSpec
@@ -25,7 +27,7 @@ def adapters() -> AdapterSet:
 
 
 def draw(adapters, tokenizer, role, **changes):
-    prompts = [Prompt([{"role": "user", "content": "x" * n}], [5 + n] * n, {"n": n}) for n in (3, 1, 7)]
+    prompts = [EncodedPrompt([{"role": "user", "content": "x" * n}], [5 + n] * n, {"n": n}) for n in (3, 1, 7)]
     settings = {"max_new_tokens": 6, "temperature": 0.8, "seed": 0} | changes
     return generate_samples(adapters, role, str(role), prompts, tokenizer, **settings)
 
@@ -55,4 +57,30 @@ def test_a_sample_knows_its_text_and_whether_it_ended(adapters, tokenizer):
 def test_prompts_from_encoded_rows():
     message = {"role": "user", "content": "hi"}
     rows = [{"prompt_ids": [1, 2], "prompt": [message], "columns": '{"topic": "x"}'}]
-    assert read_prompts(rows) == [Prompt([message], [1, 2], {"topic": "x"})]
+    assert read_prompts(rows) == [EncodedPrompt([message], [1, 2], {"topic": "x"})]
+
+
+def test_beams_are_transformers_own(adapters, tokenizer, tmp_path):
+    adapters.save("default", tmp_path)
+    theirs = AutoPeftModelForCausalLM.from_pretrained(tmp_path).eval()
+    done = []
+    ours = draw(adapters, tokenizer, "default", beams=4, batch_size=8, max_new_tokens=12, on_batch=done.append)
+    for sample in ours:
+        ids = torch.tensor([sample.prompt.ids])
+        found = theirs.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            num_beams=4,
+            do_sample=False,
+            max_new_tokens=12,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )[0, ids.size(1) :].tolist()
+        end = found.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in found else len(found)
+        assert sample.tokens == found[:end]
+        assert sample.finished == (tokenizer.eos_token_id in found)
+    # two prompts at a time, so that no more rows are decoded at once than without beams
+    assert done == [2, 3]
+    assert [each.tokens for each in ours] != [
+        each.tokens for each in draw(adapters, tokenizer, "default", temperature=0)
+    ]

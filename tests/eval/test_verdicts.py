@@ -7,12 +7,12 @@ import pytest
 from scipy.special import expit
 
 from preftune.eval.judges.verdicts import COLUMNS, LENGTH_CONTROL_PROMPTS, Verdicts, verdict_columns
-from preftune.eval.samples import Prompt, Sample
+from preftune.eval.samples import EncodedPrompt, Sample
 from preftune.eval.statistics.winrate import score_outcomes, win_rate
 
 
 def replies(policy: str, lengths) -> list[Sample]:
-    prompt = Prompt([], [1])
+    prompt = EncodedPrompt([], [1])
     return [Sample(policy, place, prompt, "x" * n, [3] * n, True) for place, n in enumerate(lengths)]
 
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 import httpx2 as httpx
 
 from ...errors import UserError
-from .answers import Answers
+from .endpoint_answers import Answers
 
 Messages = list[dict[str, str]]
 

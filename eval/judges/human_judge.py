@@ -1,18 +1,24 @@
-"""People's votes as a judge: a file of who preferred which reply (`votes.py` has its format).
+"""People's votes as a judge: `{kind: human, votes: FILE}` (`chat/votes.py` has the file's format).
 
 A vote on a place in the evaluation must be on the evaluation's own replies. A vote on a conversation is taken where the
 evaluation has that prompt with those replies; the others, cast in a chat, say nothing of these samples and are counted.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ...errors import UserError
-from ..chat.votes import Vote, messages_key
-from ..progress import say
+from ...progress import say
+from ..chat.votes import Vote, check_place, messages_key, read_votes
 from ..samples import Sample
+from .judge import JudgePlan
+from .kinds import Entry
+from .names import judge_name
 
 
 @dataclass(frozen=True)
@@ -86,23 +92,35 @@ def _place(vote: Vote, places: Mapping[str, list[int]], replies: Sequence[Sequen
     return None
 
 
-def check_place(vote: Vote, replies: Sequence[Sequence[str]]) -> None:
-    """Raises UserError where a vote on a place is one on another evaluation.
+def plan(entry: dict[str, Any], where: str, run_dir: Path | None) -> JudgePlan:
+    """Checks the recipe's entry: `votes`, a file that is looked up in the run folder and then from here.
 
-    Args:
-        replies: the evaluation's replies of the vote's two policies, in its order.
+    Raises:
+        UserError: no such file, or one with a malformed vote.
     """
-    assert isinstance(vote.prompt, int)
-    if vote.prompt >= len(replies[0]):
-        raise UserError(
-            vote.origin,
-            f"prompt is {vote.prompt}, and the evaluation has {len(replies[0])} prompts, counted from 0",
-            "vote on the prompts of this evaluation",
-        )
-    for policy, completion, side in zip(vote.policies, vote.completions, replies, strict=True):
-        if completion is not None and completion != side[vote.prompt]:
-            raise UserError(
-                vote.origin,
-                f"a vote on another reply of {policy!r} than the evaluation's",
-                "evaluate with the prompts, seed and adapters that the votes were cast on, or vote again",
-            )
+    named = entry.get("votes")
+    if not isinstance(named, str):
+        raise UserError(f"{where}.votes", f"is {named!r}, expected a file", "write votes: votes.jsonl")
+    file = _votes_file(named, run_dir)
+    if file is None:
+        looked = ", ".join(str(place.parent) for place in _places_of_file(named, run_dir))
+        raise UserError(f"{where}.votes", f"no file {named!r} (looked in {looked})", "correct the path")
+    judge = HumanJudge(judge_name(entry), read_votes(file))
+    return JudgePlan(judge.name, lambda adapters, tokenizer: judge)
+
+
+def key_parts(entry: Entry, run_dir: Path) -> dict[str, str | None]:
+    """The file of votes."""
+    named = entry.get("votes")
+    if not isinstance(named, str):
+        return {}
+    file = _votes_file(named, run_dir)
+    return {f"files of {named}": None if file is None else hashlib.sha256(file.read_bytes()).hexdigest()}
+
+
+def _votes_file(named: str, run_dir: Path | None) -> Path | None:
+    return next((place for place in _places_of_file(named, run_dir) if place.is_file()), None)
+
+
+def _places_of_file(named: str, run_dir: Path | None) -> list[Path]:
+    return [folder / Path(named).expanduser() for folder in (run_dir, Path()) if folder is not None]

@@ -1,12 +1,11 @@
 """Answers of a chat endpoint, kept on disk: one JSON file an answer, named by the hash of its request."""
 
 import json
-import os
-import threading
 from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
+from ...files import write_whole
 
 
 class Answers:
@@ -43,6 +42,4 @@ class Answers:
         """Keeps `{"answer": text, ...}`; whatever else it holds is for people who look into the folder."""
         if self.folder is None:
             return
-        beside = self.folder / f".{key}.{os.getpid()}.{threading.get_ident()}"
-        beside.write_text(json.dumps(kept, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        beside.replace(self.folder / f"{key}.json")
+        write_whole(self.folder / f"{key}.json", json.dumps(kept, ensure_ascii=False, indent=1) + "\n")

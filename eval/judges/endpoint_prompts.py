@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .endpoint import Messages
+from .endpoint_client import Messages
 
 CRITERIA = "how well it does what the user asks: helpful, correct, relevant, harmless and no longer than needed"
 LOWEST, HIGHEST = 1.0, 10.0

@@ -1,0 +1,50 @@
+"""What a judge is: anything that scores replies, or compares two policies' replies to the same prompts."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from transformers import PreTrainedTokenizerBase
+
+from ...models.adapters import AdapterSet
+from ..samples import Sample
+
+
+class Judge(Protocol):
+    """Anything with a name that turns samples into scores; more is better."""
+
+    @property
+    def name(self) -> str: ...
+
+    def score(self, samples: Sequence[Sample]) -> list[float]:
+        """One score a sample, in order; nan where the judge has none."""
+        ...
+
+
+@runtime_checkable
+class PairJudge(Protocol):
+    """Anything with a name that compares two policies' replies to the same prompts."""
+
+    @property
+    def name(self) -> str: ...
+
+    def compare(self, policy: Sequence[Sample], other: Sequence[Sample]) -> list[float]:
+        """What the first policy gets on each prompt: 1 win, 0.5 tie, 0 loss, or between; nan without a verdict."""
+        ...
+
+
+@runtime_checkable
+class CheckingJudge(Protocol):
+    """A judge that looks at all replies before it is asked about any."""
+
+    def check(self, samples: Mapping[str, Sequence[Sample]]) -> None:
+        """Raises UserError where it has nothing to say of these samples, policy -> its replies."""
+        ...
+
+
+@dataclass(frozen=True)
+class JudgePlan:
+    """A judge that was checked and not opened yet: `open(adapters, tokenizer)` makes it."""
+
+    name: str
+    open: Callable[[AdapterSet, PreTrainedTokenizerBase], Judge | PairJudge]

@@ -1,0 +1,35 @@
+"""The raw scores that a reward adapter gives to whole rows."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ..models.adapters import AdapterSet
+from ..models.batching import TOKENS_PER_BATCH, right_pad, token_batches
+
+
+@torch.no_grad()
+def reward_scores(
+    adapters: AdapterSet,
+    role: str,
+    rows: Sequence[Sequence[int]],
+    pad_token_id: int,
+    *,
+    max_tokens: int = TOKENS_PER_BATCH,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[float]:
+    """Raw reward of each row of token ids (prompt and response), read at its last token; in the rows' order."""
+    scores = [0.0] * len(rows)
+    done = 0
+    device = next(adapters.model.parameters()).device
+    for batch in token_batches([len(row) for row in rows], max_tokens):
+        ids_BL, mask_BL = right_pad([rows[i] for i in batch], pad_token_id, device)
+        hidden_BLH = adapters.hidden(role, ids_BL, mask_BL)
+        last_B = mask_BL.sum(-1) - 1
+        last_B1H = hidden_BLH[torch.arange(len(batch), device=device), last_B][:, None]
+        for i, score in zip(batch, adapters.heads[role](last_B1H)[:, 0].tolist(), strict=True):
+            scores[i] = score
+        done += len(batch)
+        if on_batch is not None:
+            on_batch(done)
+    return scores
