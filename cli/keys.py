@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.spec import DataSpec, RowKind
+from ..files import ADAPTER_WEIGHTS
 from ..recipes.build import ROWS, data_spec, data_values, folders, lora_values, method_values, reward_stages
 from ..recipes.graph import parents
 from ..recipes.schema import BASE, PPOStage, Recipe
@@ -173,7 +174,7 @@ def content(folder: Path) -> str | None:
     """Hash of the adapter in a folder; None where there is none."""
     from ..models.lineage import adapter_sha256
 
-    return adapter_sha256(folder) if (folder / "adapter_model.safetensors").is_file() else None
+    return adapter_sha256(folder) if (folder / ADAPTER_WEIGHTS).is_file() else None
 
 
 def folder_sha256(folder: Path) -> str:

@@ -13,10 +13,9 @@
 """
 
 from collections.abc import Callable
-from difflib import get_close_matches
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, closest
 from .hh import is_dialogue, split_pair
 from .messages import to_messages, to_tools
 from .rows import Message, Row, Unusable, text_message
@@ -57,8 +56,8 @@ def _renamed(raw: RawRow, columns: dict[str, str] | None, origin: str) -> RawRow
         return raw
     for ours, theirs in columns.items():
         if theirs not in raw:
-            near = get_close_matches(theirs, list(raw), n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "correct `columns`"
+            near = closest(theirs, raw, cutoff=0.6)
+            hint = f"did you mean {near!r}?" if near else "correct `columns`"
             raise UserError(origin, f"no field {theirs!r} for {ours} (found {', '.join(raw)})", hint)
     taken = set(columns.values())
     return {k: v for k, v in raw.items() if k not in taken} | {ours: raw[theirs] for ours, theirs in columns.items()}
@@ -281,9 +280,8 @@ class _Reader:
         wanted = [name for name in ours.get(self.kind, ("prompt",)) if name not in self.fields]
         hint = "rename the fields or map them with `columns`"
         for name in wanted:
-            near = get_close_matches(name, self.fields, n=1, cutoff=0.75)
-            if near:
-                hint = f"map it with columns: {{{name}: {near[0]}}}"
+            if near := closest(name, self.fields, cutoff=0.75):
+                hint = f"map it with columns: {{{name}: {near}}}"
                 break
         lacking = f"no {wanted[0]}: " if wanted else ""
         found = ", ".join(self.fields) or "nothing"

@@ -2,6 +2,7 @@
 chosen one."""
 
 from ..errors import UserError
+from ..values import is_number
 from .rows import Unusable, text_message
 from .sources import RawRow
 
@@ -24,7 +25,7 @@ def vote_as_pair(raw: RawRow, origin: str) -> RawRow:
         Unusable: nobody won, or the prompt is only a place in an evaluation.
     """
     preference = raw["preference"]
-    if isinstance(preference, bool) or not isinstance(preference, int | float) or not 1 <= preference <= 2:
+    if not is_number(preference) or not 1 <= preference <= 2:
         remedy = "write 1 for completion_a, 2 for completion_b, 1.5 for neither"
         raise UserError(origin, f"preference is {preference!r}, expected a number from 1 to 2", remedy)
     if isinstance(raw.get("prompt"), int):
