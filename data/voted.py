@@ -5,6 +5,7 @@ from ..errors import UserError
 from ..values import is_number
 from .rows import Unusable, text_message
 from .sources import RawRow
+from .spec import RowKind
 
 TIE = "a vote for neither reply"
 OF_EVALUATION = "a vote on the evaluation's own samples, which are not for training"
@@ -12,12 +13,12 @@ OF_EVALUATION = "a vote on the evaluation's own samples, which are not for train
 FIELDS = {"policy_a", "policy_b", "completion_a", "completion_b", "preference"}
 
 
-def is_vote(raw: RawRow) -> bool:
-    """Does this row have all that a vote has?"""
+def is_vote(raw: RawRow, kind: RowKind) -> bool:
+    """Whether the row has all that a vote has; a vote serves every kind."""
     return raw.keys() >= FIELDS
 
 
-def vote_as_pair(raw: RawRow, origin: str) -> RawRow:
+def vote_as_ours(raw: RawRow, kind: RowKind, origin: str) -> RawRow:
     """The row with `prompt`, `chosen` and `rejected` for the replies and the preference; what else it has stays.
 
     Raises:
