@@ -266,6 +266,10 @@ def test_votes_that_are_no_training_data() -> None:
     for raw, said in ((vote(1.5), "neither"), (vote(1, 3), "evaluation's own samples"), (vote(1, b="Hello."), "same")):
         with pytest.raises(Unusable, match=said):
             normalise(raw, "pair", "f:1")
-    for raw, said in ((vote(3), "preference is 3"), (vote(True), "preference is True"), (vote(1, a=None), "is None")):
+    for raw, said in (
+        (vote(3), "preference is 3"),
+        (vote(True), "preference is True"),
+        (vote(1) | {"completion_a": None}, "is None"),
+    ):
         with pytest.raises(UserError, match=f"f:1: .*{said}"):
             normalise(raw, "pair", "f:1")
