@@ -26,7 +26,8 @@ class ChatOptions:
     Attributes:
         policy: who speaks. compare: names of policies with commas between them.
         samples: vote on the evaluation's samples.
-        max_new_tokens, temperature, seed: of the replies. system: the conversation's system message.
+        max_new_tokens, temperature, beams, seed: of the replies; with more than 1 beam they are searched, not drawn.
+        system: the conversation's system message.
     """
 
     policy: str | None = None
@@ -34,6 +35,7 @@ class ChatOptions:
     samples: bool = False
     max_new_tokens: int | None = None
     temperature: float | None = None
+    beams: int | None = None
     seed: int | None = None
     system: str | None = None
 
@@ -71,7 +73,7 @@ def _compared(options: ChatOptions) -> list[str]:
         raise UserError("--compare", f"{options.compare!r} names no two policies", "write them as sft,ppo")
     if len(set(names)) < len(names):
         raise UserError("--compare", f"{options.compare!r} names a policy twice", "name each once")
-    idle = ["policy"] + (["max_new_tokens", "temperature", "system"] if options.samples else [])
+    idle = ["policy"] + (["max_new_tokens", "temperature", "beams", "system"] if options.samples else [])
     for option in idle:
         if getattr(options, option) is not None:
             beside = "--samples" if options.samples else "--compare"
@@ -93,9 +95,9 @@ def _talk(recipe: Recipe, run: Path, names: list[str], options: ChatOptions) -> 
         policies={name: _folder(run, name) for name in names or [policy]},
         reference=BASE,
         max_new_tokens=options.max_new_tokens or MAX_NEW_TOKENS,
-        temperature=spec.temperature if options.temperature is None else options.temperature,
         seed=recipe.seed if options.seed is None else options.seed,
         kl=False,
+        **_decoding(options),
     )
     terminal, talk = Terminal(), Conversation(Workbench.open(spec))
 
@@ -112,6 +114,17 @@ def _talk(recipe: Recipe, run: Path, names: list[str], options: ChatOptions) -> 
     Chat(blind or single, terminal, system, spec.seed).run()
     if blind is not None:
         show_tally(run, names, blind.cast)
+
+
+def _decoding(options: ChatOptions) -> dict[str, float]:
+    """What the options say of how replies are found, by the names of the evaluation's settings."""
+    given = {"temperature": options.temperature, "beams": options.beams}
+    if options.beams is not None and options.beams > 1:
+        if options.temperature:
+            said = f"{options.beams} beams search and draw nothing, so a temperature of {options.temperature:g} is idle"
+            raise UserError("--beams", said, "leave out --temperature, or --beams")
+        given["temperature"] = 0.0
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _folder(run: Path, policy: str) -> Path | None:

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, nearest
+from ..files import EVALUATION, REPORT, RESULTS, REWARDS
 from ..recipes.load import load_recipe, shipped_recipes
 from ..recipes.schema import Recipe
 from .chain import Chain, Done, Options
+from .folder import holds_adapter
 from .output import Output, duration
 
 
@@ -31,7 +33,7 @@ def run_alone(
 ) -> list[Done]:
     """`preftune dpo` and its like: one stage on what lies in the run folder."""
     loaded = load_recipe(recipe, overrides or ())
-    if from_adapter is not None and not (from_adapter / "adapter_config.json").is_file():
+    if from_adapter is not None and not holds_adapter(from_adapter):
         raise UserError("--from-adapter", f"{str(from_adapter)!r} holds no adapter", "give a finished stage's folder")
     adapter = from_adapter.resolve() if from_adapter is not None else None
     options = Options(output_dir, the_stage(loaded, kind, stage), None, force, adapter, launch)
@@ -81,13 +83,13 @@ def _run(recipe: Recipe, options: Options, output: Output) -> list[Done]:
     else:
         _show_results(chain.path, done, output)
     spent = sum(each.seconds for each in done if each.state == "ran")
-    output.say(f"adapters: {chain.path}/<stage>, report: {chain.path / 'report.html'} ({duration(spent)} of work)")
+    output.say(f"adapters: {chain.path}/<stage>, report: {chain.path / REPORT} ({duration(spent)} of work)")
     return done
 
 
 def show_rewards(path: Path, output: Output) -> None:
     """The table of RUN/eval/rewards.json, where the evaluation wrote one."""
-    file = path / "eval" / "rewards.json"
+    file = path / EVALUATION / REWARDS
     if file.is_file():
         output.say("\nreward models on the pairs that training left out; held against longer_wins")
         columns = (
@@ -133,8 +135,8 @@ def show_over_optimisation(content: Mapping[str, Any], json: bool) -> None:
 
 def _show_results(path: Path, done: Sequence[Done], output: Output) -> None:
     """The evaluation's tables, where this run had one."""
-    results = path / "eval" / "results.json"
-    if results.is_file() and any(each.name == "eval" for each in done):
+    results = path / EVALUATION / RESULTS
+    if results.is_file() and any(each.name == EVALUATION for each in done):
         columns = (
             *("policy", "reference", "judge", "n", "mean_score", "win_rate", "ci_low", "ci_high"),
             *("length", "repetition", "kl"),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from ..errors import UserError
 from ..eval.chat.blind import Ballot, draw_pair, sample_ballots
 from ..eval.chat.votes import Vote, append_vote, read_votes, vote_ratings, vote_rows
+from ..files import EVALUATION, SAMPLES
 from ..values import plain
 from .output import Output
 from .speakers import show_reply
@@ -74,7 +75,7 @@ def vote_on_samples(run: Path, policies: list[str], seed: int, terminal: Termina
     Raises:
         UserError: no samples, not of such a policy, or votes that were cast on others.
     """
-    ballots = sample_ballots(run / "eval" / "samples.jsonl", policies, open_votes(run), seed)
+    ballots = sample_ballots(run / EVALUATION / SAMPLES, policies, open_votes(run), seed)
     if terminal.person:
         terminal.say(f"{len(ballots)} pairs of replies to vote on; Ctrl-D ends, and the next time goes on")
     cast = 0

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import UserError
+from ..errors import UserError, nearest
+from ..files import RECIPE
 from .arguments import AsJson, DataOption, EvalOverrides, Policies, RunArgument
 
 if TYPE_CHECKING:
@@ -118,8 +119,8 @@ def reward(
     Default data: each stage's own, the part that its training left out where there is one.
     """
     recipe = _recipe(run, overrides)
-    from ..errors import nearest
     from ..recipes.build import eval_spec, reward_model, reward_stages
+    from .folder import holds_adapter
     from .policies import recipe_base
 
     known = reward_stages(recipe)
@@ -127,7 +128,7 @@ def reward(
         raise UserError(recipe.name, "has no reward, DPO or KTO stage", "add one to the recipe")
     if stage is not None and stage not in known:
         raise UserError(f"--stage {stage}", "no reward, DPO or KTO stage of that name", nearest(stage, known))
-    named = [stage] if stage is not None else [each for each in known if (run / each / "adapter_config.json").is_file()]
+    named = [stage] if stage is not None else [each for each in known if holds_adapter(run / each)]
     if not named:
         raise UserError(str(run), f"none of {', '.join(known)} is finished in it", "train one of them first")
     given = None if data is None else _data(recipe, data, "reward")
@@ -184,9 +185,7 @@ def _recipe(run: Path, overrides: list[str] | None) -> "Recipe":
 
     recipe = run_recipe(run, overrides or ())
     if recipe.eval is None:
-        raise UserError(
-            str(run / "recipe.yaml"), "its recipe has no evaluation", "add eval: {prompts: ..., judges: [...]}"
-        )
+        raise UserError(str(run / RECIPE), "its recipe has no evaluation", "add eval: {prompts: ..., judges: [...]}")
     return recipe
 
 

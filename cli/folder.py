@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..files import RUN_STATE, finish_replacing, replace_folder, write_whole
+from ..files import ADAPTER_CONFIG, RUN_STATE, finish_replacing, replace_folder, write_whole
 
 STAMP = ".key.json"
 """In a stage's folder: the key that it was made for."""
@@ -107,6 +107,11 @@ class RunFolder:
         finally:
             holder.unlink(missing_ok=True)
             lock.release()
+
+
+def holds_adapter(folder: Path) -> bool:
+    """Whether a PEFT adapter lies in the folder, as in that of every finished stage."""
+    return (folder / ADAPTER_CONFIG).is_file()
 
 
 def write_stamp(folder: Path, stamp: Stamp) -> None:

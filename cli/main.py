@@ -138,13 +138,17 @@ def chat(
     ] = False,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Of a reply. Default: 256.")] = None,
     temperature: Annotated[float | None, typer.Option(min=0, help="Default: the recipe's.")] = None,
+    beams: Annotated[
+        int | None,
+        typer.Option(min=1, help="Width of a beam search; 1: none. Default: the recipe's."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Default: the recipe's.")] = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.")] = None,
 ) -> None:
     """Talk to a run's policies. In the chat /help lists what else there is; a pipe gives one turn a line."""
     from .chat import ChatOptions, chat_run
 
-    chat_run(run, ChatOptions(policy, compare, samples, max_new_tokens, temperature, seed, system))
+    chat_run(run, ChatOptions(policy, compare, samples, max_new_tokens, temperature, beams, seed, system))
 
 
 @app.command()

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ..errors import UserError
-from ..files import ADAPTER_CONFIG
+from .folder import holds_adapter
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -19,7 +19,7 @@ def merge_stage(adapter: Path, out: Path, dtype: str | None = None) -> None:
     Raises:
         UserError: no adapter there, its base is another one now, or `out` holds something.
     """
-    if not (adapter / ADAPTER_CONFIG).is_file():
+    if not holds_adapter(adapter):
         raise UserError(str(adapter), "holds no adapter", "give a finished stage's folder, such as runs/NAME/dpo")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(str(out), "exists and is not empty", "give a new folder")

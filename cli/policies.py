@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError, nearest
+from ..files import RECIPE
 from ..recipes.build import data_spec, eval_spec, folders
 from ..recipes.graph import policies
 from ..recipes.load import load_recipe
 from ..recipes.schema import BASE, Recipe
 from .commands import run_folder
+from .folder import holds_adapter
 
 if TYPE_CHECKING:
     from ..eval.spec import EvalSpec
@@ -22,9 +24,9 @@ def run_recipe(run: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: there is no such folder, or no recipe in it.
     """
-    file = run_folder(run) / "recipe.yaml"
+    file = run_folder(run) / RECIPE
     if not file.is_file():
-        raise UserError(str(run), "holds no recipe.yaml", "give the folder of a run (runs/NAME)")
+        raise UserError(str(run), f"holds no {RECIPE}", "give the folder of a run (runs/NAME)")
     return load_recipe(file, overrides)
 
 
@@ -46,8 +48,8 @@ def check_policy(recipe: Recipe, run: Path, name: str, where: str) -> None:
     known = [BASE, *policies(recipe)]
     if name not in known:
         raise UserError(where, f"no policy {name!r}", nearest(name, known))
-    if name != BASE and not (run / name / "adapter_config.json").is_file():
-        remedy = f"train it: preftune run {run / 'recipe.yaml'} --until {name}"
+    if name != BASE and not holds_adapter(run / name):
+        remedy = f"train it: preftune run {run / RECIPE} --until {name}"
         raise UserError(str(run / name), "holds no adapter", remedy)
 
 
@@ -57,9 +59,9 @@ def last_policy(recipe: Recipe, run: Path) -> str:
     Raises:
         UserError: none is.
     """
-    finished = [name for name in policies(recipe) if (run / name / "adapter_config.json").is_file()]
+    finished = [name for name in policies(recipe) if holds_adapter(run / name)]
     if not finished:
-        remedy = f"train one: preftune run {run / 'recipe.yaml'}, or name the base"
+        remedy = f"train one: preftune run {run / RECIPE}, or name the base"
         raise UserError(str(run), "no policy is finished in it", remedy)
     return finished[-1]
 

@@ -1,36 +1,68 @@
 """Recognise a raw row's format and normalise it.
 
+A format of somebody else's is one record of `FORMATS`, which rewrites a row in our own fields:
+
 | format | fields |
 |---|---|
-| prompt and completion | `prompt`, `completion` (or one of the other names below), text or messages |
-| preference | `chosen`, `rejected`, with `prompt` or as whole conversations that share their beginning |
-| conversation | `messages`, or ShareGPT's `conversations` (`from`, `value`), with `system` and `tools` beside them |
+| votes | `policy_a`, `policy_b`, `completion_a`, `completion_b`, `preference` (1 to 2), `prompt` as messages |
 | HH-RLHF | `chosen`, `rejected` as text with `Human:` and `Assistant:` turns |
 | Alpaca | `instruction`, `input`, `output`, `system`, `history` |
-| votes | `policy_a`, `policy_b`, `completion_a`, `completion_b`, `preference` (1 to 2), `prompt` as messages |
+
+Our own fields, in which `_Reader` finds what a kind of rows needs:
+
+| rows | fields |
+|---|---|
+| prompt and completion | `prompt`, `completion` (or one of the other names in `fields.py`), text or messages |
+| preference | `chosen`, `rejected`, with `prompt` or as whole conversations that share their beginning |
+| conversation | `messages`, or ShareGPT's `conversations` (`from`, `value`), with `system` and `tools` beside them |
 | unpaired | any of the above with one completion, and `label` |
 | prompt only | `prompt`, or a conversation (its last reply is left out) |
+
+How a single text or list of messages may be written (plain, HH, ShareGPT) is `messages.py`'s.
 """
 
 from collections.abc import Callable
-from difflib import get_close_matches
+from dataclasses import dataclass
 from typing import Any
 
-from ..errors import UserError
-from .hh import is_dialogue, split_pair
+from ..errors import UserError, closest
+from .alpaca import alpaca_as_ours, is_alpaca
+from .fields import COMPLETION_NAMES, CONVERSATION_NAMES, PROMPT_NAMES, SYSTEM_NAMES
+from .hh import dialogue_pair_as_ours, is_dialogue_pair
 from .messages import to_messages, to_tools
 from .rows import Message, Row, Unusable, text_message
 from .sources import RawRow
 from .spec import RowKind
 from .turns import SAME_SIDES, UNWANTED, check, first_turn, has_system, last_turn, single, until_reply
-from .voted import is_vote, vote_as_pair
+from .voted import is_vote, vote_as_ours
 
-PROMPT_NAMES = ("prompt", "instruction", "question", "query", "input")
-COMPLETION_NAMES = ("completion", "response", "output", "answer")
-CONVERSATION_NAMES = ("messages", "conversations", "conversation")
-SYSTEM_NAMES = ("system", "system_prompt")
 
-EXPECTED = {
+@dataclass(frozen=True)
+class Format:
+    """One way in which others write rows. To add one, write its two functions in a file and its record in `FORMATS`.
+
+    Which kinds of rows a format gives follows from the fields that it is rewritten in: `prompt` and `completion` give
+    demonstrations and prompts; `chosen` and `rejected` with `prompt` all four kinds.
+
+    Attributes:
+        recognises: whether a raw row is of this format and its fields are what rows of that kind are made of.
+        as_ours: the same row in our fields, those that it does not know left alone; takes the place for messages as
+            well. Raises UserError where a field holds something wrong, Unusable where the row cannot serve.
+    """
+
+    name: str
+    recognises: Callable[[RawRow, RowKind], bool]
+    as_ours: Callable[[RawRow, RowKind, str], RawRow]
+
+
+FORMATS = (
+    Format("votes", is_vote, vote_as_ours),
+    Format("HH-RLHF", is_dialogue_pair, dialogue_pair_as_ours),
+    Format("Alpaca", is_alpaca, alpaca_as_ours),
+)
+"""The first that recognises a row rewrites it; a row that none recognises is read as it stands."""
+
+_EXPECTED: dict[RowKind, str] = {
     "demo": "prompt and completion, or messages, conversations, or instruction and output",
     "pair": "chosen and rejected, with prompt or as whole conversations",
     "label": "label with prompt and completion or with messages (or chosen and rejected)",
@@ -42,6 +74,7 @@ def normalise(raw: RawRow, kind: RowKind, origin: str, columns: dict[str, str] |
     """The rows of `kind` that `raw` stands for: one, or two where a pair serves as labelled completions.
 
     Args:
+        origin: the row's place, for messages.
         columns: our names to the row's, for what is not recognised by itself.
 
     Raises:
@@ -49,7 +82,8 @@ def normalise(raw: RawRow, kind: RowKind, origin: str, columns: dict[str, str] |
         Unusable: the row is sound but cannot serve (two equal sides, an empty reply, ...).
     """
     raw = _renamed(raw, columns, origin)
-    return _Reader(vote_as_pair(raw, origin) if is_vote(raw) else raw, kind, origin).rows()
+    format = next((each for each in FORMATS if each.recognises(raw, kind)), None)
+    return _Reader(raw if format is None else format.as_ours(raw, kind, origin), kind, origin).rows()
 
 
 def _renamed(raw: RawRow, columns: dict[str, str] | None, origin: str) -> RawRow:
@@ -57,8 +91,8 @@ def _renamed(raw: RawRow, columns: dict[str, str] | None, origin: str) -> RawRow
         return raw
     for ours, theirs in columns.items():
         if theirs not in raw:
-            near = get_close_matches(theirs, list(raw), n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "correct `columns`"
+            near = closest(theirs, raw, cutoff=0.6)
+            hint = f"did you mean {near!r}?" if near else "correct `columns`"
             raise UserError(origin, f"no field {theirs!r} for {ours} (found {', '.join(raw)})", hint)
     taken = set(columns.values())
     return {k: v for k, v in raw.items() if k not in taken} | {ours: raw[theirs] for ours, theirs in columns.items()}
@@ -129,11 +163,11 @@ class _Reader:
         if pairs and (name is None or self.whole_conversations()):
             return [self.row(self.sides()[0])]
         if name is not None:
-            return [self.row(self.with_system(self.prompt(name)))]
+            return [self.row(self.with_system(self.value(name, "user")))]
         name = self.name_of(CONVERSATION_NAMES)
         if name is None:
             raise self.missing()
-        messages = self.with_system(self.conversation(name))
+        messages = self.with_system(self.value(name, "user"))
         ends_in_reply = bool(messages) and messages[-1]["role"] == "assistant"
         return [self.row(last_turn(messages)[0] if ends_in_reply else messages)]
 
@@ -144,7 +178,7 @@ class _Reader:
         reply = self.name_of(COMPLETION_NAMES)
         name = self.name_of(PROMPT_NAMES) if reply is not None else None
         if reply is not None and name is not None:
-            prompt = self.prompt(name)
+            prompt = self.value(name, "user")
             completion = self.value(reply, "assistant")
             if completion and completion[0]["role"] != "assistant":
                 # The whole conversation stands in the completion.
@@ -153,18 +187,12 @@ class _Reader:
         talk = self.name_of(CONVERSATION_NAMES)
         if talk is None:
             raise self.missing()
-        return first_turn(self.with_system(self.conversation(talk)))
+        return first_turn(self.with_system(self.value(talk, "user")))
 
     def sides(self) -> tuple[list[Message], list[Message], list[Message]]:
         """(prompt, chosen, rejected): each side one assistant message."""
         if not {"chosen", "rejected"} <= set(self.fields):
             raise self.missing()
-        self.taken |= {"chosen", "rejected"}
-        chosen, rejected = self.raw["chosen"], self.raw["rejected"]
-        if is_dialogue(chosen) and is_dialogue(rejected):
-            self.take(PROMPT_NAMES)
-            prompt, good, bad = split_pair(chosen, rejected)
-            return self.with_system(prompt), [text_message("assistant", good)], [text_message("assistant", bad)]
         good, bad = self.value("chosen", "assistant"), self.value("rejected", "assistant")
         prompt = self.context()
         shared = 0
@@ -202,30 +230,9 @@ class _Reader:
         """What comes before the sides, from a prompt or a conversation; None when there is neither."""
         name = self.name_of(PROMPT_NAMES)
         if name is not None:
-            return self.with_system(self.prompt(name))
+            return self.with_system(self.value(name, "user"))
         name = self.name_of(CONVERSATION_NAMES)
-        return None if name is None else self.with_system(self.conversation(name))
-
-    def prompt(self, name: str) -> list[Message]:
-        messages = self.value(name, "user")
-        if name != "instruction":
-            return messages
-        for extra in ("input", "context"):
-            more = self.raw.get(extra)
-            if isinstance(more, str) and isinstance(self.raw[name], str):
-                self.taken.add(extra)
-                parts = [part for part in (self.raw[name], more) if part.strip()]
-                messages = [text_message("user", "\n\n".join(parts))]
-                break
-        past: list[Message] = []
-        for turn in self.raw.get("history") or []:
-            # Alpaca's history: [question, answer] each.
-            self.taken.add("history")
-            past += [text_message(role, said) for role, said in zip(("user", "assistant"), turn, strict=True)]
-        return past + messages
-
-    def conversation(self, name: str) -> list[Message]:
-        return self.value(name, "user")
+        return None if name is None else self.with_system(self.value(name, "user"))
 
     def with_system(self, messages: list[Message]) -> list[Message]:
         if self.system is None or has_system(messages):
@@ -257,17 +264,11 @@ class _Reader:
         self.taken.add(name)
         return to_messages(self.raw[name], role, self.origin, name)
 
-    def take(self, names: tuple[str, ...]) -> None:
-        self.taken |= {name for name in names if name in self.raw}
-
     def name_of(self, names: tuple[str, ...]) -> str | None:
         """The one field of `names` that the row has; the first of them is ours and wins."""
         found = [name for name in names if name in self.fields]
         if not found or found[0] == names[0]:
             return found[0] if found else None
-        if names == PROMPT_NAMES and found[0] == "instruction":
-            # Alpaca: `input` belongs to the instruction.
-            found = [name for name in found if name != "input"]
         if len(found) > 1:
             raise UserError(
                 self.origin,
@@ -281,13 +282,12 @@ class _Reader:
         wanted = [name for name in ours.get(self.kind, ("prompt",)) if name not in self.fields]
         hint = "rename the fields or map them with `columns`"
         for name in wanted:
-            near = get_close_matches(name, self.fields, n=1, cutoff=0.75)
-            if near:
-                hint = f"map it with columns: {{{name}: {near[0]}}}"
+            if near := closest(name, self.fields, cutoff=0.75):
+                hint = f"map it with columns: {{{name}: {near}}}"
                 break
         lacking = f"no {wanted[0]}: " if wanted else ""
         found = ", ".join(self.fields) or "nothing"
-        return UserError(self.origin, f"{lacking}found {found}; expected {EXPECTED[self.kind]}", hint)
+        return UserError(self.origin, f"{lacking}found {found}; expected {_EXPECTED[self.kind]}", hint)
 
     def row(self, prompt: list[Message], **parts: Any) -> Row:
         rest = {name: value for name, value in self.raw.items() if name not in self.taken}

@@ -5,7 +5,10 @@
 
 import re
 
+from .fields import COMPLETION_NAMES, PROMPT_NAMES
 from .rows import Message, Unusable, text_message
+from .sources import RawRow
+from .spec import RowKind
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -50,6 +53,32 @@ def split_pair(chosen: str, rejected: str) -> tuple[list[Message], str, str]:
     if prompt.strip() != other_prompt.strip():
         raise Unusable(DIFFERENT_PROMPTS)
     return parse_dialogue(prompt + ASSISTANT), _own(reply), _own(other_reply)
+
+
+def is_dialogue_pair(raw: RawRow, kind: RowKind) -> bool:
+    """Whether both sides are whole dialogues, and it is they that rows of this kind are made of."""
+    if not (is_dialogue(raw.get("chosen")) and is_dialogue(raw.get("rejected"))):
+        return False
+    if kind == "label":
+        return raw.get("label") is None
+    if kind == "demo":
+        return raw.get("label") is not False and all(raw.get(name) is None for name in COMPLETION_NAMES)
+    return True
+
+
+def dialogue_pair_as_ours(raw: RawRow, kind: RowKind, origin: str) -> RawRow:
+    """The row with what the sides share as `prompt`, and in each side its last reply alone.
+
+    Raises:
+        Unusable: the sides are not two replies to one prompt.
+    """
+    prompt, chosen, rejected = split_pair(raw["chosen"], raw["rejected"])
+    rest = {name: value for name, value in raw.items() if name not in (*PROMPT_NAMES, "chosen", "rejected")}
+    if kind == "prompt":
+        return rest | {"prompt": prompt}
+    # as messages: a reply that looks like a dialogue is still one reply
+    sides = {"chosen": [text_message("assistant", chosen)], "rejected": [text_message("assistant", rejected)]}
+    return rest | {"prompt": prompt} | sides
 
 
 def _own(reply: str) -> str:

@@ -1,10 +1,9 @@
 """What data a stage asks for: one or several sources, limits, what happens beyond them."""
 
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Literal, get_args
 
-from ..errors import UserError
+from ..errors import UserError, nearest
 
 RowKind = Literal["demo", "pair", "label", "prompt"]
 Overflow = Literal["drop", "truncate", "error"]
@@ -40,9 +39,8 @@ class SourceSpec:
         _positive(self.path, "limit", self.limit)
         for ours in self.columns or {}:
             if ours not in OUR_COLUMNS:
-                near = get_close_matches(ours, OUR_COLUMNS, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(OUR_COLUMNS)}"
-                raise UserError(self.path, f"columns maps the unknown name {ours!r} (ours come first)", hint)
+                said = f"columns maps the unknown name {ours!r} (ours come first)"
+                raise UserError(self.path, said, nearest(ours, OUR_COLUMNS))
 
 
 @dataclass(frozen=True)

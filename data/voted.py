@@ -2,8 +2,10 @@
 chosen one."""
 
 from ..errors import UserError
+from ..values import is_number
 from .rows import Unusable, text_message
 from .sources import RawRow
+from .spec import RowKind
 
 TIE = "a vote for neither reply"
 OF_EVALUATION = "a vote on the evaluation's own samples, which are not for training"
@@ -11,12 +13,12 @@ OF_EVALUATION = "a vote on the evaluation's own samples, which are not for train
 FIELDS = {"policy_a", "policy_b", "completion_a", "completion_b", "preference"}
 
 
-def is_vote(raw: RawRow) -> bool:
-    """Does this row have all that a vote has?"""
+def is_vote(raw: RawRow, kind: RowKind) -> bool:
+    """Whether the row has all that a vote has; a vote serves every kind."""
     return raw.keys() >= FIELDS
 
 
-def vote_as_pair(raw: RawRow, origin: str) -> RawRow:
+def vote_as_ours(raw: RawRow, kind: RowKind, origin: str) -> RawRow:
     """The row with `prompt`, `chosen` and `rejected` for the replies and the preference; what else it has stays.
 
     Raises:
@@ -24,7 +26,7 @@ def vote_as_pair(raw: RawRow, origin: str) -> RawRow:
         Unusable: nobody won, or the prompt is only a place in an evaluation.
     """
     preference = raw["preference"]
-    if isinstance(preference, bool) or not isinstance(preference, int | float) or not 1 <= preference <= 2:
+    if not is_number(preference) or not 1 <= preference <= 2:
         remedy = "write 1 for completion_a, 2 for completion_b, 1.5 for neither"
         raise UserError(origin, f"preference is {preference!r}, expected a number from 1 to 2", remedy)
     if isinstance(raw.get("prompt"), int):

@@ -5,14 +5,16 @@ import json
 import shutil
 import signal
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from preftune.cli.chat import Chat
+from preftune.cli.chat import Chat, ChatOptions, _decoding
 from preftune.cli.speakers import show_reply
 from preftune.cli.terminal import Terminal, harmless
 from preftune.errors import UserError
 from preftune.eval.chat.conversation import Conversation, Reply
+from preftune.eval.spec import EvalSpec
 
 from .conftest import POLICIES, SYSTEM, assistant, talk, user
 
@@ -37,6 +39,29 @@ def test_policy_seed_temperature_and_system_are_what_was_asked_for(shell, run):
     replies = [asked.reply("base", [user("Hi?")], seed=8), asked.reply("sft", [user("Hi?")], seed=9)]
     assert code == 0 and out == "".join(harmless(each.text.lstrip()) + "\n" for each in replies)
     assert replies[0].text != replies[1].text
+
+
+@pytest.mark.skipif(not hasattr(EvalSpec, "beams"), reason="the evaluation knows no beams")
+def test_beams_reach_the_conversation(shell, run):
+    code, out, err = shell("chat", run, "--policy", "sft", "--beams", 3, "--max-new-tokens", 6, typed="Hi?\n")
+    asked = talk(run)
+    spec: Any = replace(asked.bench.spec, temperature=0.0, **{"beams": 3})
+    reply = Conversation(replace(asked.bench, spec=spec)).reply("sft", [SYSTEM, user("Hi?")], seed=3)
+    assert (code, out, err) == (0, harmless(reply.text.lstrip()) + "\n", "")
+
+
+@pytest.mark.parametrize(
+    ("options", "settings"),
+    [
+        (ChatOptions(), {}),
+        (ChatOptions(temperature=0.5), {"temperature": 0.5}),
+        (ChatOptions(beams=1, temperature=0.5), {"beams": 1, "temperature": 0.5}),
+        (ChatOptions(beams=4), {"beams": 4, "temperature": 0.0}),
+        (ChatOptions(beams=4, temperature=0.0), {"beams": 4, "temperature": 0.0}),
+    ],
+)
+def test_beams_draw_nothing(options, settings):
+    assert _decoding(options) == settings
 
 
 class Echo:
@@ -137,6 +162,11 @@ def test_mistakes_are_one_line(shell, judged):
     refused("chat", judged, "--compare", "sft,kto", said="kto: holds no adapter")
     refused("chat", judged, "--compare", "sft", said="names no two policies")
     refused("chat", judged, "--compare", "sft,sft", said="names no two policies")
+    beams = ("--beams", 4, "--temperature", 0.5)
+    refused("chat", judged, *beams, said="--beams: 4 beams search and draw nothing.*temperature of 0.5")
+    refused(
+        "chat", judged, "--compare", "sft,dpo", "--samples", "--beams", 4, said="--beams: means nothing with --samples"
+    )
     refused("chat", judged, "--compare", "sft,dpo,sft", said="a policy twice")
     refused("chat", judged, "--samples", said="needs --compare")
     refused("chat", judged, "--compare", "sft,dpo", "--policy", "sft", said="--policy: means nothing with --compare")

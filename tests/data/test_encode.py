@@ -139,7 +139,7 @@ def test_no_limit_is_ever_passed_and_every_row_is_accounted_for(kit, chatml, lim
     except UserError as error:
         assert "no row is left" in error.problem
         return
-    for row in dataset:
+    for row in dataset.to_list():
         assert len(row["prompt_ids"]) <= (prompt or limit)
         for reply in (row["chosen_ids"], row["rejected_ids"]):
             assert reply and len(row["prompt_ids"]) + len(reply) <= limit

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from preftune.data.formats import normalise
+from preftune.data import formats
+from preftune.data.formats import Format, normalise
 from preftune.data.rows import Unusable
 from preftune.errors import UserError
 
@@ -50,6 +51,34 @@ def test_alpaca_input_system_and_history() -> None:
     row = one(raw, "demo")
     assert row.prompt == [S, U, A, {"role": "user", "content": "Add.\n\n1+1"}]
     assert row.columns == {}
+
+
+@pytest.mark.parametrize("kind", ["demo", "pair", "label", "prompt"])
+def test_an_instruction_with_its_input_is_the_prompt_of_every_kind(kind) -> None:
+    raw = {"instruction": "Add.", "context": "1+1", "chosen": "2", "rejected": "3", "history": [], "id": 1}
+    for row in normalise(raw, kind, "x"):
+        assert row.prompt == [{"role": "user", "content": "Add.\n\n1+1"}]
+        assert row.columns.keys() - {"chosen", "rejected"} == {"history", "id"}
+
+
+def test_an_instruction_beside_a_conversation_is_a_column() -> None:
+    row = one({"messages": [U, A], "instruction": "Add.", "input": "1+1"}, "demo")
+    assert (row.prompt, row.columns) == ([U], {"instruction": "Add.", "input": "1+1"})
+
+
+def test_another_format_is_one_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    def as_ours(raw, kind, origin):
+        best, *_, worst = sorted(raw["answers"], key=lambda answer: answer["rank"])
+        rest = {name: value for name, value in raw.items() if name != "answers"}
+        return rest | {"chosen": best["text"], "rejected": worst["text"]}
+
+    ranked = Format("ranked", lambda raw, kind: "answers" in raw, as_ours)
+    monkeypatch.setattr(formats, "FORMATS", (*formats.FORMATS, ranked))
+    answers = [{"text": "Go away.", "rank": 9}, {"text": "Hello.", "rank": 1}, {"text": "Hm.", "rank": 2}]
+    raw = {"prompt": "Hi?", "answers": answers}
+    assert (one(raw, "pair").chosen, one(raw, "pair").rejected) == ([A], [B])
+    assert one(raw, "demo").completion == [A] and one(raw, "prompt").prompt == [U]
+    assert [row.label for row in normalise(raw, "label", "x")] == [True, False]
 
 
 def test_multi_turn_demonstration_starts_at_the_first_reply() -> None:
@@ -237,6 +266,10 @@ def test_votes_that_are_no_training_data() -> None:
     for raw, said in ((vote(1.5), "neither"), (vote(1, 3), "evaluation's own samples"), (vote(1, b="Hello."), "same")):
         with pytest.raises(Unusable, match=said):
             normalise(raw, "pair", "f:1")
-    for raw, said in ((vote(3), "preference is 3"), (vote(True), "preference is True"), (vote(1, a=None), "is None")):
+    for raw, said in (
+        (vote(3), "preference is 3"),
+        (vote(True), "preference is True"),
+        (vote(1) | {"completion_a": None}, "is None"),
+    ):
         with pytest.raises(UserError, match=f"f:1: .*{said}"):
             normalise(raw, "pair", "f:1")
