@@ -43,8 +43,11 @@ $(VENV)/.runtime: pyproject.toml constraints.txt
 	$(PIP) --editable .
 	touch $@
 
+# The link is for the type checker, which finds the package in src/.
 $(VENV)/.test: $(VENV)/.runtime
 	$(PIP) --editable '.[test]'
+	mkdir -p $(VENV)/src
+	ln -sfn "$(CURDIR)" $(VENV)/src/preftune
 	touch $@
 
 # The torch that $(VENV) has is copied: an index may hold a larger build of the same version. It stays as it is.
@@ -54,4 +57,4 @@ $(LATEST)/.torch:
 		to=$$($(LATEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
 		cp -R "$$from"/torch "$$from"/torchgen "$$from"/functorch "$$from"/torch-*.dist-info "$$to"; \
 	else $(LATEST)/bin/python -m pip install --quiet torch; fi
-	$(LATEST)/bin/python -m pip freeze | grep '^torch==' > $@
+	$(LATEST)/bin/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $@
