@@ -65,7 +65,7 @@ class Progress(TrainerCallback):
 
     def __init__(self, name: str, stream: TextIO | None = None) -> None:
         self.name, self.stream = name, stream or sys.stderr
-        self.bar: tqdm | None = None
+        self.bar: tqdm[Any] | None = None
         self.said_at, self.said_step, self.loss = 0.0, -1, ""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

@@ -16,7 +16,8 @@ import torch
 
 from ..models.masked import masked_sum
 
-KL_ESTIMATORS = ("k1", "k2", "k3", "k2_sequence")
+KL_ESTIMATORS = {"reward": ("k1",), "loss": ("k2", "k2_sequence", "k3")}
+"""Where the penalty stands -> the estimators that give KL's gradient there (P11; arXiv 2512.21852)."""
 
 
 class PolicyLoss(NamedTuple):

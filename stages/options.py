@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -79,7 +79,7 @@ def stage_config(config_class: type[ConfigT], job: StageJob, *, held_out: bool, 
     parameters = {each.name: each.default for each in job.record.parameters if each.of_config}
     method = {key: value for key, value in job.method.items() if key in parameters}
     given = _with_numbers(config_class, job, {**method, **job.train})
-    values = {
+    values: dict[str, Any] = {
         **device_defaults(job.dtype),
         "seed": job.seed,
         **copy.deepcopy(parameters),
@@ -96,7 +96,7 @@ def stage_config(config_class: type[ConfigT], job: StageJob, *, held_out: bool, 
 
 
 @contextmanager
-def refusals_in_words(job: StageJob) -> Iterator[None]:
+def refusals_in_words(job: StageJob) -> Generator[None]:
     """Within it, what a config or a trainer refuses becomes a UserError: wrap their construction, nothing else."""
     try:
         yield

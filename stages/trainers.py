@@ -3,7 +3,7 @@
 import math
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -142,7 +142,7 @@ def check_identity(trainer: Any, beta: float) -> None:
 
 
 @contextmanager
-def _without_rename_warnings() -> Iterator[None]:
+def _without_rename_warnings() -> Generator[None]:
     """transformers renamed gradient checkpointing; TRL still reads the old name, which is nothing a user can mend."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)

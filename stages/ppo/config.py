@@ -5,6 +5,7 @@ from typing import get_type_hints
 
 from transformers import TrainingArguments
 
+from ..losses import KL_ESTIMATORS
 from .settings import PPOSettings, expected
 
 
@@ -58,7 +59,7 @@ class PPOConfig(PPOSettings, TrainingArguments):
             raise ValueError(f"eval_strategy is {self.eval_strategy}, expected 'no': PPO logs its own reward and KL")
 
     def _check_kl(self) -> None:
-        allowed = ("k1",) if self.kl_in == "reward" else ("k2", "k2_sequence", "k3")
+        allowed = KL_ESTIMATORS[self.kl_in]
         if self.estimator() not in allowed:
             raise ValueError(
                 f"kl_estimator is {self.kl_estimator!r} with kl_in {self.kl_in!r}, expected {' or '.join(allowed)}: "
@@ -67,7 +68,7 @@ class PPOConfig(PPOSettings, TrainingArguments):
 
     def estimator(self) -> str:
         """The KL estimator in use."""
-        return self.kl_estimator or ("k1" if self.kl_in == "reward" else "k2")
+        return self.kl_estimator or KL_ESTIMATORS[self.kl_in][0]
 
     def steps_per_iteration(self) -> int:
         """Optimiser steps of one iteration: epochs x minibatches."""

@@ -3,8 +3,6 @@
 Legend of shape suffixes: S sources, B responses.
 """
 
-import importlib
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ from ...errors import UserError
 from ...models.adapters import REWARD, AdapterSet
 from ...models.lineage import adapter_sha256, check_lineage, read_lineage
 from ...models.masked import masked_moments
+from ..reward_functions import RewardFunction, call_reward_function, import_function
 from .network import Trunk
 from .rollout import Episodes, PromptText, Reduce, micro_batches
 
@@ -62,11 +61,16 @@ def combine(
     """One score a response [B]: the weighted sum, or (an ensemble's) mean minus `penalty` times standard deviation.
 
     The ensemble's standard deviation is over the S sources, population form, as in uncertainty-weighted optimisation
-    (Coste et al. 2023, arXiv 2310.02743, eq. 4 uses the variance; the standard deviation keeps the score's unit).
+    (Coste et al. 2023, arXiv 2310.02743, eq. 4 uses the variance; the standard deviation keeps the score's unit). NaN
+    is a source that does not apply to a response: it is left out, and a response without any score gets 0, as in TRL.
     """
     if how == "sum":
-        return (weights_S[:, None] * scores_SB).sum(0)
-    return scores_SB.mean(0) - penalty * scores_SB.std(0, correction=0)
+        return (weights_S[:, None] * scores_SB).nansum(0)
+    if not bool(scores_SB.isnan().any()):
+        return scores_SB.mean(0) - penalty * scores_SB.std(0, correction=0)
+    mean_B = scores_SB.nanmean(0)
+    std_B = (scores_SB - mean_B).square().nanmean(0).sqrt()
+    return (mean_B - penalty * std_B).nan_to_num(0.0)
 
 
 def apply_eos_rule(
@@ -145,7 +149,7 @@ class Scorer(Protocol):
     def normal(self) -> tuple[float, float] | None: ...
 
     def __call__(self, responses: Responses) -> torch.Tensor:
-        """Raw scores, fp32 [B], on the episodes' device."""
+        """Raw scores, fp32 [B], on the episodes' device; NaN where the source does not apply."""
         ...
 
 
@@ -267,37 +271,18 @@ class FunctionScorer:
 
     def __init__(self, source: RewardSource) -> None:
         self.name = source.name
-        self.function = source.target if callable(source.target) else import_function(source.target)
-        parameters = inspect.signature(self.function).parameters
-        takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-        self.accepted = None if takes_all else set(parameters)
+        self.function: RewardFunction = source.target if callable(source.target) else import_function(source.target)
 
     def __call__(self, responses: Responses) -> torch.Tensor:
-        given: dict[str, Any] = {
-            **responses.columns,
-            "prompts": responses.prompts,
-            "completions": responses.completions(),
-            "completion_ids": responses.episodes.responses(),
-        }
-        if self.accepted is not None:
-            given = {name: value for name, value in given.items() if name in self.accepted}
-        # None means "does not apply", as in TRL: it adds nothing
-        scores = [0.0 if score is None else float(score) for score in self.function(**given)]
-        if len(scores) != len(responses.texts):
-            raise UserError(
-                f"reward {self.name}",
-                f"it returned {len(scores)} scores for {len(responses.texts)} completions",
-                "return one number a completion",
-            )
-        scores_B = torch.tensor(scores, dtype=torch.float32, device=responses.episodes.start_B.device)
-        if not bool(scores_B.isfinite().all()):
-            bad = int((~scores_B.isfinite()).nonzero()[0])
-            raise UserError(
-                f"reward {self.name}",
-                f"it returned {scores[bad]} for completion {responses.texts[bad][:80]!r}",
-                "return finite numbers",
-            )
-        return scores_B
+        scores = call_reward_function(
+            self.function,
+            where=f"reward {self.name}",
+            prompts=responses.prompts,
+            completions=responses.completions(),
+            completion_ids=responses.episodes.responses(),
+            columns=responses.columns,
+        )
+        return torch.tensor(scores, dtype=torch.float32, device=responses.episodes.start_B.device)
 
 
 def build_scorers(
@@ -339,24 +324,6 @@ def _load_stage(adapters: AdapterSet, role: str, source: RewardSource) -> None:
         )
     if role not in adapters.heads:
         raise UserError(f"reward {source.name}", "the adapter has no score head", "name a reward stage")
-
-
-def import_function(spec: str) -> Callable[..., list[float]]:
-    """The function named "module:function".
-
-    Raises:
-        UserError: no such module or function.
-    """
-    module, _, name = spec.partition(":")
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"reward {spec}", f"cannot be imported ({error})", "write module:function, importable from here"
-        ) from error
-    if not callable(function):
-        raise UserError(f"reward {spec}", f"is a {type(function).__name__}, expected a function", "name a function")
-    return function  # type: ignore[return-value]
 
 
 def _path(source: RewardSource) -> Path:

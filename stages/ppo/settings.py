@@ -106,4 +106,5 @@ def _out_of(bound: Any, value: Any) -> str | None:
             return None if value is not None and value >= low else f"at least {low}"
         case Interval(ge=low, le=high):
             return None if value is not None and low <= value <= high else f"{low} to {high}"
-    raise TypeError(f"{bound!r} is no bound that is known here")
+        case _:
+            raise TypeError(f"{bound!r} is no bound that is known here")

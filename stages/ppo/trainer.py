@@ -339,7 +339,8 @@ class OnPolicyTrainer(Trainer):
                 "the base is to be sharded (DeepSpeed or FSDP), but PPO keeps a whole frozen base on each device",
                 "launch with distributed_type MULTI_GPU or MULTI_CPU, or quantize the base",
             )
-        self.args._n_gpu = min(self.args.n_gpu, 1)
+        # a process of ours drives one device: no DataParallel. The Trainer has no public setting for that
+        self.args._n_gpu = min(self.args.n_gpu, 1)  # pyright: ignore[reportPrivateUsage]
 
     def _autocast(self) -> AbstractContextManager[Any]:
         """The context of a forward: mixed precision where the settings ask for it."""

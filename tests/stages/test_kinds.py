@@ -4,11 +4,13 @@ import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from preftune.errors import UserError
 from preftune.stages.kinds import DPO, KINDS, PPO, StageKind, stage_kind
+from preftune.stages.losses import KL_ESTIMATORS
 from preftune.stages.ppo.config import PPOConfig
 
 
@@ -38,6 +40,11 @@ def test_every_setting_of_ppo_is_a_parameter_but_for_its_places() -> None:
     inherited = {each.name for each in dataclasses.fields(PPOConfig.__mro__[2])}
     own = {each.name for each in dataclasses.fields(PPOConfig)} - inherited
     assert own == {each.name for each in PPO.parameters} | {"samples_file", "policies_dir"}
+
+
+def test_kl_estimators_of_the_losses_are_those_that_a_recipe_may_name() -> None:
+    named = get_args(get_args(PPO.parameter("kl_estimator").type)[0])
+    assert sorted(named) == sorted(each for those in KL_ESTIMATORS.values() for each in those)
 
 
 def test_grouped_parameters_exist_and_stand_in_one_group_only() -> None:

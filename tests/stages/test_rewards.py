@@ -13,7 +13,6 @@ from preftune.stages.ppo.rewards import (
     RunningScale,
     apply_eos_rule,
     combine,
-    import_function,
 )
 from preftune.stages.ppo.rollout import make_episodes
 
@@ -62,7 +61,7 @@ def test_functions_get_texts_columns_and_conversations() -> None:
 
     chat = [[{"role": "user", "content": "q"}]] * 2
     scores = FunctionScorer(RewardSource("function", reward))(responses(chat, ["a", "b"], answer=[4, 5]))
-    assert scores.tolist() == [1.5, 0.0]
+    assert scores[0] == 1.5 and scores[1].isnan()
     assert seen["answer"] == [4, 5] and seen["completion_ids"] == [[1, 2], [1, 2]]
     assert seen["completions"] == [[{"role": "assistant", "content": "a"}], [{"role": "assistant", "content": "b"}]]
     plain = FunctionScorer(RewardSource("function", lambda completions: [float(len(t)) for t in completions]))
@@ -78,10 +77,15 @@ def test_what_a_function_returns_is_checked(result: list[float], problem: str) -
         scorer(responses(["p", "q"], ["a", "b"]))
 
 
-def test_functions_by_name() -> None:
-    assert import_function("math:sqrt") is __import__("math").sqrt
-    for spec in ("no_such_module:f", "math:no_such_name", "math:pi", "math"):
-        with pytest.raises(UserError, match="reward"):
-            import_function(spec)
+def test_a_source_that_does_not_apply_is_left_out_as_in_trl() -> None:
+    nan = float("nan")
+    scores_SB = torch.tensor([[1.0, 2.0, nan], [3.0, nan, nan]])
+    weights_S = torch.tensor([2.0, 0.5])
+    assert combine(scores_SB, weights_S).tolist() == [3.5, 4.0, 0.0]
+    # an ensemble of what is there: mean 2 less std 1; 2 less 0; nothing
+    assert combine(scores_SB, weights_S, how="ensemble").tolist() == [1.0, 2.0, 0.0]
+
+
+def test_a_reward_of_another_kind_is_refused() -> None:
     with pytest.raises(ValueError, match="expected 'stage', 'model' or 'function'"):
         RewardSource("judge", "x")  # type: ignore[arg-type]
