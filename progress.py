@@ -12,30 +12,54 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-QUIET_SECONDS = 2.0
+QUIET_SECONDS, LINE_SECONDS = 2.0, 20.0
+"""Nothing is shown before the first; where there is no terminal, a line at most so often as the second."""
 
 
 class Meter:
-    """Counts the steps of one piece of work; call it with the number done so far."""
+    """Counts the steps of one piece of work; call it with the number done so far.
 
-    def __init__(self, label: str, total: int) -> None:
-        self._label, self._total = label, total
+    Args:
+        label: what is being done.
+        total: how many steps there are; None: nobody knows.
+        quiet: seconds in which nothing is shown. lines: seconds between two lines where there is no terminal.
+        bars: False: lines in a terminal too.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        total: int | None,
+        *,
+        quiet: float = QUIET_SECONDS,
+        lines: float = LINE_SECONDS,
+        bars: bool = True,
+    ) -> None:
+        self._label, self._total, self._quiet, self._lines = label, total, quiet, lines
         self._bar: tuple[Progress, TaskID] | None = None
-        self._asked = False
+        self._asked = not bars
         self._started = self._spoken = time.monotonic()
+        self._said = -1
 
-    def __call__(self, done: int) -> None:
+    def __call__(self, done: int, note: str = "") -> None:
+        """`done` steps are done; the note stands behind their number."""
         now = time.monotonic()
-        if now - self._started < QUIET_SECONDS:
+        if now - self._started < self._quiet:
             return
         if not self._asked:
             self._asked, self._bar = True, _open_bar(self._label, self._total)
         if self._bar is not None:
             progress, task = self._bar
-            progress.update(task, completed=done)
-        elif done == self._total or now - self._spoken > 10 * QUIET_SECONDS:
-            self._spoken = now
-            say(f"{self._label}: {done}/{self._total}")
+            progress.update(task, completed=done, note=note)
+        elif done == self._total or now - self._spoken > self._lines:
+            self.say(done, note)
+
+    def say(self, done: int, note: str = "") -> None:
+        """Where there is no bar: a line now, unless it was the last one."""
+        if self._bar is None and done != self._said:
+            self._spoken, self._said = time.monotonic(), done
+            of = "" if self._total is None else f"/{self._total}"
+            say(f"{self._label}: {done}{of} {note}".rstrip())
 
     def close(self) -> None:
         """Take the bar away, where there is one."""
@@ -50,7 +74,7 @@ def say(line: str) -> None:
 
 
 @contextmanager
-def meter(label: str, total: int) -> Iterator[Meter]:
+def meter(label: str, total: int | None) -> Iterator[Meter]:
     """`with meter("sft: samples", 300) as done: ... done(32)`; nothing is shown in the first two seconds."""
     made = Meter(label, total)
     try:
@@ -59,7 +83,7 @@ def meter(label: str, total: int) -> Iterator[Meter]:
         made.close()
 
 
-def _open_bar(label: str, total: int) -> "tuple[Progress, TaskID] | None":
+def _open_bar(label: str, total: int | None) -> "tuple[Progress, TaskID] | None":
     """A bar that disappears when it is stopped; None where standard error is no terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -67,7 +91,7 @@ def _open_bar(label: str, total: int) -> "tuple[Progress, TaskID] | None":
     console = Console(stderr=True)
     if not console.is_terminal:
         return None
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=console, transient=True)
+    counted = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+    bar = Progress(TextColumn("{task.description}"), *counted, console=console, transient=True)
     bar.start()
-    return bar, bar.add_task(label, total=total)
+    return bar, bar.add_task(label, total=total, note="")

@@ -1,16 +1,16 @@
 """What every trainer of ours calls back to: log.jsonl, progress, the clock."""
 
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..files import write_whole
 from ..models.memory import reset_peak_memory
+from ..progress import Meter
 from ..values import plain
 
 _SECONDS_BETWEEN_LINES = 5.0
@@ -29,9 +29,7 @@ def keep_rows(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
             continue
         if keep(row):
             kept.append(line + "\n")
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text("".join(kept), encoding="utf-8")
-    beside.replace(path)
+    write_whole(path, "".join(kept))
 
 
 class LogFile(TrainerCallback):
@@ -61,17 +59,17 @@ class LogFile(TrainerCallback):
 
 
 class Progress(TrainerCallback):
-    """A bar on a terminal; elsewhere a plain line now and then: `sft 12/75 loss 1.23`."""
+    """A bar on a terminal; elsewhere a plain line now and then: `sft: 12/75 loss 1.23`."""
 
-    def __init__(self, name: str, stream: TextIO | None = None) -> None:
-        self.name, self.stream = name, stream or sys.stderr
-        self.bar: tqdm[Any] | None = None
-        self.said_at, self.said_step, self.loss = 0.0, -1, ""
+    def __init__(self, name: str) -> None:
+        self.name, self.loss = name, ""
+        self.meter: Meter | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.said_at = time.monotonic()
-        if state.is_world_process_zero and self.stream.isatty() and not args.disable_tqdm:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.name, file=self.stream)
+        if state.is_world_process_zero:
+            self.meter = Meter(
+                self.name, state.max_steps, quiet=0, lines=_SECONDS_BETWEEN_LINES, bars=not args.disable_tqdm
+            )
 
     def on_log(
         self,
@@ -84,25 +82,17 @@ class Progress(TrainerCallback):
         for key in ("eval_loss", "loss"):
             if logs and isinstance(logs.get(key), float):
                 self.loss = f"{key} {logs[key]:.4g}"
-        if self.bar is not None:
-            self.bar.set_postfix_str(self.loss)
-        elif state.is_world_process_zero and time.monotonic() - self.said_at > _SECONDS_BETWEEN_LINES:
-            self._say(state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
+        # the last step is said at the end, when its loss is known
+        if self.meter is not None and state.global_step < state.max_steps:
+            self.meter(state.global_step, self.loss)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
-        elif state.is_world_process_zero and state.global_step != self.said_step:
-            self._say(state)
-
-    def _say(self, state: TrainerState) -> None:
-        self.said_at, self.said_step = time.monotonic(), state.global_step
-        print(f"{self.name} {state.global_step}/{state.max_steps} {self.loss}".rstrip(), file=self.stream, flush=True)
+        if self.meter is not None:
+            self.meter.say(state.global_step, self.loss)
+            self.meter.close()
+            self.meter = None
 
 
 class Clock(TrainerCallback):
