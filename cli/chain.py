@@ -1,4 +1,4 @@
-"""The chain: every stage in its order, what is unchanged skipped, then the evaluation and the report."""
+"""The chain: every stage in order, skipping those that are unchanged, then the evaluation and the report."""
 
 import gc
 import sys
@@ -21,6 +21,7 @@ from .output import Output, duration
 from .process import make_functions_importable, quiet_libraries
 
 if TYPE_CHECKING:
+    from ..eval.spec import EvalSpec
     from ..models.base import Base
     from ..stages.job import StageJob
 
@@ -31,8 +32,13 @@ _T = TypeVar("_T")
 class Options:
     """What the command line says besides the recipe.
 
-    only: that stage alone, on what lies in the run folder. until: that stage and all it needs. force: run what is
-    selected even if unchanged. from_adapter: start `only` from this adapter. launch: an accelerate config.
+    Attributes:
+        output_dir: the run folder; None: `default_folder`.
+        only: run that stage alone, on what is in the run folder.
+        until: run that stage and everything that it needs.
+        force: run the selected stages even if they are unchanged.
+        from_adapter: start `only` from this adapter.
+        launch: an accelerate config.
     """
 
     output_dir: Path | None = None
@@ -45,7 +51,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Done:
-    """A step of the chain as it ended: `state` is ran or skipped."""
+    """How a step of the chain ended: `state` is "ran" or "skipped"."""
 
     name: str
     state: str
@@ -62,7 +68,7 @@ class Chain:
     """One run of a recipe in a folder.
 
     Args:
-        run_stage, run_eval, resolve: what does the work; the rooms' own by default.
+        run_stage, run_eval, resolve: called instead of the stages' `run_stage`, `run_eval` and `resolve_base`.
     """
 
     def __init__(
@@ -72,17 +78,17 @@ class Chain:
         output: Output,
         *,
         run_stage: "Callable[[StageJob], Mapping[str, Any]] | None" = None,
-        run_eval: Callable[..., Any] | None = None,
+        run_eval: "Callable[[EvalSpec, Path], object] | None" = None,
         resolve: "Callable[[str, str | None], Base] | None" = None,
     ) -> None:
         self.recipe, self.options, self.output = recipe, options, output
         self.path = (options.output_dir or default_folder(recipe)).expanduser()
         self._run_stage, self._run_eval, self._resolve = run_stage, run_eval, resolve
         self.keys: dict[str, str] = {}
-        self._words_checked = False
+        self._settings_checked = False
 
     def run(self) -> list[Done]:
-        """All of it. Raises what a step raises; the steps after it are then not run, and its state is `failed`."""
+        """Run everything. If a step raises, run.json says `failed`, later steps do not run, and the error goes on."""
         # 1. what is to be done, before anything heavy is imported
         selected = self.selected = self._selected()
         make_functions_importable(self.recipe)
@@ -116,11 +122,11 @@ class Chain:
             return [options.only]
         return order(recipe) if options.until is None else needed_for(recipe, [options.until])
 
-    def _check_words(self) -> None:
-        """Every selected stage's words, before the first one trains: a slip in the last should not cost hours."""
-        if self._words_checked or self._run_stage is not None:
+    def _check_settings(self) -> None:
+        """Check every selected stage's settings before the first trains: a typo in the last should not cost hours."""
+        if self._settings_checked or self._run_stage is not None:
             return
-        self._words_checked = True
+        self._settings_checked = True
         from ..stages.options import check_words
 
         for name in self.selected:
@@ -136,7 +142,7 @@ class Chain:
         key = self.keys[name] = key_of(parts)
         if (skipped := self._unchanged(name, key, parts)) is not None:
             return skipped
-        self._check_words()
+        self._check_settings()
         began, started = time.monotonic(), _now()
         partial = self.folder.begin(name, Stamp(key, parts, started), fresh=self.options.force)
         if any((partial / CHECKPOINTS).glob("checkpoint-*")):
@@ -177,8 +183,8 @@ class Chain:
         _free_memory()
         return Done(EVALUATION, "ran", seconds)
 
-    def _unchanged(self, name: str, key: str, parts: Mapping[str, Any]) -> Done | None:
-        """The step as it lies there, where it was made for the same key; says why it is run or not."""
+    def _unchanged(self, name: str, key: str, parts: Mapping[str, object]) -> Done | None:
+        """The finished step, if it was made for the same key, else None; says why it is skipped or run."""
         stamp = self.folder.stamp(name)
         if stamp is not None and stamp.key == key and not self.options.force:
             entry = {"state": "done", "key": key, "seconds": round(stamp.seconds, 3), "started": stamp.started}
@@ -197,7 +203,7 @@ class Chain:
         return None
 
     def _finished(self, name: str, needed: str) -> str:
-        """The key of a stage that this one needs and that is not part of this run."""
+        """The key of a stage that this one needs, from the run folder: it is not part of this run."""
         stamp = self.folder.stamp(needed)
         if stamp is None:
             where = f"stages.{name}" if name != EVALUATION else EVALUATION
@@ -233,7 +239,7 @@ class Chain:
 
 
 def write_recipe(folder: Path, recipe: Recipe) -> None:
-    """RUN/recipe.yaml: the recipe as resolved, which runs by itself."""
+    """Write RUN/recipe.yaml: the recipe with everything resolved, so that it can be run on its own."""
     import yaml
 
     text = yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True, width=120)
@@ -257,14 +263,14 @@ def _resolve_base(spec: str, revision: str | None) -> "Base":
     return resolve_base(spec, revision)
 
 
-def _run_eval(spec: Any, run_dir: Path) -> Any:
+def _run_eval(spec: "EvalSpec", run_dir: Path) -> object:
     from ..eval.run import run_eval
 
     return run_eval(spec, run_dir)
 
 
 def _free_memory() -> None:
-    """What a stage held goes before the next one loads."""
+    """Release what a finished stage held before the next one loads."""
     gc.collect()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():

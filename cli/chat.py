@@ -1,4 +1,4 @@
-"""`preftune chat`: talk to a run's policies, one of them or two at a time without their names."""
+"""`preftune chat`: talk to one of a run's policies, or compare two of them blind."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,10 +21,10 @@ MAX_NEW_TOKENS = 256
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """What the command line says; None: not given.
+    """What the command line says; None where an option is not given.
 
     Attributes:
-        policy: who speaks. compare: names of policies with commas between them.
+        policy: who speaks. compare: the names of two or more policies, separated by commas.
         samples: vote on the evaluation's samples.
         max_new_tokens, temperature, beams, seed: of the replies; with more than 1 beam they are searched, not drawn.
         system: the conversation's system message.
@@ -41,10 +41,10 @@ class ChatOptions:
 
 
 def chat_run(run: Path, options: ChatOptions) -> None:
-    """Talk until the person has enough.
+    """Chat until the person ends it.
 
     Raises:
-        UserError: options that do not go together, no such policy, an adapter or samples that are not there.
+        UserError: options that exclude each other, an unknown policy, or a missing adapter or samples.
     """
     recipe = run_recipe(run)
     names = _compared(options)
@@ -63,7 +63,7 @@ def chat_run(run: Path, options: ChatOptions) -> None:
 
 
 def _compared(options: ChatOptions) -> list[str]:
-    """The policies of --compare; none where it was not given."""
+    """The policies of --compare; an empty list where it is not given."""
     if options.compare is None:
         if options.samples:
             raise UserError("--samples", "needs --compare", "name the policies: --compare sft,ppo")
@@ -117,7 +117,7 @@ def _talk(recipe: Recipe, run: Path, names: list[str], options: ChatOptions) -> 
 
 
 def _decoding(options: ChatOptions) -> dict[str, float]:
-    """What the options say of how replies are found, by the names of the evaluation's settings."""
+    """The decoding settings among the options, under the names that `EvalSpec` gives them."""
     given = {"temperature": options.temperature, "beams": options.beams}
     if options.beams is not None and options.beams > 1:
         if options.temperature:
@@ -154,7 +154,7 @@ class Chat:
         }
 
     def run(self) -> None:
-        """Until the person has enough. What the user can put right is said to a person and an error in a script."""
+        """Chat until the person ends it. Mistakes are shown to a person, and raised in a script."""
         while True:
             try:
                 self._line(self.terminal.ask("you> "))

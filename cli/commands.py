@@ -15,7 +15,7 @@ from .output import Output, duration
 
 
 def run_chain(recipe: str, overrides: Sequence[str] | None, options: Options, json: bool) -> list[Done]:
-    """`preftune run`: the chain, then where things are."""
+    """`preftune run`: run the chain, then say where the results are."""
     loaded = load_recipe(recipe, overrides or ())
     return _run(loaded, options, Output(json))
 
@@ -31,7 +31,7 @@ def run_alone(
     launch: Path | None,
     json: bool,
 ) -> list[Done]:
-    """`preftune dpo` and its like: one stage on what lies in the run folder."""
+    """`preftune dpo` and the like: run one stage on what is in the run folder."""
     loaded = load_recipe(recipe, overrides or ())
     if from_adapter is not None and not holds_adapter(from_adapter):
         raise UserError("--from-adapter", f"{str(from_adapter)!r} holds no adapter", "give a finished stage's folder")
@@ -41,7 +41,7 @@ def run_alone(
 
 
 def the_stage(recipe: Recipe, kind: str, name: str | None) -> str:
-    """The recipe's stage of that kind: the named one, the only one, or the one that is called like its kind."""
+    """The recipe's stage of that kind: the named one, the only one, or the one named after its kind."""
     those = [each for each, stage in recipe.stages.items() if stage.record.name == kind]
     if name is not None:
         if name not in those:
@@ -59,14 +59,18 @@ def the_stage(recipe: Recipe, kind: str, name: str | None) -> str:
 
 
 def run_folder(path: Path) -> Path:
-    """An existing run folder."""
+    """The same path, which must be an existing folder.
+
+    Raises:
+        UserError: it is not.
+    """
     if not path.is_dir():
         raise UserError(str(path), "no such folder", "give the folder of a run (runs/NAME)")
     return path
 
 
 def list_recipes(json: bool) -> None:
-    """`preftune recipes`: names, and the first line of each file's comment."""
+    """`preftune recipes`: the shipped recipes' names, and the first line of each file's comment."""
     rows = []
     for file in shipped_recipes():
         first = file.read_text(encoding="utf-8").splitlines()[0]
@@ -88,7 +92,7 @@ def _run(recipe: Recipe, options: Options, output: Output) -> list[Done]:
 
 
 def show_rewards(path: Path, output: Output) -> None:
-    """The table of RUN/eval/rewards.json, where the evaluation wrote one."""
+    """Print the table of RUN/eval/rewards.json, if the evaluation wrote one."""
     file = path / EVALUATION / REWARDS
     if file.is_file():
         output.say("\nreward models on the pairs that training left out; held against longer_wins")
@@ -107,7 +111,7 @@ def show_rewards(path: Path, output: Output) -> None:
 
 
 def show_over_optimisation(content: Mapping[str, Any], json: bool) -> None:
-    """The points and the fits of `eval.overoptimisation`: two tables, or JSON lines of both."""
+    """Print the points and the fits of `eval.overoptimisation`: two tables, or JSON lines of both."""
     output = Output(json)
     proxy, gold = content["proxy"], content["gold"]
     points, fits = [], []
@@ -122,8 +126,8 @@ def show_over_optimisation(content: Mapping[str, Any], json: bool) -> None:
     output.rows(points)
     if not json:
         output.say(
-            f"\nproxy {proxy}, gold {gold}, {content['prompts']} prompts, from {content['start']}; KL in nats a reply, "
-            "that of best of n an upper bound\n"
+            f"\nproxy {proxy}, gold {gold}, {content['prompts']} prompts, from {content['start']}; KL per reply "
+            "in nats, that of best of n an upper bound\n"
         )
         output.say("gain over the start as a function of d = sqrt(KL); peak: its highest d within the measured range")
         if not fits:
@@ -134,7 +138,7 @@ def show_over_optimisation(content: Mapping[str, Any], json: bool) -> None:
 
 
 def _show_results(path: Path, done: Sequence[Done], output: Output) -> None:
-    """The evaluation's tables, where this run had one."""
+    """Print the evaluation's tables, if this run had an evaluation."""
     results = path / EVALUATION / RESULTS
     if results.is_file() and any(each.name == EVALUATION for each in done):
         columns = (

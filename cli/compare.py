@@ -1,4 +1,4 @@
-"""Two policies' replies without their names, the person's vote, and the tally."""
+"""Blind comparison: two policies' replies without their names, the person's vote, and the tally."""
 
 import random
 from pathlib import Path
@@ -22,7 +22,7 @@ _PREFERENCES = {"1": 1.0, "a": 1.0, "2": 2.0, "b": 2.0, "=": 1.5, "0": None}
 
 
 def open_votes(run: Path) -> list[Vote]:
-    """The votes that the run has already."""
+    """The votes that the run already has."""
     file = votes_file(run)
     return list(read_votes(file)) if file.is_file() and file.stat().st_size else []
 
@@ -33,10 +33,10 @@ def votes_file(run: Path) -> Path:
 
 
 class Blind:
-    """Two policies that answer each turn, in an order that only the seed knows.
+    """Two policies that answer each turn, in random order.
 
     Attributes:
-        cast: votes so far.
+        cast: the number of votes so far.
     """
 
     def __init__(self, talk: "Conversation", terminal: Terminal, run: Path, policies: list[str], seed: str) -> None:
@@ -45,7 +45,7 @@ class Blind:
         self.cast = 0
 
     def answer(self, messages: "list[Message]", seed: int) -> str | None:
-        """The reply that the person prefers, the one shown first where it is neither; None where one was stopped."""
+        """The reply that the person prefers, or the first one shown in a tie; None if a reply was stopped."""
         pair = draw_pair(self.rng, self.policies)
         texts = []
         for label, policy in zip(LABELS, pair, strict=True):
@@ -63,17 +63,21 @@ class Blind:
         return texts[1] if preference == 2 else texts[0]
 
     def switch(self, name: str) -> str:
-        """Two policies speak, so there is nobody to choose."""
+        """Not possible here: two policies answer.
+
+        Raises:
+            UserError: always.
+        """
         raise UserError("/policy", "means nothing while policies are compared", f"there are {', '.join(self.policies)}")
 
 
 def vote_on_samples(run: Path, policies: list[str], seed: int, terminal: Terminal) -> None:
-    """Walks through what is left of the evaluation's samples, then shows the tally.
+    """Ask for votes on the evaluation's samples that have none yet, then show the tally.
 
-    Which was which is not said before that: who knows how a policy writes no longer votes blind on the next prompt.
+    Which policy wrote which reply is not said before: somebody who knows how a policy writes no longer votes blind.
 
     Raises:
-        UserError: no samples, not of such a policy, or votes that were cast on others.
+        UserError: there are no samples, none of such a policy, or the votes were cast on other samples.
     """
     ballots = sample_ballots(run / EVALUATION / SAMPLES, policies, open_votes(run), seed)
     if terminal.person:
@@ -101,10 +105,10 @@ def _show(ballot: Ballot, head: str, terminal: Terminal) -> None:
 
 
 def ask_vote(terminal: Terminal, ballot: Ballot) -> float | None:
-    """1 for A, 2 for B, 1.5 for neither, None for a vote that is not cast. Two equal replies need nobody's vote.
+    """1 for A, 2 for B, 1.5 for a tie, None to skip. Two equal replies are a tie without asking.
 
     Raises:
-        EOFError: the person has enough.
+        EOFError: the person ends the chat.
     """
     if ballot.completions[0] == ballot.completions[1]:
         terminal.say("the same reply twice: a tie")
@@ -119,7 +123,7 @@ def ask_vote(terminal: Terminal, ballot: Ballot) -> float | None:
 
 
 def show_tally(run: Path, policies: list[str], cast: int) -> None:
-    """The votes on these policies, old and new: win-rates, and ratings of more than two."""
+    """Print the votes on these policies, old and new: win-rates, and ratings if there are more than two policies."""
     output, file = Output(), votes_file(run)
     votes = [vote for vote in open_votes(run) if set(vote.policies) <= set(policies)]
     output.say(f"\nvotes on {', '.join(policies)} in {file}: {len(votes)}, {cast} of them now")

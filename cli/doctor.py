@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 def doctor_run(run: Path, samples: int, output: Output) -> int:
-    """Examine a run, write RUN/doctor.json, say what was found.
+    """Examine a run, write RUN/doctor.json, and print what was found.
 
     Returns:
         The exit code: 1 where something is broken.
 
     Raises:
-        UserError: no run folder, or nothing in it.
+        UserError: there is no run folder, or nothing in it.
     """
     recipe = run_recipe(run)
     quiet_libraries()
@@ -39,8 +39,8 @@ def doctor_run(run: Path, samples: int, output: Output) -> int:
 
 
 def checkup(recipe: Recipe, base: "Base", run: Path, samples: int) -> "Checkup":
-    """What is to be examined of a run of that recipe."""
-    from ..eval.doctor.examine import Checkup
+    """What the doctor needs to know of a run of that recipe."""
+    from ..eval.doctor import Checkup
 
     folder = RunFolder(run)
     stamps = {name: folder.stamp(name) for name in recipe.stages}
@@ -54,8 +54,8 @@ def checkup(recipe: Recipe, base: "Base", run: Path, samples: int) -> "Checkup":
 
 
 def _show(examination: "Examination", output: Output) -> None:
-    """The findings; then, for people, what to do about them."""
-    from ..eval.doctor.finding import first_broken
+    """Print the findings; then, for people, what to do about them."""
+    from ..eval.doctor import first_broken
 
     findings = examination.findings
     if output.json:

@@ -51,7 +51,7 @@ def winrate(
     ] = None,
     json: AsJson = False,
 ) -> None:
-    """Win-rates against the reference, with intervals; or those of --annotations PATH..., fitted jointly, or --votes.
+    """Win-rates against the reference, with intervals; or from --annotations PATH..., fitted jointly, or from --votes.
 
     A row of annotations: {"prompt": id, "baseline_length": int, "model_length": int, "preference": 1..2}, where 2 says
     that the model wins.
@@ -152,7 +152,7 @@ def over_optimisation(
 ) -> None:
     """Proxy and gold reward against sqrt(KL), through PPO's kept policies and with best of n; writes nothing.
 
-    PPO keeps policies on its way with keep_every: N in its stage.
+    PPO keeps a policy every N iterations with keep_every: N in its stage.
     """
     recipe = _recipe(run, overrides)
     assert recipe.eval is not None
@@ -180,7 +180,11 @@ def over_optimisation(
 
 
 def _recipe(run: Path, overrides: list[str] | None) -> "Recipe":
-    """The run's recipe, which must have an evaluation."""
+    """The run's recipe.
+
+    Raises:
+        UserError: it has no evaluation.
+    """
     from .policies import run_recipe
 
     recipe = run_recipe(run, overrides or ())
@@ -190,7 +194,11 @@ def _recipe(run: Path, overrides: list[str] | None) -> "Recipe":
 
 
 def _open(run: Path, overrides: list[str] | None, policies: str | None) -> "tuple[Recipe, EvalSpec]":
-    """The run's recipe and its evaluation, whose policies must be finished."""
+    """The run's recipe and its evaluation.
+
+    Raises:
+        UserError: a policy in it is unknown or not finished.
+    """
     recipe = _recipe(run, overrides)
     from ..recipes.build import eval_spec
     from ..recipes.schema import BASE
@@ -206,7 +214,7 @@ def _open(run: Path, overrides: list[str] | None, policies: str | None) -> "tupl
 
 
 def _data(recipe: "Recipe", given: str | None, kind: str) -> "DataSpec":
-    """The data entry or file of that name; the first such stage's where none is named."""
+    """The data entry or file of that name; where none is given, that of the first stage of the kind."""
     from ..recipes.build import data_spec
     from ..recipes.schema import Data
 
@@ -222,7 +230,7 @@ def _data(recipe: "Recipe", given: str | None, kind: str) -> "DataSpec":
 
 
 def _print(rows: list[dict[str, Any]], json: bool) -> None:
-    """The rows; as tables, what is true of replies and the matrix of all pairs stand apart from the rest."""
+    """Print the rows. As tables, the measurements of replies and the matrix of all pairs stand apart from the rest."""
     from .output import Output
 
     output = Output(json)

@@ -1,4 +1,4 @@
-"""A run's folder: run.json, the lock, and stage folders that appear whole or not at all."""
+"""A run's folder: run.json, the lock, and stage folders that appear complete or not at all."""
 
 import json
 import os
@@ -20,7 +20,11 @@ STAMP = ".key.json"
 class Stamp:
     """What a finished step was made for.
 
-    key: sha256 of `parts`. parts: what the key is made of, by name. started: UTC, ISO 8601. seconds: how long it took.
+    Attributes:
+        key: sha256 of `parts`.
+        parts: what the key is made of, by name.
+        started: UTC, ISO 8601.
+        seconds: how long it took.
     """
 
     key: str
@@ -31,13 +35,13 @@ class Stamp:
 
 @dataclass
 class RunFolder:
-    """The folder of one run. `stages` is the content of run.json, one entry a step, in running order."""
+    """The folder of one run. `stages` is the content of run.json: one entry per step, in the order they ran in."""
 
     path: Path
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def load(self) -> None:
-        """Read run.json, and put right what a crash cut off. Only under the lock.
+        """Read run.json, and repair what a crash left half done. Only under the lock.
 
         Raises:
             UserError: run.json cannot be read.
@@ -51,11 +55,11 @@ class RunFolder:
         finish_replacing(self.path)
 
     def partial(self, name: str) -> Path:
-        """Where a stage is written until it is complete."""
+        """The folder that a stage is written to until it is complete."""
         return self.path / f".{name}.partial"
 
     def stamp(self, name: str) -> Stamp | None:
-        """What the stage's folder was made for; None where there is no complete one."""
+        """What the stage's folder was made for; None if there is no complete one."""
         return _read_stamp(self.path / name)
 
     def record(self, name: str, **values: Any) -> None:
@@ -64,10 +68,10 @@ class RunFolder:
         write_whole(self.path / RUN_STATE, json.dumps({"stages": self.stages}, indent=2) + "\n")
 
     def begin(self, name: str, stamp: Stamp, *, fresh: bool = False) -> Path:
-        """An output folder for the stage: the one that an interrupted run for the same key left, or an empty one.
+        """An output folder for the stage: what an interrupted run left for the same key, or else an empty one.
 
         Args:
-            fresh: an empty one in any case.
+            fresh: return an empty one in any case.
         """
         partial = self.partial(name)
         left = _read_stamp(partial)
@@ -78,14 +82,14 @@ class RunFolder:
         return partial
 
     def promote(self, name: str, stamp: Stamp) -> None:
-        """The stage is complete: its folder takes its place; an older one goes only then."""
+        """Move a completed stage's folder to its final place; only then is an older one removed."""
         partial = self.partial(name)
         write_stamp(partial, stamp)
         replace_folder(partial, self.path / name)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """One run at a time in a folder. The lock of a process that died is free.
+        """Hold the folder for one run at a time. A process that dies releases it.
 
         Raises:
             UserError: another process holds it.
@@ -115,7 +119,7 @@ def holds_adapter(folder: Path) -> bool:
 
 
 def write_stamp(folder: Path, stamp: Stamp) -> None:
-    """Mark a folder with what it was made for."""
+    """Write into a folder what it was made for."""
     write_whole(folder / STAMP, json.dumps(asdict(stamp), indent=1) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""Cache keys: everything that can change a step's result, by name, and the hash of it all."""
+"""Cache keys: everything that can change a step's result, by name, and the hash of it."""
 
 import hashlib
 import json
@@ -26,12 +26,12 @@ EVAL_FORMAT = 2
 _SHOWN = 3
 
 
-def key_of(parts: Mapping[str, Any]) -> str:
-    """sha256 of the parts, whatever their order; 1 and 1.0 are one number."""
+def key_of(parts: Mapping[str, object]) -> str:
+    """sha256 of the parts in any order; 1 and 1.0 count as the same number."""
     return hashlib.sha256(json.dumps(_plain(parts), sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, Mapping):
         return {str(key): _plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -40,14 +40,14 @@ def _plain(value: Any) -> Any:
 
 
 class Keys:
-    """The parts of each step's key, in one run. Data are read once for each kind of rows."""
+    """The parts of each step's key in one run. Data are read once for each kind of rows."""
 
     def __init__(self, recipe: Recipe, base: "Base", run_dir: Path) -> None:
         self.recipe, self.base, self.run_dir = recipe, base, run_dir
         self._fingerprints: dict[tuple[str, RowKind], str] = {}
 
     def read_data(self, stages: Iterable[str], *, evaluation: bool) -> None:
-        """Read what these stages and the evaluation read: a wrong file is known before the first of them trains."""
+        """Read the data of these stages and of the evaluation: a bad file is found before the first stage trains."""
         for name in stages:
             stage = self.recipe.stages[name]
             self.fingerprint(data_spec(self.recipe.data[stage.data], self.recipe.seed), stage.record.rows)
@@ -115,7 +115,7 @@ class Keys:
         return parts
 
     def fingerprint(self, spec: DataSpec, kind: RowKind) -> str:
-        """The hash of the rows themselves, wherever they were read from."""
+        """The hash of the rows' content, independent of where they were read from."""
         from ..data.load import load_rows
 
         known = (repr(spec), kind)
@@ -154,8 +154,8 @@ def eval_needs(recipe: Recipe) -> list[str]:
     return [name for name in named if name != BASE]
 
 
-def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """Which parts differ, in words: `beta 0.1 -> 0.2, the rows of pairs`."""
+def difference(old: Mapping[str, object], new: Mapping[str, object]) -> str:
+    """Which parts differ, in words, such as `beta 0.1 -> 0.2, the rows of pairs`."""
     # as they come back from JSON
     new = json.loads(json.dumps(new, default=str))
     changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
@@ -166,7 +166,7 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     return ", ".join([*said[:_SHOWN], *more])
 
 
-def _words(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+def _words(name: str, old: Mapping[str, object], new: Mapping[str, object]) -> str:
     if name.startswith("data "):
         return f"the rows of {name.partition(' ')[2]}"
     if name in ("base", "from_adapter") or name.startswith(("code of ", "files of ")):
@@ -174,7 +174,7 @@ def _words(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     return f"{name} {_short(old.get(name))} -> {_short(new.get(name))}"
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = "unset" if value is None else str(value)
     return text if len(text) <= 40 else text[:37] + "..."
 

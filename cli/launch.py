@@ -1,4 +1,4 @@
-"""A stage under `accelerate launch`: the chain stays one process, the stage becomes as many as the config says."""
+"""A stage under `accelerate launch`: the chain stays one process; the stage gets as many as the config says."""
 
 import json
 import os
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 
 def launch_stage(config: Path, run_dir: Path, job: "StageJob", from_adapter: Path | None) -> Mapping[str, Any]:
-    """Run the stage of RUN/recipe.yaml in its own processes; it writes into the job's output folder.
+    """Run a stage of RUN/recipe.yaml in processes of its own, which write into the job's output folder.
 
     Args:
-        config: what `accelerate config` wrote. Several processes on the CPU: `distributed_type: MULTI_CPU`,
-            `use_cpu: true`, `num_processes: N`, nothing about MPI.
+        config: a file that `accelerate config` wrote. For several processes on the CPU: `distributed_type: MULTI_CPU`,
+            `use_cpu: true`, `num_processes: N`, and nothing about MPI.
 
     Raises:
-        UserError: no such config, or one that cannot be used; what the stage raised.
-        StageFailed: the stage failed.
+        UserError: there is no such config, it cannot be used, or the stage raised one.
+        StageFailed: the stage failed in another way.
     """
     if not config.is_file():
         raise UserError("--launch", f"no file {str(config)!r}", "write one with `accelerate config --config_file FILE`")

@@ -1,7 +1,7 @@
 """The processes of a launched stage: `launch.launch_stage` starts accelerate's launcher, which starts those that train.
 
-Both are this module, in two roles (`_launcher` and `_process`). What is wrong with the user's input is left as a file,
-so that the chain, which started it all, says it once.
+Both run this module, in two roles (`_launcher` and `_process`). A user's mistake is left behind as a file, so that the
+chain, which started them, reports it once.
 """
 
 import json
@@ -23,7 +23,7 @@ MODULE = f"{__package__}.launched"
 
 
 def _launcher(config: str, said: str, *stage: str) -> int:
-    """accelerate's launcher on the config."""
+    """Run accelerate's launcher on the config."""
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -47,9 +47,9 @@ def _launcher(config: str, said: str, *stage: str) -> int:
 
 
 def _cpu_options(config: str) -> list[str]:
-    """What accelerate must be told beside a config for several processes on the CPU.
+    """What accelerate must be told in addition to a config for several processes on the CPU.
 
-    Its launcher starts those through mpirun, and one process only where the config names no host file. Its launcher
+    Its launcher starts those through mpirun, or just one process if the config names no host file. Its launcher
     for several GPUs is torchrun, which starts processes on CPUs as well; they find each other through gloo.
     """
     from accelerate.commands.config.config_args import load_config_from_file
@@ -67,7 +67,7 @@ def _cpu_options(config: str) -> list[str]:
 
 
 def _silence_elastic() -> None:
-    """torchrun's own words on a process that failed: that process and `_launcher` say what there is to say."""
+    """Drop torchrun's own report of a failed process: that process and `_launcher` say all there is to say."""
     import logging
 
     elastic = logging.getLogger("torch.distributed.elastic")
@@ -104,7 +104,7 @@ def _run(run_dir: Path, name: str, from_adapter: Path | None) -> None:
 
 
 def _leave_group() -> None:
-    """A process that ends with its group still open is now and then aborted by one of the group's threads."""
+    """Close the process group: a process that ends without doing so is now and then aborted by one of its threads."""
     import torch.distributed
 
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -112,7 +112,7 @@ def _leave_group() -> None:
 
 
 def _end_with_parent() -> None:
-    """Asked for by the launcher and the processes: a killed chain leaves nobody who goes on writing into its folder."""
+    """Have this process killed when its parent ends, so that a killed chain leaves nobody writing into its folder."""
     if sys.platform == "linux":
         import ctypes
         import signal
@@ -121,7 +121,7 @@ def _end_with_parent() -> None:
 
 
 def _say_once(said: Path, words: str) -> int:
-    """On standard error, unless a process left a `UserError`: then the others ended because that one did."""
+    """Print it on standard error, unless a process left a `UserError`: the others ended because that one did."""
     if read_error(said) is None:
         print(words, file=sys.stderr)
     return 1
@@ -133,13 +133,13 @@ def _write_error(said: Path, error: UserError) -> None:
 
 
 def read_error(said: Path) -> UserError | None:
-    """The first process' error; None where there is none."""
+    """The first process's `UserError`; None if there is none."""
     files = sorted(said.glob("*.json"))
     return UserError(*json.loads(files[0].read_text(encoding="utf-8"))) if files else None
 
 
 def main(role: str, *arguments: str) -> int:
-    """A launcher or a stage's process; `said`, the folder for errors, is among its arguments."""
+    """Run as the launcher or as one of the stage's processes; the folder for errors is among the arguments."""
     work: Callable[..., int]
     work, said = (_launcher, arguments[1]) if role == "launcher" else (_process, arguments[0])
     try:

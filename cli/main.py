@@ -118,7 +118,7 @@ def doctor(
     samples: Annotated[int, typer.Option(help="Replies drawn from each policy.")] = 64,
     json: AsJson = False,
 ) -> int:
-    """Say which stage of a run is bad, and why; exit code 1 where something is broken. Writes RUN/doctor.json."""
+    """Say which stage of a run is bad, and why; exit code 1 if something is broken. Writes RUN/doctor.json."""
     from .doctor import doctor_run
     from .output import Output
 
@@ -145,7 +145,7 @@ def chat(
     seed: Annotated[int | None, typer.Option(help="Default: the recipe's.")] = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.")] = None,
 ) -> None:
-    """Talk to a run's policies. In the chat /help lists what else there is; a pipe gives one turn a line."""
+    """Talk to a run's policies. In the chat, /help lists the commands; from a pipe, each line is one turn."""
     from .chat import ChatOptions, chat_run
 
     chat_run(run, ChatOptions(policy, compare, samples, max_new_tokens, temperature, beams, seed, system))

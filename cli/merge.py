@@ -9,7 +9,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def merge_stage(adapter: Path, out: Path, dtype: str | None = None) -> None:
-    """Write base + adapter as one model and say where.
+    """Write the base with the adapter merged into it, and print where.
 
     Args:
         adapter: a finished stage's folder.
@@ -17,7 +17,7 @@ def merge_stage(adapter: Path, out: Path, dtype: str | None = None) -> None:
         dtype: one of `_DTYPES`; None: the one that the stage was trained in.
 
     Raises:
-        UserError: no adapter there, its base is another one now, or `out` holds something.
+        UserError: there is no adapter, its base has changed, or `out` is not empty.
     """
     if not holds_adapter(adapter):
         raise UserError(str(adapter), "holds no adapter", "give a finished stage's folder, such as runs/NAME/dpo")

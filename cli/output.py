@@ -1,22 +1,21 @@
-"""What the chain says while it runs: plain lines, on standard error where standard output carries JSON."""
+"""What the commands print: plain lines, and results as a table or as JSON lines."""
 
 import sys
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 
 class Output:
-    """Says lines. With `json`, results go to standard output as one object a line and all else to standard error."""
+    """Prints to standard output. With `json` only results go there, one object per line, the rest to standard error."""
 
     def __init__(self, json: bool = False) -> None:
         self.json = json
 
     def say(self, line: str) -> None:
-        """One line for people."""
+        """Print one line for people."""
         print(line, file=sys.stderr if self.json else sys.stdout, flush=True)
 
-    def rows(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Results: JSON lines, or a table."""
+    def rows(self, rows: Iterable[Mapping[str, object]]) -> None:
+        """Print results: as JSON lines, or as a table."""
         rows = [dict(row) for row in rows]
         if self.json:
             from json import dumps
@@ -28,7 +27,7 @@ class Output:
 
 
 def duration(seconds: float) -> str:
-    """3.2 s, 4 min 10 s, 2 h 5 min."""
+    """A time in words: `3.2 s`, `4 min 10 s`, `2 h 5 min`."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -37,7 +36,7 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
-def _print_table(rows: list[dict[str, Any]]) -> None:
+def _print_table(rows: list[dict[str, object]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -55,7 +54,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     if value is None:
         return "-"
     if isinstance(value, bool) or not isinstance(value, float):

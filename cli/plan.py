@@ -18,7 +18,7 @@ _EPOCHS, _BATCH = 3.0, 8
 
 
 def plan_recipe(recipe: str, overrides: Sequence[str], output: Output) -> None:
-    """`preftune plan`: one row a stage. Numbers are estimates to about a factor of two."""
+    """`preftune plan`: print one row per stage. The numbers are estimates, to within about a factor of two."""
     loaded = load_recipe(recipe, overrides)
     from transformers import AutoConfig
 

@@ -1,4 +1,4 @@
-"""A run's recipe and its policies: which there are, and how to sample from them."""
+"""A run's recipe and its policies: which ones there are, and how to sample from them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def run_recipe(run: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe that the run folder holds.
+    """The recipe in the run folder.
 
     Raises:
         UserError: there is no such folder, or no recipe in it.
@@ -31,7 +31,7 @@ def run_recipe(run: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def recipe_base(recipe: Recipe) -> "Base":
-    """The recipe's base, and its functions within reach."""
+    """The recipe's base; the recipe's own functions can be imported afterwards."""
     from ..models.loading import resolve_base
     from .process import make_functions_importable
 
@@ -40,10 +40,10 @@ def recipe_base(recipe: Recipe) -> "Base":
 
 
 def check_policy(recipe: Recipe, run: Path, name: str, where: str) -> None:
-    """Raises UserError where the recipe has no such policy, or the run no adapter of it.
+    """Raise UserError if the recipe has no such policy, or the run no adapter for it.
 
     Args:
-        where: what asked for it, for the message.
+        where: what asked for it, such as an option; for the message.
     """
     known = [BASE, *policies(recipe)]
     if name not in known:

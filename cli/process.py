@@ -1,4 +1,4 @@
-"""What every process of the command sets up, and with which exit code it ends."""
+"""What every process of the command sets up, and the exit code that it ends with."""
 
 import os
 import sys
@@ -15,7 +15,7 @@ from ..recipes.schema import Recipe
 
 
 class StageFailed(Exception):
-    """A stage in processes of its own ended with another exit code than 0; its own message stands above."""
+    """A launched stage ended with an exit code other than 0; it has already printed why."""
 
 
 class _ParserError(Protocol):
@@ -71,15 +71,15 @@ def _wrong_command(error: _ParserError) -> int:
 
 
 def ignore_library_warnings() -> None:
-    """Leave out what libraries tell one another about their next versions."""
+    """Hide warnings about libraries' future versions, which a user can do nothing about."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(transformers|peft|trl|torch)\.")
 
 
 def quiet_libraries() -> None:
-    """Errors only from transformers, and no progress bars of libraries unless a person watches a terminal.
+    """Let transformers print errors only, and the libraries draw progress bars on a terminal only.
 
-    To be called before they are imported: they read it from the environment, as the processes that we start do.
+    Call it before they are imported: they read these settings from the environment, as the processes that we start do.
     """
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

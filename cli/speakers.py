@@ -14,16 +14,16 @@ class Speaker(Protocol):
     """What answers in a chat."""
 
     def answer(self, messages: "list[Message]", seed: int) -> str | None:
-        """The reply that the conversation goes on with; None where there is none."""
+        """The reply to go on with; None if there is none."""
         ...
 
     def switch(self, name: str) -> str:
-        """Let another policy answer; what to say of it. Without a name: what to choose from."""
+        """Let another policy answer; returns what to tell the person. With an empty name: which policies there are."""
         ...
 
 
 class Single:
-    """One policy that answers, another one on demand."""
+    """One policy answers, until another one is asked for."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class Single:
         self.talk, self.terminal, self.policy, self._ready, self._policies = talk, terminal, policy, ready, policies
 
     def answer(self, messages: "list[Message]", seed: int) -> str | None:
-        """The policy's reply, as far as it came; None where it was stopped before it had said anything."""
+        """The policy's reply, as far as it got; None if it was stopped before it said anything."""
         label = f"{self.policy}> " if self.terminal.person else ""
         reply = show_reply(self.talk, self.terminal, label, self.policy, messages, seed)
         return None if reply.stopped and not reply.text.strip() else reply.text
@@ -53,7 +53,7 @@ class Single:
 def show_reply(
     talk: "Conversation", terminal: Terminal, label: str, policy: str, messages: "list[Message]", seed: int
 ) -> "Reply":
-    """One reply, shown while it comes; Ctrl-C ends it."""
+    """One reply, shown as it is generated; Ctrl-C ends it."""
     terminal.begin(label)
     note = ""
     try:

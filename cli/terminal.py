@@ -1,18 +1,18 @@
-"""Where a chat is typed and read: a terminal with its line editing, or a pipe, one turn a line."""
+"""Where a chat is typed and read: a terminal with line editing, or a pipe with one turn per line."""
 
+import io
 import signal
 import sys
 import threading
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
 
 from ..progress import say
 
 
 class Terminal:
-    """Standard input and output. Replies go to standard output, everything else that is said to standard error.
+    """Standard input and output. Replies go to standard output, everything else to standard error.
 
     Attributes:
         person: whether a person sits at both ends; prompts are shown to nobody else.
@@ -21,9 +21,8 @@ class Terminal:
     def __init__(self) -> None:
         self.person = sys.stdin.isatty() and sys.stdout.isatty()
         # half a character that was pasted, or another encoding, should not end the chat
-        with suppress(AttributeError):
-            stdin: Any = sys.stdin
-            stdin.reconfigure(errors="replace")
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="replace")
         if self.person:
             with suppress(ImportError):
                 # `input` edits lines and remembers them once this is imported
@@ -31,10 +30,10 @@ class Terminal:
         self._begins = False
 
     def ask(self, prompt: str) -> str:
-        """The next line that is typed.
+        """The next line of input.
 
         Raises:
-            EOFError: there is none (Ctrl-D, or the pipe's end).
+            EOFError: there is none (Ctrl-D, or the end of the pipe).
         """
         if self.person:
             return input(prompt)
@@ -44,13 +43,13 @@ class Terminal:
         return line.rstrip("\r\n")
 
     def begin(self, label: str = "") -> None:
-        """What follows is the text of one reply."""
+        """Begin a reply: its text follows."""
         sys.stdout.write(label)
         sys.stdout.flush()
         self._begins = True
 
     def write(self, text: str) -> None:
-        """A part of it, shown at once."""
+        """Show the next part of the reply at once."""
         if self._begins:
             text = text.lstrip()
             self._begins = not text
@@ -58,19 +57,19 @@ class Terminal:
         sys.stdout.flush()
 
     def end(self, note: str = "") -> None:
-        """It is over; the note is for people alone."""
+        """End the reply; the note is shown to a person only."""
         print(f" ({note})" if note and self.person else "", flush=True)
 
     def say(self, line: str) -> None:
-        """One line that is no reply."""
+        """Show one line that is not part of a reply."""
         say(harmless(line))
 
     @contextmanager
     def stoppable(self) -> Iterator[Callable[[], bool]]:
-        """Within it Ctrl-C is not an error: what this yields tells whether it was pressed. Pressed again it is one."""
+        """Within it Ctrl-C raises nothing at first: the function that it yields says whether it was pressed."""
         pressed = False
 
-        def press(*_: Any) -> None:
+        def press(*_: object) -> None:
             nonlocal pressed
             if pressed:
                 raise KeyboardInterrupt
@@ -88,5 +87,5 @@ class Terminal:
 
 
 def harmless(text: str) -> str:
-    """The text without control characters, with which a reply could move the cursor or worse."""
+    """The text without control characters: with them a reply could move the cursor, or worse."""
     return "".join(each for each in text if each in "\n\t" or unicodedata.category(each) not in ("Cc", "Cs"))

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
     from ..models.base import Base
 
-_ROW_WORDS = {"demo": "demonstrations", "pair": "pairs", "label": "labelled replies", "prompt": "prompts"}
+_ROW_NAMES = {"demo": "demonstrations", "pair": "pairs", "label": "labelled replies", "prompt": "prompts"}
 
 
 def validate_recipe(recipe: str, overrides: Sequence[str], output: Output) -> None:
-    """`preftune validate`: every entry of the data as every stage would read it, lengths in tokens, every word.
+    """`preftune validate`: read all data as each stage would, measure it in tokens, and check every setting.
 
-    What cannot be looked at offline is said and is no error.
+    What cannot be checked offline is reported, and is not an error.
 
     Raises:
         UserError: the first thing that is wrong.
@@ -37,13 +37,13 @@ def validate_recipe(recipe: str, overrides: Sequence[str], output: Output) -> No
         for row in _check_rows(loaded, name, entry, kind, tokenizer, output):
             if output.json:
                 output.rows([row])
-    _check_words(loaded, base, output)
+    _check_settings(loaded, base, output)
     _check_judges(loaded)
     output.say("nothing wrong found")
 
 
 def data_uses(recipe: Recipe) -> Iterator[tuple[str, Data, RowKind]]:
-    """(name, entry, kind of rows) of each way in which an entry is read, once each."""
+    """(name, entry, kind of rows) for each distinct way in which an entry is read."""
     seen = set()
     for name in order(recipe):
         stage = recipe.stages[name]
@@ -56,14 +56,14 @@ def data_uses(recipe: Recipe) -> Iterator[tuple[str, Data, RowKind]]:
 
 
 def is_on_hub(recipe: Recipe, path: str) -> bool:
-    """Whether a data path can only be a hub dataset: nothing of that name lies here."""
+    """Whether a data path can only be a hub dataset, as there is no local file of that name."""
     from ..data.sources import find
 
     return find(path, folders(recipe)) is None and not Path(path).suffix and path.count("/") <= 1
 
 
 def offline() -> bool:
-    """Whether the user told the hub's client not to go out."""
+    """Whether the user has put the hub's client in offline mode."""
     from huggingface_hub.constants import is_offline_mode
 
     return is_offline_mode()
@@ -91,7 +91,7 @@ def _check_rows(
     from ..data.load import load_rows
 
     spec = data_spec(entry, recipe.seed)
-    label = f"data {name} as {_ROW_WORDS[kind]}" if name != "eval.prompts" else name
+    label = f"data {name} as {_ROW_NAMES[kind]}" if name != "eval.prompts" else name
     try:
         loaded = load_rows(spec, kind, folders(recipe))
     except UserError:
@@ -112,7 +112,7 @@ def _check_rows(
     yield report
 
 
-def _check_words(recipe: Recipe, base: "Base | None", output: Output) -> None:
+def _check_settings(recipe: Recipe, base: "Base | None", output: Output) -> None:
     from ..models.base import Base
     from ..stages.options import check_words
 

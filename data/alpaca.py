@@ -1,4 +1,4 @@
-"""Rows in the manner of Stanford Alpaca: an `instruction`, with `input` (or `context`) and `history` beside it."""
+"""Rows as in Stanford Alpaca: an `instruction`, with optional `input` (or `context`) and `history`."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ _OTHER_PROMPTS = set(PROMPT_NAMES) - {"instruction", *_INPUTS}
 
 
 def is_alpaca(raw: RawRow, kind: RowKind) -> bool:
-    """Whether the instruction is the prompt of what rows of this kind are made of."""
+    """Whether the row has an instruction, which is the prompt of the rows of this kind."""
     fields = {name for name, value in raw.items() if value is not None}
     if "instruction" not in fields or fields & _OTHER_PROMPTS:
         return False
@@ -46,6 +46,6 @@ def alpaca_as_ours(raw: RawRow, kind: RowKind, origin: str) -> RawRow:
 
 
 def _history(rest: dict[str, Any]) -> list[Message]:
-    """The turns before the instruction, [question, answer] each, which are taken out of the row."""
+    """The turns before the instruction, written as [question, answer] pairs; they are removed from the row."""
     turns = rest.pop("history") if rest.get("history") else []
     return [text_message(role, said) for turn in turns for role, said in zip(("user", "assistant"), turn, strict=True)]

@@ -1,7 +1,7 @@
 """Rows -> datasets of token ids, for the trainers.
 
-What is longer than the data's limits is dropped, truncated or an error, as the data asks, and always counted: prompts
-are cut from the left (a BOS stays), replies from the right, and a reply that was cut gets no EOS.
+Rows longer than the data's limits are dropped, truncated, or an error, as `DataSpec.overflow` says, and always counted.
+Prompts are cut from the left (a BOS stays), replies from the right, and a reply that was cut gets no EOS.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,10 +39,10 @@ Encoded = tuple[Dataset, DataReport]
 
 
 def encode_demos(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", spec: DataSpec) -> Encoded:
-    """Dataset[input_ids, labels]: labels are the ids where an assistant speaks (each EOS included), else -100.
+    """Dataset[input_ids, labels]: labels are the ids within the assistant's turns (EOS included), and -100 elsewhere.
 
-    Every assistant's turn of `completion` is trained; where the template renders a turn differently once others follow,
-    so that the turns cannot be told apart in the ids, only the last one is, and the row is counted.
+    Every assistant turn of `completion` is trained on. If the template renders a turn differently once others follow,
+    so that the turns cannot be told apart in the ids, only the last one is trained on, and the row is counted.
 
     Raises:
         UserError: the template refuses a row, a row is too long and `overflow` is "error", or no row is left.
@@ -75,7 +75,7 @@ def encode_demos(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", spec
 def encode_pairs(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", spec: DataSpec) -> Encoded:
     """Dataset[prompt_ids, chosen_ids, rejected_ids(, margin)]: the replies without the prompt, ending in EOS.
 
-    `margin` is there when every row has one. Raises as `encode_demos`.
+    The column `margin` is there if every row has one. Raises as `encode_demos`.
     """
     encoder = _Encoder(tokenizer, spec)
     margins = all(row.margin is not None for row in rows)
@@ -154,7 +154,7 @@ ENCODERS: "dict[RowKind, Callable[[Sequence[Row], PreTrainedTokenizerBase, DataS
     "label": encode_labels,
     "prompt": encode_prompts,
 }
-"""What turns each kind of rows into token ids."""
+"""Which function encodes which kind of rows."""
 
 
 def encode_rows(kind: RowKind, rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", spec: DataSpec) -> Encoded:
@@ -163,7 +163,7 @@ def encode_rows(kind: RowKind, rows: Sequence[Row], tokenizer: "PreTrainedTokeni
 
 
 class _Encoder:
-    """What the four kinds share: chunked tokenising, the limits, the counts."""
+    """What the four encoders share: chunked tokenising, the limits, the counts."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", spec: DataSpec) -> None:
         self.templater = Templater(tokenizer)
@@ -183,7 +183,7 @@ class _Encoder:
 
         Args:
             texts: the templated texts that a row needs tokenised.
-            finish: the encoded row from their ids; Unusable drops it.
+            finish: makes the encoded row from their ids, or raises Unusable to drop it.
         """
         parts = []
         with tqdm(total=len(rows), desc="encoding", unit=" rows", delay=2, disable=None, leave=False) as bar:
@@ -224,7 +224,7 @@ class _Encoder:
         self.remarks.add(what)
 
     def check_said(self, reply: list[int]) -> None:
-        """A template without tool calls writes such a turn as nothing but its EOS."""
+        """Drop a reply that is only EOS, as a template without tool calls renders a turn that only calls a tool."""
         if reply == [self.templater.eos]:
             raise Unusable(NOTHING_SAID)
 
@@ -233,7 +233,7 @@ class _Encoder:
         return shown == hidden
 
     def fit_prompt(self, prompt: list[int], row: Row, alone: bool = False) -> list[int]:
-        """The prompt within `max_prompt_length`; one that stands alone within `max_length` at least."""
+        """The prompt, cut to `max_prompt_length`; one without a reply is cut to `max_length` if that is not set."""
         limit, reason = self.spec.max_prompt_length, PROMPT_TOO_LONG
         if limit is None and alone:
             limit, reason = self.spec.max_length, TOO_LONG
@@ -247,7 +247,7 @@ class _Encoder:
         return prompt[len(prompt) - limit :]
 
     def fit_reply(self, prompt: list[int], reply: list[int], row: Row) -> list[int]:
-        """The reply within what the prompt leaves of `max_length`."""
+        """The reply, cut to what the prompt leaves of `max_length`."""
         limit = self.spec.max_length
         if limit is None or len(prompt) + len(reply) <= limit:
             return reply
@@ -257,7 +257,7 @@ class _Encoder:
         return reply[: limit - len(prompt)]
 
     def _overflow(self, length: int, limit: int, reason: str, row: Row) -> None:
-        """Returns when the row is to be truncated."""
+        """Raise if the row is to be dropped or refused; return if it is to be truncated."""
         if self.spec.overflow == "error":
             raise UserError(
                 row.origin,

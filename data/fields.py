@@ -1,4 +1,4 @@
-"""The names under which a row's fields are looked for: ours first, which wins, then those that others use."""
+"""The names of fields that are recognised: our own first, which takes precedence, then those that others use."""
 
 PROMPT_NAMES = ("prompt", "instruction", "question", "query", "input")
 COMPLETION_NAMES = ("completion", "response", "output", "answer")

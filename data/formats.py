@@ -1,6 +1,6 @@
 """Recognise a raw row's format and normalise it.
 
-A format of somebody else's is one record of `FORMATS`, which rewrites a row in our own fields:
+A foreign format is one record of `FORMATS`, which rewrites a row in our own fields:
 
 | format | fields |
 |---|---|
@@ -8,7 +8,7 @@ A format of somebody else's is one record of `FORMATS`, which rewrites a row in 
 | HH-RLHF | `chosen`, `rejected` as text with `Human:` and `Assistant:` turns |
 | Alpaca | `instruction`, `input`, `output`, `system`, `history` |
 
-Our own fields, in which `_Reader` finds what a kind of rows needs:
+Our own fields, from which `_Reader` makes the kind of rows that is asked for:
 
 | rows | fields |
 |---|---|
@@ -18,7 +18,7 @@ Our own fields, in which `_Reader` finds what a kind of rows needs:
 | unpaired | any of the above with one completion, and `label` |
 | prompt only | `prompt`, or a conversation (its last reply is left out) |
 
-How a single text or list of messages may be written (plain, HH, ShareGPT) is `messages.py`'s.
+How one text or one list of messages may be written (plain, HH, ShareGPT) is settled in `messages.py`.
 """
 
 from collections.abc import Callable
@@ -39,15 +39,15 @@ from .voted import is_vote, vote_as_ours
 
 @dataclass(frozen=True)
 class Format:
-    """One way in which others write rows. To add one, write its two functions in a file and its record in `FORMATS`.
+    """A foreign format. To add one, write its two functions in a file of its own and its record in `FORMATS`.
 
-    Which kinds of rows a format gives follows from the fields that it is rewritten in: `prompt` and `completion` give
-    demonstrations and prompts; `chosen` and `rejected` with `prompt` all four kinds.
+    Which kinds of rows it gives follows from the fields that it is rewritten in: `prompt` and `completion` give
+    demonstrations and prompts; `prompt`, `chosen` and `rejected` give all four kinds.
 
     Attributes:
-        recognises: whether a raw row is of this format and its fields are what rows of that kind are made of.
-        as_ours: the same row in our fields, those that it does not know left alone; takes the place for messages as
-            well. Raises UserError where a field holds something wrong, Unusable where the row cannot serve.
+        recognises: (raw row, kind) -> whether the row is of this format, and its fields make rows of that kind.
+        as_ours: (raw row, kind, origin) -> the row in our fields; other fields are kept. Raises UserError if a field
+            holds something wrong, Unusable if the row cannot be used.
     """
 
     name: str
@@ -60,7 +60,7 @@ FORMATS = (
     Format("HH-RLHF", is_dialogue_pair, dialogue_pair_as_ours),
     Format("Alpaca", is_alpaca, alpaca_as_ours),
 )
-"""The first that recognises a row rewrites it; a row that none recognises is read as it stands."""
+"""The first that recognises a row rewrites it; a row that none recognises is read as it is."""
 
 _EXPECTED: dict[RowKind, str] = {
     "demo": "prompt and completion, or messages, conversations, or instruction and output",
@@ -74,12 +74,12 @@ def normalise(raw: RawRow, kind: RowKind, origin: str, columns: dict[str, str] |
     """The rows of `kind` that `raw` stands for: one, or two where a pair serves as labelled completions.
 
     Args:
-        origin: the row's place, for messages.
-        columns: our names to the row's, for what is not recognised by itself.
+        origin: where the row comes from, for error messages.
+        columns: maps our field names to the row's, for those that are not recognised.
 
     Raises:
         UserError: a field is missing or holds something else.
-        Unusable: the row is sound but cannot serve (two equal sides, an empty reply, ...).
+        Unusable: the row is valid but cannot be used (two equal sides, an empty reply, ...).
     """
     raw = _renamed(raw, columns, origin)
     format = next((each for each in FORMATS if each.recognises(raw, kind)), None)
@@ -99,7 +99,7 @@ def _renamed(raw: RawRow, columns: dict[str, str] | None, origin: str) -> RawRow
 
 
 class _Reader:
-    """One raw row on its way to rows; remembers which fields were consumed, the rest are `columns`."""
+    """Makes rows from one raw row in our fields; fields that nothing has used become `columns`."""
 
     def __init__(self, raw: RawRow, kind: RowKind, origin: str) -> None:
         self.raw, self.origin = raw, origin
@@ -174,7 +174,7 @@ class _Reader:
     # -- their parts ---------------------------------------------------------------------------------------------
 
     def demonstration(self) -> tuple[list[Message], list[Message]]:
-        """(prompt, completion) of a row that shows one way to go on."""
+        """(prompt, completion) of a row with one completion."""
         reply = self.name_of(COMPLETION_NAMES)
         name = self.name_of(PROMPT_NAMES) if reply is not None else None
         if reply is not None and name is not None:
@@ -221,13 +221,13 @@ class _Reader:
         return prompt, single(side)
 
     def whole_conversations(self) -> bool:
-        """Do the sides carry their own prompt?"""
+        """Whether the sides contain their prompt."""
         side = self.raw.get("chosen")
         messages = to_messages(side, "assistant", self.origin, "chosen")
         return bool(messages) and messages[0]["role"] != "assistant"
 
     def context(self) -> list[Message] | None:
-        """What comes before the sides, from a prompt or a conversation; None when there is neither."""
+        """What comes before the sides, from a prompt or a conversation; None if there is neither."""
         name = self.name_of(PROMPT_NAMES)
         if name is not None:
             return self.with_system(self.value(name, "user"))
@@ -265,7 +265,11 @@ class _Reader:
         return to_messages(self.raw[name], role, self.origin, name)
 
     def name_of(self, names: tuple[str, ...]) -> str | None:
-        """The one field of `names` that the row has; the first of them is ours and wins."""
+        """The field of `names` that the row has; the first name is ours and takes precedence.
+
+        Raises:
+            UserError: it has several of the others.
+        """
         found = [name for name in names if name in self.fields]
         if not found or found[0] == names[0]:
             return found[0] if found else None

@@ -1,4 +1,4 @@
-"""Dialogues written as one text in the manner of Anthropic's HH-RLHF (arXiv 2204.05862).
+"""Dialogues written as one text, as in Anthropic's HH-RLHF (arXiv 2204.05862).
 
 \\n\\nHuman: ...\\n\\nAssistant: ...\\n\\nHuman: ...\\n\\nAssistant: ...
 """
@@ -18,7 +18,7 @@ DIFFERENT_PROMPTS = "the two sides differ before the last reply"
 
 
 def is_dialogue(value: object) -> bool:
-    """Does this text start as an HH dialogue does, and hold an assistant's turn?"""
+    """Whether it is a text that starts like an HH dialogue and contains an assistant turn."""
     return isinstance(value, str) and bool(re.match(r"\s*Human:", value)) and ASSISTANT in value
 
 
@@ -56,7 +56,7 @@ def split_pair(chosen: str, rejected: str) -> tuple[list[Message], str, str]:
 
 
 def is_dialogue_pair(raw: RawRow, kind: RowKind) -> bool:
-    """Whether both sides are whole dialogues, and it is they that rows of this kind are made of."""
+    """Whether both sides are whole dialogues, and rows of this kind are made from them."""
     if not (is_dialogue(raw.get("chosen")) and is_dialogue(raw.get("rejected"))):
         return False
     if kind == "label":
@@ -67,7 +67,7 @@ def is_dialogue_pair(raw: RawRow, kind: RowKind) -> bool:
 
 
 def dialogue_pair_as_ours(raw: RawRow, kind: RowKind, origin: str) -> RawRow:
-    """The row with what the sides share as `prompt`, and in each side its last reply alone.
+    """The row with what the sides share as `prompt`, and only the last reply of each side left in it.
 
     Raises:
         Unusable: the sides are not two replies to one prompt.
@@ -82,5 +82,5 @@ def dialogue_pair_as_ours(raw: RawRow, kind: RowKind, origin: str) -> RawRow:
 
 
 def _own(reply: str) -> str:
-    """A reply without what a human says after it."""
+    """A reply without any human turns after it."""
     return reply.partition("\n\nHuman:")[0].strip()

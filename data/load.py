@@ -1,4 +1,4 @@
-"""Sources -> normalised rows, with a count of everything that did not make it."""
+"""Sources -> normalised rows, with a count of every row that was dropped."""
 
 import random
 from collections.abc import Iterable, Sequence
@@ -18,7 +18,13 @@ from .turns import has_system
 
 @dataclass(frozen=True)
 class Loaded:
-    """rows: in training order. fingerprint: sha256 of their content, wherever they were read from."""
+    """Rows that were read.
+
+    Attributes:
+        rows: in training order.
+        fingerprint: sha256 of their content, independent of where they were read from.
+        report: what was read, dropped and noted.
+    """
 
     rows: list[Row]
     fingerprint: str
@@ -84,7 +90,7 @@ def _with_system(row: Row, system: str | None) -> Row:
 
 
 def _mix(spec: DataSpec, per_source: list[list[Row]]) -> tuple[list[Row], list[int]]:
-    """(rows, how many of each source)."""
+    """(rows, how many of them come from each source)."""
     weights = [source.weight for source in spec.sources]
     if len(set(weights)) == 1:
         rows = [row for group in per_source for row in group]
@@ -108,5 +114,5 @@ def _mix(spec: DataSpec, per_source: list[list[Row]]) -> tuple[list[Row], list[i
 
 
 def _progress(rows: Iterable[Placed], path: str) -> Iterable[Placed]:
-    """A bar on a terminal, from the second second on."""
+    """Show a progress bar on a terminal if reading takes longer than two seconds."""
     return tqdm(rows, desc=f"reading {path}", unit=" rows", delay=2, disable=None, leave=False)

@@ -27,8 +27,8 @@ _ROLES = {
 }
 
 
-def to_messages(value: Any, role: str, where: str, field: str) -> list[Message]:
-    """`value` as messages; a plain text becomes one message of `role`, an HH dialogue its turns.
+def to_messages(value: object, role: str, where: str, field: str) -> list[Message]:
+    """`value` as messages: a plain text becomes one message of `role`, an HH dialogue one message per turn.
 
     Raises:
         UserError: it is neither text nor messages.
@@ -44,7 +44,7 @@ def to_messages(value: Any, role: str, where: str, field: str) -> list[Message]:
     return [_message(item, where, f"{field}[{i}]") for i, item in enumerate(value)]
 
 
-def _message(item: Any, where: str, field: str) -> Message:
+def _message(item: object, where: str, field: str) -> Message:
     if isinstance(item, dict) and "role" in item:
         return _chat_message(item, where, field)
     if isinstance(item, dict) and "from" in item and "value" in item:
@@ -66,8 +66,8 @@ def _chat_message(item: dict[str, Any], where: str, field: str) -> Message:
     return message
 
 
-def _content(content: Any, where: str, field: str) -> str:
-    """Text; a list of text parts is joined; nothing (beside a tool call) is the empty text."""
+def _content(content: object, where: str, field: str) -> str:
+    """The content as text: text parts are joined, and no content (beside a tool call) is the empty text."""
     if content is None:
         return ""
     if isinstance(content, str):
@@ -88,8 +88,8 @@ def _sharegpt_message(item: dict[str, Any], where: str, field: str) -> Message:
     return text_message(_ROLES[speaker], _content(value, where, field))
 
 
-def _calls(value: Any, where: str, field: str) -> list[dict[str, Any]]:
-    """ShareGPT writes one call, or a list of them, as JSON text: {"name": ..., "arguments": {...}}."""
+def _calls(value: object, where: str, field: str) -> list[dict[str, Any]]:
+    """Tool calls, which ShareGPT writes as JSON text, one or a list: {"name": ..., "arguments": {...}}."""
     calls = parsed(value, where, field)
     calls = calls if isinstance(calls, list) else [calls]
     if not all(isinstance(call, dict) and "name" in call for call in calls):
@@ -100,8 +100,8 @@ def _calls(value: Any, where: str, field: str) -> list[dict[str, Any]]:
     ]
 
 
-def to_tools(value: Any, where: str) -> list[Any] | None:
-    """The tools' JSON schemas; text is read as JSON; nothing or an empty list is None."""
+def to_tools(value: object, where: str) -> list[Any] | None:
+    """The tools' JSON schemas, read from JSON if they are a text; None if there are none."""
     if value is None or value == "":
         return None
     tools = without_nulls(parsed(value, where, "tools"))
@@ -110,8 +110,8 @@ def to_tools(value: Any, where: str) -> list[Any] | None:
     return tools or None
 
 
-def parsed(value: Any, where: str, field: str) -> Any:
-    """Text read as JSON; anything else as it is."""
+def parsed(value: object, where: str, field: str) -> Any:
+    """The value of a JSON text; anything else is returned as it is."""
     if not isinstance(value, str):
         return value
     try:
@@ -129,7 +129,7 @@ def without_nulls(value: Any) -> Any:
     return value
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     return {"NoneType": "null", "str": "text", "dict": "an object", "list": "a list"}.get(
         type(value).__name__, f"a {type(value).__name__}"
     )

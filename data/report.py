@@ -1,4 +1,4 @@
-"""What happened to the rows: nothing is dropped or cut without being counted."""
+"""What happened to the rows: each one that is dropped or cut is counted."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,7 +8,7 @@ _SHOWN = 3
 
 @dataclass
 class Tally:
-    """How many rows, and where the first few of them stand."""
+    """How many rows, and where the first few of them come from."""
 
     count: int = 0
     origins: list[str] = field(default_factory=list)
@@ -27,8 +27,12 @@ class Tally:
 class DataReport:
     """Counts of one pass over the data (reading, or encoding).
 
-    read: rows that came in. used: rows that went out. dropped: by reason. notes: rows used all the same of which
-    something is to be said (truncated, boundary moved, ...). sources: rows taken from each source.
+    Attributes:
+        read: rows that came in.
+        used: rows that went out.
+        dropped: rows that did not, by reason.
+        notes: rows that are used although something is worth noting (truncated, boundary moved, ...).
+        sources: rows taken from each source.
     """
 
     read: int = 0
@@ -52,7 +56,7 @@ class DataReport:
         return sum(tally.count for tally in self.dropped.values())
 
     def lines(self) -> list[str]:
-        """For people: one line with the totals, then one a reason."""
+        """For people: one line with the totals, then one per reason."""
         lines = [f"{self.used} rows used of {self.read} read"]
         if len(self.sources) > 1:
             lines += [f"from {path}: {count}" for path, count in self.sources.items()]

@@ -1,4 +1,4 @@
-"""One row of data, whatever format it came in."""
+"""One row of data, independent of the format that it came in."""
 
 import hashlib
 import json
@@ -36,7 +36,7 @@ class Row:
 
 
 class Unusable(Exception):
-    """A row that cannot serve though nobody made a mistake: dropped, and counted under `reason`."""
+    """A valid row that cannot be used: it is dropped, and counted under `reason`."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
@@ -47,19 +47,19 @@ def text_message(role: str, text: str) -> Message:
     return {"role": role, "content": text}
 
 
-def canonical(value: Any) -> str:
-    """`value` as JSON that does not depend on key order; what JSON lacks (dates, bytes) as `str`."""
+def canonical(value: object) -> str:
+    """`value` as JSON that is independent of key order; types that JSON lacks (dates, bytes) as `str`."""
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
 
 
 def prompt_key(prompt: list[Message]) -> str:
-    """Equal for equal prompts, white space around a message's text aside."""
+    """A text that is equal for equal prompts, ignoring white space around a message's text."""
     tidy = [{**m, "content": m["content"].strip()} if isinstance(m.get("content"), str) else m for m in prompt]
     return canonical(tidy)
 
 
 def fingerprint(rows: Iterable[Row]) -> str:
-    """sha256 over the rows' content in order; where they were read from does not matter."""
+    """sha256 of the rows' content in order, independent of where they were read from."""
     digest = hashlib.sha256()
     for row in rows:
         content = [row.prompt, row.completion, row.chosen, row.rejected, row.label, row.margin, row.tools, row.columns]

@@ -1,6 +1,6 @@
-"""Reading files, folders and hub datasets: every row with the place it came from.
+"""Reading files, folders and hub datasets: every row with the place that it comes from.
 
-Nothing here knows what the rows mean; `formats.py` does.
+What the rows mean is settled in `formats.py`.
 """
 
 import csv
@@ -44,7 +44,7 @@ def read_source(source: SourceSpec, folders: Sequence[Path]) -> Iterator[Placed]
 
 
 def find(path: str, folders: Sequence[Path]) -> Path | None:
-    """The first of `folders`, then the package's own data, that holds `path`; None when none does."""
+    """`path` in the first of `folders` that has it, or in the package's own data; None if none does."""
     given = Path(path).expanduser()
     if given.is_absolute():
         return given if given.exists() else None
@@ -56,7 +56,7 @@ def _places(folders: Sequence[Path]) -> list[Path]:
 
 
 def _suffix(path: Path) -> str | None:
-    """The format's suffix, `.gz` aside; None for an unknown one."""
+    """The suffix of a known file format, ignoring `.gz`; None for an unknown one."""
     name = path.name.lower().removesuffix(".gz")
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
 
@@ -65,7 +65,7 @@ def read_file(path: Path, shown: str) -> Iterator[Placed]:
     """The rows of one file.
 
     Args:
-        shown: how messages name the file.
+        shown: the name of the file in error messages.
     """
     suffix = _suffix(path)
     if suffix is None:
@@ -105,7 +105,7 @@ def _read_lines(text: TextIO, shown: str) -> Iterator[Placed]:
 
 
 def _read_json(text: str, shown: str) -> Iterator[Placed]:
-    """An array of objects, or {"data": [...]}; files that hold one object a line are taken as well."""
+    """An array of objects, or {"data": [...]}; a file with one object per line is accepted as well."""
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
@@ -123,7 +123,7 @@ def _read_json(text: str, shown: str) -> Iterator[Placed]:
         yield origin, _object(row, origin)
 
 
-def _object(row: Any, origin: str) -> RawRow:
+def _object(row: object, origin: str) -> RawRow:
     if not isinstance(row, dict):
         raise UserError(origin, f"a {type(row).__name__}, expected an object with named fields", "correct the row")
     return row
@@ -192,7 +192,7 @@ def _read_folder(folder: Path, source: SourceSpec) -> Iterator[Placed]:
 
 
 def _split_of(path: Path, names: set[str | None]) -> str | None:
-    """The split that a file's folder or name says: `test/0.jsonl`, `train-00000-of-00002.parquet`."""
+    """The split named by a file's folder or name: `test/0.jsonl`, `train-00000-of-00002.parquet`."""
     words = [*path.parts[:-1], re.split(r"[-_.]", path.name)[0]]
     return next((word for word in words if word in names), None)
 

@@ -1,4 +1,4 @@
-"""What data a stage asks for: one or several sources, limits, what happens beyond them."""
+"""The data that a stage asks for: one or several sources, limits, and what happens beyond them."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -18,10 +18,10 @@ class SourceSpec:
 
     path: a file (.jsonl, .json, .csv, .tsv, .parquet, each also .gz), a folder of such files, a folder written by
         `datasets.save_to_disk`, or the id of a dataset on the hub.
-    split: the split of a dataset; `train` when it is not given and there is one.
+    split: the split of a dataset; by default `train` if there is one.
     weight: this source's share of the mixture, relative to the other sources' weights (see `load.load_rows`).
-    columns: our names to the file's, for what is not recognised by itself.
-    limit: at most that many usable rows, the first ones.
+    columns: maps our field names to the file's, for those that are not recognised.
+    limit: use only that many rows, the first usable ones.
     name, revision: of a dataset on the hub.
     """
 

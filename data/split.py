@@ -7,10 +7,10 @@ from .rows import Row, prompt_key
 
 
 def split_rows(rows: list[Row], held_out: float, seed: int = 0) -> tuple[list[Row], list[Row]]:
-    """(train, held out), each in the order given; a prompt's rows all land on one side.
+    """(train, held out), each in the order given; all rows of a prompt are on the same side.
 
-    The side depends on the prompt's text and the seed alone (a hash of them, read as a number in [0, 1), lies below
-    `held_out`), so rows added later move none of the old ones. The fraction is exact only in expectation.
+    A prompt is held out if a hash of its text and the seed, read as a number in [0, 1), is below `held_out`, so adding
+    rows later moves none of the old ones. The fraction is exact only in expectation.
 
     Raises:
         UserError: a side would be empty though `held_out` is not 0.
@@ -30,6 +30,6 @@ def split_rows(rows: list[Row], held_out: float, seed: int = 0) -> tuple[list[Ro
 
 
 def prompt_position(row: Row, seed: int) -> float:
-    """Where the row's prompt falls in [0, 1), uniformly over prompts."""
+    """A number in [0, 1) from a hash of the row's prompt and the seed, uniform over prompts."""
     digest = hashlib.sha256(f"{seed}\n{prompt_key(row.prompt)}".encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64

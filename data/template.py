@@ -1,16 +1,19 @@
-"""Chat templates -> token ids, and where in those ids the replies stand.
+"""Chat templates -> token ids, and where in those ids the replies are.
 
 A boundary is always found in the ids of the templated WHOLE conversation, never by tokenising two strings apart: a
-tokenizer may merge across the seam. The prompt's ids are the template with its generation prompt; the reply begins
-where they and the conversation's ids part.
+tokenizer may merge across the seam. The prompt's ids are those of the template with its generation prompt; the reply
+begins where the conversation's ids first differ from them.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from .rows import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # For tokenizers that bring none: a plain dialogue in the manner of HH-RLHF, each reply closed by EOS. Without special
 # tokens of its own, so that a base model need learn no new embedding.
@@ -33,15 +36,16 @@ DEFAULT_CHAT_TEMPLATE = (
 class Templater:
     """One tokenizer's template, as text and as ids.
 
-    Rendering and tokenising are apart so that many texts can be tokenised in one call.
+    Rendering and tokenising are separate so that many texts can be tokenised in one call.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        if tokenizer.eos_token_id is None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        # transformers types ids and texts as anything that any tokenizer might return
+        self.tokenizer: Any = tokenizer
+        if self.tokenizer.eos_token_id is None:
             raise UserError("tokenizer", "it has no EOS token", "set eos_token: replies must end")
-        self.tokenizer = tokenizer
-        self.eos: int = tokenizer.eos_token_id
-        self.bos: int | None = tokenizer.bos_token_id
+        self.eos: int = self.tokenizer.eos_token_id
+        self.bos: int | None = self.tokenizer.bos_token_id
         # Our own template does not write BOS; tokenizers that put one before every text expect it all the same.
         ours = not tokenizer.chat_template or tokenizer.chat_template == DEFAULT_CHAT_TEMPLATE
         self.add_bos = ours and self.bos is not None and list(tokenizer("a").input_ids[:1]) == [self.bos]
@@ -89,8 +93,10 @@ class Templater:
         return next((i for i in range(end, start, -1) if ids[i - 1] == self.eos), None)
 
 
-def prompt_ids(tokenizer: Any, messages: list[Message], tools: list[Any] | None = None) -> list[int]:
-    """Ids of the templated prompt with its generation prompt: what a reply is sampled after."""
+def prompt_ids(
+    tokenizer: "PreTrainedTokenizerBase", messages: list[Message], tools: list[Any] | None = None
+) -> list[int]:
+    """Ids of the templated prompt with its generation prompt, which a reply is sampled from."""
     templater = Templater(tokenizer)
     return templater.ids([templater.text(messages, tools, generation_prompt=True)])[0]
 
@@ -109,9 +115,9 @@ class Spans:
 
     ids: the conversation up to the EOS of its last reply.
     prompt: number of ids before the first reply.
-    trained: [start, end) of each reply that is to be trained, its EOS included.
-    moved: the prompt's ids are not a prefix of the conversation's; the boundary is where they part.
-    last_only: the turns could not be told apart, only the last one is trained.
+    trained: [start, end) of each reply to train on, its EOS included.
+    moved: the prompt's ids are not a prefix of the conversation's; the boundary is where they first differ.
+    last_only: the turns could not be told apart, so only the last one is trained on.
     """
 
     ids: list[int]
@@ -126,8 +132,8 @@ def span_texts(
 ) -> list[str]:
     """The texts whose ids `find_spans` compares.
 
-    The whole conversation; then, for each reply, the conversation before it with the generation prompt, and (but for
-    the last) the conversation up to its end without.
+    The whole conversation; then, for each reply, the conversation before it with the generation prompt, and (except for
+    the last reply) the conversation up to its end without the generation prompt.
     """
     whole = prompt + completion
     texts = [templater.text(whole, tools, False, where)]
@@ -139,16 +145,16 @@ def span_texts(
 
 
 def reply_ends(prompt: list[Message], completion: list[Message]) -> list[int]:
-    """For each assistant's turn of the completion, the number of messages up to and with it."""
+    """For each assistant turn of the completion, the number of messages up to and including it."""
     start = len(prompt) + 1
     return [start + i for i, message in enumerate(completion) if message["role"] == "assistant"]
 
 
 def find_spans(templater: Templater, ids: Sequence[list[int]]) -> Spans:
-    """Where the replies stand.
+    """Where the replies are.
 
     Args:
-        ids: of the texts that `span_texts` gave, in its order.
+        ids: of the texts that `span_texts` returns, in its order.
     """
     whole, befores, afters = ids[0], list(ids[1::2]), list(ids[2::2])
     starts = [common_prefix(before, whole) for before in befores]

@@ -1,4 +1,4 @@
-"""Cutting conversations into prompt and reply, and what makes a row unusable."""
+"""Splitting conversations into prompt and reply, and what makes a row unusable."""
 
 from .rows import Message, Row, Unusable
 
@@ -11,7 +11,7 @@ UNWANTED = "labelled as unwanted"
 
 
 def first_turn(messages: list[Message]) -> tuple[list[Message], list[Message]]:
-    """Split before the first assistant's turn; what follows the last one is cut."""
+    """(prompt, rest): split before the first assistant turn; messages after the last one are left out."""
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
             return messages[:i], until_reply(messages[i:])
@@ -19,12 +19,17 @@ def first_turn(messages: list[Message]) -> tuple[list[Message], list[Message]]:
 
 
 def last_turn(messages: list[Message]) -> tuple[list[Message], list[Message]]:
-    """Split before the last assistant's turn; what follows it is cut."""
+    """(prompt, reply): split before the last assistant turn; messages after it are left out."""
     messages = until_reply(messages)
     return messages[:-1], messages[-1:]
 
 
 def until_reply(messages: list[Message]) -> list[Message]:
+    """The messages up to and including the last assistant turn.
+
+    Raises:
+        Unusable: there is none.
+    """
     end = next((i for i in range(len(messages), 0, -1) if messages[i - 1]["role"] == "assistant"), 0)
     if end == 0:
         raise Unusable(NO_REPLY)
@@ -32,6 +37,11 @@ def until_reply(messages: list[Message]) -> list[Message]:
 
 
 def single(side: list[Message]) -> list[Message]:
+    """The side of a pair, which must be one assistant turn.
+
+    Raises:
+        Unusable: it is more than one.
+    """
     side = until_reply(side)
     if len(side) != 1:
         raise Unusable(SEVERAL_TURNS)
@@ -39,11 +49,12 @@ def single(side: list[Message]) -> list[Message]:
 
 
 def has_system(messages: list[Message]) -> bool:
+    """Whether the conversation begins with a system (or developer) message."""
     return bool(messages) and messages[0]["role"] in ("system", "developer")
 
 
 def check(row: Row) -> None:
-    """Raises Unusable for what no stage can learn from."""
+    """Raise Unusable if no stage can learn from the row."""
     if not row.prompt or not any(_says(message) for message in row.prompt):
         raise Unusable(EMPTY_PROMPT)
     for side in (row.completion, row.chosen, row.rejected):

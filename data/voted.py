@@ -1,5 +1,4 @@
-"""Votes that people cast on two replies (`preftune chat --compare` writes them) as pairs: the preferred reply is the
-chosen one."""
+"""People's votes on two replies, as `preftune chat --compare` writes them: the preferred reply is the chosen one."""
 
 from ..errors import UserError
 from ..values import is_number
@@ -14,16 +13,16 @@ FIELDS = {"policy_a", "policy_b", "completion_a", "completion_b", "preference"}
 
 
 def is_vote(raw: RawRow, kind: RowKind) -> bool:
-    """Whether the row has all that a vote has; a vote serves every kind."""
+    """Whether the row has all fields of a vote; rows of every kind can be made from one."""
     return raw.keys() >= FIELDS
 
 
 def vote_as_ours(raw: RawRow, kind: RowKind, origin: str) -> RawRow:
-    """The row with `prompt`, `chosen` and `rejected` for the replies and the preference; what else it has stays.
+    """The row with the replies as `chosen` and `rejected`; `prompt` and all other fields stay.
 
     Raises:
-        UserError: the preference is no number from 1 (A's reply) to 2 (B's).
-        Unusable: nobody won, or the prompt is only a place in an evaluation.
+        UserError: the preference is not a number from 1 (A's reply) to 2 (B's), or a reply is not text.
+        Unusable: it is a tie, or the prompt is only an index into an evaluation's prompts.
     """
     preference = raw["preference"]
     if not is_number(preference) or not 1 <= preference <= 2:
