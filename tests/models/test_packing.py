@@ -1,6 +1,7 @@
 """The packed forward gives the padded forward's numbers, on every architecture that takes it."""
 
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from preftune.models.flex_tree import flex_applies, flex_tree_attention
 from preftune.models.loading import load_model, resolve_base
 from preftune.models.packing import build_tree, forward_tree, packs_now, rounded, tree_attention, use_packed_forward
 
-SMALL = dict(
+SMALL: dict[str, Any] = dict(
     vocab_size=50,
     hidden_size=32,
     intermediate_size=48,
