@@ -1,13 +1,14 @@
 """One frozen base, many adapters: policy, reference, reward and value share the base's weights in memory."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from peft import LoraConfig, PeftModelForCausalLM
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 from . import seams
 from .base import Base
 from .fused_lora import use_fused_lora
-from .heads import ScalarHead
+from .heads import ScalarHead, bias_of
 from .lineage import check_base
 from .lora import (
     SCORE,
@@ -89,16 +90,19 @@ class AdapterSet:
         return list(self.model.peft_config)
 
     @property
-    def backbone(self) -> nn.Module:
+    def causal(self) -> PreTrainedModel:
+        """The causal model itself, its linear layers wrapped by PEFT."""
+        return cast(PreTrainedModel, self.model.get_base_model())
+
+    @property
+    def backbone(self) -> PreTrainedModel:
         """The decoder, whose output has `last_hidden_state` [B, T, H]."""
-        inner: Any = self.model.get_base_model()
-        return inner.base_model
+        return cast(PreTrainedModel, self.causal.base_model)
 
     @property
     def lm_head(self) -> nn.Module:
         """The output projection; `weight` [V, H]."""
-        inner: Any = self.model.get_base_model()
-        return inner.get_output_embeddings()
+        return cast(nn.Module, self.causal.get_output_embeddings())
 
     def hidden(self, name: str | None, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Tensor:
         """Last hidden states [B, L, H] of padded rows under that adapter (None: the bare base).
@@ -150,14 +154,14 @@ class AdapterSet:
         self, name: str, *, bias: bool, trainable: bool = True, zero: bool = False, seed: int = 0
     ) -> ScalarHead:
         """Give adapter `name` a fresh head, its weight random or zero."""
-        lm_head: Any = self.lm_head
-        head = ScalarHead(lm_head.weight.shape[-1], bias, torch.Generator().manual_seed(seed))
+        width = self.causal.config.get_text_config().hidden_size
+        head = ScalarHead(width, bias, torch.Generator().manual_seed(seed))
         if zero:
             nn.init.zeros_(head.score.weight)
         return self._set_head(name, head.score.state_dict(), trainable)
 
     @contextmanager
-    def using(self, name: str | None) -> Iterator[None]:
+    def using(self, name: str | None) -> Generator[None, None, None]:
         """Within it forwards run with that adapter alone (None: the bare base). May be nested.
 
         With gradient checkpointing the backward runs the forward again, so it belongs inside as well.
@@ -167,7 +171,8 @@ class AdapterSet:
         # PEFT's own set_adapter would switch gradients on and off; its disable_adapter too. These two fields are all
         # that a layer's forward looks at. Written past nn.Module's __setattr__: this runs at every forward.
         active, disabled = [name], name is None
-        fields: list[Any] = [layer.__dict__ for layer in self._layers.values()]
+        # the type of `__dict__` is a read-only view, which it is for classes alone
+        fields = [cast(dict[str, object], layer.__dict__) for layer in self._layers.values()]
         before = [(each.get("_active_adapter", DEFAULT), each.get("_disable_adapters", False)) for each in fields]
         for each in fields:
             each["_active_adapter"], each["_disable_adapters"] = active, disabled
@@ -216,12 +221,12 @@ class AdapterSet:
     def _tensors(self, name: str) -> dict[str, Tensor]:
         """What `adapter_model.safetensors` holds."""
         head = self.heads.get(name)
-        score = {SCORE: head.score.weight} if head is not None and head.score.bias is None else {}
+        score = {SCORE: head.score.weight} if head is not None and bias_of(head.score) is None else {}
         return {**self._state(name), **score}
 
     def _value_tensors(self, name: str) -> dict[str, Tensor]:
         head = self.heads.get(name)
-        if head is None or head.score.bias is None:
+        if head is None or bias_of(head.score) is None:
             return {}
         return {f"value_head.{key}": tensor for key, tensor in head.score.state_dict().items()}
 
@@ -240,9 +245,8 @@ class AdapterSet:
         self._layers = lora_layers(self.model)
         # As in `create`: the new dropout layers follow the model's mode.
         for layer in self._layers.values():
-            dropout: Any = layer.lora_dropout  # pyright: ignore[reportAttributeAccessIssue]
-            if name in dropout:
-                dropout[name].train(self.model.training)
+            if isinstance(layer, LoraLayer) and name in layer.lora_dropout:
+                layer.lora_dropout[name].train(self.model.training)
         for parameter in self.model.parameters():
             parameter.requires_grad_(before.get(id(parameter), trainable))
 

@@ -5,15 +5,14 @@ E tokens that end a completion.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from .batching import left_pad
 from .logprobs import LmHead
-from .packing import ATTENTION
+from .packing import ATTENTION, attention_of
 from .prefill import prefill
 from .row_cache import RowCache
 from .sampling import Sampling, choose, uniforms
@@ -37,7 +36,7 @@ class Decoder:
 
     def __init__(
         self,
-        backbone: Any,
+        backbone: PreTrainedModel,
         head: LmHead,
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
@@ -74,7 +73,7 @@ class Decoder:
         self.step_B, self.length_B = self.request_B.new_zeros(rows), self.request_B.new_zeros(rows)
         self.newest_B = self.request_B.new_full((rows,), pad_token_id)
         self.idle = rows
-        self.whole_mask = sees_everything(backbone) and backbone.config._attn_implementation in ("sdpa", ATTENTION)
+        self.whole_mask = sees_everything(backbone) and attention_of(backbone.config) in ("sdpa", ATTENTION)
         self.token_step = TokenStep(backbone, joint or {}) if TokenStep.applies(backbone) else None
         self.cache = RowCache(rows, backbone.config.get_text_config().num_hidden_layers)
 

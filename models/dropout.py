@@ -16,7 +16,7 @@ def no_dropout(model: nn.Module) -> None:
         SeamMoved: something is left that would still be dropped.
     """
     for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
+        if isinstance(module, nn.modules.dropout._DropoutNd):  # pyright: ignore[reportPrivateUsage]  # seam dropout
             module.p = 0.0
         # some attention modules read their rate from the config at every forward
         for holder in (module, getattr(module, "config", None)):

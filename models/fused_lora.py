@@ -8,13 +8,14 @@ Legend of shape suffixes: N tokens, I input size, O output size, R rank.
 """
 
 import types
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from . import seams
+from .heads import bias_of
 
 with seams.importing(seams.LORA_LAYER):
     from peft.tuners.lora.layer import Linear as LoraLinear
@@ -34,7 +35,7 @@ def use_fused_lora(model: nn.Module) -> None:
 
 
 def _forward(self: LoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    base: Any = self.get_base_layer()
+    base = cast(nn.Linear, self.get_base_layer())
     if self.disable_adapters and not self.merged:
         return base(x)
     fused = None if args or kwargs else _parts(self, x)
@@ -53,16 +54,15 @@ def _parts(layer: LoraLinear, x: Tensor) -> tuple[Tensor, Tensor, float, torch.d
     if layer.merged or len(names) != 1 or names[0] not in layer.lora_A:
         return None
     name = names[0]
-    dropout: Any = layer.lora_dropout[name]
+    dropout = layer.lora_dropout[name]
     if name in layer.lora_variant or (dropout.training and getattr(dropout, "p", 0.0) > 0):
         return None
-    weight: Any = layer.get_base_layer().weight
-    a_RI: Any = layer.lora_A[name].weight
-    b_OR: Any = layer.lora_B[name].weight
+    down, up = cast(nn.Linear, layer.lora_A[name]), cast(nn.Linear, layer.lora_B[name])
+    weight, a_RI, b_OR = cast(nn.Linear, layer.get_base_layer()).weight, down.weight, up.weight
     # ZeRO-3 brings a weight back when its own module is called, and FSDP's shards are no plain tensors
     if weight.requires_grad or hasattr(weight, "ds_id") or not all(_plain(each) for each in (weight, a_RI, b_OR)):
         return None
-    if layer.lora_A[name].bias is not None or layer.lora_B[name].bias is not None:
+    if bias_of(down) is not None or bias_of(up) is not None:
         return None
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)

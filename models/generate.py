@@ -5,7 +5,7 @@ its place to a waiting prompt (`decoder.py`). Every row draws from a random stre
 what it says does not depend on its neighbours.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers import PreTrainedModel
 
 from . import seams
 from .adapters import AdapterSet
@@ -41,15 +42,13 @@ class Generation:
 
 
 @contextmanager
-def merged(adapters: AdapterSet, role: str | None) -> Iterator[None]:
+def merged(adapters: AdapterSet, role: str | None) -> Generator[None, None, None]:
     """Within it the base carries the adapter's change in its own weights, and no adapter runs.
 
     Decoding then costs what the base costs. The base's tensors are set aside, never written to, so they come back bit
     for bit. A quantised base cannot be merged exactly: there the adapter runs beside it as in training.
     """
-    layers: list[Any] = [
-        m for m in adapters.model.modules() if role is not None and isinstance(m, LoraLayer) and role in m.lora_A
-    ]
+    layers = [m for m in adapters.model.modules() if role is not None and isinstance(m, LoraLayer) and role in m.lora_A]
     weights: list[Any] = [layer.get_base_layer().weight for layer in layers]
     if role is None or not all(type(w) is nn.Parameter and w.is_floating_point() for w in weights):
         with adapters.using(role):
@@ -67,7 +66,9 @@ def merged(adapters: AdapterSet, role: str | None) -> Iterator[None]:
 
 
 @contextmanager
-def _ready(adapters: AdapterSet, role: str | None, merge: bool) -> Iterator[tuple[LmHead, dict[nn.Module, Product]]]:
+def _ready(
+    adapters: AdapterSet, role: str | None, merge: bool
+) -> Generator[tuple[LmHead, dict[nn.Module, Product]], None, None]:
     """The model in evaluation mode, speaking through that adapter, its weights laid out for many small products: its
     head, and what `prepacked` yields."""
     model = adapters.model.get_base_model()
@@ -88,7 +89,7 @@ def _ready(adapters: AdapterSet, role: str | None, merge: bool) -> Iterator[tupl
         model.train(was_training)
 
 
-def keeps_a_state(backbone: Any) -> bool:
+def keeps_a_state(backbone: PreTrainedModel) -> bool:
     """Whether some layers hold something else than keys and values of their own for every token."""
     seams.require(seams.DECODER_FIELDS)
     config = backbone.config.get_text_config()
@@ -154,9 +155,8 @@ def sample(
     if not isinstance(seed, int) and len(seed) != len(prompts):
         raise ValueError(f"{len(seed)} seeds for {len(prompts)} prompts, expected one each, or one for all")
     with _ready(adapters, role, merge) as (head, joint):
-        backbone: Any = adapters.backbone
-        decoder = (StatefulDecoder if keeps_a_state(backbone) else Decoder)(
-            backbone,
+        decoder = (StatefulDecoder if keeps_a_state(adapters.backbone) else Decoder)(
+            adapters.backbone,
             head,
             prompts,
             sampling,

@@ -11,6 +11,11 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from ..errors import UserError
 
 
+def bias_of(linear: nn.Linear) -> Tensor | None:
+    """A linear layer's bias, which it need not have (torch's annotation says that it has)."""
+    return linear.bias
+
+
 class Fp32Linear(nn.Linear):
     """A linear layer that computes in fp32 whatever dtype its input has, autocast included.
 
@@ -19,8 +24,8 @@ class Fp32Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         with torch.autocast(input.device.type, enabled=False):
-            bias = None if self.bias is None else self.bias.float()
-            return F.linear(input.float(), self.weight.float(), bias)
+            bias = bias_of(self)
+            return F.linear(input.float(), self.weight.float(), None if bias is None else bias.float())
 
 
 class ScalarHead(nn.Module):
@@ -59,8 +64,8 @@ def init_score(linear: nn.Linear, generator: torch.Generator | None = None) -> N
     """Weight ~ N(0, 1/(H + 1)), bias 0, in place."""
     with torch.no_grad():
         linear.weight.normal_(std=(linear.in_features + 1) ** -0.5, generator=generator)
-        if linear.bias is not None:
-            linear.bias.zero_()
+        if (bias := bias_of(linear)) is not None:
+            bias.zero_()
 
 
 def load_classifier(folder: Path, seed: int, options: dict[str, Any]) -> PreTrainedModel:

@@ -1,7 +1,7 @@
 """Finding, fetching, converting and loading the frozen base model."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from huggingface_hub import snapshot_download
@@ -98,12 +98,13 @@ def load_model(
             model = AutoModelForCausalLM.from_pretrained(base.path, **options)
     seams.require(seams.BASE_NAME, model)
     # PEFT writes this into adapter_config.json as the base's name.
-    model.config._name_or_path = model.name_or_path = base.model_id
+    model.config._name_or_path = base.model_id  # pyright: ignore[reportPrivateUsage]  # seam base-name
+    model.name_or_path = base.model_id
     model.requires_grad_(False).eval()
     if device is not None and quantization is None:
         model.to(device)  # pyright: ignore[reportArgumentType]
     if packed:
-        use_packed_forward(model.base_model)
+        use_packed_forward(cast(PreTrainedModel, model.base_model))
     return model
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from . import seams
@@ -127,7 +127,7 @@ AttentionInterface.register(ATTENTION, tree_attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
-def use_packed_forward(backbone: Any) -> bool:
+def use_packed_forward(backbone: PreTrainedModel) -> bool:
     """Replace the backbone's forward by the packed one, for calls with padded rows and no cache.
 
     Calls that it does not understand (a cache, embeddings, a 4-D mask, hidden states of every layer) go to the model's
@@ -171,7 +171,16 @@ def use_packed_forward(backbone: Any) -> bool:
     return True
 
 
-def packs_now(backbone: Any, device: torch.device) -> bool:
+def attention_of(config: PreTrainedConfig) -> str | None:
+    """The name of the attention function that a model runs."""
+    return config._attn_implementation  # pyright: ignore[reportPrivateUsage]  # seam attention-functions
+
+
+def _attend(config: PreTrainedConfig, name: str) -> None:
+    config._attn_implementation = name  # pyright: ignore[reportPrivateUsage]  # seam attention-functions
+
+
+def packs_now(backbone: PreTrainedModel, device: torch.device) -> bool:
     """Whether this backbone's packed forward is in use on this device."""
     packing: Packing | None = getattr(backbone, _PACKING, None)
     return packing is not None and packing.agrees(device)
@@ -189,11 +198,11 @@ class Packing:
     earlier, because until then the base may be moved, sharded, quantised or get an adapter.
     """
 
-    def __init__(self, backbone: Any, plain: Callable[..., Any]) -> None:
+    def __init__(self, backbone: PreTrainedModel, plain: Callable[..., Any]) -> None:
         self._backbone, self._plain = backbone, plain
         self._tried: set[tuple[str, torch.dtype]] = set()
         self._off = False
-        backbone.config._attn_implementation = ATTENTION
+        _attend(backbone.config, ATTENTION)
 
     def agrees(self, device: torch.device) -> bool:
         """Whether the packed forward gives the padded one's numbers here; if not, the log has said so once."""
@@ -219,7 +228,7 @@ class Packing:
 
     def _give_up(self, why: str) -> None:
         self._off = True
-        self._backbone.config._attn_implementation = "sdpa"
+        _attend(self._backbone.config, "sdpa")
         logger.warning("%s: the packed forward is not used, padded rows are: %s", _name(self._backbone), why)
 
     @torch.no_grad()
@@ -258,7 +267,7 @@ def _probe_rows(vocabulary: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return ids_BL * 7919 % vocabulary, (ids_BL > 0).long()
 
 
-def _precision(backbone: Any, device: torch.device) -> torch.dtype:
+def _precision(backbone: PreTrainedModel, device: torch.device) -> torch.dtype:
     """The lowest precision that the backbone computes in now."""
     dtype: torch.dtype = next(backbone.parameters()).dtype
     if torch.is_autocast_enabled(device.type) and dtype == torch.float32:
@@ -278,7 +287,7 @@ def _allowed(dtype: torch.dtype, device: torch.device) -> float:
     return eps**0.5
 
 
-def _check_windows(config: Any, tree: Tree) -> None:
+def _check_windows(config: PreTrainedConfig, tree: Tree) -> None:
     """The tree met as many attention layers with a sliding window as there are. The probe's rows are too short for one
     to show in their numbers.
 
@@ -294,7 +303,7 @@ def _check_windows(config: Any, tree: Tree) -> None:
         raise seams.TREE_HANDOVER.moved([f"the sliding window of {expected - met} layer(s)"])
 
 
-def _name(backbone: Any) -> str:
+def _name(backbone: PreTrainedModel) -> str:
     """The model's class and, where it has one, its name."""
     name = getattr(backbone, "name_or_path", "")
     return f"{type(backbone).__name__} ({name})" if name else type(backbone).__name__
@@ -319,13 +328,13 @@ def forward_tree(backbone: Callable[..., Any], tree: Tree, **kwargs: Any) -> Ten
     return output.last_hidden_state[0]
 
 
-def packs(backbone: Any) -> bool:
+def packs(backbone: PreTrainedModel) -> bool:
     """Whether this decoder takes an attention function by name and runs SDPA now (state-space layers do not)."""
     text = backbone.config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ())
     return (
         bool(getattr(type(backbone), "_supports_attention_backend", False))
-        and backbone.config._attn_implementation in ("sdpa", ATTENTION)
+        and attention_of(backbone.config) in ("sdpa", ATTENTION)
         and kinds <= {"full_attention", "sliding_attention"}
         and not getattr(text, "attn_logit_softcapping", None)
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from .batching import TokenIds, left_pad
 from .packing import forward_tree, packs_now
@@ -54,7 +54,9 @@ class Prefilled:
         return found.keys[0][:, index_BP].transpose(0, 1), found.values[0][:, index_BP].transpose(0, 1)
 
 
-def prefill(backbone: Any, prompts: Sequence[TokenIds], pad_token_id: int, device: torch.device) -> Prefilled:
+def prefill(
+    backbone: PreTrainedModel, prompts: Sequence[TokenIds], pad_token_id: int, device: torch.device
+) -> Prefilled:
     """Run the backbone over prompts."""
     row: dict[tuple[int, ...], int] = {}
     for prompt in prompts:

@@ -4,7 +4,7 @@ A decode step multiplies a few rows with every weight of the model. From a weigh
 makes the blocks that it works on, each time again; laid out beforehand a bf16 step takes about half the time.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from . import seams
 from .fused_lora import use_fused_lora
+from .heads import bias_of
 from .lora import merged_weight
 
 Product = Callable[[Tensor], Tensor]
@@ -46,7 +47,7 @@ def prepack(weight_OI: Tensor, bias_O: Tensor | None = None) -> Product:
 
 
 @contextmanager
-def prepacked(model: nn.Module, role: str | None = None) -> Iterator[dict[nn.Module, Product]]:
+def prepacked(model: nn.Module, role: str | None = None) -> Generator[dict[nn.Module, Product], None, None]:
     """Within it the linear layers of the model that `prepacks` work from such copies, and no weight may change.
 
     LoRA layers whose adapters are switched off count as their base layer, or as that with the adapter `role` merged
@@ -92,7 +93,7 @@ def _linear(layer: nn.Module) -> nn.Linear | None:
 def _groups(plain: dict[str, Layer]) -> list[list[Layer]]:
     """Layers of one parent; those that get the same input stand together."""
     joint = [plain[name] for name in ATTENTION_INPUTS if name in plain]
-    if len(joint) < len(ATTENTION_INPUTS) or len({linear.bias is None for _, linear in joint}) > 1:
+    if len(joint) < len(ATTENTION_INPUTS) or len({bias_of(linear) is None for _, linear in joint}) > 1:
         return [[layer] for layer in plain.values()]
     return [joint, *([layer] for name, layer in plain.items() if name not in ATTENTION_INPUTS)]
 
@@ -103,7 +104,7 @@ def _together(group: list[Layer], role: str | None) -> tuple[Product, list[Produ
     if len(group) == 1:
         alone = prepack(weights[0], group[0][1].bias)
         return alone, [alone]
-    biases: list[Tensor] = [linear.bias for _, linear in group if linear.bias is not None]
+    biases: list[Tensor] = [bias for _, linear in group if (bias := bias_of(linear)) is not None]
     whole = prepack(torch.cat(weights), torch.cat(biases) if biases else None)
     sizes = [linear.out_features for _, linear in group]
     made: dict[str, Any] = {"of": None}

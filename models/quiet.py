@@ -1,13 +1,13 @@
 """Loading and saving without transformers' warnings and progress bars."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 from transformers.utils import logging as hf_logging
 
 
 @contextmanager
-def quiet_transformers(bar: bool = False) -> Iterator[None]:
+def quiet_transformers(bar: bool = False) -> Generator[None, None, None]:
     """Within it transformers prints errors only, and progress bars only if `bar`."""
     level, had_bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()

@@ -11,7 +11,7 @@ import functools
 import importlib.metadata
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from types import CodeType
@@ -91,7 +91,7 @@ def check(seam: Seam, subject: object = None) -> None:
 
 
 @contextmanager
-def importing(seam: Seam) -> Iterator[None]:
+def importing(seam: Seam) -> Generator[None, None, None]:
     """Around an import of the seam's names: one that fails is a `SeamMoved`."""
     try:
         yield

@@ -9,12 +9,13 @@ Legend of shape suffixes: B rows, C columns of the cache, E hidden size, H query
 dimension.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from . import seams
 from .block_attention import token_attention
@@ -27,6 +28,44 @@ each query and key head."""
 Product = Callable[[Tensor], Tensor]
 
 
+class _Norm(Protocol):
+    weight: Tensor
+    variance_epsilon: float
+
+
+class _Attention(Protocol):
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    o_proj: nn.Module
+    scaling: float
+    head_dim: int
+    num_key_value_groups: int
+
+
+class _Mlp(Protocol):
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+    act_fn: Callable[[Tensor], Tensor]
+
+
+class _DecoderLayer(Protocol):
+    self_attn: _Attention
+    mlp: _Mlp
+    input_layernorm: _Norm
+    post_attention_layernorm: _Norm
+
+
+class _LlamaLike(Protocol):
+    """What the listed decoders are made of; the seam decoder-parts says that this is all."""
+
+    embed_tokens: nn.Module
+    rotary_emb: nn.Module
+    norm: _Norm
+    layers: Sequence[_DecoderLayer]
+
+
 class TokenStep:
     """A decoder's step.
 
@@ -35,18 +74,24 @@ class TokenStep:
         joint: products of query, key and value at once, by attention module, where they are at hand.
     """
 
-    def __init__(self, backbone: Any, joint: Mapping[nn.Module, Product]) -> None:
+    def __init__(self, backbone: PreTrainedModel, joint: Mapping[nn.Module, Product]) -> None:
         seams.require(seams.DECODER_PARTS, backbone)
-        self.embed, self.rotary, self.norm = backbone.embed_tokens, backbone.rotary_emb, _norm(backbone.norm)
-        self.layers = [_Layer(layer, joint) for layer in backbone.layers]
+        parts = cast(_LlamaLike, backbone)
+        self.embed, self.rotary, self.norm = parts.embed_tokens, parts.rotary_emb, _norm(parts.norm)
+        self.layers = [_Layer(layer, joint) for layer in parts.layers]
         self.heads = backbone.config.num_attention_heads
 
     @staticmethod
-    def applies(backbone: Any) -> bool:
+    def applies(backbone: PreTrainedModel) -> bool:
         """Whether this decoder is known here, sees all columns in every layer, and has no hooks that must run."""
         seams.require(seams.HOOK_MARK)
         seams.require(seams.MODULE_HOOKS, backbone)
-        hooked = any(hasattr(m, "_hf_hook") or m._forward_hooks or m._forward_pre_hooks for m in backbone.modules())
+        hooked = any(
+            hasattr(m, "_hf_hook")
+            or m._forward_hooks  # pyright: ignore[reportPrivateUsage]  # seam module-hooks
+            or m._forward_pre_hooks  # pyright: ignore[reportPrivateUsage]  # seam module-hooks
+            for m in backbone.modules()
+        )
         return type(backbone).__name__ in LLAMA_LIKE and sees_everything(backbone) and not hooked
 
     def __call__(self, ids_B: Tensor, position_B: Tensor, mask_BC: Tensor, cache: RowCache) -> Tensor:
@@ -67,11 +112,13 @@ class TokenStep:
 
 
 class _Layer:
-    def __init__(self, layer: Any, joint: Mapping[nn.Module, Product]) -> None:
+    def __init__(self, layer: _DecoderLayer, joint: Mapping[nn.Module, Product]) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.input_norm, self.output_norm = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
         parts = [_product(each) for each in (attention.q_proj, attention.k_proj, attention.v_proj)]
-        self.qkv = joint.get(attention) or (lambda x_BE: torch.cat([part(x_BE) for part in parts], dim=-1))
+        self.qkv = joint.get(cast(nn.Module, attention)) or (
+            lambda x_BE: torch.cat([part(x_BE) for part in parts], dim=-1)
+        )
         self.norms = [_norm(getattr(attention, name)) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
         self.out, self.scale, self.dim = _product(attention.o_proj), attention.scaling, attention.head_dim
         self.gate, self.up, self.down = (_product(each) for each in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
@@ -98,7 +145,7 @@ class _Layer:
         return x_BE + self.down(self.activation(self.gate(y_BE)) * self.up(y_BE))
 
 
-def sees_everything(backbone: Any) -> bool:
+def sees_everything(backbone: PreTrainedModel) -> bool:
     """Whether every layer attends to all earlier tokens, through an attention function that takes a mask ready made."""
     text = backbone.config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ())
@@ -106,7 +153,7 @@ def sees_everything(backbone: Any) -> bool:
     return kinds <= {"full_attention"} and not window
 
 
-def _norm(module: Any) -> Callable[[Tensor], Tensor]:
+def _norm(module: _Norm) -> Callable[[Tensor], Tensor]:
     """Root-mean-square norm as Llama has it: in fp32, rounded, then times the weight."""
     weight, eps = module.weight, module.variance_epsilon
 

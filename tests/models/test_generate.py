@@ -1,5 +1,7 @@
 """The sampler against transformers' own `generate`, and against distributions worked out by hand."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -67,7 +69,9 @@ def test_greedy_is_generate_token_by_token(adapters, tokenizer, merge, batch_siz
 
 
 def draw(adapters, tokenizer, **changes):
-    settings = dict(max_new_tokens=10, seed=3, temperature=0.9, batch_size=4, eos_token_id=tokenizer.eos_token_id)
+    settings: dict[str, Any] = dict(
+        max_new_tokens=10, seed=3, temperature=0.9, batch_size=4, eos_token_id=tokenizer.eos_token_id
+    )
     settings |= changes
     return sample(adapters, "default", PROMPTS, pad_token_id=tokenizer.pad_token_id, **settings)
 
@@ -153,7 +157,7 @@ def test_an_empty_prompt_is_refused(adapters, tokenizer):
 @pytest.mark.parametrize("batch_size", [2, 3, 16])
 def test_a_place_that_a_row_leaves_is_taken_by_a_waiting_prompt(adapters, tokenizer, batch_size):
     prompts = [[5 + i % 7] * (1 + i % 5) for i in range(20)]
-    settings = dict(max_new_tokens=9, seed=1, temperature=1.3, pad_token_id=tokenizer.pad_token_id)
+    settings: dict[str, Any] = dict(max_new_tokens=9, seed=1, temperature=1.3, pad_token_id=tokenizer.pad_token_id)
     # several stop tokens: rows end at many different times
     stops = list(range(3, 60))
     together = sample(adapters, None, prompts, batch_size=batch_size, eos_token_id=stops, **settings)
@@ -185,7 +189,9 @@ def test_equal_prompts_are_prefilled_once_and_answered_differently(adapters, tok
 
 
 def draw_from(adapters, tokenizer, prompts, **changes):
-    settings = dict(max_new_tokens=6, seed=3, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    settings: dict[str, Any] = dict(
+        max_new_tokens=6, seed=3, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
     return sample(adapters, None, prompts, **(settings | changes))
 
 
@@ -258,7 +264,9 @@ def test_every_prompt_may_have_a_seed_of_its_own(adapters, tokenizer):
 
 
 def test_beam_search_finds_at_least_what_greedy_finds(adapters, tokenizer):
-    settings = dict(max_new_tokens=6, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    settings: dict[str, Any] = dict(
+        max_new_tokens=6, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
     wide = beam_search(adapters, "default", PROMPTS, num_beams=4, length_penalty=0.0, batch_size=3, **settings)
     narrow = beam_search(adapters, "default", PROMPTS, num_beams=1, **settings)
     greedy = sample(adapters, "default", PROMPTS, temperature=0, seed=0, **settings)
@@ -271,7 +279,7 @@ def test_beam_search_finds_at_least_what_greedy_finds(adapters, tokenizer):
 
 def test_a_beam_ends_at_the_first_of_several_tokens(adapters, tokenizer):
     """Called as `sample` is; what it says and when it ends are those of the free search, cut there."""
-    settings = dict(num_beams=1, max_new_tokens=12, pad_token_id=tokenizer.pad_token_id)
+    settings: dict[str, Any] = dict(num_beams=1, max_new_tokens=12, pad_token_id=tokenizer.pad_token_id)
     free = beam_search(adapters, "default", PROMPTS, eos_token_id=-1, **settings)
     ends, done = [free.tokens[0][3], free.tokens[1][5]], []
     out = beam_search(adapters, "default", PROMPTS, eos_token_id=ends, batch_size=3, on_batch=done.append, **settings)
@@ -287,7 +295,7 @@ def test_a_beam_ends_at_the_first_of_several_tokens(adapters, tokenizer):
 
 
 def test_a_beam_search_that_cannot_be_is_refused(adapters):
-    settings = dict(num_beams=2, max_new_tokens=4, eos_token_id=2, pad_token_id=0)
+    settings: dict[str, Any] = dict(num_beams=2, max_new_tokens=4, eos_token_id=2, pad_token_id=0)
     assert beam_search(adapters, None, [], **settings).tokens == []
     with pytest.raises(ValueError, match="empty"):
         beam_search(adapters, None, [[5], []], **settings)

@@ -1,6 +1,7 @@
 """The packed forward gives the padded forward's numbers, on every architecture that takes it."""
 
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from preftune.models.lora import LoraSpec
 from preftune.models.packing import forward_tree, packs_now, tree_attention, use_packed_forward
 from preftune.models.prefix_tree import build_tree, rounded
 
-SMALL = dict(
+SMALL: dict[str, Any] = dict(
     vocab_size=50,
     hidden_size=32,
     intermediate_size=48,

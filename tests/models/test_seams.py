@@ -4,6 +4,7 @@ import re
 from abc import ABC, abstractmethod
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import accelerate.hooks
 import pytest
@@ -31,7 +32,7 @@ from preftune.stages.sft import SFTStageTrainer
 from preftune.stages.trainers import check_identity
 
 ROOT = Path(__file__).parents[2]
-SMALL = dict(
+SMALL: dict[str, Any] = dict(
     vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
     num_key_value_heads=2, head_dim=8,
 )  # fmt: skip

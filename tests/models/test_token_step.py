@@ -1,5 +1,7 @@
 """The lean decode step, the prefix-tree prefill and the laid-out weights against the models' own forward."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import (
@@ -22,7 +24,7 @@ from preftune.models.prefill import prefill
 from preftune.models.prepack import prepack, prepacked, prepacks
 from preftune.models.token_step import TokenStep
 
-SHAPE = dict(
+SHAPE: dict[str, Any] = dict(
     vocab_size=300, hidden_size=48, intermediate_size=48, num_hidden_layers=3, num_attention_heads=6,
     num_key_value_heads=2, pad_token_id=0, eos_token_id=299, bos_token_id=1, max_position_embeddings=512,
 )  # fmt: skip
@@ -58,7 +60,7 @@ def build(name: str, dtype: torch.dtype = torch.float32, *, packed: bool = True)
 
 
 def draw(adapters: AdapterSet, batch_size: int = 4, **changes):
-    settings = dict(max_new_tokens=NEW, temperature=0, seed=0, eos_token_id=-1, pad_token_id=0)
+    settings: dict[str, Any] = dict(max_new_tokens=NEW, temperature=0, seed=0, eos_token_id=-1, pad_token_id=0)
     return sample(adapters, None, PROMPTS, batch_size=batch_size, **(settings | changes))
 
 

@@ -1,0 +1,56 @@
+"""Rows of like length together, and the padding; the memory that a process has."""
+
+import importlib.util
+import sys
+
+import pytest
+import torch
+
+from preftune.models import memory
+from preftune.models.batching import left_pad, right_pad, row_batches, token_batches
+from preftune.models.heads import ScalarHead, score_at
+
+CPU = torch.device("cpu")
+
+
+def test_batches_hold_rows_of_like_length_the_longest_first():
+    lengths = [3, 9, 1, 4, 9]
+    assert list(token_batches(lengths, 18)) == [[1, 4], [3, 0, 2]]
+    assert list(token_batches(lengths, 5)) == [[1], [4], [3], [0], [2]]
+    assert list(row_batches(lengths, 2)) == [[1, 4], [3, 0], [2]]
+    assert list(row_batches(lengths, 2, longest_first=False)) == [[2, 0], [3, 1], [4]]
+    assert list(row_batches([], 2)) == list(token_batches([])) == []
+
+
+def test_padding_stands_where_its_name_says():
+    for pad, ids, mask in (
+        (right_pad, [[5, 6], [7, 0]], [[1, 1], [1, 0]]),
+        (left_pad, [[5, 6], [0, 7]], [[1, 1], [0, 1]]),
+    ):
+        found_ids, found_mask = pad([[5, 6], [7]], 0, CPU)
+        assert (found_ids.tolist(), found_mask.tolist()) == (ids, mask)
+
+
+def test_a_score_is_that_of_the_token_it_is_read_at():
+    head = ScalarHead(4, bias=False)
+    hidden = torch.randn(3, 5, 4, dtype=torch.bfloat16)
+    position = torch.tensor([4, 0, 2])
+    expected = [head(hidden)[row, column] for row, column in enumerate(position.tolist())]
+    assert torch.equal(score_at(head, hidden, position), torch.stack(expected))
+
+
+def test_the_peak_is_at_least_what_was_held():
+    held = torch.ones(1 << 24)
+    peak = memory.peak_memory_bytes()
+    assert peak is not None and peak > held.numel() * 4
+    memory.release_free_memory()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the accelerator's peak is told there")
+def test_without_the_resource_module_the_peak_is_psutils_or_unknown(monkeypatch):
+    found = importlib.util.find_spec
+    for gone, expected in ((("resource",), 123), (("resource", "psutil"), None)):
+        process = type("Process", (), {"memory_info": lambda self: type("Info", (), {"peak_wset": 123})()})
+        monkeypatch.setitem(sys.modules, "psutil", type("psutil", (), {"Process": process}))
+        monkeypatch.setattr(memory, "find_spec", lambda name, gone=gone: None if name in gone else found("os"))
+        assert memory.peak_memory_bytes() == expected
