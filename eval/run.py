@@ -30,7 +30,7 @@ class Evaluation:
     Attributes:
         rows: one mapping per policy x judge, the rows of results.json.
         samples: policy -> its replies, one a prompt.
-        scores: (policy, judge) -> one score a reply, of the judges that score.
+        scores: (policy, judge) -> one score per reply, of the judges that score.
         outcomes: (policy, judge) -> what each reply gets against the reference's: 1 win, 0.5 tie, 0 loss, or between;
             nan without a verdict. The reference itself is left out.
         reward_models: one mapping per reward model, the rows of rewards.json.

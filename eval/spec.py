@@ -43,7 +43,7 @@ class OverOptimisation:
         stage: the PPO stage's name.
         folder: its folder, with the policies that it kept on the way.
         start: the adapter that it started from; None: the base.
-        best_of: replies a prompt drawn from the start.
+        best_of: replies per prompt drawn from the start.
         prompts: at most so many of the evaluation's.
     """
 
@@ -120,7 +120,7 @@ class EvalSpec:
                 "eval.kl", "greedy decoding (temperature 0) has no KL", "set eval.kl to false or a temperature above 0"
             )
         if self.over_optimisation is not None and self.temperature == 0:
-            said = "greedy decoding (temperature 0) has no KL and one reply a prompt"
+            said = "greedy decoding (temperature 0) has no KL and one reply per prompt"
             raise UserError("eval.over_optimisation", said, "set eval.temperature above 0, or leave the section out")
 
     def all_policies(self) -> dict[str, Path | None]:

@@ -26,7 +26,7 @@ class Verdicts:
     """One judge on all policies.
 
     Attributes:
-        scores: policy -> one score a prompt; empty for a judge that compares.
+        scores: policy -> one score per prompt; empty for a judge that compares.
         outcomes: (policy, other) -> [N] outcomes of the policy, for every two policies in both orders.
     """
 

@@ -36,7 +36,7 @@ class Panel(NamedTuple):
 PANELS = (
     Panel("Loss", "", ("loss", "eval_loss"), ("training", "held out")),
     Panel("Reward", "judge's units", ("objective/scores", "objective/rlhf_reward"), ("score", "less the KL penalty")),
-    Panel("KL to the reference", "nats a reply", ("objective/kl",)),
+    Panel("KL to the reference", "nats per reply", ("objective/kl",)),
     Panel(
         "Accuracy on pairs", "share",
         ("accuracy", "eval_accuracy", "rewards/accuracies", "eval_rewards/accuracies"),
@@ -49,12 +49,12 @@ PANELS = (
     ),
     Panel("Implicit rewards", "", ("rewards/chosen", "rewards/rejected"), ("chosen", "rejected")),
     Panel("Scores in a batch", "", ("max_reward", "mean_reward", "min_reward"), ("highest", "mean", "lowest")),
-    Panel("Entropy", "nats a token", ("rollout/entropy_per_token", "entropy")),
+    Panel("Entropy", "nats per token", ("rollout/entropy_per_token", "entropy")),
     Panel("Token accuracy", "share", ("mean_token_accuracy", "eval_mean_token_accuracy"), ("training", "held out")),
     Panel("Reply length", "tokens", ("rollout/length",)),
     Panel("Replies that end by themselves", "share", ("rollout/eos_rate",)),
     Panel("Clipped tokens", "share", ("policy/clipfrac_avg", "val/clipfrac_avg"), ("policy", "value")),
-    Panel("KL of one update", "nats a token", ("policy/approxkl_avg",)),
+    Panel("KL of one update", "nats per token", ("policy/approxkl_avg",)),
     Panel("Value: explained variance", "share", ("value/explained_variance",)),
     Panel("KL coefficient", "", ("objective/kl_coef",)),
 )  # fmt: skip
