@@ -1,5 +1,6 @@
 """`preftune eval ...`: the whole evaluation of a run, or one measurement of it."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -225,7 +226,7 @@ def _data(recipe: "Recipe", given: str | None, kind: str) -> "DataSpec":
     return data_spec(Data(path=str(here.resolve()) if here.exists() else given), recipe.seed)
 
 
-def _print(rows: list[dict[str, Any]], json: bool) -> None:
+def _print(rows: Sequence[Mapping[str, Any]], json: bool) -> None:
     """The rows; as tables, what is true of replies and the matrix of all pairs stand apart from the rest."""
     from .progress import Voice
 

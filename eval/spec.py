@@ -36,7 +36,7 @@ class RewardModel:
 
 @dataclass(frozen=True, kw_only=True)
 class OverOptimisation:
-    """Proxy and gold judge along a PPO run, and with best of n (see `overoptimisation_run.py`).
+    """Proxy and gold judge along a PPO run, and with best of n (see `overoptimisation.py`).
 
     Attributes:
         gold, proxy: names of judges that score.
@@ -68,7 +68,7 @@ class EvalSpec:
         reference: the policy that the others are compared with (win-rate and KL); `base` need not be listed.
         prompts: where the evaluation prompts come from.
         folders: where paths in `prompts` are looked up.
-        judges: mappings as in the recipe (see `judges.plan_judges`).
+        judges: mappings as in the recipe (see `judges/registry.py`).
         max_new_tokens, temperature, seed, batch_size: of the sampling, alike for every policy.
         beams: width of a beam search instead of sampling, as transformers' `num_beams`; 1: no search.
         kl: measure KL(policy || reference); needs a temperature above 0.
