@@ -40,7 +40,7 @@ def doctor_run(run: Path, samples: int, output: Output) -> int:
 
 def checkup(recipe: Recipe, base: "Base", run: Path, samples: int) -> "Checkup":
     """What the doctor needs to know of a run of that recipe."""
-    from ..eval.doctor import Checkup
+    from ..eval.doctor.examine import Checkup
 
     folder = RunFolder(run)
     stamps = {name: folder.stamp(name) for name in recipe.stages}
@@ -55,7 +55,7 @@ def checkup(recipe: Recipe, base: "Base", run: Path, samples: int) -> "Checkup":
 
 def _show(examination: "Examination", output: Output) -> None:
     """Print the findings; then, for people, what to do about them."""
-    from ..eval.doctor import first_broken
+    from ..eval.doctor.finding import first_broken
 
     findings = examination.findings
     if output.json:

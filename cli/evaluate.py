@@ -1,5 +1,6 @@
 """`preftune eval ...`: the whole evaluation of a run, or one measurement of it."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -229,7 +230,7 @@ def _data(recipe: "Recipe", given: str | None, kind: str) -> "DataSpec":
     return data_spec(Data(path=str(here.resolve()) if here.exists() else given), recipe.seed)
 
 
-def _print(rows: list[dict[str, Any]], json: bool) -> None:
+def _print(rows: Sequence[Mapping[str, Any]], json: bool) -> None:
     """Print the rows. As tables, the measurements of replies and the matrix of all pairs stand apart from the rest."""
     from .output import Output
 

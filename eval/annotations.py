@@ -47,7 +47,7 @@ def read_annotations(path: Path) -> Annotations:
         differences.append(_length(row, "model_length", origin) - _length(row, "baseline_length", origin))
         outcomes.append(read_preference(row, origin) - 1.0)
     if not prompts:
-        raise UserError(str(path), "holds no rows", "write one annotation a line")
+        raise UserError(str(path), "holds no rows", "write one annotation per line")
     stem = Path(path.name.removesuffix(".gz")).stem
     return Annotations(stem, prompts, np.array(outcomes), np.array(differences, dtype=np.float64))
 
@@ -62,7 +62,7 @@ def read_preference(row: dict[str, Any], origin: str) -> float:
 
 
 def annotation_rows(paths: Sequence[Path], seed: int = 0) -> list[dict[str, Any]]:
-    """Win-rates of the files' models, one row a file in the given order; rates are fractions of 1.
+    """Win-rates of the files' models, one row per file in the given order; rates are fractions of 1.
 
     Returns:
         Rows of model, n (prompts), win_rate, standard_error (over prompts), length_controlled_win_rate (fitted to all

@@ -30,7 +30,7 @@ def eval_kl(spec: EvalSpec) -> list[dict[str, Any]]:
     """KL(policy || reference) of every policy, on replies drawn for it. Writes nothing.
 
     Returns:
-        One row a policy: policy, reference, n, tokens, kl, kl_se, kl_per_token, kl_per_token_se, temperature, seed.
+        One row per policy: policy, reference, n, tokens, kl, kl_se, kl_per_token, kl_per_token_se, temperature, seed.
     """
     if spec.temperature <= 0:
         raise UserError("eval.temperature", "is 0, and greedy decoding has no KL", "set it above 0")
@@ -63,7 +63,7 @@ def eval_perplexity(spec: EvalSpec, data: DataSpec) -> list[dict[str, Any]]:
             left out.
 
     Returns:
-        One row a policy: policy, nll, nll_se, perplexity, ci_low, ci_high, n, tokens.
+        One row per policy: policy, nll, nll_se, perplexity, ci_low, ci_high, n, tokens.
     """
     bench = Workbench.open(spec)
     dataset, _ = encode_demos(_rows(spec, data, "demo"), bench.tokenizer, data)
@@ -89,7 +89,7 @@ def eval_reward(spec: EvalSpec, models: Sequence[RewardModel], *, skip: bool = F
         skip: what cannot be measured is named in the log and left out, as long as something remains.
 
     Returns:
-        One row a model (see `measure_reward_models`).
+        One row per model (see `measure_reward_models`).
     """
     bench = Workbench.open(replace(spec, policies={}, reference=BASE, reward_models=()))
     rows = measure_reward_models(bench, models, skip=skip)

@@ -1,7 +1,7 @@
 """Over-optimisation measured: proxy and gold judge along a PPO run and with best of n, against sqrt(KL).
 
 Both ways start from the policy that PPO started from, on the same prompts. PPO's policies are those that the run kept
-(`keep_every`) and its last one, one reply a prompt each; their KL to the start is measured. For best of n the start
+(`keep_every`) and its last one, one reply per prompt; their KL to the start is measured. For best of n the start
 answers each prompt N times and the proxy picks; the start's own point is the mean of all these replies.
 """
 
@@ -38,8 +38,8 @@ class Point:
 
     Attributes:
         place: {"step": N} or {"n": N}.
-        kl, kl_se: nats a reply; the error is None for a bound.
-        scores: side -> [P] one score a prompt, nan without one.
+        kl, kl_se: nats per reply; the error is None for a bound.
+        scores: side -> [P] one score per prompt, nan without one.
     """
 
     label: str

@@ -23,7 +23,7 @@ from ..values import plain
 from .perplexity import sequence_nlls
 from .reward_scores import reward_scores
 from .spec import RewardModel
-from .statistics.reward_metrics import reward_metrics
+from .statistics.pair_ordering import pair_metrics
 from .workbench import Workbench
 
 
@@ -58,7 +58,7 @@ def measure_reward_models(
         skip: one that cannot be measured is named in the log and left out, instead of an error.
 
     Returns:
-        One row a model: stage, kind, beta (implicit ones), the keys of `reward_metrics`, and held_out: whether only
+        One row per model: stage, kind, beta (implicit ones), the keys of `pair_metrics`, and held_out: whether only
         pairs were used that the stage's training left out.
 
     Raises:
@@ -107,7 +107,7 @@ def _measure(bench: Workbench, model: RewardModel, read: dict[str, Pairs]) -> di
         raise UserError(str(model.folder), "a score is not finite", "see `preftune doctor` for what is broken in it")
     n = len(pairs.prompts)
     lengths = [len(reply) for reply in pairs.replies()]
-    metrics = reward_metrics(
+    metrics = pair_metrics(
         scores[:n],
         scores[n:],
         lengths[:n],

@@ -37,14 +37,14 @@ class RewardModel:
 
 @dataclass(frozen=True, kw_only=True)
 class OverOptimisation:
-    """Proxy and gold judge along a PPO run, and with best of n (see `overoptimisation_run.py`).
+    """Proxy and gold judge along a PPO run, and with best of n (see `overoptimisation.py`).
 
     Attributes:
         gold, proxy: names of judges that score.
         stage: the PPO stage's name.
         folder: its folder, with the policies that it kept on the way.
         start: the adapter that it started from; None: the base.
-        best_of: replies a prompt drawn from the start.
+        best_of: replies per prompt drawn from the start.
         prompts: at most so many of the evaluation's.
     """
 
@@ -69,7 +69,7 @@ class EvalSpec:
         reference: the policy that the others are compared with (win-rate and KL); `base` need not be listed.
         prompts: where the evaluation prompts come from.
         folders: where paths in `prompts` are looked up.
-        judges: mappings as in the recipe (see `judges.plan_judges`).
+        judges: mappings as in the recipe (see `judges/registry.py`).
         max_new_tokens, temperature, seed, batch_size: of the sampling, alike for every policy.
         beams: width of a beam search instead of sampling, as transformers' `num_beams`; 1: no search.
         kl: measure KL(policy || reference); needs a temperature above 0.
@@ -121,7 +121,7 @@ class EvalSpec:
                 "eval.kl", "greedy decoding (temperature 0) has no KL", "set eval.kl to false or a temperature above 0"
             )
         if self.over_optimisation is not None and self.temperature == 0:
-            said = "greedy decoding (temperature 0) has no KL and one reply a prompt"
+            said = "greedy decoding (temperature 0) has no KL and one reply per prompt"
             raise UserError("eval.over_optimisation", said, "set eval.temperature above 0, or leave the section out")
 
     def all_policies(self) -> dict[str, Path | None]:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from rich.live import Live
 
 from preftune import progress
 from preftune.progress import meter
@@ -32,10 +33,12 @@ def test_a_bar_is_taken_away_when_the_work_fails(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     monkeypatch.setenv("FORCE_COLOR", "1")
+    shown: list[Live] = []
     with pytest.raises(RuntimeError), meter("work", 2) as done:
         now[0] = 3.0
         done(1)
-        assert done._bar is not None and done._bar[0].live.is_started
-        bar = done._bar[0]
+        assert done._bar is not None
+        shown.append(done._bar[0].live)
+        assert shown[0].is_started
         raise RuntimeError
-    assert done._bar is None and not bar.live.is_started
+    assert done._bar is None and not shown[0].is_started

@@ -1,6 +1,6 @@
 """People's votes on pairs of replies: the file they are kept in, and their win-rates.
 
-One vote a line:
+One vote per line:
 
     {"prompt": 3, "policy_a": "sft", "policy_b": "dpo", "preference": 2}
 
@@ -63,7 +63,7 @@ def read_votes(path: Path) -> tuple[Vote, ...]:
         raise UserError(str(path), "no such file", "give a JSONL file of votes; preftune chat --compare writes one")
     votes = tuple(_vote(row, origin) for origin, row in read_file(path, str(path)))
     if not votes:
-        raise UserError(str(path), "holds no votes", "write one vote a line")
+        raise UserError(str(path), "holds no votes", "write one vote per line")
     return votes
 
 

@@ -18,9 +18,9 @@ from ..spec import BASE, EvalSpec
 from ..workbench import Workbench
 from .finding import Finding
 from .identity_checks import check_data
+from .measure_files import file_findings
 from .measure_policies import policy_findings
-from .measure_reward import Demos, read_demos, reward_role, score_findings, sft_findings
-from .paper import paper_findings
+from .measure_reward_models import Demos, read_demos, reward_role, score_findings, sft_findings
 from .records import Record, read_record
 
 _FORMAT = 1
@@ -108,7 +108,7 @@ class _Run:
                 self.left_out.append(
                     f"{name}: not finished, {'only its log is looked at' if record.log else 'its checks are left out'}"
                 )
-            for found in paper_findings(record, evaluation.base, tokenizer, self.checkup.elsewhere, self.left_out):
+            for found in file_findings(record, evaluation.base, tokenizer, self.checkup.elsewhere, self.left_out):
                 if found.level == "broken" and (found.check in _NO_MEASURE or not math.isfinite(found.measured)):
                     ill.add(name)
                 yield found

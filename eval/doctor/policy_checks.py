@@ -11,7 +11,7 @@ EOS_BROKEN, EOS_LOOK = 0.25, 0.75
 """Shares of the demonstrations' rate. A policy that never learned EOS ends by accident, in a few replies of a hundred;
 one that learned it a little late is worth a look."""
 KL_LOOK, KL_BROKEN = 0.5, 1.0
-"""Nats per token. A language model's own uncertainty is 1 to 2 nats a token: a KL of that size means text that the
+"""Nats per token. A language model's own uncertainty is 1 to 2 nats per token: a KL of that size means text that the
 reference practically never writes. Runs that end well stay within some 0.2."""
 KL_NEGATIVE = -0.1
 """Nats per token. The expectation cannot be negative; a mean over all iterations below this is no noise."""

@@ -17,7 +17,7 @@ class Judge(Protocol):
     def name(self) -> str: ...
 
     def score(self, samples: Sequence[Sample]) -> list[float]:
-        """One score a sample, in order; nan where the judge has none."""
+        """One score per sample, in order; nan where the judge has none."""
         ...
 
 

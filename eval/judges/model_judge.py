@@ -41,7 +41,7 @@ def plan(entry: dict[str, Any], where: str, run_dir: Path | None) -> JudgePlan:
     """Checks the recipe's entry; the model is loaded when the judge is opened, onto the base's device.
 
     Args:
-        entry: `model`; optional `name` (default: the model as written) and `batch_size` (8 replies a forward).
+        entry: `model`; optional `name` (default: the model as written) and `batch_size` (8 replies per forward).
         run_dir: where a folder is looked up before it is looked up from here.
 
     Raises:

@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
+from ..results import AgainstOther, VerdictColumns
 from ..samples import Sample
 from ..statistics.length_control import control_length
 from ..statistics.ratings import rate_policies
@@ -15,10 +15,7 @@ from .judge import CheckingJudge, Judge, PairJudge
 
 # Fewer judged prompts than this say too little about the effect of length to take it out.
 LENGTH_CONTROL_PROMPTS = 50
-COLUMNS = (
-    *("n", "mean_score", "win_rate", "ci_low", "ci_high", "ties", "unparsable"),
-    *("length_controlled_win_rate", "rating_log_odds", "rating_low", "rating_high", "against"),
-)
+COLUMNS = tuple(VerdictColumns.__annotations__)
 
 
 @dataclass(frozen=True)
@@ -26,7 +23,7 @@ class Verdicts:
     """One judge on all policies.
 
     Attributes:
-        scores: policy -> one score a prompt; empty for a judge that compares.
+        scores: policy -> one score per prompt; empty for a judge that compares.
         outcomes: (policy, other) -> [N] outcomes of the policy, for every two policies in both orders.
     """
 
@@ -48,8 +45,8 @@ class Verdicts:
 
 def verdict_columns(
     verdicts: Verdicts, lengths: Mapping[str, Sequence[int]], reference: str, seed: int
-) -> dict[str, dict[str, Any]]:
-    """policy -> its `COLUMNS`; nan where there is nothing to say.
+) -> dict[str, VerdictColumns]:
+    """policy -> its columns; nan where there is nothing to say.
 
     Args:
         lengths: policy -> length of each of its replies, for the length control. Its order is that of the policies.
@@ -59,20 +56,25 @@ def verdict_columns(
     policies = list(lengths)
     ratings = rate_policies(policies, verdicts.outcomes, seed=seed)
     controlled = _length_controlled(verdicts, lengths, reference, seed)
-    columns = {}
+    columns: dict[str, VerdictColumns] = {}
     for policy in policies:
         rates = {other: win_rate(verdicts.outcomes[policy, other], seed=seed) for other in policies if other != policy}
         rate = against_itself(len(lengths[policy])) if policy == reference else rates[reference]
         rating = ratings[policy]
-        given = asdict(rate) | {
-            "mean_score": _mean(verdicts.scores.get(policy, ())),
-            "length_controlled_win_rate": 0.5 if policy == reference else controlled.get(policy, math.nan),
-            "rating_log_odds": rating.log_odds,
-            "rating_low": rating.low,
-            "rating_high": rating.high,
-            "against": {other: _cell(each) for other, each in rates.items()},
-        }
-        columns[policy] = {column: given[column] for column in COLUMNS}
+        columns[policy] = VerdictColumns(
+            n=rate.n,
+            mean_score=_mean(verdicts.scores.get(policy, ())),
+            win_rate=rate.win_rate,
+            ci_low=rate.ci_low,
+            ci_high=rate.ci_high,
+            ties=rate.ties,
+            unparsable=rate.unparsable,
+            length_controlled_win_rate=0.5 if policy == reference else controlled.get(policy, math.nan),
+            rating_log_odds=rating.log_odds,
+            rating_low=rating.low,
+            rating_high=rating.high,
+            against={other: _cell(each) for other, each in rates.items()},
+        )
     return columns
 
 
@@ -90,8 +92,8 @@ def _length_controlled(
     return dict(zip(enough, rates, strict=True))
 
 
-def _cell(rate: WinRate) -> dict[str, Any]:
-    return {key: getattr(rate, key) for key in ("win_rate", "ci_low", "ci_high", "n")}
+def _cell(rate: WinRate) -> AgainstOther:
+    return AgainstOther(win_rate=rate.win_rate, ci_low=rate.ci_low, ci_high=rate.ci_high, n=rate.n)
 
 
 def _mean(scores: Sequence[float]) -> float:

@@ -106,7 +106,7 @@ def _frontier(
     floor, top = HEIGHT - 42.0, 30.0
     y = axis([v for p in everything for v in _ends(p.score, p.score_se)], floor, top)
     x = root_axis([_ends(p.kl, p.kl_se)[1] for p in everything], left_margin(y), WIDTH - 14.0)
-    parts = frame(x, y, f"KL to {reference}, nats a reply (square-root scale)", f"mean score, {judge}")
+    parts = frame(x, y, f"KL to {reference}, nats per reply (square-root scale)", f"mean score, {judge}")
     labels: list[tuple[float, float, str]] = []
     for method, way in ways.items():
         place = places[method]

@@ -7,7 +7,7 @@ from markupsafe import Markup
 
 from .doctor import worst
 from .read import Run, number
-from .rewards import accuracy_words, reward_rows
+from .reward_models import accuracy_words, reward_rows
 from .text import duration, fixed, listed, percent, percents, plus_minus, short, size
 
 
@@ -67,7 +67,7 @@ def _judge_sentence(judge: str, row: Mapping[str, Any], equals: list[str], *, wi
     kl = number(row.get("kl"))
     error = plus_minus(number(row.get("kl_se")), 1)
     distance = (
-        "" if kl is None or not with_kl else f", at a KL of {fixed(kl, 1)}{f' {error}' if error else ''} nats a reply"
+        "" if kl is None or not with_kl else f", at a KL of {fixed(kl, 1)}{f' {error}' if error else ''} nats per reply"
     )
     interval = f" (95% interval {percents(low, high)})" if low is not None and high is not None else ""
     counted = f"{percent(rate)} of {short(row.get('n'))} prompts against {reference}{interval}"
@@ -113,7 +113,7 @@ def cards(run: Run) -> list[dict[str, str]]:
         row = leaders[0]
         found.append(
             _card(
-                "KL", f"{fixed(row['kl'], 1)} nats", f"{row['policy']} to {row['reference']}, a reply"
+                "KL", f"{fixed(row['kl'], 1)} nats", f"{row['policy']} to {row['reference']}, per reply"
                 + (f", {plus_minus(row.get('kl_se'), 2)}" if number(row.get("kl_se")) is not None else ""),
             )
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""How long the policies' replies are: one histogram a policy, all on one axis."""
+"""How long the policies' replies are: one histogram per policy, all on one axis."""
 
 from dataclasses import dataclass
 
@@ -80,7 +80,7 @@ def _histogram(
     y = axis([0.0, tallest], floor, top, ticks=3)
     x = axis([0.0, float(edges[-1])], left_margin(y, 38.0), WIDTH - 12.0)
     x = Axis(0.0, float(edges[-1]), x.start, x.end, tuple(t for t in x.ticks if t <= edges[-1]))
-    parts = frame(x, y, "tokens a reply", "", y_label=lambda t: percent(t, 0))
+    parts = frame(x, y, "tokens per reply", "", y_label=lambda t: percent(t, 0))
     colour = svg.series(place)
     for left, right, ended, cut in zip(edges[:-1], edges[1:], *shares, strict=True):
         for bottom, share, kind in ((0.0, ended, "bin"), (ended, cut, "bin cut")):

@@ -34,7 +34,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Graph:
-    """The boxes, and for an edge that passes a layer the lanes where it does: (parent, child) -> lane a layer."""
+    """The boxes, and for an edge that passes a layer the lanes where it does: (parent, child) -> lane per layer."""
 
     nodes: tuple[Node, ...]
     passes: Mapping[tuple[str, str], tuple[float, ...]]

@@ -13,7 +13,7 @@ from ...values import is_number
 from ...version import __version__
 from .. import replies
 from ..judges.verdicts import LENGTH_CONTROL_PROMPTS
-from . import doctor, frontier, head, lengths, lineage, rewards, samples, svg, text, winrates
+from . import doctor, frontier, head, lengths, lineage, reward_models, samples, svg, text, winrates
 from .curves import EVERY_PANEL, stage_curves
 from .read import Run, number, read_run
 
@@ -82,7 +82,7 @@ def _sections(run: Run) -> list[Section]:
         Section("curves", "Learning curves", _curves(run)),
         Section("winrates", "Win-rates", _winrates(run)),
         Section("frontier", "Reward against KL", _frontier(run)),
-        Section("rewards", "Reward models", rewards.reward_rows(run)),
+        Section("rewards", "Reward models", reward_models.reward_rows(run)),
         Section("lengths", "Reply lengths", lengths.length_figures(run)),
         Section("samples", "Samples", samples.browser(run)),
         Section(

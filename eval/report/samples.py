@@ -86,7 +86,7 @@ def _cut_at(prompts: Sequence[Mapping[str, Any]]) -> int | None:
     texts = [text for each in prompts for text in _texts(each)]
 
     def fits(cut: int | None) -> bool:
-        # as they stand in the page: a reply in Chinese or full of markup takes several bytes a character
+        # as they stand in the page: a reply in Chinese or full of markup takes several bytes per character
         return sum(len(escape(text[:cut]).encode(errors="replace")) for text in texts) <= TEXT_BUDGET
 
     return None if fits(None) else next((cut for cut in _CUTS if fits(cut)), _CUTS[-1])

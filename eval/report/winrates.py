@@ -26,7 +26,7 @@ def score_errors(run: Run) -> dict[tuple[str, str], float]:
 
 
 def judge_tables(run: Run) -> list[dict[str, Any]]:
-    """One table a judge: its rows with bars, ratings, and the matrix where it compared more than two policies."""
+    """One table per judge: its rows with bars, ratings, and the matrix where it compared more than two policies."""
     errors, places = score_errors(run), {policy: i for i, policy in enumerate(run.policies())}
     tables = []
     for judge in run.judges():

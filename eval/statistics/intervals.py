@@ -32,7 +32,7 @@ def unit_totals(values: Sequence[float], units: Sequence[Any] | None = None) -> 
     places: dict[Any, int] = {}
     index = np.array([places.setdefault(unit, len(places)) for unit in units], dtype=np.int64)
     if len(index) != len(array):
-        raise ValueError(f"{len(array)} values and {len(index)} units; expected one unit a value")
+        raise ValueError(f"{len(array)} values and {len(index)} units; expected one unit per value")
     return np.bincount(index, weights=array), np.bincount(index).astype(np.float64)
 
 

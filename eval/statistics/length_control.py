@@ -28,7 +28,7 @@ SLOPE_GRID = (3.0, 10.0, 30.0, 100.0, 300.0)
 
 @dataclass(frozen=True)
 class Judgements:
-    """One judgement a row; several models' judgements stand one after the other.
+    """One judgement per row; several models' judgements stand one after the other.
 
     Attributes:
         outcome_N: in [0, 1], 1 where the model wins.

@@ -67,7 +67,7 @@ def _picked(proxy_N: np.ndarray, value_N: np.ndarray, weights_N: np.ndarray) -> 
 
 
 def best_of_kl(n: int) -> float:
-    """log n - (n - 1) / n in nats a reply: an upper bound on the KL of best of n (Beirami et al., arXiv 2401.01879)."""
+    """log n - (n - 1) / n, in nats per reply: an upper bound on the KL of best of n (Beirami et al., 2401.01879)."""
     return math.log(n) - (n - 1) / n
 
 

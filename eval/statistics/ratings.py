@@ -75,7 +75,7 @@ def rate_policies(
         level: of the percentile intervals; a prompt is drawn with all its comparisons.
 
     Returns:
-        A rating a policy. All nan where comparisons do not join all policies, as nothing can be said across the gap.
+        One rating per policy. All nan where comparisons do not join all policies: nothing can be said across the gap.
     """
     named = [pair for pair in combinations(policies, 2) if pair in outcomes and not np.isnan(outcomes[pair]).all()]
     place = {policy: index for index, policy in enumerate(policies)}

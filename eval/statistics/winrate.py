@@ -78,7 +78,7 @@ def win_rate(
     Args:
         outcomes: [N] in [0, 1], nan for an unparsable verdict.
         prompts: [N] which prompt each outcome belongs to, so that several outcomes of a prompt stay together; None:
-            one outcome a prompt.
+            one outcome per prompt.
         level: of the interval.
 
     Where every prompt came out the same the bootstrap sees no spread, and Wilson's interval stands in: 20 wins of 20

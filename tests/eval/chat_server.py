@@ -88,10 +88,10 @@ def echo(body: dict[str, Any], n: int) -> Reply:
 
 
 def saying(*texts: str) -> list[list[dict[str, str]]]:
-    """One conversation a text."""
+    """One conversation per text."""
     return [[{"role": "user", "content": text}] for text in texts]
 
 
 def endpoint(server: ChatServer, **changes: Any) -> Endpoint:
-    settings = {"where": "eval.judges[0]", "url": server.url, "model": "tiny", "key_env": "TEST_KEY"}
+    settings: dict[str, Any] = {"where": "eval.judges[0]", "url": server.url, "model": "tiny", "key_env": "TEST_KEY"}
     return Endpoint(**(settings | changes))

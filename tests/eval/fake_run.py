@@ -64,18 +64,19 @@ def _samples(rng: np.random.Generator, prompts: int, hostile: str) -> list[dict[
             text = " ".join([_ANSWERS[(i + len(policy)) % 3].format(thing)] * (3 if policy == "base" else 1))
             tokens = int(np.clip(rng.normal(_LENGTHS[policy], 9), 4, LIMIT))
             given = {"rubric": float(scores[policy][0][i]), "reward": float(scores[policy][1][i])}
-            line = {
+            line: dict[str, Any] = {
                 "policy": policy, "prompt_index": i, "prompt": [{"role": "user", "content": ask}],
                 "completion": text, "tokens": tokens, "finished": tokens < LIMIT, "scores": given,
             }  # fmt: skip
             if policy != REFERENCE:
                 theirs = (scores[REFERENCE][0][i], scores[REFERENCE][1][i])
-                line["outcomes"] = {
+                outcomes: dict[str, float | None] = {
                     judge: 0.5 + 0.5 * float(np.sign(given[judge] - other))
                     for judge, other in zip(JUDGES, theirs, strict=True)
                 }
                 if i == 5 and policy == "ppo":
-                    line["outcomes"]["rubric"] = None
+                    outcomes["rubric"] = None
+                line["outcomes"] = outcomes
             if hostile and i == 0:
                 line["prompt"] = [{"role": "user", "content": hostile}]
                 line["completion"] = hostile
@@ -270,7 +271,7 @@ def _doctor(hostile: str) -> dict[str, Any]:
                     low=0.80, high=0.97),
             finding("reward", "length", "look", 0.41, "correlation of score and length", "look: above 0.4",
                     remedy="Balance the pairs by length, or penalise it."),
-            finding("ppo", "KL", "broken", 84.0, "nats a reply", "broken: above 50",
+            finding("ppo", "KL", "broken", 84.0, "nats per reply", "broken: above 50",
                     remedy=hostile or "Raise kl.coef, or set a KL target.", low=79.0, high=88.5),
             finding("ppo", "loss", "broken", None, "the loss is not finite", "broken: not finite",
                     remedy="Lower the learning rate."),

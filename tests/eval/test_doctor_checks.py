@@ -8,7 +8,7 @@ import pytest
 from preftune.eval.doctor.finding import Finding, first_broken, judge
 from preftune.eval.doctor.identity_checks import check_bos, check_parent, check_tokenizer
 from preftune.eval.doctor.policy_checks import check_drift, check_eos, check_merged, check_parent_kept, check_trained
-from preftune.eval.doctor.reward_checks import (
+from preftune.eval.doctor.reward_model_checks import (
     check_accuracy,
     check_length,
     check_reload,

@@ -17,7 +17,7 @@ from preftune.eval.doctor.log_checks import (
     check_rows,
     first_step_tolerance,
 )
-from preftune.eval.doctor.paper import log_findings
+from preftune.eval.doctor.measure_files import log_findings
 from preftune.eval.doctor.records import Record, lora_change, lost_rows, series
 from preftune.models.base import Base
 from preftune.models.lora import LoraSpec

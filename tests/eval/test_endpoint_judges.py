@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from preftune.errors import UserError
+from preftune.eval.judges.endpoint_client import Metered
 from preftune.eval.judges.endpoint_judge import CACHE_FOLDER
 from preftune.eval.judges.endpoint_prompts import read_choice, read_rating
 from preftune.eval.judges.judge import PairJudge
@@ -95,7 +96,7 @@ def test_equal_replies_are_a_tie_that_costs_nothing():
 def test_all_pairs_of_policies_take_two_requests_a_pair_and_prompt():
     with ChatServer(by_taste) as server:
         judge = judge_of(server)
-        assert isinstance(judge, PairJudge)
+        assert isinstance(judge, PairJudge) and isinstance(judge, Metered)
         samples = {name: replies(name, f"{name} good", f"{name} says") for name in ("base", "sft", "dpo")}
         verdicts = Verdicts.of(judge, samples)
     assert verdicts.scores == {}

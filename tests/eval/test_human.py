@@ -18,7 +18,9 @@ def replies(policy: str, n: int = 4) -> list[Sample]:
     return [Sample(policy, place, prompt, f"{policy} says {place}", [3, 2], True) for place in range(n)]
 
 
-def vote(prompt=0, a="sft", b="dpo", preference=2.0, **others) -> dict:
+def vote(
+    prompt: object = 0, a: object = "sft", b: object = "dpo", preference: float = 2.0, **others: object
+) -> dict[str, object]:
     return {"prompt": prompt, "policy_a": a, "policy_b": b, "preference": preference, **others}
 
 
@@ -57,7 +59,7 @@ def test_votes_on_other_replies_are_refused(judge):
 
 
 def asked(policy: str, *questions: str) -> list[Sample]:
-    """One reply a question, each to a prompt of its own."""
+    """One reply per question, each to a prompt of its own."""
     prompts = [EncodedPrompt([{"role": "user", "content": question}], [1]) for question in questions]
     return [Sample(policy, i, prompt, f"{policy} says {i}", [3], True) for i, prompt in enumerate(prompts)]
 

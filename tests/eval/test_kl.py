@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,9 +67,10 @@ def test_e04_a_policy_against_itself_has_a_kl_of_exactly_zero(five_tokens):
 def test_e04_neither_padding_nor_batches_nor_chunks_change_a_number(five_tokens):
     said = everything_said()
     prompts = [PROMPTS[place % 2] for place in range(len(said))]
+    changes: list[dict[str, Any]] = [{}, {"max_tokens": 1}, {"max_tokens": 40}, {"chunk": 1}, {"chunk": 7}]
     runs = [
         sequence_kls(five_tokens, "default", "other", prompts, said, temperature=1, pad_token_id=PAD, **settings)
-        for settings in ({}, {"max_tokens": 1}, {"max_tokens": 40}, {"chunk": 1}, {"chunk": 7})
+        for settings in changes
     ]
     for run in runs[1:]:
         assert run == pytest.approx(runs[0], abs=1e-6)

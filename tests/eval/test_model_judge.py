@@ -30,7 +30,7 @@ def classifier(folder: Path, *, labels: int = 1, template: str | None = CHAT) ->
         num_attention_heads=2,
         max_position_embeddings=256,
         initializer_range=0.5,
-        num_labels=labels,
+        num_labels=labels,  # pyright: ignore[reportCallIssue]: a property, which the constructor takes all the same
         pad_token_id=tokenizer.pad_token_id,
     )
     LlamaForSequenceClassification(config).save_pretrained(folder)
@@ -45,7 +45,7 @@ def replies(*texts: str) -> list[Sample]:
 
 def judge_of(adapters: Any, run_dir: Path | None = None, **fields: Any) -> Any:
     (plan,) = plan_judges([{"kind": "model", **fields}], run_dir)
-    return plan.open(adapters, None)
+    return plan.open(adapters, None)  # type: ignore[arg-type]: this judge has a tokenizer of its own
 
 
 @pytest.mark.parametrize("batch_size", [None, 1, 3])
@@ -98,7 +98,7 @@ def test_malformed_judges_are_refused(tmp_path, fields, said):
 def test_a_hub_id_is_not_looked_for_before_it_is_needed(five_tokens):
     (plan,) = plan_judges([{"kind": "model", "model": "nobody/none-such"}], None)
     with pytest.raises(UserError, match=r"eval\.judges\[0\]\.model: 'nobody/none-such' cannot be loaded") as error:
-        plan.open(five_tokens, None)
+        plan.open(five_tokens, None)  # type: ignore[arg-type]: this judge has a tokenizer of its own
     assert "\n" not in str(error.value)
 
 

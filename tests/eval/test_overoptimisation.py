@@ -2,6 +2,7 @@
 
 import math
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from preftune.eval.statistics.overoptimisation import (
     BEST_OF_N,
     RL,
+    Fit,
     best_of,
     best_of_kl,
     best_of_weights,
@@ -55,14 +57,19 @@ def test_places_of_best_of_n():
     assert best_of_kl(4) == pytest.approx(0.6362943611)
 
 
+def fitted(*given: Any) -> Fit:
+    fit = fit_gain(*given)
+    assert fit is not None
+    return fit
+
+
 @pytest.mark.parametrize("form", [RL, BEST_OF_N])
 def test_a_fit_finds_what_made_its_points(form):
     d, gain = [0.0, *D], [0.0, *(TRUE[form](d, 1.7, 0.6) for d in D)]
     for covariance in (np.zeros((7, 7)), np.diag([0, 1, 2, 3, 4, 5, 6.0])):
-        fit = fit_gain(form, d, gain, covariance)
-        assert fit is not None
+        fit = fitted(form, d, gain, covariance)
         assert (fit.alpha, fit.beta, fit.points) == (pytest.approx(1.7, abs=1e-12), pytest.approx(0.6, abs=1e-12), 6)
-    assert fit_gain(form, d, gain, np.zeros((7, 7))).alpha_se == 0
+    assert fitted(form, d, gain, np.zeros((7, 7))).alpha_se == 0
 
 
 @pytest.mark.parametrize("form", [RL, BEST_OF_N])
@@ -72,7 +79,7 @@ def test_a_fit_of_noisy_points_knows_its_error(form):
     shape = np.array([0.02, 0.05, 0.03, 0.08, 0.06, 0.10])
     for covariance in (np.diag(shape**2), np.outer(shape, shape) * (0.3 * np.eye(6) + 0.7)):
         truth = np.array([TRUE[form](d, 1.7, 0.6) for d in D])
-        fits = [fit_gain(form, D, y, covariance) for y in rng.multivariate_normal(truth, covariance, 400)]
+        fits = [fitted(form, D, y, covariance) for y in rng.multivariate_normal(truth, covariance, 400)]
         assert all(abs(fit.alpha - 1.7) < 4 * fit.alpha_se and abs(fit.beta - 0.6) < 4 * fit.beta_se for fit in fits)
         for name, true in (("alpha", 1.7), ("beta", 0.6)):
             found = np.array([getattr(fit, name) for fit in fits])
@@ -84,15 +91,15 @@ def test_a_fit_of_noisy_points_knows_its_error(form):
 
 def test_a_precise_point_weighs_more():
     d, line = [1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 14.0]
-    fit = fit_gain(BEST_OF_N, d, line, np.diag([1e-8, 1e-8, 1e-8, 1e4]))
+    fit = fitted(BEST_OF_N, d, line, np.diag([1e-8, 1e-8, 1e-8, 1e4]))
     assert (fit.alpha, fit.beta) == (pytest.approx(1.0, abs=1e-6), pytest.approx(0.0, abs=1e-6))
-    assert abs(fit_gain(BEST_OF_N, d, line, np.eye(4)).beta) > 0.1
+    assert abs(fitted(BEST_OF_N, d, line, np.eye(4)).beta) > 0.1
 
 
 def test_peaks_only_where_something_was_measured():
     def peak(form, alpha, beta, furthest):
         d = np.linspace(0.1, furthest, 5)
-        return fit_gain(form, d, [TRUE[form](x, alpha, beta) for x in d], np.eye(5)).peak
+        return fitted(form, d, [TRUE[form](x, alpha, beta) for x in d], np.eye(5)).peak
 
     assert peak(BEST_OF_N, 2.0, 0.5, 2.5) == pytest.approx(2.0)
     assert peak(BEST_OF_N, 2.0, 0.5, 1.9) is None

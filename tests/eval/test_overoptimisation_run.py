@@ -85,6 +85,7 @@ def made(tmp_path_factory) -> Path:
     for name, lines in rows.items():
         (root / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     recipe = load_recipe(root / "t.yaml")
+    assert recipe.eval is not None
     del recipe.eval.judges[2]
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(root))
@@ -206,6 +207,7 @@ def test_the_command(made: Path, tmp_path: Path, capsys, monkeypatch):
     for name in ("sft", "reward", "ppo"):
         (run / name).symlink_to(made / "run" / name)
     recipe = load_recipe(made / "run" / "recipe.yaml")
+    assert recipe.eval is not None
     recipe.eval.over_optimisation = None
     said = yaml.safe_dump(recipe.resolved())
     assert "over_optimisation" not in said
@@ -244,7 +246,8 @@ def test_a_proxy_that_does_not_follow_must_be_named(made: Path):
     changes = ["stages.ppo.reward={function: overopt_judge:vowels}"]
     with pytest.raises(UserError, match=r"proxy.*no judge reads the reward stage that ppo trains on"):
         load_recipe(made / "t.yaml", changes)
-    part = load_recipe(made / "t.yaml", [*changes, "eval.over_optimisation.proxy=reward"]).eval.over_optimisation
+    part = load_recipe(made / "t.yaml", [*changes, "eval.over_optimisation.proxy=reward"]).eval
+    assert part is not None and (part := part.over_optimisation) is not None
     assert (part.proxy, part.policy, part.best_of) == ("reward", "ppo", 4)
 
 
@@ -298,4 +301,5 @@ def test_the_evaluations_key_covers_the_section(made: Path):
             overrides.append("eval.over_optimisation.proxy=vowels")
         assert (key(*overrides) == same) == (value == "vowels")
     recipe = load_recipe(made / "t.yaml", ["eval.policies=[sft]"])
-    assert eval_needs(recipe) == ["sft", "reward", "ppo"] and recipe.stages["ppo"].keep_every == 1
+    assert recipe.stages["ppo"].method()["keep_every"] == 1
+    assert eval_needs(recipe) == ["sft", "reward", "ppo"]

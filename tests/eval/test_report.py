@@ -28,17 +28,18 @@ class Outline(HTMLParser):
         super().__init__()
         self.open: list[str] = []
         self.headings: list[int] = []
-        self.ids: list[str] = []
-        self.targets: set[str] = set()
+        self.ids: list[str | None] = []
+        self.targets: set[str | None] = set()
         self.figures: list[dict[str, str | None]] = []
         self.scripts = 0
         self.feed(page)
         self.close()
 
-    def handle_starttag(self, tag, attrs):
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         given = dict(attrs)
         self.ids += [given["id"]] if "id" in given else []
-        self.targets |= {given["href"].removeprefix("#")} if (given.get("href") or "").startswith("#") else set()
+        href = given.get("href") or ""
+        self.targets |= {href.removeprefix("#")} if href.startswith("#") else set()
         self.targets |= {given["aria-labelledby"]} if "aria-labelledby" in given else set()
         self.headings += [int(tag[1])] if re.fullmatch("h[1-6]", tag) else []
         self.figures += [given] if tag == "svg" and given.get("aria-hidden") != "true" else []
@@ -108,9 +109,9 @@ def test_the_summary_says_who_won_with_its_interval_and_what_the_doctor_fears(ru
     assert row["policy"] == "ppo" and cell["ci_low"] < 0.5 < cell["ci_high"]
     assert "By rubric, ppo comes first: " in text and said in text and "; it is not clearly better than dpo." in text
     assert "By reward, ppo is best: " in text
-    assert "at a KL of 8.9 ± 0.2 nats a reply" in text
+    assert "at a KL of 8.9 ± 0.2 nats per reply" in text
     assert "The stage kto failed." in text
-    assert "worst finding: ppo is broken, KL 84 (79 to 88.5) nats a reply; 2 more below" in html.unescape(text)
+    assert "worst finding: ppo is broken, KL 84 (79 to 88.5) nats per reply; 2 more below" in html.unescape(text)
 
 
 @pytest.mark.parametrize(
@@ -210,7 +211,9 @@ def test_two_hundred_prompts_are_shown_and_the_page_stays_small(tmp_path):
     page = read(run_dir)
     assert page.count('<article class="sample"') == 200
     assert "The first 200 of 205 prompts are shown" in page
-    cut = int(re.search("Texts longer than ([0-9]+) characters are cut", page)[1])
+    found = re.search("Texts longer than ([0-9]+) characters are cut", page)
+    assert found is not None
+    cut = int(found[1])
     assert cut >= 400 and page.count(f"[{3600 - cut} more characters]") == 800
     assert 1_000_000 < len(page.encode()) < 2_000_000
 
@@ -222,6 +225,7 @@ def test_verdicts_are_those_recorded_or_follow_from_the_scores(run):
     for line in lines:
         line.pop("outcomes", None)
     derived = browser(type(content)(content.name, content.stages, content.results, tuple(lines)))
+    assert recorded is not None and derived is not None
     given, found = json.loads(recorded["data"]), json.loads(derived["data"])
     assert "rubric" not in given[5]["ppo"] and given[5]["ppo"].keys() == {"reward"}
     given[5].pop("ppo")
@@ -245,7 +249,7 @@ def test_everything_in_the_results_is_on_the_page(run, page):
 def test_the_doctor_speaks_in_words_and_keeps_what_is_well_folded(page):
     part = html.unescape(page[page.index('<section id="doctor"') : page.index('<section id="recipe"')])
     assert "2 broken, 1 to look at, 4 OK" in part
-    assert part.index("<b>KL</b>: 84 (79 to 88.5) nats a reply") < part.index("<b>loss</b>: the loss is not finite")
+    assert part.index("<b>KL</b>: 84 (79 to 88.5) nats per reply") < part.index("<b>loss</b>: the loss is not finite")
     assert "→ Raise kl.coef" in part and "broken: above 50" in part
     assert "<summary>2 checks OK</summary>" in part and "kto: not finished" in part
 

@@ -6,7 +6,7 @@ import re
 import pytest
 from matplotlib.ticker import MaxNLocator
 
-from preftune.eval.report import axes, curves, frontier, lengths, lineage, rewards, svg, text, winrates
+from preftune.eval.report import axes, curves, frontier, lengths, lineage, reward_models, svg, text, winrates
 from preftune.eval.report.read import Run, StageRecord, read_run
 from preftune.stages.kinds import REWARD
 
@@ -20,7 +20,8 @@ def run(tmp_path_factory):
 
 def points(figure: str, kind: str) -> list[list[tuple[float, float]]]:
     found = re.findall(rf'<polyline points="([^"]*)" class="{kind}[ "]', figure)
-    return [[tuple(map(float, pair.split(","))) for pair in each.split()] for each in found]
+    pairs = [[pair.split(",") for pair in each.split()] for each in found]
+    return [[(float(x), float(y)) for x, y in each] for each in pairs]
 
 
 def test_numbers_in_words():
@@ -44,7 +45,7 @@ def test_elements_escape_what_they_are_given():
 
 def test_neighbouring_series_differ_in_shape_and_colour():
     marks = [svg.marker(place, 0, 0) for place in range(12)]
-    shapes = [re.match(r"<(\w+)", mark)[1] for mark in marks]
+    shapes = [re.findall(r"^<(\w+)", mark)[0] for mark in marks]
     assert shapes[:4] == ["circle", "rect", "polygon", "polygon"]
     assert len(set(marks)) == 12
 
@@ -66,7 +67,7 @@ def test_axes_have_round_ticks_and_put_values_in_proportion():
 @pytest.mark.parametrize("intervals", [3, 4, 5, 6])
 def test_round_ticks_are_matplotlibs(low, high, intervals):
     theirs = MaxNLocator(nbins=intervals, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
-    assert axes.round_ticks(low, high, intervals) == pytest.approx(theirs.tolist(), abs=1e-12 * (high - low))
+    assert axes.round_ticks(low, high, intervals) == pytest.approx(list(theirs), abs=1e-12 * (high - low))
 
 
 def test_a_root_axis_puts_four_nats_half_way_to_sixteen():
@@ -194,6 +195,7 @@ def test_fits_peak_where_their_slope_is_nought(form, alpha, beta, peak, height):
 
 def test_over_optimisation_starts_at_nought_and_names_the_peak(run):
     found = frontier.overoptimisation(run)
+    assert found is not None
     assert (found["proxy"], found["gold"], found["prompts"]) == ("reward", "rubric", 64)
     gold = found["figures"][1][2]
     assert "peak, KL 8.9" in gold and "ppo, step 0: gain 0" in gold
@@ -205,15 +207,15 @@ def test_over_optimisation_starts_at_nought_and_names_the_peak(run):
 
 
 def test_calibration_puts_every_bin_against_the_diagonal(run):
-    rows = rewards.reward_rows(run)
+    rows = reward_models.reward_rows(run)
     assert [row["title"] for row in rows] == ["reward", "dpo (implicit reward)"]
-    figure = rewards.calibration("r", [
+    figure = reward_models.calibration("r", [
         {"low": 0.5, "high": 0.6, "n": 4, "confidence": 0.55, "accuracy": 0.55, "ci_low": 0.5, "ci_high": 0.7},
         {"low": 0.9, "high": 1.0, "n": 40, "confidence": 0.95, "accuracy": 0.95, "ci_low": None, "ci_high": None},
     ], 0)  # fmt: skip
     (way,) = points(figure, "way")
-    x1, y1, x2, y2 = map(float, re.search(
-        r'x1="([\d.]+)" y1="([\d.]+)" x2="([\d.]+)" y2="([\d.]+)" class="diagonal"', figure).groups())  # fmt: skip
+    x1, y1, x2, y2 = map(float, re.findall(
+        r'x1="([\d.]+)" y1="([\d.]+)" x2="([\d.]+)" y2="([\d.]+)" class="diagonal"', figure)[0])  # fmt: skip
     for x, y in way:
         assert (y - y1) / (y2 - y1) == pytest.approx((x - x1) / (x2 - x1), abs=2e-3)
     heights = [float(h) for h in re.findall(r'height="([\d.]+)" class="tally"', figure)]
@@ -223,7 +225,7 @@ def test_calibration_puts_every_bin_against_the_diagonal(run):
 
 def test_without_rewards_json_a_reward_stage_shows_its_own_held_out_pairs():
     metrics = {"held_out_accuracy": 0.9, "held_out_pairs": 47, "held_out_longer_wins": 0.4}
-    (row,) = rewards.reward_rows(
+    (row,) = reward_models.reward_rows(
         Run("x", (StageRecord("rm", "reward", "done", None, (), metrics=metrics, record=REWARD),))
     )
     assert (row["stage"], row["accuracy"], row["n"], row["figure"]) == ("rm", 0.9, 47, None)

@@ -135,7 +135,7 @@ def test_margins_are_those_of_plain_libraries(run_dir, monkeypatch, stage, paren
         seen.update(margins=[a - b for a, b in zip(chosen, rejected, strict=True)], lengths=chosen_lengths)
         return {}
 
-    monkeypatch.setattr("preftune.eval.reward_models.reward_metrics", spy)
+    monkeypatch.setattr("preftune.eval.reward_models.pair_metrics", spy)
     (row,) = eval_reward(spec_of(run_dir), [implicit(run_dir, stage, parent)])
     above = None if parent is None else run_dir / parent
     sums = {
@@ -201,7 +201,7 @@ def test_the_base_is_loaded_once_and_policies_are_not_loaded_again(run_dir):
 
 
 def test_the_evaluation_writes_what_training_left_out(run_dir, tmp_path, capsys):
-    held = {"held_out": 0.4}
+    held: dict[str, Any] = {"held_out": 0.4}
     models = (
         RewardModel(stage="rm", kind="reward", folder=run_dir / "rm", data=pairs(**held)),
         implicit(run_dir, "dpo", **held),

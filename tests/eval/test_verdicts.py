@@ -72,8 +72,8 @@ def test_ratings_stand_in_the_order_of_the_win_rates(scored):
 @pytest.mark.checklist("E3")
 def test_e03_length_control_against_the_reference():
     rng = np.random.default_rng(1)
-    lengths = {"sft": rng.integers(10, 30, size=400), "dpo": rng.integers(20, 45, size=400)}
-    difference = lengths["dpo"] - lengths["sft"]
+    lengths = {"sft": rng.integers(10, 30, size=400).tolist(), "dpo": rng.integers(20, 45, size=400).tolist()}
+    difference = np.subtract(lengths["dpo"], lengths["sft"])
     # Nothing but length speaks for dpo.
     wins = expit(2.0 * np.tanh(difference / difference.std()))
     judge = PairwiseJudge({("dpo", "sft"): wins.tolist(), ("sft", "dpo"): (1 - wins).tolist()})

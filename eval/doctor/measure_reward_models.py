@@ -15,11 +15,11 @@ from ...stages.reward import REFERENCE_RESPONSES
 from ..reward_scores import reward_scores
 from ..samples import EncodedPrompt, generate_samples
 from ..statistics.intervals import bootstrap_interval
-from ..statistics.reward_metrics import reward_metrics
+from ..statistics.pair_ordering import pair_metrics
 from ..workbench import Workbench
 from .finding import Finding
 from .records import Record
-from .reward_checks import check_accuracy, check_length, check_reload, check_reload_mean, check_sft_reward
+from .reward_model_checks import check_accuracy, check_length, check_reload, check_reload_mean, check_sft_reward
 
 MAX_PAIRS = 200
 """Pairs scored at most: the accuracy's interval is then within 7 points."""
@@ -85,7 +85,7 @@ def score_findings(
         return
     lengths = [len(reply) for reply in (*chosen, *rejected)]
     sides = [tuple(prompt) for prompt in prompts]
-    found = reward_metrics(good, bad, lengths[:n], lengths[n:], prompts=sides, seed=bench.spec.seed)
+    found = pair_metrics(good, bad, lengths[:n], lengths[n:], prompts=sides, seed=bench.spec.seed)
     interval = (found["ci_low"], found["ci_high"])
     yield check_accuracy(name, found["accuracy"], interval, n, longer_wins=found["longer_wins"], held_out=held)
     if (correlation := _length_correlation(scores, lengths, bench.spec.seed)) is None:

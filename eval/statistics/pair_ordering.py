@@ -67,7 +67,7 @@ def _expected_error(bins: Sequence[dict[str, Any]]) -> float:
     return gaps / sum(each["n"] for each in bins)
 
 
-def reward_metrics(
+def pair_metrics(
     chosen: Sequence[float],
     rejected: Sequence[float],
     chosen_lengths: Sequence[int],

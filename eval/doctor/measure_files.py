@@ -27,14 +27,14 @@ from .log_checks import (
 )
 from .policy_checks import check_parent_kept, check_trained
 from .records import Record, lora_change, lost_rows, score_weight, series
-from .reward_checks import check_score_head
+from .reward_model_checks import check_score_head
 
 _PROBE = [{"role": "user", "content": "Hello"}]
 _TEXTS = ["Hello, world", " two  spaces\n\tand a tab", "x = 12345.67; naïve – 日本語 🙂", "I'LL don't"]
 """Case, digits, white space and other scripts: where tokenizers part ways."""
 
 
-def paper_findings(
+def file_findings(
     record: Record, base: Base, tokenizer: Any, elsewhere: Collection[str], left_out: list[str]
 ) -> Iterator[Finding]:
     """All of them for one stage.

@@ -5,12 +5,12 @@ import math
 import numpy as np
 import pytest
 
-from preftune.eval.statistics.reward_metrics import calibration_bins, calibration_error, log_loss, reward_metrics
+from preftune.eval.statistics.pair_ordering import calibration_bins, calibration_error, log_loss, pair_metrics
 
 
 @pytest.mark.checklist("R5")
 def test_r05_an_all_equal_model_has_accuracy_one_half():
-    metrics = reward_metrics([0.3] * 40, [0.3] * 40, [5] * 40, [9] * 40)
+    metrics = pair_metrics([0.3] * 40, [0.3] * 40, [5] * 40, [9] * 40)
     assert metrics["accuracy"] == 0.5
     assert metrics["ties"] == 40
     assert metrics["log_loss"] == pytest.approx(math.log(2))
@@ -19,7 +19,7 @@ def test_r05_an_all_equal_model_has_accuracy_one_half():
 
 @pytest.mark.checklist("R6")
 def test_r06_everything_is_reported_beside_the_length_baselines():
-    metrics = reward_metrics([2.0, 1.0, 0.0, 1.0], [0.0, 0.0, 1.0, 1.0], [9, 4, 4, 7], [5, 5, 5, 7])
+    metrics = pair_metrics([2.0, 1.0, 0.0, 1.0], [0.0, 0.0, 1.0, 1.0], [9, 4, 4, 7], [5, 5, 5, 7])
     assert metrics["accuracy"] == pytest.approx(2.5 / 4)
     assert metrics["ci_low"] < metrics["accuracy"] < metrics["ci_high"]
     assert metrics["longer_wins"] == pytest.approx(1.5 / 4)
@@ -45,8 +45,8 @@ def test_pairs_of_one_prompt_stay_together():
     rng = np.random.default_rng(1)
     good = rng.integers(0, 2, 30).astype(float)
     chosen, zeros, lengths = np.repeat(good, 6).tolist(), [0.5] * 180, [1] * 180
-    together = reward_metrics(chosen, zeros, lengths, lengths, prompts=np.repeat(np.arange(30), 6).tolist())
-    apart = reward_metrics(chosen, zeros, lengths, lengths)
+    together = pair_metrics(chosen, zeros, lengths, lengths, prompts=np.repeat(np.arange(30), 6).tolist())
+    apart = pair_metrics(chosen, zeros, lengths, lengths)
     assert together["ci_high"] - together["ci_low"] > 1.8 * (apart["ci_high"] - apart["ci_low"])
 
 
@@ -76,7 +76,7 @@ def test_calibration_bins_by_hand():
 def test_bins_take_in_every_pair_once_and_metrics_agree_with_them():
     margins = np.random.default_rng(2).normal(scale=3, size=200)
     zeros, lengths = [0.0] * 200, [1] * 200
-    metrics = reward_metrics(margins.tolist(), zeros, lengths, lengths)
+    metrics = pair_metrics(margins.tolist(), zeros, lengths, lengths)
     bins = metrics["calibration"]
     assert sum(each["n"] for each in bins) == 200
     assert all(each["low"] <= each["confidence"] <= each["high"] for each in bins)

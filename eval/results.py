@@ -1,0 +1,92 @@
+"""What an evaluation found, and the files of RUN/eval that hold it."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+from ..files import EVALUATION, OVER_OPTIMISATION, RESULTS, REWARDS, SAMPLES, whole_folder
+from ..values import plain
+from .samples import Sample
+
+
+class AgainstOther(TypedDict):
+    """A policy's win-rate against one other policy, with its 95% interval, over n prompts."""
+
+    win_rate: float
+    ci_low: float
+    ci_high: float
+    n: int
+
+
+class VerdictColumns(TypedDict):
+    """What a judge says of a policy: rates are fractions of 1, ratings Bradley-Terry log-odds of mean 0.
+
+    `against` is the policy's row of the matrix of all pairs, by the other policies' names. A number is nan where there
+    is nothing to say, as of length control with few prompts.
+    """
+
+    n: int
+    mean_score: float
+    win_rate: float
+    ci_low: float
+    ci_high: float
+    ties: int
+    unparsable: int
+    length_controlled_win_rate: float
+    rating_log_odds: float
+    rating_low: float
+    rating_high: float
+    against: dict[str, AgainstOther]
+
+
+ResultRow = dict[str, Any]
+"""A row of results.json, one policy under one judge: policy, reference and judge (None without any), `VerdictColumns`,
+`replies.REPLY_COLUMNS` (lengths in tokens, KL in nats), temperature and seed; None where something was not measured.
+`beams` is there only with beam search, `usage` only with a judge that costs something: what judging all policies took
+this time, answers kept from before being free (see `endpoint_client.Usage`)."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured.
+
+    Attributes:
+        rows: one per policy and judge, those of results.json.
+        samples: policy -> its replies, one per prompt.
+        scores: (policy, judge) -> one score per reply, of the judges that score.
+        outcomes: (policy, judge) -> what each reply gets against the reference's: 1 win, 0.5 tie, 0 loss, or between;
+            nan without a verdict. The reference itself is left out.
+        reward_models: one mapping per reward model, the rows of rewards.json.
+        over_optimisation: the content of overoptimisation.json (see `overoptimisation.py`).
+    """
+
+    rows: list[ResultRow]
+    samples: dict[str, list[Sample]]
+    scores: dict[tuple[str, str], list[float]]
+    outcomes: dict[tuple[str, str], list[float]]
+    reward_models: list[dict[str, Any]]
+    over_optimisation: dict[str, Any] | None = None
+
+
+def write_evaluation(run_dir: Path, evaluation: Evaluation) -> None:
+    """Writes RUN/eval: results.json, samples.jsonl; rewards.json where a reward model was measured, and
+    overoptimisation.json where that was. The folder appears whole or not at all.
+    """
+    with whole_folder(run_dir / EVALUATION) as folder:
+        contents = {
+            RESULTS: evaluation.rows,
+            REWARDS: evaluation.reward_models or None,
+            OVER_OPTIMISATION: evaluation.over_optimisation,
+        }
+        for name, content in contents.items():
+            if content is not None:
+                (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        with (folder / SAMPLES).open("w", encoding="utf-8") as file:
+            for policy, replies in evaluation.samples.items():
+                for place, reply in enumerate(replies):
+                    judged = {
+                        name: {judge: values[place] for (p, judge), values in table.items() if p == policy}
+                        for name, table in (("scores", evaluation.scores), ("outcomes", evaluation.outcomes))
+                    }
+                    file.write(json.dumps(plain({**reply.as_dict(), **judged}), ensure_ascii=False) + "\n")
