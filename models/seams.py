@@ -503,7 +503,8 @@ REFERENCE_LOGPS = Seam(
 def _collator_fields(subject: Any) -> Iterator[str]:
     """`max_length` of every collator, `truncation_mode` of DPO's."""
     collator = subject.data_collator
-    wanted = ("max_length", "truncation_mode") if "Preference" in type(collator).__name__ else ("max_length",)
+    paired = "Unpaired" not in type(collator).__name__
+    wanted = ("max_length", "truncation_mode") if paired else ("max_length",)
     yield from (f"{type(collator).__name__}.{name}" for name in wanted if not hasattr(collator, name))
 
 

@@ -14,8 +14,8 @@ import trl.trainer.utils
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModel, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Trainer
-from trl.trainer.dpo_trainer import DPOTrainer
-from trl.trainer.kto_trainer import KTOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
+from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference, KTOTrainer
 from trl.trainer.sft_trainer import SFTTrainer
 
 from preftune.models import seams
@@ -76,7 +76,10 @@ SUBJECTS = {
     "PREPARE_DATASET": lambda _: [SFTStageTrainer, RewardStageTrainer, DPOStageTrainer, KTOStageTrainer],
     "COMPUTE_LOSS": lambda _: [DPOStageTrainer, KTOStageTrainer],
     "REFERENCE_LOGPS": lambda _: [DPOStageTrainer, KTOStageTrainer],
-    "COLLATOR": lambda _: [collator("max_length", "truncation_mode")],
+    "COLLATOR": lambda _: [
+        SimpleNamespace(data_collator=DataCollatorForPreference(pad_token_id=0)),
+        SimpleNamespace(data_collator=DataCollatorForUnpairedPreference(pad_token_id=0)),
+    ],
     "TRL_SETTINGS": lambda _: [trl.trainer.dpo_config.DPOConfig(use_cpu=True, bf16=False), SimpleNamespace()],
     "METRICS": lambda _: [SimpleNamespace(_metrics={"train": {}})],
     "TRAINED_TOKENS": lambda _: [SimpleNamespace(_total_train_tokens=0)],
@@ -90,7 +93,7 @@ NAMES = {name: value for name, value in vars(seams).items() if isinstance(value,
 def test_it_holds_with_the_installed_versions(name, make):
     assert (name in NO_SUBJECT) != (name in SUBJECTS)
     for subject in SUBJECTS.get(name, lambda _: [None])(make):
-        seams.require(NAMES[name], subject)
+        seams.check(NAMES[name], subject)
 
 
 def test_every_seam_is_declared_with_all_that_its_message_needs():
