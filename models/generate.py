@@ -170,7 +170,12 @@ def sample(
             joint=joint,
         )
         decoder.run()
-    counts = decoder.count_N.tolist()[: len(prompts)]
+    return _drawn(decoder, len(prompts))
+
+
+def _drawn(decoder: Decoder, n: int) -> Generation:
+    """What the decoder has kept of its n requests."""
+    counts = decoder.count_N.tolist()[:n]
     tokens = [row[:count] for row, count in zip(decoder.tokens_NS.tolist(), counts, strict=False)]
     logprobs = [row[:count] for row, count in zip(decoder.logps_NS.tolist(), counts, strict=False)]
-    return Generation(tokens, logprobs, decoder.stopped_N.tolist()[: len(prompts)])
+    return Generation(tokens, logprobs, decoder.stopped_N.tolist()[:n])

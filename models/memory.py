@@ -27,7 +27,7 @@ def reset_peak_memory() -> None:
 def peak_memory_bytes() -> int | None:
     """The accelerator's peak since `reset_peak_memory`; without one, the process' peak resident size so far.
 
-    None where nobody counts it: on Windows without psutil.
+    None where the system does not count it.
     """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
@@ -36,8 +36,6 @@ def peak_memory_bytes() -> int | None:
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
-    if find_spec("psutil") is not None:
-        import psutil
+    import psutil
 
-        return getattr(psutil.Process().memory_info(), "peak_wset", None)
-    return None
+    return getattr(psutil.Process().memory_info(), "peak_wset", None)

@@ -70,8 +70,8 @@ def tree_attention(
     Raises:
         SeamMoved: the batch is packed and its tree has not come with it: its rows would see one another.
     """
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if tree is None and query.size(2) == 1 and _as_products(query, dropout) and _per_row(attention_mask):
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         assert attention_mask is not None
         mask_BHC = attention_mask[:, :, 0].expand(-1, query.size(1), -1).contiguous()
         return token_attention(query[:, :, 0], key, value, mask_BHC, scale)[:, None], None
@@ -89,29 +89,37 @@ def tree_attention(
             sliding_window=sliding_window,
             **kwargs,
         )
-    tree.attended.append(sliding_window)
+    return _in_tree(query, key, value, tree, sliding_window, dropout=dropout, scaling=scaling), None
+
+
+def _in_tree(
+    query: Tensor, key: Tensor, value: Tensor, tree: Tree, window: int | None, *, dropout: float, scaling: float | None
+) -> Tensor:
+    """Each token attends to its ancestors: in one piece on a GPU, block by block elsewhere; [1, N, heads, D]."""
+    tree.attended.append(window)
     if flex_applies(query.device) and not dropout:
-        out = flex_tree_attention(query, key, value, tree.flex_mask(sliding_window), scaling)
+        out = flex_tree_attention(query, key, value, tree.flex_mask(window), scaling)
         if out is not None:
-            return out.transpose(1, 2), None
+            return out.transpose(1, 2)
     if _as_products(query, dropout) and tree.longest_block() <= LONGEST_BLOCK:
         runs = tree.runs()
-        masks = [tree.mask((start, start + t), sliding_window, query.dtype)[0, 0] for start, _, t in runs]
-        return block_attention(query[0], key[0], value[0], runs, masks, scale)[None], None
+        masks = [tree.mask((start, start + t), window, query.dtype)[0, 0] for start, _, t in runs]
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return block_attention(query[0], key[0], value[0], runs, masks, scale)[None]
     grouped = query.size(1) != key.size(1)
     outputs = [
         F.scaled_dot_product_attention(
             query[:, :, start:stop],
             key[:, :, start:stop],
             value[:, :, start:stop],
-            attn_mask=tree.mask((start, stop), sliding_window, query.dtype),
+            attn_mask=tree.mask((start, stop), window, query.dtype),
             dropout_p=dropout,
             scale=scaling,
             enable_gqa=grouped,
         )
         for start, stop in tree.blocks
     ]
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+    return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
 def _as_products(query: Tensor, dropout: float) -> bool:

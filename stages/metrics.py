@@ -5,10 +5,6 @@ from collections.abc import Sequence
 
 import torch
 
-from ..models.memory import peak_memory_bytes
-
-__all__ = ["length_baselines", "mean_std", "pair_accuracy", "peak_memory_bytes"]
-
 
 def pair_accuracy(chosen: Sequence[float], rejected: Sequence[float]) -> float:
     """Share of pairs in which the chosen side scores higher; a tie counts one half (R5). NaN for no pairs.

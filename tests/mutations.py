@@ -335,6 +335,7 @@ def main() -> int:
             unnoticed += not red
             names = ", ".join(f"`{name}`" for name in red) or "**none**"
             print(f"| {mutation.row} | {mutation.broken} | {names} |", flush=True)
+        print(f"\nmutations: {len(mutations) - unnoticed} passed, {unnoticed} failed")
     return 1 if unnoticed else 0
 
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from ...errors import UserError
 from ...models.adapters import REWARD, AdapterSet
+from ...models.batching import row_batches
 from ...models.lineage import adapter_sha256, check_lineage, read_lineage
 from ...models.masked import masked_moments
 from ..reward_functions import RewardFunction, call_reward_function, import_function
@@ -215,13 +216,12 @@ class ModelScorer:
             UserError: the prompts are conversations and the model's tokenizer has no chat template.
         """
         texts = [self._encode(p, t) for p, t in zip(prompts, replies, strict=True)]
-        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]["input_ids"]))
-        scores_B = torch.zeros(len(texts), device=self.device)
-        for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
+        scores_B, done = torch.zeros(len(texts), device=self.device), 0
+        for rows in row_batches([len(each["input_ids"]) for each in texts], self.batch_size):
             scores_B[rows] = self.model(**self._batch([texts[i] for i in rows])).logits[:, 0].float()
+            done += len(rows)
             if on_batch is not None:
-                on_batch(start + len(rows))
+                on_batch(done)
         return scores_B
 
     def _encode(self, prompt: PromptText, text: str) -> dict[str, list[int]]:

@@ -27,6 +27,7 @@ from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
 from ...errors import UserError
+from ...models import seams
 from ...models.adapters import DEFAULT, REF, AdapterSet
 from ...models.dropout import no_dropout
 from ...models.lora import LoraSpec
@@ -116,6 +117,8 @@ class OnPolicyTrainer(Trainer):
         peft_config: LoraConfig | None = None,
         quiet: bool = False,
     ) -> None:
+        for seam in (seams.TRAINER_CHECKPOINT, seams.TRAINER_RESUME):
+            seams.require(seam, type(self))
         args = PPOConfig("ppo_output") if args is None else args
         sources = reward_sources(reward_funcs, reward_adapter, rewards)
         self.adapters, self.tokenizer = open_policy(model, processing_class, lora, peft_config)

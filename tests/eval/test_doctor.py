@@ -142,7 +142,7 @@ def test_the_base_as_reference_is_named(copy: Path, capsys, monkeypatch, stage: 
         return made
 
     # the stages' own checks would stop such a run; older trainers have none
-    monkeypatch.setattr("preftune.stages.ppo.check_reference", lambda *_: None)
+    monkeypatch.setattr("preftune.stages.ppo.trainer.check_reference", lambda *_: None)
     monkeypatch.setattr("preftune.stages.ppo.add_reference", base_as_reference)
     monkeypatch.setattr("preftune.stages.reference.check_identity", lambda *_: None)
     monkeypatch.setattr("preftune.stages.dpo.build_dpo", build)
@@ -182,7 +182,7 @@ def test_another_chat_template_is_named(copy: Path, capsys, monkeypatch):
     recipe = (copy / "recipe.yaml").read_text()
     with monkeypatch.context() as patch:
         # the stage itself refuses such a parent
-        patch.setattr("preftune.stages.job.check_lineage", lambda *_: None)
+        patch.setattr("preftune.stages.run.check_lineage", lambda *_: None)
         train(copy / "recipe.yaml", copy, f"model.chat_template={json.dumps(PARTED)}", only="reward")
     (copy / "recipe.yaml").write_text(recipe)
     code, findings, said = doctor(capsys, copy, "--samples", "8")

@@ -1,6 +1,5 @@
 """Rows of like length together, and the padding; the memory that a process has."""
 
-import importlib.util
 import sys
 
 import pytest
@@ -48,9 +47,8 @@ def test_the_peak_is_at_least_what_was_held():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the accelerator's peak is told there")
 def test_without_the_resource_module_the_peak_is_psutils_or_unknown(monkeypatch):
-    found = importlib.util.find_spec
-    for gone, expected in ((("resource",), 123), (("resource", "psutil"), None)):
-        process = type("Process", (), {"memory_info": lambda self: type("Info", (), {"peak_wset": 123})()})
+    monkeypatch.setattr(memory, "find_spec", lambda name: None)
+    for counted in ({"peak_wset": 123}, {}):
+        process = type("Process", (), {"memory_info": lambda self, counted=counted: type("Info", (), counted)()})
         monkeypatch.setitem(sys.modules, "psutil", type("psutil", (), {"Process": process}))
-        monkeypatch.setattr(memory, "find_spec", lambda name, gone=gone: None if name in gone else found("os"))
-        assert memory.peak_memory_bytes() == expected
+        assert memory.peak_memory_bytes() == counted.get("peak_wset")

@@ -36,8 +36,6 @@ SMALL: dict[str, Any] = dict(
     vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
     num_key_value_heads=2, head_dim=8,
 )  # fmt: skip
-PPO_S = ("TRAINER_CHECKPOINT", "TRAINER_RESUME")
-"""Checked by PPO's trainer."""
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +87,8 @@ SUBJECTS = {
 NAMES = {name: value for name, value in vars(seams).items() if isinstance(value, seams.Seam)}
 
 
+# TRL 1.16's configs still set transformers' old name of activation checkpointing
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", NAMES)
 def test_it_holds_with_the_installed_versions(name, make):
     assert (name in NO_SUBJECT) != (name in SUBJECTS)
@@ -106,7 +106,7 @@ def test_every_seam_is_checked_somewhere():
     rooms = [file for room in ("models", "stages", "eval", "cli") for file in (ROOT / room).rglob("*.py")]
     text = "\n".join(file.read_text(encoding="utf-8") for file in rooms if file.name != "seams.py")
     used = set(re.findall(r"\bseams\.([A-Z][A-Z0-9_]+)\b", text))
-    assert set(NAMES) - used <= set(PPO_S)
+    assert not set(NAMES) - used
 
 
 def test_the_tested_versions_are_those_of_the_constraints():
