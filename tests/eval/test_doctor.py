@@ -143,8 +143,8 @@ def test_the_base_as_reference_is_named(copy: Path, capsys, monkeypatch, stage: 
 
     # the stages' own checks would stop such a run; older trainers have none
     monkeypatch.setattr("preftune.stages.ppo.trainer.check_reference", lambda *_: None)
-    monkeypatch.setattr("preftune.stages.ppo.add_reference", base_as_reference)
-    monkeypatch.setattr("preftune.stages.reference.check_identity", lambda *_: None)
+    monkeypatch.setattr("preftune.stages.ppo.trainer.add_reference", base_as_reference)
+    monkeypatch.setattr("preftune.stages.reference_trainer.check_identity", lambda *_: None)
     monkeypatch.setattr("preftune.stages.dpo.build_dpo", build)
     train(copy / "recipe.yaml", copy, only=stage)
     code, findings, said = doctor(capsys, copy)
