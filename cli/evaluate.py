@@ -11,7 +11,7 @@ from ..files import RECIPE
 from .arguments import AsJson, DataOption, EvalOverrides, Policies, RunArgument
 
 if TYPE_CHECKING:
-    from ..data.spec import DataSpec
+    from ..data.spec import DataSpec, RowKind
     from ..eval.spec import EvalSpec
     from ..recipes.schema import Recipe
 
@@ -102,7 +102,7 @@ def perplexity(
     recipe, spec = _open(run, overrides, policies)
     from ..eval.commands import eval_perplexity
 
-    _print(eval_perplexity(spec, _data(recipe, data, "sft")), json)
+    _print(eval_perplexity(spec, _data(recipe, data, "demo")), json)
 
 
 @app.command()
@@ -132,7 +132,7 @@ def reward(
     named = [stage] if stage is not None else [each for each in known if holds_adapter(run / each)]
     if not named:
         raise UserError(str(run), f"none of {', '.join(known)} is finished in it", "train one of them first")
-    given = None if data is None else _data(recipe, data, "reward")
+    given = None if data is None else _data(recipe, data, "pair")
     from ..eval.commands import eval_reward
 
     models = [reward_model(recipe, each, run, given) for each in named]
@@ -214,15 +214,16 @@ def _open(run: Path, overrides: list[str] | None, policies: str | None) -> "tupl
     return recipe, eval_spec(recipe, recipe_base(recipe), run, chosen)
 
 
-def _data(recipe: "Recipe", given: str | None, kind: str) -> "DataSpec":
-    """The data entry or file of that name; where none is given, that of the first stage of the kind."""
+def _data(recipe: "Recipe", given: str | None, rows: "RowKind") -> "DataSpec":
+    """The data entry or file of that name; where none is given, that of the first stage that reads such rows."""
     from ..recipes.build import data_spec
     from ..recipes.schema import Data
 
     if given is None:
-        first = next((stage.data for stage in recipe.stages.values() if stage.kind == kind), None)
+        first = next((stage.data for stage in recipe.stages.values() if stage.record.rows == rows), None)
         if first is None:
-            raise UserError("--data", f"none given, and the recipe has no {kind} stage", "name a data entry or a file")
+            said = f"none given, and no stage of the recipe reads rows of kind {rows}"
+            raise UserError("--data", said, "name a data entry or a file")
         given = first
     if given in recipe.data:
         return data_spec(recipe.data[given], recipe.seed)

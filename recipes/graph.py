@@ -147,12 +147,11 @@ def _check_said_once(text: Text, here: Path_, stage: Stage) -> None:
 def _check_eval(recipe: Recipe, text: Text) -> None:
     if recipe.eval is None:
         return
-    known = [BASE, *(name for name in recipe.stages if name not in reward_models(recipe))]
     part = recipe.eval
+    known = [BASE, *(name for name in recipe.stages if name not in reward_models(recipe))]
     curve = part.over_optimisation is not None
     if found := beam_problem(part.beams or 1, temperature=part.temperature, kl=part.kl, over_optimisation=curve):
         raise problem(text, ("eval", "beams"), *found)
-    known = [BASE, *(name for name, stage in recipe.stages.items() if stage.kind != "reward")]
     for index, policy in enumerate(recipe.eval.policies):
         if policy not in known:
             kind = " (a reward model)" if policy in recipe.stages else ""

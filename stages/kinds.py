@@ -6,6 +6,7 @@ recipe names it as `kind: my_method.py:KIND`. Nothing here imports torch.
 """
 
 import functools
+import hashlib
 import importlib.util
 import inspect
 import pkgutil
@@ -13,7 +14,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 from annotated_types import Ge, Gt
@@ -302,7 +303,12 @@ def stage_kind(word: str, where: str = "kind") -> StageKind:
     if not colon:
         variants = {name: remedy for kind in KINDS.values() for name, remedy in kind.variants.items()}
         raise UserError(where, f"{word!r} is no kind of stage", variants.get(word) or nearest(word, KINDS))
-    found = getattr(_module(home, where), name, None)
+    try:
+        module = _module(home)
+    except Exception as error:  # a foreign file: it fails in every way there is
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(where, f"{home} cannot be imported ({said})", "correct the path, or the file") from error
+    found = getattr(module, name, None)
     if not isinstance(found, StageKind):
         kind = "nothing" if found is None else f"a {type(found).__name__}"
         raise UserError(where, f"{name!r} in {home} is {kind}, expected a StageKind", "name the method's record")
@@ -313,24 +319,21 @@ def stage_kind(word: str, where: str = "kind") -> StageKind:
 
 def source_file(word: str) -> Path | None:
     """The file of a kind outside the package; None for one of `KINDS`."""
-    return None if word in KINDS else Path(str(inspect.getsourcefile(_module(word.rpartition(":")[0], "kind"))))
+    return None if word in KINDS else Path(str(inspect.getsourcefile(_module(word.rpartition(":")[0]))))
 
 
 @functools.cache
-def _module(home: str, where: str) -> Any:
-    """The module of that name, or from that file."""
-    try:
-        if not home.endswith(".py"):
-            return importlib.import_module(home)
-        file = Path(home).expanduser().resolve()
-        # under a name of its own, so that a method called `random.py` hides nothing
-        name = f"preftune_kind_{file.stem}"
-        spec = importlib.util.spec_from_file_location(name, file)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-        return module
-    except Exception as error:  # a foreign file: it fails in every way there is
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(where, f"{home} cannot be imported ({said})", "correct the path, or the file") from error
+def _module(home: str) -> ModuleType:
+    """The module of that name, or from that file; run once in a process."""
+    if not home.endswith(".py"):
+        return importlib.import_module(home)
+    file = Path(home).expanduser().resolve()
+    # under a name of its own, so that a method called `random.py` hides nothing
+    name = f"preftune_kind_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ImportError("not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module

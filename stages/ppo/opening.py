@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ...errors import UserError
-from ...files import LINEAGE
+from ...files import ADAPTER_CONFIG, LINEAGE
 from ...models.adapters import AdapterSet
 from ...models.base import Base
 from ...models.lineage import check_lineage, load_adapter_base
@@ -87,7 +87,7 @@ def _load(
 
 
 def _is_adapter(spec: str) -> bool:
-    return (Path(spec) / "adapter_config.json").is_file()
+    return (Path(spec) / ADAPTER_CONFIG).is_file()
 
 
 def _kind_of(reward: str | Callable[..., list[float]]) -> RewardKind:
