@@ -49,8 +49,11 @@ class Meter:
         if not self._asked:
             self._asked, self._bar = True, _open_bar(self._label, self._total)
         if self._bar is not None:
-            progress, task = self._bar
-            progress.update(task, completed=done, note=note)
+            # a bar is drawn ten times a second: more often it would cost more than quick steps do
+            if now - self._spoken > 0.1 or done == self._total:
+                self._spoken = now
+                progress, task = self._bar
+                progress.update(task, completed=done, note=note)
         elif done == self._total or now - self._spoken > self._lines:
             self.say(done, note)
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, Features, Json, List, Value, concatenate_datasets
-from tqdm.auto import tqdm
 
 from ..errors import UserError
+from ..progress import meter
 from .report import DataReport
 from .rows import Message, Row, Unusable, canonical
 from .spec import DataSpec, RowKind
@@ -186,7 +186,7 @@ class _Encoder:
             finish: makes the encoded row from their ids, or raises Unusable to drop it.
         """
         parts = []
-        with tqdm(total=len(rows), desc="encoding", unit=" rows", delay=2, disable=None, leave=False) as bar:
+        with meter("encoding rows", len(rows)) as show:
             for start in range(0, len(rows), _CHUNK):
                 chunk = rows[start : start + _CHUNK]
                 wanted = [texts(row) for row in chunk]
@@ -198,7 +198,7 @@ class _Encoder:
                 columns = {name: [row[name] for row in used] for name in features}
                 parts.append(Dataset.from_dict(columns, features=features))
                 self.report.used += len(used)
-                bar.update(len(chunk))
+                show(start + len(chunk))
         if self.report.used == 0:
             why = "; ".join(self.report.lines()[1:]) or "no row was given"
             raise UserError(self.spec.describe(), f"no row is left ({why})", "raise max_length or check the data")

@@ -1,13 +1,12 @@
 """Sources -> normalised rows, with a count of every row that was dropped."""
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
 from ..errors import UserError
+from ..progress import meter
 from .formats import normalise
 from .report import DataReport
 from .rows import Row, Unusable, fingerprint, prompt_key, text_message
@@ -113,6 +112,9 @@ def _mix(spec: DataSpec, per_source: list[list[Row]]) -> tuple[list[Row], list[i
     return mixed, counts
 
 
-def _progress(rows: Iterable[Placed], path: str) -> Iterable[Placed]:
-    """Show a progress bar on a terminal if reading takes longer than two seconds."""
-    return tqdm(rows, desc=f"reading {path}", unit=" rows", delay=2, disable=None, leave=False)
+def _progress(rows: Iterable[Placed], path: str) -> Iterator[Placed]:
+    """The rows, with what is read shown if it takes longer than two seconds."""
+    with meter(f"reading {path}, rows", None) as show:
+        for done, row in enumerate(rows, 1):
+            yield row
+            show(done)
