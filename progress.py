@@ -53,7 +53,7 @@ class Meter:
             if now - self._spoken > 0.1 or done == self._total:
                 self._spoken = now
                 progress, task = self._bar
-                progress.update(task, completed=done, note=note)
+                progress.update(task, completed=done, note=note, refresh=True)
         elif done == self._total or now - self._spoken > self._lines:
             self.say(done, note)
 
@@ -95,6 +95,7 @@ def _open_bar(label: str, total: int | None) -> "tuple[Progress, TaskID] | None"
     if not console.is_terminal:
         return None
     counted = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
-    bar = Progress(TextColumn("{task.description}"), *counted, console=console, transient=True)
+    # drawn when it moves: a thread of its own would take turns with the work at Python's lock
+    bar = Progress(TextColumn("{task.description}"), *counted, console=console, transient=True, auto_refresh=False)
     bar.start()
     return bar, bar.add_task(label, total=total, note="")
