@@ -6,12 +6,14 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol, TypeGuard
+from typing import TYPE_CHECKING, Protocol, TypeGuard
 
 import typer
 
 from ..errors import UserError
-from ..recipes.schema import Recipe
+
+if TYPE_CHECKING:
+    from ..recipes.schema import Recipe
 
 
 class StageFailed(Exception):
@@ -88,7 +90,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def make_functions_importable(recipe: Recipe) -> None:
+def make_functions_importable(recipe: "Recipe") -> None:
     """Put the recipe's folder and the current one on `sys.path`, where its reward and judge functions may lie."""
     for folder in (recipe.folder, Path.cwd()):
         if folder is not None and str(folder) not in sys.path:
