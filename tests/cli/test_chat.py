@@ -14,7 +14,6 @@ from preftune.cli.speakers import show_reply
 from preftune.cli.terminal import Terminal, harmless
 from preftune.errors import UserError
 from preftune.eval.chat.conversation import Conversation, Reply
-from preftune.eval.spec import EvalSpec
 
 from .conftest import POLICIES, SYSTEM, assistant, talk, user
 
@@ -41,11 +40,10 @@ def test_policy_seed_temperature_and_system_are_what_was_asked_for(shell, run):
     assert replies[0].text != replies[1].text
 
 
-@pytest.mark.skipif(not hasattr(EvalSpec, "beams"), reason="the evaluation knows no beams")
 def test_beams_reach_the_conversation(shell, run):
     code, out, err = shell("chat", run, "--policy", "sft", "--beams", 3, "--max-new-tokens", 6, typed="Hi?\n")
     asked = talk(run)
-    spec: Any = replace(asked.bench.spec, temperature=0.0, **{"beams": 3})
+    spec: Any = replace(asked.bench.spec, temperature=0.0, beams=3)
     reply = Conversation(replace(asked.bench, spec=spec)).reply("sft", [SYSTEM, user("Hi?")], seed=3)
     assert (code, out, err) == (0, harmless(reply.text.lstrip()) + "\n", "")
 

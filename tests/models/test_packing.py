@@ -13,7 +13,7 @@ from preftune.models.adapters import AdapterSet
 from preftune.models.flex_tree import flex_applies, flex_tree_attention
 from preftune.models.loading import load_model, resolve_base
 from preftune.models.lora import LoraSpec
-from preftune.models.packing import forward_tree, packs_now, tree_attention, use_packed_forward
+from preftune.models.packing import ATTENTION, forward_tree, packs_now, tree_attention, use_packed_forward
 from preftune.models.prefix_tree import build_tree, rounded
 
 SMALL: dict[str, Any] = dict(
@@ -100,6 +100,8 @@ def test_d06_no_sequence_sees_another():
         changed = ids.clone()
         changed[0, 7:13] = 9  # a reply: every other row keeps its states, its own prompt too
         after = model(input_ids=changed, attention_mask=mask, use_cache=False).last_hidden_state
+    # a packed forward that fails its trial would be padded, where nothing can see anything
+    assert model.config._attn_implementation == ATTENTION
     torch.testing.assert_close(after[1:], before[1:], atol=1e-6, rtol=0)
     torch.testing.assert_close(after[0, :7], before[0, :7], atol=1e-6, rtol=0)
     assert (after[0, 7:13] - before[0, 7:13]).abs().max() > 1e-2
