@@ -42,11 +42,13 @@ class Method(Protocol):
 
     Attributes:
         trainables: what trains, by the names under which checkpoints hold it.
-        statistics: what `backward` sums over tokens; "ratio", "approx_kl" and "abs_log_ratio" are among them.
+        statistics: what `backward` sums over tokens: the loss first, and "ratio", "approx_kl" and "abs_log_ratio".
+        samples_per_prompt: how many responses of a rollout answer one prompt; they stand together.
     """
 
     trainables: dict[str, nn.Parameter]
     statistics: tuple[str, ...]
+    samples_per_prompt: int
 
     def clip(self, clip: Callable[[list[nn.Parameter]], float]) -> dict[str, float]:
         """Clip the gradients with `clip`, those that go together at once; each norm before, by its name in the log."""
@@ -148,6 +150,8 @@ class PPO:
         "policy_loss", "value_loss", "kl_loss", "approx_kl", "clipped", "value_clipped", "ratio", "ratio_squared",
         "abs_log_ratio", "entropy",
     )  # fmt: skip
+
+    samples_per_prompt: int = 1
 
     def __init__(self, config: PPOConfig, trunk: Trunk, start: ValueStart | None, reduce: Reduce) -> None:
         self.config, self.trunk, self.reduce = config, trunk, reduce

@@ -201,7 +201,9 @@ class OnPolicyTrainer(Trainer):
             # 1. Prompts: this process' slice of the iteration's part of the stream.
             local = args.local_rollout_size()
             start = loop.iteration * args.rollout_batch_size + args.process_index * local
-            prompts = self.prompts.take(stream_rows(len(self.prompts), args.seed, start, local))
+            group = self.method.samples_per_prompt
+            rows = stream_rows(len(self.prompts), args.seed, start // group, local // group)
+            prompts = self.prompts.take([row for row in rows for _ in range(group)])
 
             # 2. Generate. The seed names iteration and process: each samples differently, and again the same.
             seed = seed_of(args.seed, "rollout", loop.iteration, args.process_index)
@@ -422,7 +424,7 @@ class OnPolicyTrainer(Trainer):
     def _end(self, began: float, episodes: int) -> TrainOutput:
         """The last log entry and what `train` returns; `began` is a `time.time`."""
         tokens = self.loop.totals.get("tokens", 0.0)
-        loss = self.loop.totals["policy_loss"] / tokens if tokens else 0.0
+        loss = self.loop.totals[self.method.statistics[0]] / tokens if tokens else 0.0
         metrics = speed_metrics("train", began, num_samples=episodes, num_steps=self.state.global_step)
         metrics["train_loss"] = loss
         self.log(dict(metrics))
