@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 from annotated_types import Ge, Gt
@@ -129,7 +129,7 @@ def parameters_of(settings: type) -> tuple[Parameter, ...]:
         Parameter(
             each.name,
             hints[each.name],
-            each.default if each.default is not MISSING else each.default_factory(),  # type: ignore[misc]
+            each.default if each.default is not MISSING else each.default_factory(),  # pyright: ignore[reportCallIssue]: one of them is there
             each.metadata["help"],
         )
         for each in fields(settings)
@@ -317,7 +317,7 @@ def source_file(word: str) -> Path | None:
 
 
 @functools.cache
-def _module(home: str, where: str) -> Any:
+def _module(home: str, where: str) -> ModuleType:
     """The module of that name, or from that file."""
     try:
         if not home.endswith(".py"):

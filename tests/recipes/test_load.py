@@ -88,7 +88,7 @@ def test_overrides(recipe_file: Path):
         recipe_file,
         ["stages.ipo.beta=2e-1", "stages.ipo.train.max_steps=3", "eval.judges.0.name=rm", "stages.ppo=null", "seed=7"],
     )
-    assert recipe.stages["ipo"].beta == 0.2
+    assert recipe.stages["ipo"].model_dump()["beta"] == 0.2
     assert recipe.stages["ipo"].train == {"max_steps": 3}
     assert recipe.eval is not None and recipe.eval.judges[0] == {"kind": "reward", "stage": "reward", "name": "rm"}
     assert "ppo" not in recipe.stages and recipe.seed == 7
