@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ def write_whole(file: Path, text: str) -> Path:
 
 
 @contextmanager
-def whole_folder(final: Path) -> Iterator[Path]:
+def whole_folder(final: Path) -> Generator[Path]:
     """An empty folder to fill; when the block ends well it takes the place of `final`, and an older one goes then.
 
     Where the block raises, `final` stays as it was.

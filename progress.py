@@ -5,7 +5,7 @@ Imports `rich` only once there is something to show.
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -77,7 +77,7 @@ def say(line: str) -> None:
 
 
 @contextmanager
-def meter(label: str, total: int | None) -> Iterator[Meter]:
+def meter(label: str, total: int | None) -> Generator[Meter]:
     """`with meter("sft: samples", 300) as done: ... done(32)`; nothing is shown in the first two seconds."""
     made = Meter(label, total)
     try:

@@ -19,7 +19,7 @@ from transformers import (
     AutoTokenizer,
     TrainerCallback,
 )
-from trl.experimental.ppo import PPOConfig, PPOTrainer  # pyright: ignore[reportMissingImports]
+from trl.experimental.ppo import PPOConfig, PPOTrainer  # pyright: ignore[reportMissingImports]: the TRL of that venv has it
 
 
 class Clock(TrainerCallback):

@@ -3,6 +3,7 @@
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from ..errors import UserError, nearest
 from ..stages.kinds import stage_kind
@@ -38,7 +39,7 @@ def dotted(path: Path_) -> str:
     return ".".join(str(each) for each in path)
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value for a message, cut where it is long."""
     text = repr(value)
     return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
@@ -82,26 +83,26 @@ def _unknown(text: Text, path: Path_) -> UserError:
 
 def _known(values: Any, path: Path_) -> list[str]:
     """The keys that the schema has at that place."""
-    model: Any = Recipe
+    model: type[BaseModel] | None = Recipe
     for depth, key in enumerate(path):
         values = _below(values, key)
         if depth == 1 and path[0] == "stages":
             model = stage_model(stage_kind(str(values.get("kind", key)) if isinstance(values, dict) else str(key)))
         elif isinstance(key, int) or (depth == 1 and path[0] == "data"):
             continue  # a list's or a mapping's entries are what it is made of
-        elif isinstance(model, type) and issubclass(model, BaseModel):
+        elif model is not None:
             model = _model_of(_annotation(model, str(key)))
-    if not (isinstance(model, type) and issubclass(model, BaseModel)):
+    if model is None:
         return []
     return [field.alias or name for name, field in model.model_fields.items()]
 
 
-def _annotation(model: type[BaseModel], key: str) -> Any:
+def _annotation(model: type[BaseModel], key: str) -> object:
     fields = {field.alias or name: field for name, field in model.model_fields.items()}
     return fields[key].annotation if key in fields else None
 
 
-def _model_of(annotation: Any) -> Any:
+def _model_of(annotation: object) -> type[BaseModel] | None:
     """The one pydantic model within an annotation such as list[Reward] or dict[str, Data]."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
@@ -126,7 +127,7 @@ _TYPES = {
 }
 
 
-def _expected(entry: Any) -> str:
+def _expected(entry: ErrorDetails) -> str:
     kind, context = entry["type"], entry.get("ctx", {})
     if kind == "literal_error":
         return str(context["expected"])

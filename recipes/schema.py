@@ -125,7 +125,7 @@ class Stage(Part):
         return {name: value for name, value in values.items() if value is not None}
 
 
-def _listed(value: Any) -> Any:
+def _listed(value: object) -> object:
     """`reward: name` and `reward: {stage: name}` are lists of one."""
     several = value if isinstance(value, list) else [value] if isinstance(value, dict | str) else value
     if not isinstance(several, list):
@@ -157,7 +157,7 @@ def _optional(kind: StageKind, name: str) -> Any:
     return (kind.parameter(name).type | None, None)
 
 
-def _grouped(first: str, value: Any) -> Any:
+def _grouped(first: str, value: object) -> object:
     """`kl: 0.1` is `kl: {coef: 0.1}`."""
     return {first: value} if is_number(value) else value
 

@@ -100,7 +100,7 @@ def _nodes(node: yaml.Node, path: Path_, loader: _Loader, name: str) -> Iterator
         for index, each in enumerate(node.value):
             yield from _nodes(each, (*path, index), loader, name)
     elif isinstance(node, yaml.MappingNode):
-        seen: dict[Any, int] = {}
+        seen: dict[str, int] = {}
         for key, _ in node.value:
             text, line = str(key.value), key.start_mark.line + 1
             if text in seen:

@@ -38,7 +38,9 @@ class LogFile(TrainerCallback):
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         if not state.is_world_process_zero:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,8 +52,8 @@ class LogFile(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
+        logs: dict[str, float] | None = None,
+        **_: object,
     ) -> None:
         if state.is_world_process_zero and logs is not None:
             with self.path.open("a", encoding="utf-8") as file:
@@ -65,7 +67,9 @@ class Progress(TrainerCallback):
         self.name, self.loss = name, ""
         self.meter: Meter | None = None
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         if state.is_world_process_zero:
             self.meter = Meter(
                 self.name, state.max_steps, quiet=0, lines=_SECONDS_BETWEEN_LINES, bars=not args.disable_tqdm
@@ -76,19 +80,19 @@ class Progress(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
+        logs: dict[str, float] | None = None,
+        **_: object,
     ) -> None:
         for key in ("eval_loss", "loss"):
             if logs and isinstance(logs.get(key), float):
                 self.loss = f"{key} {logs[key]:.4g}"
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         # the last step is said at the end, when its loss is known
         if self.meter is not None and state.global_step < state.max_steps:
             self.meter(state.global_step, self.loss)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if self.meter is not None:
             self.meter.say(state.global_step, self.loss)
             self.meter.close()
@@ -102,10 +106,12 @@ class Clock(TrainerCallback):
     first_epoch: float = 0.0
     _began: float = 0.0
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         reset_peak_memory()
         self.first_epoch = state.epoch or 0.0
         self._began = time.perf_counter()
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         self.seconds = time.perf_counter() - self._began

@@ -22,7 +22,7 @@ def run_dpo(job: StageJob) -> dict[str, Any]:
     return train_policy(job, build_dpo(job))
 
 
-def build_dpo(job: StageJob) -> PolicyStage:
+def build_dpo(job: StageJob) -> PolicyStage[DPOStageTrainer]:
     """Everything up to the first step: data, base, adapters, trainer."""
     # 1. tokenizer, data, config
     tokenizer = open_tokenizer(job)

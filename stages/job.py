@@ -9,6 +9,7 @@ import torch
 from ..data.spec import DataSpec
 from ..errors import UserError
 from ..models.base import Base
+from ..models.loading import Quantization
 from ..models.lora import LoraSpec
 from .kinds import StageKind, stage_kind
 from .ppo.rewards import RewardSource
@@ -36,7 +37,7 @@ class StageJob:
     kind: str
     base: Base
     dtype: str = "float32"
-    quantization: str | None = None
+    quantization: Quantization | None = None
     lora: LoraSpec = field(default_factory=LoraSpec)
     parent: Path | None = None
     data: DataSpec

@@ -130,7 +130,7 @@ def parameters_of(settings: type) -> tuple[Parameter, ...]:
         Parameter(
             each.name,
             hints[each.name],
-            each.default if each.default is not MISSING else each.default_factory(),  # type: ignore[misc]
+            each.default if each.default is not MISSING else each.default_factory(),  # pyright: ignore[reportCallIssue]: one of them is there
             each.metadata["help"],
         )
         for each in fields(settings)

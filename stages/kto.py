@@ -31,7 +31,7 @@ def with_kl_completions(rows: Dataset, batch_size: int) -> Dataset:
     for start in range(0, len(completions), batch_size):
         block = completions[start : start + batch_size]
         rotated += [completions[start - 1]] if len(block) == 1 and start > 0 else [block[-1], *block[:-1]]
-    return rows.add_column("KL_completion_ids", rotated)  # pyright: ignore[reportCallIssue]
+    return rows.add_column("KL_completion_ids", rotated)
 
 
 def run_kto(job: StageJob) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def run_kto(job: StageJob) -> dict[str, Any]:
     return train_policy(job, build_kto(job))
 
 
-def build_kto(job: StageJob) -> PolicyStage:
+def build_kto(job: StageJob) -> PolicyStage[KTOStageTrainer]:
     """Everything up to the first step: data, base, adapters, trainer.
 
     Raises:

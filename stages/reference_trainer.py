@@ -23,16 +23,17 @@ class ReferenceTrainer(StageTrainer):
     _identity_checked = False
     _reference_key: str | None = None
 
-    def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
+    def _compute_loss(self, model: object, inputs: object, return_outputs: bool) -> Any:
         trl: Any = super()
         result = trl._compute_loss(model, inputs, return_outputs)
-        if not self._identity_checked and self.model.training:  # pyright: ignore[reportOptionalMemberAccess]
+        assert self.model is not None
+        if not self._identity_checked and self.model.training:
             self._identity_checked = True
             if self.state.global_step == 0:
                 check_identity(self, self.beta)
         return result
 
-    def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
+    def _precompute_ref_logps(self, *args: object, **kwargs: object) -> Any:
         # the first call runs inside TRL's __init__, before ours puts the head in place
         self._use_compact_head()
         if self._reference_key is None:
@@ -70,5 +71,5 @@ def reference_key(trainer: Any) -> str:
     )
 
 
-def _json(config: dict[str, Any]) -> dict[str, Any]:
+def _json(config: dict[str, object]) -> dict[str, object]:
     return {key: sorted(map(str, value)) if isinstance(value, set) else value for key, value in config.items()}

@@ -32,7 +32,7 @@ class RewardStageTrainer(StageTrainer, RewardTrainer):
 def with_prompts(pairs: Dataset) -> Dataset:
     """The pairs as the classifier reads them: the prompt before both sides."""
     prompts = pairs["prompt_ids"][:]
-    columns: dict[str, Any] = {
+    columns: dict[str, object] = {
         side: [prompt + reply for prompt, reply in zip(prompts, pairs[side][:], strict=True)]
         for side in ("chosen_ids", "rejected_ids")
     }
@@ -60,7 +60,6 @@ def build_reward(job: StageJob) -> RewardStage:
     held_rows = None if data.held is None else with_prompts(data.held)
     args = stage_config(RewardConfig, job, held_out=held_rows is not None, max_length=job.data.max_length)
     # 2. the classifier: the parent's adapter and a fresh fp32 score head
-    quantization: Any = job.quantization
     model = create_reward_model(
         job.base,
         tokenizer,
@@ -68,8 +67,8 @@ def build_reward(job: StageJob) -> RewardStage:
         job.parent,
         job.torch_dtype(),
         seed=job.seed,
-        quantization=quantization,
-        device="cuda" if quantization else None,
+        quantization=job.quantization,
+        device="cuda" if job.quantization else None,
         packed=job.packed,
     )
     with refusals_in_words(job):
@@ -88,11 +87,12 @@ def run_reward(job: StageJob) -> dict[str, Any]:
     """Run a reward stage (see `run_stage`). Metrics also hold what `held_out_accuracy` and `reference_scores` say."""
     stage = build_reward(job)
     trainer, data = stage.trainer, stage.data
-    rows: Any = trainer.train_dataset
+    rows = trainer.train_dataset
+    assert isinstance(rows, Dataset)
     metrics = train(trainer, len(rows))
     model: Any = trainer.model
-    token: Any = stage.tokenizer.pad_token_id
-    pad, batch_size = int(token), trainer.args.per_device_eval_batch_size
+    pad, batch_size = stage.tokenizer.pad_token_id, trainer.args.per_device_eval_batch_size
+    assert isinstance(pad, int)
     measured = rows if stage.held is None else stage.held
     reference = mean_std(score(model, measured["chosen_ids"][:REFERENCE_RESPONSES], pad, batch_size))
     metrics |= {f"reference_reward_{key}": value for key, value in reference.items()}

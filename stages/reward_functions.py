@@ -11,8 +11,8 @@ import importlib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
+from ..data.rows import Message
 from ..errors import UserError
 
 RewardFunction = Callable[..., Sequence[float | None]]
@@ -40,10 +40,10 @@ def call_reward_function(
     function: RewardFunction,
     *,
     where: str,
-    prompts: Sequence[Any],
-    completions: Sequence[Any],
+    prompts: Sequence[object],
+    completions: Sequence[str | list[Message]],
     completion_ids: Sequence[Sequence[int]],
-    columns: Mapping[str, Sequence[Any]],
+    columns: Mapping[str, Sequence[object]],
 ) -> list[float]:
     """One score a completion, in order; NaN where the function returned None.
 
@@ -72,7 +72,7 @@ def call_reward_function(
     return [_score(each, where, completion) for each, completion in zip(returned, completions, strict=True)]
 
 
-def _score(score: float | None, where: str, completion: Any) -> float:
+def _score(score: float | None, where: str, completion: str | list[Message]) -> float:
     if score is None:
         return math.nan
     number = float(score)

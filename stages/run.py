@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 
 from ..data.load import load_rows
 from ..data.spec import DataSpec
@@ -37,9 +37,12 @@ from .trainers import train
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from ..data.report import DataReport
     from ..data.rows import Row
 
 logger = logging.getLogger(__name__)
+
+TrainerT = TypeVar("TrainerT", bound=Trainer)
 
 
 def run_stage(job: StageJob) -> dict[str, Any]:
@@ -58,16 +61,16 @@ def run_stage(job: StageJob) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class PolicyStage:
+class PolicyStage(Generic[TrainerT]):
     """A stage that trains the adapter `default` on the causal base, built and ready for its first step."""
 
-    trainer: Any
+    trainer: TrainerT
     adapters: AdapterSet
     tokenizer: PreTrainedTokenizerBase
     data: "StageData"
 
 
-def train_policy(job: StageJob, stage: PolicyStage) -> dict[str, Any]:
+def train_policy(job: StageJob, stage: PolicyStage[TrainerT]) -> dict[str, Any]:
     """Train, save the adapter and everything beside it; returns the metrics as written."""
     metrics = train(stage.trainer, len(stage.data.train))
     if stage.trainer.is_world_process_zero():
@@ -85,7 +88,7 @@ class StageData:
     report: dict[str, Any]
 
 
-Encode = Callable[["list[Row]", PreTrainedTokenizerBase, DataSpec], "tuple[Dataset, Any]"]
+Encode = Callable[["list[Row]", PreTrainedTokenizerBase, DataSpec], "tuple[Dataset, DataReport]"]
 
 
 def load_data(job: StageJob, encode: Encode, tokenizer: PreTrainedTokenizerBase) -> StageData:
@@ -133,11 +136,10 @@ def open_tokenizer(job: StageJob) -> PreTrainedTokenizerBase:
 
 def open_adapters(job: StageJob, tokenizer: PreTrainedTokenizerBase) -> AdapterSet:
     """The causal base with a trainable `default` adapter: a copy of the parent, or a fresh one on the base."""
-    quantization: Any = job.quantization
     model = load_model(
         job.base,
         dtype=job.torch_dtype(),
-        quantization=quantization,
+        quantization=job.quantization,
         device="cuda" if job.quantization else None,
         packed=job.packed,
     )

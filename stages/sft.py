@@ -25,7 +25,7 @@ def run_sft(job: StageJob) -> dict[str, Any]:
     return train_policy(job, build_sft(job))
 
 
-def build_sft(job: StageJob) -> PolicyStage:
+def build_sft(job: StageJob) -> PolicyStage[SFTStageTrainer]:
     """Everything up to the first step: data, base, adapters, trainer."""
     # 1. tokenizer, data, config
     tokenizer = open_tokenizer(job)

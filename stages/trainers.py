@@ -40,7 +40,7 @@ class StageTrainer(Trainer):
             super().__init__(*args, **kwargs)
         self._use_compact_head()
 
-    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+    def _prepare_dataset(self, dataset: Any, *args: object, **kwargs: object) -> Any:
         return dataset
 
     def _use_compact_head(self) -> None:
@@ -67,7 +67,7 @@ def stage_callbacks(job: StageJob) -> list[TrainerCallback]:
     return callbacks
 
 
-def train(trainer: Trainer, rows: int) -> dict[str, Any]:
+def train(trainer: Trainer, rows: int) -> dict[str, float | None]:
     """Train, from the last checkpoint if an interrupted run left one, and evaluate at the end if rows are held out.
 
     Args:

@@ -66,7 +66,7 @@ def _finding(row: Mapping[str, Any]) -> Finding:
     return Finding(
         stage=str(row.get("stage")),
         check=str(row.get("check")),
-        level=level if level in LEVELS else "look",  # pyright: ignore[reportArgumentType]
+        level=level if level in LEVELS else "look",
         measured=math.nan if measured is None else measured,
         unit=str(row.get("unit") or ""),
         threshold=str(row.get("threshold") or ""),

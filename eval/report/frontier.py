@@ -207,8 +207,9 @@ def _fit(method: Mapping[str, Any], side: str) -> Fit | None:
     fit = method.get("fit") or {}
     given = fit.get(side) or {}
     alpha, beta = number(given.get("alpha")), number(given.get("beta"))
-    known = fit.get("form") in (BEST_OF_N, RL) and alpha is not None and beta is not None
-    return Fit(fit["form"], alpha, beta) if known else None  # pyright: ignore[reportArgumentType]
+    if fit.get("form") not in (BEST_OF_N, RL) or alpha is None or beta is None:
+        return None
+    return Fit(fit["form"], alpha, beta)
 
 
 def _curve(fit: Fit, line: list[Point]) -> list[tuple[float, float]]:

@@ -15,7 +15,6 @@ import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -192,7 +191,7 @@ class SampleLog:
             return
         keep_rows(self.path, lambda row: row["iteration"] < iteration)
 
-    def write(self, iteration: int, samples: list[dict[str, Any]]) -> None:
+    def write(self, iteration: int, samples: list[dict[str, object]]) -> None:
         """Write an iteration's samples, if it is one that is written, and show the first."""
         if not self.every or iteration % self.every:
             return
@@ -201,4 +200,4 @@ class SampleLog:
             for row in samples:
                 file.write(json.dumps({"iteration": iteration, **row}, ensure_ascii=False) + "\n")
         for row in samples[:1]:
-            logger.info("iteration %d, score %.3g: %r", iteration, row["score"], row["completion"][:200])
+            logger.info("iteration %d, score %.3g: %r", iteration, row["score"], str(row["completion"])[:200])

@@ -5,7 +5,6 @@ Legend of shape suffixes: B rows, T positions of prompt + response, R response p
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 
@@ -28,7 +27,7 @@ class Trunk:
         self,
         adapters: AdapterSet,
         temperature: float = 1.0,
-        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.adapters, self.temperature, self.autocast = adapters, temperature, autocast
         self.head = LmHead.of(adapters.lm_head, adapters.model.config)

@@ -1,8 +1,7 @@
 """From what a user hands to `PPOTrainer` to adapters, tokenizer and reward sources."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -16,7 +15,7 @@ from ...models.lineage import check_lineage, load_adapter_base
 from ...models.loading import load_model, resolve_base
 from ...models.lora import LoraSpec, read_adapter
 from ...models.tokens import load_tokenizer, prepare_model
-from .rewards import RewardKind, RewardSource
+from .rewards import RewardFunc, RewardKind, RewardSource
 
 # what would make an adapter more, or start it elsewhere, than a `LoraSpec` can say
 _PLAIN = (
@@ -52,16 +51,21 @@ def open_policy(
 
 
 def reward_sources(
-    reward_funcs: Any, reward_adapter: str | Path | None, rewards: Sequence[RewardSource]
+    reward_funcs: RewardFunc | Sequence[RewardFunc] | None,
+    reward_adapter: str | Path | None,
+    rewards: Sequence[RewardSource],
 ) -> list[RewardSource]:
     """All sources in one list: the adapter first, then the functions, then `rewards`.
 
     Raises:
         UserError: there is none.
     """
-    several = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+    if reward_funcs is None:
+        several = []
+    else:
+        several = [reward_funcs] if isinstance(reward_funcs, str) or callable(reward_funcs) else reward_funcs
     sources = [] if reward_adapter is None else [RewardSource("stage", str(reward_adapter))]
-    sources += [RewardSource(_kind_of(each), each) for each in several if each is not None]
+    sources += [RewardSource(_kind_of(each), each) for each in several]
     sources += list(rewards)
     if not sources:
         raise UserError("PPOTrainer", "no reward is given", "pass reward_funcs, reward_adapter or rewards")
@@ -90,7 +94,7 @@ def _is_adapter(spec: str) -> bool:
     return (Path(spec) / ADAPTER_CONFIG).is_file()
 
 
-def _kind_of(reward: str | Callable[..., list[float]]) -> RewardKind:
+def _kind_of(reward: RewardFunc) -> RewardKind:
     if not isinstance(reward, str):
         return "function"
     if _is_adapter(reward):
@@ -108,10 +112,10 @@ def _wrap(model: PeftModel) -> AdapterSet:
         )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".default." in name)
-    return AdapterSet(model, _base_of(model))  # type: ignore[arg-type]
+    return AdapterSet(model, _base_of(model))  # pyright: ignore[reportArgumentType]: any PeftModel that is causal will do
 
 
-def _base_of(model: Any) -> Base:
+def _base_of(model: PreTrainedModel | PeftModel) -> Base:
     """Where a loaded model came from; one made in memory has no content hash."""
     name = str(getattr(model.config, "_name_or_path", "") or "")
     try:
@@ -130,7 +134,7 @@ def _spec_of(config: LoraConfig) -> LoraSpec:
     for name in _PLAIN:
         if getattr(config, name) != getattr(plain, name):
             raise UserError("PPOTrainer", f"peft_config has {name}={getattr(config, name)!r}", "use a plain LoRA")
-    targets: Any = config.target_modules or "all-linear"
+    targets = config.target_modules or "all-linear"
     return LoraSpec(
         r=config.r,
         alpha=config.lora_alpha,

@@ -6,12 +6,13 @@ Legend of shape suffixes: S sources, B responses.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ...data.rows import Message
 from ...errors import UserError
 from ...models.adapters import REWARD, AdapterSet
 from ...models.batching import row_batches
@@ -22,6 +23,8 @@ from .network import Trunk
 from .rollout import Episodes, PromptText, Reduce, micro_batches
 
 RewardKind = Literal["stage", "model", "function"]
+RewardFunc = str | RewardFunction
+"""A source of scores as a user gives it: a function, or a name."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +34,13 @@ class RewardSource:
     Attributes:
         kind: "stage": the folder of a reward stage (an adapter on the same base); "model": a hub id or local folder of
             any sequence-classification model, with its own tokenizer; "function": "module:function" or a callable with
-            TRL's signature `f(prompts, completions, **columns) -> list[float]`.
+            TRL's signature `f(prompts, completions, **columns) -> list[float | None]`.
         target: the folder, the model or the function.
         weight: its factor in the sum; unused in an ensemble.
     """
 
     kind: RewardKind
-    target: str | Callable[..., list[float]]
+    target: RewardFunc
     weight: float = 1.0
 
     def __post_init__(self) -> None:
@@ -51,7 +54,7 @@ class RewardSource:
         """For logs: the function's name, or the target as written."""
         return self.target if isinstance(self.target, str) else getattr(self.target, "__name__", repr(self.target))
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, str | float]:
         """For lineage.json."""
         return {"kind": self.kind, "target": self.name, "weight": self.weight}
 
@@ -131,9 +134,9 @@ class Responses:
     episodes: Episodes
     prompts: list[PromptText]
     texts: list[str]
-    columns: dict[str, list[Any]]
+    columns: dict[str, list[object]]
 
-    def completions(self) -> list[Any]:
+    def completions(self) -> list[PromptText]:
         """In the prompts' own form: text, or a list with one assistant message."""
         return [
             text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
@@ -185,7 +188,9 @@ class ModelScorer:
         self.name, self.device, self.batch_size = source.name, device, batch_size
         self.where = where or f"reward {self.name}"
         self.tokenizer = AutoTokenizer.from_pretrained(str(source.target))
-        self.model: Any = AutoModelForSequenceClassification.from_pretrained(str(source.target)).eval().to(device)
+        self.model: PreTrainedModel = (
+            AutoModelForSequenceClassification.from_pretrained(str(source.target)).eval().to(device)
+        )
         self.model.requires_grad_(False)
         if self.model.config.num_labels != 1:
             raise UserError(
@@ -236,7 +241,7 @@ class ModelScorer:
             )
         )
 
-    def _template(self, prompt: list[dict[str, Any]], text: str) -> str:
+    def _template(self, prompt: list[Message], text: str) -> str:
         if self.tokenizer.chat_template is None:
             raise UserError(
                 self.where,

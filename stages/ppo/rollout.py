@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ...data.rows import Message
 from ...data.template import prompt_ids
 from ...errors import UserError
 from ...models.adapters import AdapterSet
@@ -23,7 +24,7 @@ from ...models.logprobs import response_positions
 from ...models.masked import masked_mean, masked_moments, masked_sum, mean_and_variance
 from ...models.memory import release_free_memory
 
-PromptText = str | list[dict[str, Any]]
+PromptText = str | list[Message]
 """A prompt as the data have it: text, or messages."""
 
 Reduce = Callable[[torch.Tensor, str], torch.Tensor]
@@ -38,7 +39,7 @@ class Prompts:
 
     ids: list[list[int]]
     prompts: list[PromptText]
-    columns: list[dict[str, Any]]
+    columns: list[dict[str, object]]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -52,7 +53,7 @@ class Prompts:
         """
         ids: list[list[int]] = []
         prompts: list[PromptText] = []
-        columns: list[dict[str, Any]] = []
+        columns: list[dict[str, object]] = []
         for number, row in enumerate(dataset):
             if "prompt" not in row and "prompt_ids" not in row:
                 raise UserError(
@@ -75,7 +76,7 @@ class Prompts:
         """The given rows, in that order."""
         return Prompts([self.ids[i] for i in rows], [self.prompts[i] for i in rows], [self.columns[i] for i in rows])
 
-    def column_lists(self) -> dict[str, list[Any]]:
+    def column_lists(self) -> dict[str, list[object]]:
         """Columns as lists, None where a row has none: what a reward function is called with."""
         names = dict.fromkeys(name for row in self.columns for name in row)
         return {name: [row.get(name) for row in self.columns] for name in names}
@@ -102,7 +103,7 @@ def seed_of(*parts: int | str) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
 
 
-def _encode(prompt: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _encode(prompt: PromptText, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
     return list(prompt_ids(tokenizer, prompt))
@@ -259,8 +260,9 @@ def generate(
     device: torch.device,
 ) -> Episodes:
     """One response of the policy to each prompt."""
-    eos = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
-    pad = eos if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)  # type: ignore[arg-type]
+    eos = tokenizer.eos_token_id
+    pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    assert isinstance(eos, int) and isinstance(pad, int)
     release_free_memory()  # here and below: no phase grows on top of what another one left
     generation = sample(
         adapters,
@@ -316,7 +318,7 @@ def rollout_metrics(
     return metrics
 
 
-def sample_rows(prompts: Prompts, texts: Sequence[str], rollout: Rollout, count: int) -> list[dict[str, Any]]:
+def sample_rows(prompts: Prompts, texts: Sequence[str], rollout: Rollout, count: int) -> list[dict[str, object]]:
     """The first `count` generations with their numbers, for rollouts.jsonl."""
     kl_B = masked_sum(rollout.logps_BR - rollout.ref_logps_BR, rollout.episodes.mask_BR, 1)
     return [

@@ -98,7 +98,7 @@ def expected(hint: Any, value: object) -> str | None:
     return next((words for bound in get_args(hint)[1:] if (words := _out_of(bound, value)) is not None), None)
 
 
-def _out_of(bound: Any, value: Any) -> str | None:
+def _out_of(bound: object, value: Any) -> str | None:
     match bound:
         case Gt(gt=low):
             return None if value is not None and value > low else f"more than {low}"

@@ -60,7 +60,7 @@ def run_ppo(job: StageJob) -> dict[str, Any]:
     return finish(job, tokenizer, data, args, _metrics(trainer), parents=parents)
 
 
-def _metrics(trainer: PPOTrainer) -> dict[str, Any]:
+def _metrics(trainer: PPOTrainer) -> dict[str, float | None]:
     """The required measures and the last iteration's numbers."""
     clock = next(each for each in trainer.callback_handler.callbacks if isinstance(each, Clock))
     seconds = max(clock.seconds, 1e-9)

@@ -6,7 +6,7 @@ Sources: Ouyang et al. 2022 (arXiv 2203.02155), Huang et al. 2024 (arXiv 2403.17
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ from .files import (
 from .method import PPO, Method, value_start
 from .network import Trunk, add_reference
 from .opening import open_policy, reward_sources
-from .rewards import Responses, RewardSource, RunningScale, Scorer, Scoring, build_scorers
+from .rewards import Responses, RewardFunc, RewardSource, RunningScale, Scorer, Scoring, build_scorers
 from .rollout import (
     FORWARD_ONLY,
     Prompts,
@@ -66,8 +66,6 @@ from .rollout import (
     stream_rows,
 )
 from .update import Updater, add_report, check_ratio, check_reference, minibatches, tolerance, update_metrics
-
-RewardFunc = str | Callable[..., list[float]]
 
 
 class OnPolicyTrainer(Trainer):
@@ -112,7 +110,7 @@ class OnPolicyTrainer(Trainer):
         reward_adapter: str | Path | None = None,
         rewards: Sequence[RewardSource] = (),
         callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[Any, Any] = (None, None),
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         lora: LoraSpec | None = None,
         peft_config: LoraConfig | None = None,
         quiet: bool = False,
@@ -181,7 +179,7 @@ class OnPolicyTrainer(Trainer):
             resume_from_checkpoint = str(newest)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _inner_training_loop(self, *_: Any, **kwargs: Any) -> TrainOutput:
+    def _inner_training_loop(self, *_: object, **kwargs: Any) -> TrainOutput:
         args = self.args
         iterations = args.num_iterations(len(self.prompts))
         self._begin(iterations * args.steps_per_iteration(), kwargs.get("resume_from_checkpoint"))
@@ -260,12 +258,13 @@ class OnPolicyTrainer(Trainer):
     def _minibatch_epochs(self, rollout: Rollout) -> None:
         """The optimiser steps that the iteration still has to make."""
         args, loop = self.args, self.loop
+        assert self.optimizer is not None and self.lr_scheduler is not None
         for slot in range(loop.slot, args.steps_per_iteration()):
             self.control = self.callback_handler.on_step_begin(args, self.state, self.control)
             if not loop.stopped:
                 self._minibatch(rollout, slot)
-            loop.totals["lr"] = self.optimizer.param_groups[0]["lr"]  # type: ignore[union-attr]
-            self.lr_scheduler.step()  # type: ignore[union-attr]
+            loop.totals["lr"] = self.optimizer.param_groups[0]["lr"]
+            self.lr_scheduler.step()
             loop.slot = slot + 1
             self.state.global_step += 1
             self.state.epoch = self._epochs_done()
@@ -275,7 +274,7 @@ class OnPolicyTrainer(Trainer):
                 self._finish_iteration()
                 self._keep_policy()
             if self.control.should_save:
-                self._save_checkpoint(self.model, None)
+                self._save_checkpoint(self.adapters.model, None)
                 self.control = self.callback_handler.on_save(args, self.state, self.control)
             if self.control.should_training_stop:
                 break
@@ -292,8 +291,9 @@ class OnPolicyTrainer(Trainer):
             check_ratio(report, loop.iteration, self._tolerance())
         loop.stopped = report.stop
         if not (report.stop or report.skip):
+            assert self.optimizer is not None
             self.control = self.callback_handler.on_pre_optimizer_step(args, self.state, self.control)
-            self.optimizer.step()  # type: ignore[union-attr]
+            self.optimizer.step()
             self.control = self.callback_handler.on_optimizer_step(args, self.state, self.control)
         for parameter in self.trainables.values():
             parameter.grad = None
@@ -328,9 +328,10 @@ class OnPolicyTrainer(Trainer):
         """Over all processes: "sum" or "max"."""
         if self.args.world_size == 1:
             return tensor
-        if how == "max":
-            return self.accelerator.gather(tensor.reshape(1)).max()  # type: ignore[union-attr]
-        return self.accelerator.reduce(tensor, "sum")  # type: ignore[return-value]
+        largest = how == "max"
+        found = self.accelerator.gather(tensor.reshape(1)) if largest else self.accelerator.reduce(tensor, "sum")
+        assert isinstance(found, torch.Tensor)
+        return found.max() if largest else found
 
     def _check_launch(self) -> None:
         """Refuse launches that would cut the base into pieces.
@@ -345,9 +346,9 @@ class OnPolicyTrainer(Trainer):
                 "launch with distributed_type MULTI_GPU or MULTI_CPU, or quantize the base",
             )
         # a process of ours drives one device: no DataParallel. The Trainer has no public setting for that
-        self.args._n_gpu = min(self.args.n_gpu, 1)  # pyright: ignore[reportPrivateUsage]
+        self.args._n_gpu = min(self.args.n_gpu, 1)  # pyright: ignore[reportPrivateUsage]: see above
 
-    def _autocast(self) -> AbstractContextManager[Any]:
+    def _autocast(self) -> AbstractContextManager[None]:
         """The context of a forward: mixed precision where the settings ask for it."""
         return self.accelerator.autocast()
 
@@ -360,7 +361,9 @@ class OnPolicyTrainer(Trainer):
             return
         with torch.no_grad():
             for parameter in (*self.trainables.values(), *self.adapters.parameters(REF)):
-                parameter.copy_(broadcast(parameter.detach()))  # type: ignore[arg-type]
+                first = broadcast(parameter.detach())
+                assert isinstance(first, torch.Tensor)
+                parameter.copy_(first)
 
     # How a run begins, resumes, saves and ends: what `transformers.Trainer` would do in its own loop.
 
@@ -368,7 +371,7 @@ class OnPolicyTrainer(Trainer):
         """Fresh state, optimiser and schedule, or those of the checkpoint `resume`."""
         args = self.args
         self.state = TrainerState(
-            stateful_callbacks=[  # pyright: ignore[reportArgumentType]
+            stateful_callbacks=[  # pyright: ignore[reportArgumentType]: declared as TrainerCallback, which `control` is not
                 each for each in [*self.callback_handler.callbacks, self.control] if isinstance(each, ExportableState)
             ]
         )
@@ -399,7 +402,7 @@ class OnPolicyTrainer(Trainer):
             setattr(self.callback_handler, name, getattr(self, name))
         self.control.should_training_stop = False
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One optimiser, with a group for each of the method's learning rates."""
         if self.optimizer is None:
             args = self.args
@@ -409,7 +412,7 @@ class OnPolicyTrainer(Trainer):
                 for parameters, rate in self.method.learning_rates()
             ]
             self.optimizer = cls(groups, **kwargs)
-        return self.optimizer  # type: ignore[return-value]
+        return self.optimizer
 
     def _keep_policy(self) -> None:
         """At the end of every `keep_every`-th iteration but the last, whose policy is the run's result."""
@@ -432,19 +435,19 @@ class OnPolicyTrainer(Trainer):
         self.is_in_train = False
         return TrainOutput(self.state.global_step, loss, metrics)
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """The policy as an ordinary PEFT adapter, with the tokenizer. The Trainer asks every process; one writes."""
         if not self.args.should_save:
             return
         folder = Path(str(output_dir or self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         self.adapters.save(DEFAULT, folder)
-        self.processing_class.save_pretrained(folder)  # type: ignore[union-attr]
+        self.tokenizer.save_pretrained(folder)
 
-    def _save_checkpoint(self, model: nn.Module | None, trial: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         args = self.args
         if args.save_only_model:
-            super()._save_checkpoint(model, trial)  # type: ignore[arg-type]
+            super()._save_checkpoint(model, trial)
             return
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         if args.should_save:
@@ -454,7 +457,7 @@ class OnPolicyTrainer(Trainer):
         # the Trainer would remove the older checkpoints before this one is complete
         limit, args.save_total_limit = args.save_total_limit, None
         try:
-            super()._save_checkpoint(model, trial)  # type: ignore[arg-type]
+            super()._save_checkpoint(model, trial)
         finally:
             args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
@@ -463,7 +466,7 @@ class OnPolicyTrainer(Trainer):
             save_state(folder, self.loop)
             remove_older(folder, limit)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trainables(Path(resume_from_checkpoint), self.trainables)
 
 

@@ -142,7 +142,7 @@ def test_ctrl_c_stops_a_reply_and_the_second_one_is_an_error(monkeypatch):
             assert stop()
             return Reply(policy, "half", 1, False, True)
 
-    assert show_reply(Talk(), terminal, "", "sft", [], 0).text == "half"  # type: ignore[arg-type]
+    assert show_reply(Talk(), terminal, "", "sft", [], 0).text == "half"  # pyright: ignore[reportArgumentType]: all of a Talk that is called
     assert signal.getsignal(signal.SIGINT) is before
     with pytest.raises(KeyboardInterrupt), terminal.stoppable():
         signal.raise_signal(signal.SIGINT)

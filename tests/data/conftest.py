@@ -38,7 +38,7 @@ def byte_tokenizer(template: str | None = CHATML, adds_bos: bool = False, merges
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pairs = [tuple(pair.split()) for pair in merges]
     vocab = {token: i for i, token in enumerate([*SPECIAL, *alphabet, *("".join(pair) for pair in pairs)])}
-    core = Tokenizer(models.BPE(vocab=vocab, merges=pairs))  # pyright: ignore[reportArgumentType]
+    core = Tokenizer(models.BPE(vocab=vocab, merges=pairs))  # pyright: ignore[reportArgumentType]: each is a pair
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(list(SPECIAL))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from preftune.eval.judges.endpoint_judge import PairwiseEndpointJudge, ScoreEndpointJudge
 from preftune.eval.judges.registry import plan_judges
 from preftune.eval.samples import EncodedPrompt, Sample
 from preftune.models.tiny import random_llama
@@ -78,9 +79,12 @@ def test_a_served_model_is_asked_and_its_nonsense_is_no_verdict(served, tmp_path
 
     def verdicts():
         (plan,) = plan_judges([raw], tmp_path)
-        judge = plan.open(None, None)  # type: ignore[arg-type]
-        found = judge.compare(ours, theirs) if mode == "pairwise" else judge.score(ours)  # type: ignore[union-attr]
-        return found, judge.usage  # type: ignore[union-attr]
+        judge = plan.open(None, None)  # pyright: ignore[reportArgumentType]: an endpoint reads neither
+        if mode == "pairwise":
+            assert isinstance(judge, PairwiseEndpointJudge)
+            return judge.compare(ours, theirs), judge.usage
+        assert isinstance(judge, ScoreEndpointJudge)
+        return judge.score(ours), judge.usage
 
     found, usage = verdicts()
     # a random model writes no verdict

@@ -136,7 +136,9 @@ def test_a_recipe_names_the_file(tmp_path, judge):
     judge(vote())
     (plan,) = plan_judges([{"kind": "human", "votes": "votes.jsonl"}], tmp_path)
     assert plan.name == "human"
-    assert plan.open(None, None).compare(replies("dpo", 1), replies("sft", 1)) == [1.0]  # type: ignore[arg-type, union-attr]
+    opened = plan.open(None, None)  # pyright: ignore[reportArgumentType]: people read neither
+    assert isinstance(opened, HumanJudge)
+    assert opened.compare(replies("dpo", 1), replies("sft", 1)) == [1.0]
     for raw, said in (({}, "expected a file"), ({"votes": "none.jsonl"}, "no file 'none.jsonl'")):
         with pytest.raises(UserError, match=said):
             plan_judges([{"kind": "human", **raw}], tmp_path)

@@ -30,16 +30,18 @@ def functions(monkeypatch):
         seen.update(prompts=prompts, completions=completions, topic=topic, others=others)
         return [None if each[0]["content"] == "" else len(each[0]["content"]) for each in completions]
 
-    module.lengths = lengths  # type: ignore[attr-defined]
-    module.narrow = lambda completions: [1.0] * len(completions)  # type: ignore[attr-defined]
-    module.short = lambda prompts, completions: [1.0]  # type: ignore[attr-defined]
+    module.__dict__.update(
+        lengths=lengths,
+        narrow=lambda completions: [1.0] * len(completions),
+        short=lambda prompts, completions: [1.0],
+    )
     monkeypatch.setitem(sys.modules, "judging", module)
     return seen
 
 
 def open_one(raw) -> Any:
     (plan,) = plan_judges([raw], None)
-    return plan.open(None, None)  # type: ignore[arg-type]
+    return plan.open(None, None)  # pyright: ignore[reportArgumentType]: these judges read neither
 
 
 def test_rubric_judge():
@@ -108,4 +110,4 @@ def test_a_reward_judge_without_its_stage_says_so(five_tokens, tmp_path):
     (plan,) = plan_judges([{"kind": "reward", "stage": "rm"}], tmp_path)
     assert plan.name == "rm"
     with pytest.raises(UserError, match="holds no adapter"):
-        plan.open(five_tokens, None)  # type: ignore[arg-type]: it fails before it needs one
+        plan.open(five_tokens, None)  # pyright: ignore[reportArgumentType]: it fails before it needs one

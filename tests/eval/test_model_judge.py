@@ -20,7 +20,7 @@ CHAT = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}
 def classifier(folder: Path, *, labels: int = 1, template: str | None = CHAT) -> Path:
     """A random classifier over bytes, whose template is none of ours."""
     tokenizer = byte_tokenizer()
-    tokenizer.chat_template = template  # type: ignore[assignment]
+    tokenizer.chat_template = template
     torch.manual_seed(3)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -45,7 +45,7 @@ def replies(*texts: str) -> list[Sample]:
 
 def judge_of(adapters: Any, run_dir: Path | None = None, **fields: Any) -> Any:
     (plan,) = plan_judges([{"kind": "model", **fields}], run_dir)
-    return plan.open(adapters, None)  # type: ignore[arg-type]: this judge has a tokenizer of its own
+    return plan.open(adapters, None)  # pyright: ignore[reportArgumentType]: this judge has a tokenizer of its own
 
 
 @pytest.mark.parametrize("batch_size", [None, 1, 3])
@@ -98,7 +98,7 @@ def test_malformed_judges_are_refused(tmp_path, fields, said):
 def test_a_hub_id_is_not_looked_for_before_it_is_needed(five_tokens):
     (plan,) = plan_judges([{"kind": "model", "model": "nobody/none-such"}], None)
     with pytest.raises(UserError, match=r"eval\.judges\[0\]\.model: 'nobody/none-such' cannot be loaded") as error:
-        plan.open(five_tokens, None)  # type: ignore[arg-type]: this judge has a tokenizer of its own
+        plan.open(five_tokens, None)  # pyright: ignore[reportArgumentType]: this judge has a tokenizer of its own
     assert "\n" not in str(error.value)
 
 

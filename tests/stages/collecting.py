@@ -1,10 +1,11 @@
-"""Steps 1 to 5 of an iteration alone: a rollout, without the minibatch epochs that follow."""
+"""Steps 1 to 5 of an iteration alone: a rollout, without the minibatch epochs that follow; and the method in use."""
 
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
 from preftune.stages.ppo.files import LoopState
+from preftune.stages.ppo.method import PPO
 from preftune.stages.ppo.rollout import Rollout
 from preftune.stages.ppo.trainer import PPOTrainer
 
@@ -16,6 +17,12 @@ class Collected:
     rollout: Rollout
     metrics: dict[str, float]
     samples: list[dict[str, Any]]
+
+
+def ppo_of(trainer: PPOTrainer) -> PPO:
+    """The trainer's method, which is PPO."""
+    assert isinstance(trainer.method, PPO)
+    return trainer.method
 
 
 def collect(trainer: PPOTrainer, iteration: int = 0, kl_coef: float | None = None) -> Collected:

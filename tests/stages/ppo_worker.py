@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from collecting import collect
+from collecting import collect, ppo_of
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import TrainerCallback
@@ -103,12 +103,13 @@ def one_step(out: Path) -> dict[str, torch.Tensor]:
         out, optim="sgd", learning_rate=0.1, max_grad_norm=0.01, num_mini_batches=1, whiten_rewards=True,
         max_new_tokens=9,
     )  # fmt: skip
-    push(trainer.method.value, 0.05, seed=2)
+    push(ppo_of(trainer).value, 0.05, seed=2)
     with given_responses(trainer):
         rollout = collect(trainer, 0, 0.05).rollout
+    assert rollout.returns_BR is not None
     mask = rollout.episodes.mask_BR
     # away from the old policy, so that ratios differ and some are clipped
-    push(trainer.method.policy, 0.02, seed=3)
+    push(ppo_of(trainer).policy, 0.02, seed=3)
     report = trainer.updater.gradients(rollout, torch.arange(len(rollout.episodes)), 0.05)
     gradient = flat([p.grad for p in trainer.trainables.values() if p.grad is not None])
     before = flat(list(trainer.trainables.values()))
@@ -139,7 +140,9 @@ def brakes(out: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, setting, factor in (("approx_kl", "target_approx_kl", 1.5), ("ratio", "max_ratio", 1.0)):
         mine = torch.tensor([own.mean(name)])
-        lowest, highest = (f(trainer.accelerator.gather(mine)).item() for f in (torch.min, torch.max))
+        gathered = trainer.accelerator.gather(mine)
+        assert isinstance(gathered, torch.Tensor)
+        lowest, highest = gathered.min().item(), gathered.max().item()
         middle = everyone.mean(name)
         decided = []
         # a limit that one process alone is above, as the whole batch is; then one that the whole batch is below
@@ -160,11 +163,11 @@ def trained(trainer: PPOTrainer, resume: str | None = None) -> dict[str, Any]:
     scores: dict[int, list[float]] = {}
     true = trainer._log_rollout
 
-    def listen(*args: Any) -> None:
+    def listen(*args: Any, **kwargs: Any) -> None:
         assert trainer.rollout is not None
         texts[trainer.loop.iteration] = trainer.rollout.episodes.responses()
         scores[trainer.loop.iteration] = trainer.rollout.scores_B.tolist()
-        true(*args)
+        true(*args, **kwargs)
 
     trainer._log_rollout = listen
     names = trainer.adapters.names
@@ -186,7 +189,7 @@ def real_runs(out: Path, process: int) -> dict[str, Any]:
     options = {"save_strategy": "steps", "save_steps": 3, "kl_target": 0.01, "kl_horizon": 50, "log_samples_every": 1}
     options["keep_every"] = 1
     whole = make(out / "whole", SAME_PROMPT, callbacks=[LogFile(out / "whole" / "log.jsonl")], **options)
-    found = {"whole": trained(whole)}
+    found: dict[str, Any] = {"whole": trained(whole)}
     # a folder for each process shows which of them writes what
     resumed = make(out / f"resumed{process}", SAME_PROMPT, **options)
     found["resumed"] = trained(resumed, str(out / "whole" / "checkpoint-3"))
@@ -200,8 +203,8 @@ def unlike_models(out: Path, process: int) -> dict[str, str]:
     """Digests of a trainer whose LoRA weights were drawn from another seed on each process."""
     base = resolve_base("random:llama")
     torch.manual_seed(process)
-    drawn = get_peft_model(load_model(base), LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))  # type: ignore[arg-type]
-    before = AdapterSet(drawn, base).digest("default")  # type: ignore[arg-type]
+    drawn = get_peft_model(load_model(base), LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    before = AdapterSet(drawn, base).digest("default")  # pyright: ignore[reportArgumentType]: PEFT declares less than it makes
     adapters = make(out, model=drawn).adapters
     return {"before": before, **{name: adapters.digest(name) for name in adapters.names}}
 

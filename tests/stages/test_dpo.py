@@ -55,6 +55,7 @@ def test_d01_margin_is_zero_at_step_zero(make_job, sft_folder, loss_type):
 def test_d01_reference_is_the_frozen_parent(make_job, sft_folder, from_parent):
     stage = build_dpo(make_job("dpo", parent=sft_folder if from_parent else None, train={"max_steps": 3}))
     adapters, model = stage.adapters, stage.trainer.model
+    assert model is not None
     batch = next(iter(stage.trainer.get_train_dataloader()))
     ids = batch["input_ids"]
 
@@ -76,7 +77,7 @@ def test_d01_reference_is_the_frozen_parent(make_job, sft_folder, from_parent):
 @pytest.mark.checklist("D1")
 def test_d01_wrong_reference_stops_the_run(make_job, sft_folder):
     stage = build_dpo(make_job("dpo", parent=sft_folder))
-    for name, parameter in stage.trainer.model.named_parameters():
+    for name, parameter in stage.adapters.model.named_parameters():
         if ".ref." in name:
             parameter.data.zero_()
     with pytest.raises(RuntimeError, match="expected 0 within"):
@@ -86,7 +87,8 @@ def test_d01_wrong_reference_stops_the_run(make_job, sft_folder):
 @pytest.mark.checklist("D3")
 def test_d03_ipo_averages_over_tokens_where_dpo_sums(make_job, sft_folder):
     stage = build_dpo(make_job("dpo", parent=sft_folder, method={"beta": BETA, "loss_type": ["sigmoid"]}))
-    trainer = stage.trainer
+    trainer, model = stage.trainer, stage.trainer.model
+    assert model is not None
     with torch.no_grad():  # move the policy away from its reference
         for parameter in stage.adapters.parameters("default"):
             parameter.add_(0.02 * torch.randn_like(parameter))
@@ -96,13 +98,13 @@ def test_d03_ipo_averages_over_tokens_where_dpo_sums(make_job, sft_folder):
     row = next(i for i in range(len(lengths[0])) if lengths[0][i] != lengths[1][i])
     rows = [row, row + len(lengths[0])]
     one = {key: value[rows] for key, value in batch.items()}
-    sigmoid = trainer.compute_loss(trainer.model, one).item()
-    metrics = trainer._metrics["train" if trainer.model.training else "eval"]
+    sigmoid = trainer.compute_loss(model, one).item()
+    metrics = trainer._metrics["train" if model.training else "eval"]
     chosen, rejected = (metrics[f"rewards/{side}"][-1] / BETA for side in ("chosen", "rejected"))
     assert sigmoid == pytest.approx(math.log1p(math.exp(-BETA * (chosen - rejected))), rel=1e-5)
     trainer.loss_types = ["ipo"]
     gap = chosen / lengths[0][row].item() - rejected / lengths[1][row].item()
-    ipo = trainer.compute_loss(trainer.model, one).item()
+    ipo = trainer.compute_loss(model, one).item()
     assert math.sqrt(ipo) == pytest.approx(abs(gap - 2.5), rel=1e-4)  # 1 / (2 beta) = 2.5
 
 

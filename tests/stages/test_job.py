@@ -126,7 +126,8 @@ def test_an_interrupted_run_resumes_exactly(make_job, sft_folder, kind, monkeypa
         patch.setattr(callbacks.Progress, "on_step_end", at_three)
         with pytest.raises(Killed):
             run_stage(killed)
-    assert latest_checkpoint(killed.output_dir / "checkpoints").endswith("checkpoint-2")
+    newest = latest_checkpoint(killed.output_dir / "checkpoints")
+    assert newest is not None and newest.endswith("checkpoint-2")
     run_stage(killed)
     weights = [(job.output_dir / "adapter_model.safetensors").read_bytes() for job in (whole, killed)]
     assert weights[0] == weights[1]

@@ -29,7 +29,10 @@ def test_parameters_are_fields_of_the_config_with_its_defaults(kind: StageKind) 
             assert parameter.name not in fields
             continue
         field = fields[parameter.name]
-        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
+        default = field.default
+        if default is dataclasses.MISSING:
+            assert field.default_factory is not dataclasses.MISSING
+            default = field.default_factory()
         if (kind.name, parameter.name) == ("reward", "center_rewards_coefficient"):
             default = 0.01  # ours, as TRL's documentation recommends; TRL's own is None
         assert parameter.default == default, parameter.name

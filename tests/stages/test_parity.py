@@ -11,7 +11,12 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.kto_config import KTOConfig
+from trl.trainer.kto_trainer import KTOTrainer
+from trl.trainer.reward_config import RewardConfig
+from trl.trainer.reward_trainer import RewardTrainer
 
 from preftune.data.encode import encode_pairs
 from preftune.models.base import Base
@@ -72,7 +77,9 @@ def loss_and_gradients(trainer: Any, batch: dict[str, Any]) -> tuple[float, dict
     model = trainer.model.train()
     loss = trainer.compute_loss(model, dict(batch))
     loss.backward()
-    return loss.item(), {name: parameter.grad for name, parameter in adapter(model).items()}
+    gradients = {name: parameter.grad for name, parameter in adapter(model).items() if parameter.grad is not None}
+    assert gradients.keys() == adapter(model).keys()
+    return loss.item(), gradients
 
 
 def assert_same(ours: Any, theirs: Any) -> None:
@@ -144,7 +151,7 @@ def test_bradley_terry(
     job = make_job("reward", base=start.base, rows=rows, method={"center_rewards_coefficient": centring})
     tokenizer = load_tokenizer(start.base)
     ours = RewardStageTrainer(
-        model=create_reward_model(start.base, tokenizer, job.lora),  # pyright: ignore[reportArgumentType]
+        model=create_reward_model(start.base, tokenizer, job.lora),
         args=stage_config(RewardConfig, job, held_out=False),
         train_dataset=with_prompts(load_data(job, encode_pairs, tokenizer).train),
         processing_class=load_tokenizer(start.base),
@@ -153,7 +160,7 @@ def test_bradley_terry(
     classifier.config.pad_token_id = tokenizer.pad_token_id
     lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="SEQ_CLS", modules_to_save=["score"])
     theirs = RewardTrainer(
-        get_peft_model(classifier, lora),  # pyright: ignore[reportArgumentType]
+        get_peft_model(classifier, lora),
         args=RewardConfig(**options(tmp_path, center_rewards_coefficient=centring or None)),
         train_dataset=Dataset.from_list(PAIRS),
         processing_class=load_tokenizer(start.base),

@@ -62,14 +62,15 @@ def test_a_kept_policy_is_the_policy_of_that_step_for_plain_peft(tmp_path: Path,
 
 
 def test_how_often(tmp_path: Path) -> None:
-    for name, options, steps in (
+    cases: tuple[tuple[str, dict[str, Any], list[int]], ...] = (
         ("second", {"keep_every": 2}, [8]),
         ("too rare", {"keep_every": 3}, []),
         ("never", {}, []),
         # its last policy, though the run was to be longer
         ("stopped", {"keep_every": 1, "stop": 8}, [4]),
         ("elsewhere", {"keep_every": 1, "policies_dir": str(tmp_path / "here")}, []),
-    ):
+    )
+    for name, options, steps in cases:
         _, kept = watched(tmp_path / name, **options)
         assert list(kept) == steps, name
     assert list(kept_policies(tmp_path / "here")) == [4, 8]

@@ -24,7 +24,7 @@ from .tiny_ppo import rollout_of, settings, trainer, with_reward
 def test_p14_without_a_reward_adapter_the_value_is_a_copy_of_the_policy_with_a_zero_head(tmp_path: Path) -> None:
     made = trainer(tmp_path)
     rollout = rollout_of(made)
-    assert not rollout.values_BR.any()
+    assert rollout.values_BR is not None and not rollout.values_BR.any()
     with torch.no_grad():
         with made.adapters.using("default"):
             policy = made.trunk.hidden(rollout.episodes)
@@ -46,6 +46,7 @@ def test_p14_the_value_starts_at_the_normalised_score(
         hidden = made.trunk.hidden(episodes)
     last = hidden[torch.arange(8), episodes.start_B + episodes.length_B - 1]
     torch.testing.assert_close(made.adapters.heads["value"](last[:, None])[:, 0], rollout.scores_B, rtol=0, atol=1e-5)
+    assert rollout.values_BR is not None
     assert rollout.scores_B.std() > 0.01 and rollout.values_BR.abs().max() > 0.01
 
 
@@ -77,7 +78,7 @@ def test_p22_reference_responses_score_zero_on_average_and_plain_peft_gives_the_
     generation = Generation(chosen, [[0.0] * len(row) for row in chosen], [True] * len(chosen))
     episodes = make_episodes(held["prompt_ids"][:], generation, tokenizer.pad_token_id, torch.device("cpu"))
     empty = [""] * len(chosen)
-    scores_B = made.scoring(Responses(episodes, empty, empty, {}))
+    scores_B = made.scoring(Responses(episodes, [*empty], empty, {}))
     assert scores_B.mean().abs() < 1e-5 and scores_B.std() > 1e-3
 
     alone = AutoPeftModelForSequenceClassification.from_pretrained(job.output_dir, num_labels=1, dtype=torch.float32)
@@ -115,6 +116,5 @@ def test_p24_only_policy_and_value_have_gradients_switched_on(tmp_path: Path) ->
     ours = {id(p) for p in made.trainables.values()}
     everyone = [*made.adapters.model.parameters(), *(p for h in made.adapters.heads.values() for p in h.parameters())]
     assert {id(p) for p in everyone if p.requires_grad} == ours
-    made.create_optimizer()
-    held = [p for group in made.optimizer.param_groups for p in group["params"]]
+    held = [p for group in made.create_optimizer().param_groups for p in group["params"]]
     assert len(held) == len(ours) and {id(p) for p in held} == ours

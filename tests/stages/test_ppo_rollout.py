@@ -15,7 +15,7 @@ from preftune.stages.ppo.network import Trunk
 from preftune.stages.ppo.rollout import Episodes, Rollout, make_episodes, rollout_metrics, stream_rows
 from preftune.stages.ppo.trainer import PPOTrainer
 
-from .collecting import collect
+from .collecting import collect, ppo_of
 from .tiny_ppo import SPECIAL, TOKENIZER, UNEVEN, eager_tokenizer, move_policy, rollout_of, tiny, trainer, with_reward
 
 CPU = torch.device("cpu")
@@ -194,10 +194,10 @@ def test_p16_a_rollouts_advantages_are_whitened_over_its_valid_tokens(tmp_path: 
     torch.testing.assert_close(valid.mean(), torch.tensor(0.0), rtol=0, atol=1e-6)
     torch.testing.assert_close(valid.std(correction=0), torch.tensor(1.0), rtol=0, atol=1e-5)
     # two processes with the same rollout: the global moments are twice the sums over twice the tokens
-    made.method.reduce = lambda tensor, how: 2 * tensor if how == "sum" else tensor
+    ppo_of(made).reduce = lambda tensor, how: 2 * tensor if how == "sum" else tensor
     torch.testing.assert_close(rollout_of(made).advantages_BR, rollout.advantages_BR)
     # another process with tokens of its own moves the mean: it is no longer this process' own
-    made.method.reduce = lambda tensor, how: tensor + 100 if how == "sum" else tensor
+    ppo_of(made).reduce = lambda tensor, how: tensor + 100 if how == "sum" else tensor
     assert rollout_of(made).advantages_BR[mask_BR].mean().abs() > 0.1
 
 
@@ -210,6 +210,7 @@ def test_p16_reward_whitening_keeps_the_mean_and_is_off_by_default(tmp_path: Pat
         made = trainer(tmp_path, **options, **more)
         move_policy(made)
         rollout = rollout_of(made)
+        assert rollout.returns_BR is not None
         # with lambda 1 the return is what is still to come, so neighbours differ by one reward
         to_go_BR = torch.nn.functional.pad(rollout.returns_BR, (0, 1))
         found[name] = (to_go_BR[:, :-1] - to_go_BR[:, 1:])[rollout.episodes.mask_BR]
@@ -243,6 +244,7 @@ def test_p25_a_padded_rollout_logs_what_its_rows_alone_log(tmp_path: Path) -> No
     entropy_BR = made.method.forwards(rollout.episodes).entropy_BR
     # what stands outside the mask must not count, whatever it is
     noise_BR = torch.where(rollout.episodes.mask_BR, 0.0, 1e3)
+    assert rollout.values_BR is not None and rollout.returns_BR is not None
     for tensor_BR in (rollout.logps_BR, rollout.values_BR, rollout.returns_BR, entropy_BR):
         tensor_BR.add_(noise_BR)
 

@@ -9,6 +9,7 @@ from preftune.stages.ppo.rollout import Rollout
 from preftune.stages.ppo.trainer import PPOTrainer
 from preftune.stages.ppo.update import add_report, check_ratio, check_reference, minibatches, update_metrics
 
+from .collecting import ppo_of
 from .tiny_ppo import UNEVEN, Steps, move_policy, rollout_of, tiny, trainer, with_reward
 
 EVERYONE = torch.arange(8)
@@ -115,7 +116,8 @@ def test_p19_a_huge_gradient_is_clipped(tmp_path: Path) -> None:
     made = trainer(tmp_path, reward=lambda completions: [1e4 * len(t) for t in completions], whiten_advantages=False)
     report = made.updater.gradients(rollout_of(made), EVERYONE, 0.05)
     assert min(report.norms.values()) > 100
-    for group in (made.method.policy, made.method.value):
+    method = ppo_of(made)
+    for group in (method.policy, method.value):
         norm = torch.cat([p.grad.flatten() for p in group if p.grad is not None]).norm()
         assert float(norm) == pytest.approx(1.0, abs=1e-4)
 

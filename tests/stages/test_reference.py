@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, load_from_disk
-from trl import DPOConfig
+from trl.trainer.dpo_config import DPOConfig
 
 from preftune.data.encode import encode_pairs
 from preftune.models.adapters import AdapterSet
@@ -67,7 +67,7 @@ class Runs:
         args = stage_config(DPOConfig, job, held_out=False, max_length=given.pop("max_length", None), **given)
         self.forwards = 0
         trainer = DPOStageTrainer(
-            model=adapters.model,  # pyright: ignore[reportArgumentType]
+            model=adapters.model,
             args=args,
             train_dataset=dataset.select(range(rows)),
             processing_class=tokenizer,

@@ -1,11 +1,12 @@
 """The reward stage on a tiny random model."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification
-from trl import RewardConfig
+from trl.trainer.reward_config import RewardConfig
 
 from preftune.data.encode import encode_pairs
 from preftune.models.lineage import read_lineage
@@ -85,8 +86,13 @@ def test_r04_margin_and_centring_by_hand(make_job, tokenizer, pair_rows, margins
         processing_class=tokenizer,
     )
     batch = next(iter(trainer.get_train_dataloader()))
-    scored = SimpleNamespace(logits=torch.tensor([[2.0], [1.0], [0.0], [3.0]]))
-    assert trainer.compute_loss(lambda **_: scored, batch).item() == pytest.approx(loss, abs=1e-5)
+
+    class Scored(torch.nn.Module):
+        def forward(self, **_: Any) -> SimpleNamespace:
+            return SimpleNamespace(logits=torch.tensor([[2.0], [1.0], [0.0], [3.0]]))
+
+    found = trainer.compute_loss(Scored(), batch)
+    assert isinstance(found, torch.Tensor) and found.item() == pytest.approx(loss, abs=1e-5)
 
 
 @pytest.mark.checklist("R4")
@@ -110,9 +116,12 @@ def test_r06_length_alone_is_a_baseline():
 @pytest.mark.checklist("P22")
 def test_p22_the_stored_mean_is_that_of_reference_responses(reward_folder, tokenizer):
     job, _ = reward_folder
-    held = with_prompts(load_data(job, encode_pairs, tokenizer).held)
+    pairs = load_data(job, encode_pairs, tokenizer).held
+    assert pairs is not None
+    held = with_prompts(pairs)
     model = load_reward_model(job.output_dir, job.base, tokenizer)
     raw = score(model, held["chosen_ids"][:], tokenizer.pad_token_id)
     stored = read_lineage(job.output_dir).reward
+    assert stored is not None
     assert mean_std([value - stored["mean"] for value in raw])["mean"] == pytest.approx(0, abs=1e-5)
     assert mean_std(raw)["std"] == pytest.approx(stored["std"], rel=1e-4)

@@ -88,4 +88,4 @@ def test_a_source_that_does_not_apply_is_left_out_as_in_trl() -> None:
 
 def test_a_reward_of_another_kind_is_refused() -> None:
     with pytest.raises(ValueError, match="expected 'stage', 'model' or 'function'"):
-        RewardSource("judge", "x")  # type: ignore[arg-type]
+        RewardSource("judge", "x")  # pyright: ignore[reportArgumentType]: what is tested

@@ -52,6 +52,7 @@ def outsider(folder: Path, kind: str, *, pad: str | None = None, length: int = 6
     sizes: dict[str, Any] = {"vocab_size": 40, "num_labels": labels, "initializer_range": 0.5}
     if kind == "decoder":
         pad_id = None if pad is None else tokenizer.pad_token_id
+        assert pad_id is None or isinstance(pad_id, int)
         config = GPT2Config(n_positions=length, n_embd=16, n_layer=1, n_head=2, pad_token_id=pad_id, **sizes)
         GPT2ForSequenceClassification(config).save_pretrained(folder)
     else:
@@ -70,7 +71,7 @@ def plain_score(folder: Path, text: str, *, special: bool = True) -> float:
 
 
 def responses(prompts: list[Any], texts: list[str]) -> Responses:
-    return Responses(None, prompts, texts, {})  # type: ignore[arg-type]
+    return Responses(None, prompts, texts, {})  # pyright: ignore[reportArgumentType]: text scorers read no episodes
 
 
 @pytest.mark.parametrize("kind", ["encoder", "decoder"])

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import AutoPeftModelForCausalLM
 
 from preftune.models.adapters import AdapterSet
@@ -25,7 +26,9 @@ def test_the_loss_falls_and_only_the_adapter_changes(make_job):
 
 def test_every_row_trains_its_eos(make_job):
     stage = build_sft(make_job("sft"))
+    assert isinstance(stage.trainer.train_dataset, Dataset)
     for row in stage.trainer.train_dataset:
+        assert isinstance(row, dict)
         trained = [token for token in row["labels"] if token != -100]
         assert trained[-1] == stage.tokenizer.eos_token_id
         assert row["labels"][0] == -100

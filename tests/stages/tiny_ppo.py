@@ -16,7 +16,7 @@ from preftune.stages.ppo.rewards import RewardSource
 from preftune.stages.ppo.rollout import Rollout
 from preftune.stages.ppo.trainer import PPOTrainer
 
-from .collecting import collect
+from .collecting import collect, ppo_of
 
 TOKENIZER: Any = byte_tokenizer()
 PROMPTS = [{"prompt": text} for text in ("a", "hello there", "what?", "one two three")]
@@ -98,7 +98,7 @@ def eager_tokenizer(folder: Path) -> Any:
 def move_policy(made: PPOTrainer, strength: float = 0.3) -> None:
     """Change the policy alone: away from its reference, and from rollouts taken before."""
     with torch.no_grad():
-        made.method.policy[1].add_(strength)
+        ppo_of(made).policy[1].add_(strength)
 
 
 def reward_folder(folder: Path, mean: float = 0.4, std: float = 2.0, seed: int = 3) -> Path:
