@@ -7,7 +7,7 @@ from unittest.mock import patch
 from preftune.stages.ppo.files import LoopState
 from preftune.stages.ppo.method import PPO
 from preftune.stages.ppo.rollout import Rollout
-from preftune.stages.ppo.trainer import PPOTrainer
+from preftune.stages.ppo.trainer import OnPolicyTrainer
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ def ppo_of(trainer: PPOTrainer) -> PPO:
     return trainer.method
 
 
-def collect(trainer: PPOTrainer, iteration: int = 0, kl_coef: float | None = None) -> Collected:
+def collect(trainer: OnPolicyTrainer, iteration: int = 0, kl_coef: float | None = None) -> Collected:
     """What the trainer collects in that iteration. Nothing is compared with the reference: tests move the policy."""
     samples: list[dict[str, Any]] = []
     coef = trainer.args.kl_coef if kl_coef is None else kl_coef
