@@ -93,7 +93,9 @@ class _Step(StoppingCriteria):
     def __init__(self, call: Callable[[], None]) -> None:
         self._call = call
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
+    def __call__(
+        self, input_ids: torch.LongTensor, scores: tuple[torch.Tensor] | None, **kwargs: Any
+    ) -> torch.BoolTensor:
         self._call()
         # torch.zeros is typed as a plain Tensor
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)  # pyright: ignore[reportReturnType]

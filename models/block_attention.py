@@ -63,7 +63,7 @@ def block_attention(
 
 class _BlockAttention(torch.autograd.Function):
     @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]: autograd's own takes any arguments
         ctx: Any,
         query_HND: Tensor,
         key_KND: Tensor,
@@ -93,7 +93,9 @@ class _BlockAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_NHD: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]: autograd's own takes any arguments
+        ctx: Any, grad_NHD: Tensor
+    ) -> tuple[Tensor | None, ...]:
         query_HND, key_KND, value_KND, *probs = ctx.saved_tensors
         k = key_KND.shape[0]
         grad_query_HND, grad_key_KND, grad_value_KND = (

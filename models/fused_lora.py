@@ -79,7 +79,7 @@ def _plain(tensor: Tensor) -> bool:
 
 class _FusedLora(torch.autograd.Function):
     @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]: autograd's own takes any arguments
         ctx: Any,
         x_NI: Tensor,
         weight_OI: Tensor,
@@ -96,7 +96,9 @@ class _FusedLora(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]: autograd's own takes any arguments
+        ctx: Any, grad_NO: Tensor
+    ) -> tuple[Tensor | None, ...]:
         x_NI, weight_OI, a_RI, b_OR, down_NR = ctx.saved_tensors
         needs_x, _, _, needs_a, needs_b, _ = ctx.needs_input_grad
         grad_down_NR = torch.mm(grad_NO, b_OR).mul_(ctx.scaling)

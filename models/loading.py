@@ -102,7 +102,7 @@ def load_model(
     model.name_or_path = base.model_id
     model.requires_grad_(False).eval()
     if device is not None and quantization is None:
-        model.to(device)  # pyright: ignore[reportArgumentType]
+        model.to(device)  # pyright: ignore[reportArgumentType]: transformers' decorator keeps `self` an argument
     if packed:
         use_packed_forward(cast(PreTrainedModel, model.base_model))
     return model

@@ -72,7 +72,7 @@ class LoraSpec:
         targets = linear_names(model) if self.target_modules == "all-linear" else list(self.target_modules)
         return LoraConfig(
             r=self.r,
-            lora_alpha=self.alpha,  # pyright: ignore[reportArgumentType]
+            lora_alpha=self.alpha,  # pyright: ignore[reportArgumentType]: PEFT says int and takes any number
             lora_dropout=self.dropout,
             target_modules=targets,
             use_rslora=self.use_rslora,

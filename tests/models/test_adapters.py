@@ -169,7 +169,8 @@ def test_all_linear_is_every_projection_and_no_head(make, base):
     config = make().model.peft_config["default"]
     projections = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert set(config.target_modules) == projections
-    assert set(LoraSpec().config(load_model(base, task="reward"), "SEQ_CLS").target_modules) == projections
+    of_a_reward_model = LoraSpec().config(load_model(base, task="reward"), "SEQ_CLS").target_modules
+    assert of_a_reward_model is not None and set(of_a_reward_model) == projections
 
 
 def test_adapter_weights_are_fp32_on_a_bf16_base(make):

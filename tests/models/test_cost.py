@@ -1,5 +1,7 @@
 """The estimates of `preftune plan`, against numbers counted by hand."""
 
+from typing import Any
+
 import pytest
 from transformers import AutoConfig, GPT2Config
 
@@ -38,7 +40,7 @@ def test_an_adapter_of_another_architecture_is_counted_as_well():
 
 def test_flops_and_bytes_by_hand():
     assert training_flops(1_000, tokens=50, passes=3) == 300_000
-    shape = {"rows": 2, "tokens": 10, "hidden_size": 8, "layers": 3}
+    shape: dict[str, Any] = {"rows": 2, "tokens": 10, "hidden_size": 8, "layers": 3}
     assert activation_bytes(**shape, dtype="float32") == 2 * 10 * 8 * 3 * 16 * 4
     assert activation_bytes(**shape, dtype="bfloat16") == 2 * 10 * 8 * 3 * 16 * 2
     assert activation_bytes(**shape, dtype="bfloat16", gradient_checkpointing=True) == 1536

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, LoraModel, get_peft_model
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
@@ -117,8 +117,14 @@ def test_disabled_merged_several_or_mixed_adapters_are_pefts_business(monkeypatc
     for model in (plain, fused):
         model.add_adapter("other", LoraConfig(r=2, target_modules=["first"], init_lora_weights=False))
         torch.manual_seed(2)
-        nn.init.normal_(model.base_model.model.first.lora_B["other"].weight)
-        nn.init.normal_(model.base_model.model.first.lora_A["other"].weight)
+        inner = model.get_base_model()
+        assert isinstance(inner, Two)
+        first = inner.first
+        assert isinstance(first, LoraLinear)
+        for factor in (first.lora_B["other"], first.lora_A["other"]):
+            assert isinstance(factor, nn.Linear)
+            nn.init.normal_(factor.weight)
+        assert isinstance(model.base_model, LoraModel)
         model.base_model.set_adapter(["default", "other"])
     torch.testing.assert_close(fused(x), plain(x))
     fused.merge_adapter()

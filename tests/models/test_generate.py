@@ -300,8 +300,9 @@ def test_a_beam_search_that_cannot_be_is_refused(adapters):
     with pytest.raises(ValueError, match="empty"):
         beam_search(adapters, None, [[5], []], **settings)
     for name in ("num_beams", "max_new_tokens", "batch_size"):
+        changed: dict[str, Any] = settings | {name: 0}
         with pytest.raises(ValueError, match=name):
-            beam_search(adapters, None, [[5]], **(settings | {name: 0}))
+            beam_search(adapters, None, [[5]], **changed)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])

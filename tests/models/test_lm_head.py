@@ -1,6 +1,7 @@
 """Our fused head against TRL's own, on tiny random models."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from trl.trainer.utils import add_fused_lm_head
 from preftune.models.lm_head import use_compact_head
 
 OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 83,
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -82,7 +83,9 @@ def test_a_batch_without_labels_gives_a_differentiable_zero():
     output = ours(**inputs, fused_lm_head=True)
     output.loss.backward()
     assert output.loss.item() == 0
-    assert ours.get_input_embeddings().weight.grad.abs().sum() == 0
+    embedding = ours.get_input_embeddings()
+    assert isinstance(embedding, torch.nn.Embedding)
+    assert embedding.weight.grad is not None and embedding.weight.grad.abs().sum() == 0
 
 
 def test_patching_twice_changes_nothing():

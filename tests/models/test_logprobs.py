@@ -69,6 +69,7 @@ def test_entropy_carries_a_gradient_only_when_asked() -> None:
     _, entropy = token_logprobs(hidden, two_token_head(), torch.tensor([0]), differentiable_entropy=True)
     assert not detached.requires_grad
     entropy.sum().backward()
+    assert hidden.grad is not None
     # dH/dx = -x p (1 - p) for the logit x of two tokens
     p = 1 / (1 + math.exp(-0.5))
     torch.testing.assert_close(hidden.grad[:, 0], torch.tensor([-0.5 * p * (1 - p)]))
@@ -80,7 +81,7 @@ def test_bf16_gives_fp32_log_probs_and_a_bf16_gradient() -> None:
     logps, entropy = token_logprobs(hidden, weight, torch.tensor([0, 3, 15]))
     assert logps.dtype == entropy.dtype == torch.float32
     logps.sum().backward()
-    assert hidden.grad.dtype == torch.bfloat16
+    assert hidden.grad is not None and hidden.grad.dtype == torch.bfloat16
     assert not token_logprobs(hidden.detach(), weight, torch.tensor([0, 3, 15]))[0].requires_grad
 
 

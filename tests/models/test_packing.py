@@ -179,7 +179,7 @@ def test_a_backbone_that_cannot_take_it_falls_back(caplog):
 
 def test_without_a_tree_the_attention_is_plain_sdpa():
     q = torch.randn(1, 4, 6, 8)
-    module = torch.nn.Module()
+    module: Any = torch.nn.Module()  # the attribute that attention modules have is no tensor
     module.is_causal = True
     out, _ = tree_attention(module, q, q, q, None)
     expected = torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
@@ -197,6 +197,7 @@ def test_flex_attention_sees_what_the_blocks_see(window):
     q, k, v = (torch.randn(1, heads, n, 16) for heads in (4, 2, 2))
     expected, _ = tree_attention(torch.nn.Module(), q, k, v, None, sliding_window=window, tree=tree)
     found = flex_tree_attention(q, k, v, tree.flex_mask(window), None)
+    assert found is not None
     torch.testing.assert_close(found.transpose(1, 2), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -264,7 +265,7 @@ def makes_its_own_mask(model) -> None:
         layer.self_attn.forward = functools.partial(_own_attention, layer.self_attn)
 
 
-def _own_attention(self, hidden_states, position_embeddings=None, **kwargs):
+def _own_attention(self, hidden_states, position_embeddings, **kwargs):
     shape = (*hidden_states.shape[:2], -1, self.head_dim)
     q, k, v = (each(hidden_states).view(shape).transpose(1, 2) for each in (self.q_proj, self.k_proj, self.v_proj))
     q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
@@ -342,7 +343,7 @@ def test_the_probe_leaves_nothing_behind():
     assert torch.equal(within, before)
     assert any(grad is not None and bool(grad.any()) for grad in grads)
     for grad, other in zip(grads, expected, strict=True):
-        assert torch.equal(grad, other)
+        assert grad is not None and other is not None and torch.equal(grad, other)
 
 
 def test_a_base_that_is_moved_to_another_precision_is_tried_anew():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from preftune.models.logprobs import LmHead, token_logprobs
 from preftune.models.lora import linear_names
@@ -45,7 +45,9 @@ def both(name: str):
     lora = LoraConfig(r=3, lora_alpha=6, target_modules=linear_names(plain), init_lora_weights=False)
     plain = get_peft_model(plain, lora).eval()
     packed = copy.deepcopy(plain)
-    assert use_packed_forward(packed.get_base_model().base_model)
+    backbone = packed.get_base_model().base_model
+    assert isinstance(backbone, PreTrainedModel)
+    assert use_packed_forward(backbone)
     return plain, packed
 
 
@@ -117,6 +119,7 @@ def test_with_gradient_checkpointing_the_gradients_are_the_same(name, batch):
     plain, packed = both(name)
     expected = outcome(plain, *batch)[3]
     inner = packed.get_base_model()
+    assert isinstance(inner, PreTrainedModel)
     inner.activation_checkpointing_enable({"use_reentrant": False})
     inner.train()
     try:

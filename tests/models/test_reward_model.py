@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -138,10 +139,11 @@ def test_a_reward_parent_hands_its_score_down(base, tokenizer, parent, tmp_path)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_the_head_computes_in_fp32_on_a_bf16_trunk(base, tokenizer, parent, autocast):
     model = create_reward_model(base, tokenizer, LORA, parent, torch.bfloat16)
-    assert model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight.dtype == torch.bfloat16
-    head = model.get_base_model().score.modules_to_save["default"]
+    inner: Any = model.get_base_model()
+    assert inner.model.layers[0].mlp.up_proj.base_layer.weight.dtype == torch.bfloat16
+    head = inner.score.modules_to_save["default"]
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        hidden = model.get_base_model().model(input_ids=IDS).last_hidden_state[:, -1]
+        hidden = inner.model(input_ids=IDS).last_hidden_state[:, -1]
         out = head(hidden)
     assert out.dtype == torch.float32
     assert torch.equal(out, hidden.float() @ head.weight.T)

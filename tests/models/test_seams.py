@@ -125,13 +125,14 @@ def _renamed_norm():
 
 def _with_a_new_part():
     model = llama()
-    model.layers[0].post_mlp_norm = torch.nn.Identity()
+    model.get_submodule("layers.0").post_mlp_norm = torch.nn.Identity()
     return model
 
 
 def _with_a_new_rate():
     model = llama()
-    model.layers[0].self_attn.score_dropout = 0.1
+    attention: Any = model.get_submodule("layers.0.self_attn")  # a module's own attributes are typed as tensors
+    attention.score_dropout = 0.1
     return model
 
 
@@ -248,7 +249,7 @@ def test_a_seam_is_checked_once_for_a_type():
 def test_an_import_that_fails_says_so():
     words = r"torch .* has moved .*nowhere.*install torch=="
     with pytest.raises(seams.SeamMoved, match=words), seams.importing(seams.FLEX_ATTENTION):
-        from torch.nn.attention.flex_attention import nowhere  # noqa: F401
+        from torch.nn.attention.flex_attention import nowhere  # noqa: F401  # pyright: ignore[reportAttributeAccessIssue]: fails on purpose
 
 
 # --- where they are checked ------------------------------------------------------------------------------------------
