@@ -19,7 +19,7 @@ class Collected:
     samples: list[dict[str, Any]]
 
 
-def ppo_of(trainer: PPOTrainer) -> PPO:
+def ppo_of(trainer: OnPolicyTrainer) -> PPO:
     """The trainer's method, which is PPO."""
     assert isinstance(trainer.method, PPO)
     return trainer.method
