@@ -95,8 +95,8 @@ def linear_names(model: PreTrainedModel) -> list[str]:
     """The last name components of every linear layer of the decoder, sorted: `q_proj`, `up_proj`, ...
 
     Names and not paths, so that the same adapter_config.json serves causal models, classifiers and vLLM. Left out, and
-    logged, are layers that an adapter cannot serve: those without a name of their own (in a list), and those whose
-    weights their module also takes by itself (`_taken_past_adapters`).
+    logged, are layers that an adapter cannot serve: those without a name of their own (in a list), those whose weights
+    their module also takes by itself (`_taken_past_adapters`), those that give more than their product.
     """
     heads = {name for name, _ in model.named_children()}
     found: dict[str, bool] = {}
@@ -105,7 +105,8 @@ def linear_names(model: PreTrainedModel) -> list[str]:
         for name, module in parent.named_children():
             if isinstance(module, (nn.Linear, Conv1D)) and name not in heads:
                 shown = f"{path.rpartition('.')[2]}.{name}" if name.isdigit() else name
-                found[shown] = found.get(shown, True) and not name.isdigit() and name not in past
+                served = not name.isdigit() and name not in past and _gives_a_product(module)
+                found[shown] = found.get(shown, True) and served
     left = [name for name, adaptable in found.items() if not adaptable]
     if left:
         logger.info("all-linear leaves out %s: PEFT cannot adapt them in a %s", ", ".join(left), type(model).__name__)
@@ -152,6 +153,18 @@ def _taken_past_adapters(module: nn.Module) -> frozenset[str]:
     """
     mixer = any(isinstance(child, nn.Conv1d) for child in module.children())
     return _read_by_itself(type(module), "(?:weight|bias)" if mixer else "weight\\.data")
+
+
+@torch.no_grad()
+def _gives_a_product(layer: nn.Linear | Conv1D) -> bool:
+    """Whether a linear layer with a forward of its own gives one tensor of its size (Llama 4's router gives scores)."""
+    if type(layer).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    try:
+        found = layer(layer.weight.new_zeros(1, layer.weight.shape[1]))
+    except (RuntimeError, AssertionError, TypeError, ValueError):
+        return True  # quantised, or not where it will run: PEFT knows these
+    return isinstance(found, Tensor) and found.shape[-1] == layer.weight.shape[0]
 
 
 @functools.cache
