@@ -57,6 +57,8 @@ def beam_search(
     }
     model: Any = adapters.model.get_base_model()
     was_training = model.training
+    if not issubclass(decoder_for(adapters), Decoder) or issubclass(decoder_for(adapters), LibraryDecoder):
+        batch_size = 1  # prompts of other lengths would be padded, which this base does not bear
     model.eval()
     found = Generation()
     try:

@@ -21,9 +21,10 @@ LOW_TOLERANCE = 0.05
 """The same in bf16."""
 
 
-SAMPLER_FULL, SAMPLER_LOW = 2e-3, 0.1
+SAMPLER_FULL, SAMPLER_LOW = 2e-3, 0.15
 """Nats per token that may lie between sampler and trainer, in the mean and as a KL. fp32: runs that are right are below
-1e-4. 16 bits: the merged weights are rounded (0.01 to 0.03 on right runs, single tokens up to 0.7)."""
+1e-4. 16 bits: the merged weights are rounded (measured on SmolLM2-135M with a strong random adapter: 0.05 in the mean,
+0.003 as a KL; single tokens up to 0.7)."""
 
 
 @dataclass(frozen=True)
