@@ -1,7 +1,7 @@
 """One frozen base, many adapters: policy, reference, reward and value share the base's weights in memory."""
 
 import copy
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..errors import UserError
 from . import seams
 from .base import Base
 from .fused_lora import use_fused_lora
@@ -30,6 +31,7 @@ from .lora import (
     tensors_sha256,
     write_adapter,
 )
+from .plain_lora import adapted_modules, check_layers, check_targets
 
 __all__ = ["DEFAULT", "REF", "REWARD", "VALUE", "VALUE_HEAD", "AdapterSet", "LoraSpec"]
 
@@ -53,6 +55,7 @@ class AdapterSet:
         self.base = base
         self.heads: dict[str, ScalarHead] = {}
         self._layers = lora_layers(model)
+        check_layers(self.causal, self._layers, "the adapter")
         for layer in self._layers.values():
             seams.require(seams.ADAPTER_SWITCH, layer)
 
@@ -137,6 +140,7 @@ class AdapterSet:
         """
         check_base(folder, self.base)
         config, tensors = read_adapter(folder)
+        self._check_modules(tensors, folder)
         head = {"weight": tensors.pop(SCORE)} if SCORE in tensors else {}
         config.task_type, config.modules_to_save = "CAUSAL_LM", None
         self._add(name, config, trainable)
@@ -209,6 +213,15 @@ class AdapterSet:
         if value:
             plain = {key.removeprefix("value_head."): t.detach().cpu().contiguous() for key, t in value.items()}
             save_file(plain, folder / VALUE_HEAD, metadata={"format": "pt"})
+
+    def _check_modules(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
+        """Refuse an adapter of layers that cannot carry one here, before PEFT has wrapped them."""
+        modules = adapted_modules(tensors)
+        new = [path for path in modules if f"base_model.model.{path}" not in self._layers]
+        known = {path.replace(".base_layer", "") for path, _ in self.causal.named_modules()}
+        if foreign := [path for path in new if path not in known]:
+            raise UserError(str(folder), f"does not fit this base (at {foreign[0]})", "use the base it was trained on")
+        check_targets(self.causal, new, str(folder))
 
     def _config(self, name: str) -> LoraConfig:
         config = self.model.peft_config[name]
