@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..errors import UserError, nearest
+from ..errors import UserError, gathering, nearest, raise_found
 from ..files import CHECKPOINTS, EVALUATION, RECIPE, REPORT, write_whole
 from ..recipes.build import eval_spec, stage_job
 from ..recipes.graph import needed_for, order, parents
@@ -89,10 +89,18 @@ class Chain:
 
     def run(self) -> list[Done]:
         """Run everything. If a step raises, run.json says `failed`, later steps do not run, and the error goes on."""
+        with self.recipe.placing():
+            return self._run()
+
+    def _run(self) -> list[Done]:
         # 1. what is to be done, before anything heavy is imported
         selected = self.selected = self._selected()
         make_functions_importable(self.recipe)
         quiet_libraries()
+        if self.options.launch is not None:
+            from .launch import check_launch
+
+            check_launch(self.options.launch)
         self.folder = RunFolder(self.path)
         with self.folder.lock():
             self.folder.load()
@@ -123,14 +131,21 @@ class Chain:
         return order(recipe) if options.until is None else needed_for(recipe, [options.until])
 
     def _check_settings(self) -> None:
-        """Check every selected stage's settings before the first trains: a typo in the last should not cost hours."""
+        """Check all that the selected stages need before the first trains: a typo in the last should not cost hours."""
         if self._settings_checked or self._run_stage is not None:
             return
         self._settings_checked = True
-        from ..stages.options import check_words
+        from ..models.tokens import load_tokenizer
+        from .validate import check_rows, check_settings, data_uses
 
-        for name in self.selected:
-            check_words(stage_job(self.recipe, name, self.base, self.path, self.folder.partial(name)))
+        found: list[UserError] = []
+        with gathering(found):
+            check_settings(self.recipe, self.base, self.selected, self.path)
+        tokenizer = load_tokenizer(self.base, self.recipe.model.chat_template)
+        for name, entry, kind in data_uses(self.recipe, self.selected):
+            with gathering(found):
+                list(check_rows(self.recipe, name, entry, kind, tokenizer, None))
+        raise_found(found)
 
     def _stage(self, name: str) -> Done:
         # the parents' keys: from this run, or from the folder where they are not part of it

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.spec import RowKind
-from ..errors import UserError
+from ..errors import UserError, gathering, raise_found
 from ..recipes.build import data_spec, folders, stage_job
-from ..recipes.graph import order
+from ..recipes.graph import lines_of_descent, order, unused_stages
 from ..recipes.load import load_recipe
 from ..recipes.schema import Data, Recipe
 from .output import Output
-from .process import make_functions_importable
+from .process import make_functions_importable, quiet_libraries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,25 +27,63 @@ def validate_recipe(recipe: str, overrides: Sequence[str], output: Output) -> No
     What cannot be checked offline is reported, and is not an error.
 
     Raises:
-        UserError: the first thing that is wrong.
+        UserError: everything that is wrong, as far as one thing does not hide another.
     """
     loaded = load_recipe(recipe, overrides)
     make_functions_importable(loaded)
-    output.say(f"recipe: {loaded.name}, stages in running order: {', '.join(order(loaded))}")
-    base, tokenizer = _base(loaded, output)
-    for name, entry, kind in data_uses(loaded):
-        for row in _check_rows(loaded, name, entry, kind, tokenizer, output):
-            if output.json:
-                output.rows([row])
-    _check_settings(loaded, base, output)
-    _check_judges(loaded)
+    quiet_libraries()
+    output.say(f"recipe: {loaded.name}, stages in running order: {', '.join(lines_of_descent(loaded))}")
+    if unused := unused_stages(loaded):
+        output.say(f"nothing uses {', '.join(unused)}: no stage starts from it, and no evaluation looks at it")
+    found: list[UserError] = []
+    with loaded.placing():
+        base, tokenizer = _base(loaded, output)
+        for name, entry, kind in data_uses(loaded):
+            with gathering(found):
+                for row in check_rows(loaded, name, entry, kind, tokenizer, output):
+                    if output.json:
+                        output.rows([row])
+        with gathering(found):
+            check_settings(loaded, base, order(loaded), Path("runs") / loaded.name)
+            output.say(f"stages: the config of each of {len(loaded.stages)} stages can be built")
+        raise_found(found)
     output.say("nothing wrong found")
 
 
-def data_uses(recipe: Recipe) -> Iterator[tuple[str, Data, RowKind]]:
-    """(name, entry, kind of rows) for each distinct way in which an entry is read."""
+def check_settings(recipe: Recipe, base: "Base | None", stages: Sequence[str], run_dir: Path) -> None:
+    """Build the real config of each of these stages, with its rewards, and plan the judges: nothing is trained.
+
+    Args:
+        base: None where it cannot be reached: what depends on it is not looked at.
+        run_dir: the run folder, whether it is there or not.
+
+    Raises:
+        UserError: everything that the run would refuse.
+    """
+    from ..models.base import Base
+    from ..stages.check import stage_problems
+
+    stand_in = base or Base(recipe.model.base, Path(), None, "")
+    found: list[UserError] = []
+    for name in stages:
+        with gathering(found):
+            found += stage_problems(stage_job(recipe, name, stand_in, run_dir, run_dir / name))
+    if recipe.eval is not None:
+        from ..eval.judges.registry import plan_judges
+
+        with gathering(found):
+            plan_judges(recipe.eval.judges, run_dir)
+    raise_found(found)
+
+
+def data_uses(recipe: Recipe, stages: Sequence[str] | None = None) -> Iterator[tuple[str, Data, RowKind]]:
+    """(name, entry, kind of rows) for each distinct way in which an entry is read: by these stages, by the evaluation.
+
+    Args:
+        stages: None: all, in running order.
+    """
     seen = set()
-    for name in order(recipe):
+    for name in order(recipe) if stages is None else stages:
         stage = recipe.stages[name]
         use = (stage.data, stage.record.rows)
         if use not in seen:
@@ -84,9 +122,19 @@ def _base(recipe: Recipe, output: Output) -> "tuple[Base | None, PreTrainedToken
     return base, load_tokenizer(base, recipe.model.chat_template)
 
 
-def _check_rows(
-    recipe: Recipe, name: str, entry: Data, kind: RowKind, tokenizer: "PreTrainedTokenizerBase | None", output: Output
+def check_rows(
+    recipe: Recipe,
+    name: str,
+    entry: Data,
+    kind: RowKind,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    output: Output | None,
 ) -> Iterator[dict[str, Any]]:
+    """Read an entry as one kind of rows, and encode them: yields what was found, and says it.
+
+    Raises:
+        UserError: it cannot be read, or no row is left.
+    """
     from ..data.encode import encode_rows
     from ..data.load import load_rows
 
@@ -98,7 +146,7 @@ def _check_rows(
         away = [source.path for source in spec.sources if is_on_hub(recipe, source.path)]
         if not (away and offline()):
             raise
-        output.say(f"{label}: not checked, {', '.join(away)} is on the hub and we are offline")
+        _say(output, label, [f"not checked, {', '.join(away)} is on the hub and we are offline"])
         return
     report = {"data": name, "rows": kind, "read": loaded.report.as_dict()}
     _say(output, label, loaded.report.lines())
@@ -112,23 +160,6 @@ def _check_rows(
     yield report
 
 
-def _check_settings(recipe: Recipe, base: "Base | None", output: Output) -> None:
-    from ..models.base import Base
-    from ..stages.options import check_words
-
-    stand_in = base or Base(recipe.model.base, Path(), None, "")
-    for name in order(recipe):
-        check_words(stage_job(recipe, name, stand_in, Path(), Path()))
-    output.say(f"stages: every word of {len(recipe.stages)} stages is known")
-
-
-def _check_judges(recipe: Recipe) -> None:
-    if recipe.eval is not None:
-        from ..eval.judges.registry import plan_judges
-
-        plan_judges(recipe.eval.judges, Path("runs") / recipe.name)
-
-
-def _say(output: Output, label: str, lines: list[str]) -> None:
-    for line in lines:
+def _say(output: Output | None, label: str, lines: list[str]) -> None:
+    for line in lines if output is not None else ():
         output.say(f"{label}: {line}")
