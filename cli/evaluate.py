@@ -44,7 +44,14 @@ def winrate(
     policies: Policies = None,
     annotations: Annotated[
         list[Path] | None,
-        typer.Option(metavar="PATH...", help="Score preferences that exist already: JSONL, one file a model."),
+        typer.Option(
+            metavar="PATH...",
+            help="Score preferences that exist already, as AlpacaEval, Chatbot Arena, Arena-Hard, MT-bench write them.",
+        ),
+    ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Of --annotations: the model that the others are compared with."),
     ] = None,
     votes: Annotated[
         Path | None,
@@ -54,9 +61,11 @@ def winrate(
 ) -> None:
     """Win-rates against the reference, with intervals; or from --annotations PATH..., fitted jointly, or from --votes.
 
-    A row of annotations: {"prompt": id, "baseline_length": int, "model_length": int, "preference": 1..2}, where 2 says
-    that the model wins.
+    A row of annotations may also be {"prompt": id, "baseline_length": int, "model_length": int, "preference": 1..2},
+    where 2 says that the model wins.
     """
+    if baseline is not None and not annotations:
+        raise UserError("--baseline", "means nothing without --annotations", "leave it out; a run has eval.reference")
     if votes is not None:
         if policies or annotations or run is not None:
             raise UserError("--votes", "stands alone", "leave out the run, --policies and --annotations")
@@ -71,7 +80,8 @@ def winrate(
         from ..eval.annotations import annotation_rows
 
         # An option takes one value: the paths after the first stand where a run and its overrides would.
-        _print(annotation_rows([*annotations, *([run] if run else []), *map(Path, overrides or ())]), json)
+        paths = [*annotations, *([run] if run else []), *map(Path, overrides or ())]
+        _print(annotation_rows(paths, baseline=baseline), json)
         return
     if run is None:
         raise UserError("eval winrate", "neither a run folder nor --annotations nor --votes", "give one of them")
