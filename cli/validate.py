@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..data.overlap import PromptSet, overlap_words, overlaps
 from ..data.spec import RowKind
 from ..errors import UserError
 from ..recipes.build import data_spec, folders, stage_job
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from ..models.base import Base
 
+EVAL_PROMPTS = "eval.prompts"
 _ROW_NAMES = {"demo": "demonstrations", "pair": "pairs", "label": "labelled replies", "prompt": "prompts"}
 
 
@@ -33,8 +35,9 @@ def validate_recipe(recipe: str, overrides: Sequence[str], output: Output) -> No
     make_functions_importable(loaded)
     output.say(f"recipe: {loaded.name}, stages in running order: {', '.join(order(loaded))}")
     base, tokenizer = _base(loaded, output)
+    trained: dict[str, list[PromptSet]] = {}
     for name, entry, kind in data_uses(loaded):
-        for row in _check_rows(loaded, name, entry, kind, tokenizer, output):
+        for row in _check_rows(loaded, name, entry, kind, (base, tokenizer), output, trained):
             if output.json:
                 output.rows([row])
     _check_settings(loaded, base, output)
@@ -52,7 +55,7 @@ def data_uses(recipe: Recipe) -> Iterator[tuple[str, Data, RowKind]]:
             seen.add(use)
             yield stage.data, recipe.data[stage.data], stage.record.rows
     if recipe.eval is not None:
-        yield "eval.prompts", recipe.eval.prompts, "prompt"
+        yield EVAL_PROMPTS, recipe.eval.prompts, "prompt"
 
 
 def is_on_hub(recipe: Recipe, path: str) -> bool:
@@ -81,17 +84,29 @@ def _base(recipe: Recipe, output: Output) -> "tuple[Base | None, PreTrainedToken
         output.say(f"model: not checked, {recipe.model.base} is on the hub and cannot be reached; no token lengths")
         return None, None
     output.say(f"model: {recipe.model.base}, sha256 {base.sha256[:12]}")
-    return base, load_tokenizer(base, recipe.model.chat_template)
+    return base, load_tokenizer(base, recipe.model.chat_template, recipe.model.template_date)
 
 
 def _check_rows(
-    recipe: Recipe, name: str, entry: Data, kind: RowKind, tokenizer: "PreTrainedTokenizerBase | None", output: Output
+    recipe: Recipe,
+    name: str,
+    entry: Data,
+    kind: RowKind,
+    opened: "tuple[Base | None, PreTrainedTokenizerBase | None]",
+    output: Output,
+    trained: dict[str, list[PromptSet]],
 ) -> Iterator[dict[str, Any]]:
+    """One data entry as one kind of rows.
+
+    Args:
+        trained: the prompts of every entry so far that a stage trains on; the evaluation's are compared with them.
+    """
     from ..data.encode import encode_rows
     from ..data.load import load_rows
+    from ..models.context import check_context
 
     spec = data_spec(entry, recipe.seed)
-    label = f"data {name} as {_ROW_NAMES[kind]}" if name != "eval.prompts" else name
+    label = f"data {name} as {_ROW_NAMES[kind]}" if name != EVAL_PROMPTS else name
     try:
         loaded = load_rows(spec, kind, folders(recipe))
     except UserError:
@@ -102,14 +117,35 @@ def _check_rows(
         return
     report = {"data": name, "rows": kind, "read": loaded.report.as_dict()}
     _say(output, label, loaded.report.lines())
-    if tokenizer is not None:
-        encoded = encode_rows(kind, loaded.rows, tokenizer, spec)[1]
+    prompts = PromptSet.of(loaded.rows, spec)
+    if name == EVAL_PROMPTS:
+        shared = overlaps(prompts, trained)
+        _say(output, label, [overlap_words(other, tally, prompts) for other, tally in shared.items()])
+        report["in_training_data"] = {other: tally.count for other, tally in shared.items()}
+    else:
+        trained.setdefault(name, []).append(prompts)
+    base, tokenizer = opened
+    if base is not None and tokenizer is not None:
+        dataset, encoded = encode_rows(kind, loaded.rows, tokenizer, spec)
+        where = name if name == EVAL_PROMPTS else f"data.{name}"
+        check_context(dataset, base, where, _new_tokens(recipe, name, kind))
         _say(output, f"{label}, in tokens", encoded.lines())
         report["encoded"] = encoded.as_dict()
         if not encoded.used:
             why = "; ".join(encoded.lines()[1:])
             raise UserError(f"data.{name}", f"no row is left ({why})", "raise max_length or max_prompt_length")
     yield report
+
+
+def _new_tokens(recipe: Recipe, name: str, kind: RowKind) -> int:
+    """The longest reply that is sampled after these prompts."""
+    if kind != "prompt":
+        return 0
+    if name == EVAL_PROMPTS:
+        return recipe.eval.max_new_tokens if recipe.eval is not None else 0
+    readers = [stage for stage in recipe.stages.values() if stage.data == name and stage.record.rows == kind]
+    found = [{each.name: each.default for each in stage.record.parameters} | stage.method() for stage in readers]
+    return max((values.get("max_new_tokens", 0) for values in found), default=0)
 
 
 def _check_settings(recipe: Recipe, base: "Base | None", output: Output) -> None:
