@@ -76,6 +76,7 @@ def _stage(
     memory = training_bytes(parameters=weights, dtype=recipe.model.dtype, adapter=adapter, activations=activations)
     return {
         "stage": name,
+        "from": stage.parent,
         "rows": rows,
         "tokens": round(seen),
         "longest": longest,

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -29,6 +29,7 @@ from ..files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from . import seams
 from .base import Base
 from .causal import decoder_of
+from .plain_lora import adapted_modules, check_plain, check_targets, check_tensors, read_config
 
 with seams.importing(seams.LORA_LAYER):
     from peft.tuners.lora.layer import ParamWrapper
@@ -41,9 +42,6 @@ logger = logging.getLogger(__name__)
 WEIGHTS, CONFIG = ADAPTER_WEIGHTS, ADAPTER_CONFIG
 VALUE_HEAD = "value_head.safetensors"
 SCORE = "base_model.model.score.weight"
-
-# What would make an adapter more than W + scaling * B @ A; our exact copies and growth know only that.
-_PLAIN = ("use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "trainable_token_indices", "target_parameters")
 
 
 @dataclass(frozen=True)
@@ -73,13 +71,36 @@ class LoraSpec:
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
             object.__setattr__(self, "target_modules", (self.target_modules,))
 
+    @classmethod
+    def said_by(cls, config: LoraConfig, targets: str | list[str]) -> "LoraSpec":
+        """What a plain config (`check_plain`) says, its modules as `target_names` gives them."""
+        return cls(config.r, config.lora_alpha, config.lora_dropout, targets, config.use_rslora)
+
+    @classmethod
+    def of(cls, folder: Path) -> "LoraSpec":
+        """The settings of a saved adapter; its modules by the names that its config lists, or else by their paths.
+
+        Raises:
+            UserError: as `read_adapter`.
+        """
+        config, tensors = read_adapter(folder)
+        listed = [] if isinstance(config.target_modules, str) else sorted(config.target_modules or ())
+        narrowed = config.exclude_modules or config.layers_to_transform is not None
+        return cls.said_by(config, listed if listed and not narrowed else adapted_modules(tensors))
+
     def scaling(self) -> float:
         """What B @ A is multiplied with."""
         return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     def config(self, model: PreTrainedModel, task_type: str, modules_to_save: list[str] | None = None) -> LoraConfig:
-        """The PEFT config for `model`, its target modules by name."""
+        """The PEFT config for `model` (without adapters), its target modules by name.
+
+        Raises:
+            UserError: a name that is not a linear layer of the decoder.
+        """
         targets = linear_names(model) if self.target_modules == "all-linear" else list(self.target_modules)
+        if self.target_modules != "all-linear":
+            check_targets(model, targets)
         return LoraConfig(
             r=self.r,
             lora_alpha=self.alpha,  # pyright: ignore[reportArgumentType]: PEFT says int and takes any number
@@ -221,23 +242,17 @@ def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     """A saved adapter's config and tensors (on the CPU).
 
     Raises:
-        UserError: no PEFT adapter there, not in safetensors, or not plain LoRA.
+        UserError: no PEFT adapter there, not in safetensors, not plain LoRA (see `check_plain`), or weights that are no
+            finite numbers.
     """
     where = str(folder)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise UserError(where, f"no {name} there", "give a folder that a stage or PEFT's save_pretrained wrote")
-    config = PeftConfig.from_pretrained(str(folder))
-    if not isinstance(config, LoraConfig):
-        raise UserError(where, f"a {config.peft_type} adapter, expected LoRA", "train a LoRA adapter")
-    # PEFT itself targets a mixture's stacked experts in the place of their layers, with patterns of their own
-    stacked = ("target_parameters", "rank_pattern", "alpha_pattern") if config.target_parameters else ()
-    special = [field for field in _PLAIN if getattr(config, field, None) and field not in stacked]
-    others = [name for name in config.modules_to_save or () if name not in ("score", "classifier")]
-    if special or others or config.bias != "none":
-        what = ", ".join([*special, *(f"modules_to_save {name}" for name in others)]) or f"bias={config.bias}"
-        raise UserError(where, f"not plain LoRA ({what})", "merge it into its base first: preftune merge")
-    return config, load_file(folder / WEIGHTS)
+    config = check_plain(read_config(folder), where)
+    tensors = load_file(folder / WEIGHTS)
+    check_tensors(tensors, where)
+    return config, tensors
 
 
 def write_adapter(folder: Path, base: Base, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
@@ -247,8 +262,14 @@ def write_adapter(folder: Path, base: Base, config: LoraConfig, tensors: Mapping
     config.base_model_name_or_path = base.model_id
     # Only a hub id has a revision that PEFT could ask for; anything else is a path on this machine.
     config.revision = base.revision if base.model_id == base.spec else None
+    if isinstance(config.target_modules, str) or config.exclude_modules or config.layers_to_transform is not None:
+        # what was asked for by a pattern is written as what it matched, which every reader understands alike
+        config.target_modules = adapted_modules(tensors)
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     config.target_modules = sorted(config.target_modules or ())
     check_finite_weights(folder, tensors)
+    # its start is over: a reader must not draw or decompose anything before it fills in the weights
+    config.init_lora_weights = True
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
