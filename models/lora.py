@@ -12,7 +12,7 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Collection, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,22 +147,32 @@ def refused_by_peft() -> Generator[None]:
         raise UserError("lora", " ".join(str(error).split()), remedy) from error
 
 
-def say_experts(model: nn.Module) -> None:
-    """Log whether an adapter trains the experts of a mixture, whose weights are stacked and no linear layers."""
+def say_adapted(model: nn.Module, asked: Collection[str]) -> None:
+    """Log what of a mixture of experts an adapter trains: its experts' weights are stacked and no linear layers.
+
+    Args:
+        model: PEFT's.
+        asked: the target modules that PEFT was given; for some mixtures it adapts the experts in the place of those
+            that carry their old names.
+    """
+    layers = lora_layers(model)
+    held = {
+        (id(each.get_base_layer()), each.parameter_name) for each in layers.values() if isinstance(each, ParamWrapper)
+    }
     trained, frozen = set[str](), set[str]()
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             # of convolutions, which have three dimensions as well, one is small
             if parameter.dim() == 3 and min(parameter.shape[1:]) > 8:
-                place = path.removesuffix(".base_layer").rpartition(".")[2]
-                wrapped = any(
-                    isinstance(each, ParamWrapper) and each.parameter_name == name and each.get_base_layer() is module
-                    for each in model.modules()
-                )
-                (trained if wrapped else frozen).add(f"{place}.{name}")
-    for names, words in ((trained, "trains"), (frozen, "leaves frozen")):
-        if names:
-            logger.info("the adapter %s the experts' stacked weights %s", words, ", ".join(sorted(names)))
+                place = path.replace(".base_layer", "").rpartition(".")[2]
+                (trained if (id(module), name) in held else frozen).add(f"{place}.{name}")
+    adapted = {path.replace(".base_layer", "").rpartition(".")[2] for path in layers}
+    instead = sorted(set(asked) - adapted) if trained else []
+    if trained:
+        rest = f", and in their place leaves out the layers {', '.join(instead)}" if instead else ""
+        logger.info("the adapter trains the experts' stacked weights %s%s", ", ".join(sorted(trained)), rest)
+    if frozen:
+        logger.info("the adapter leaves frozen the experts' stacked weights %s", ", ".join(sorted(frozen)))
 
 
 def _taken_past_adapters(module: nn.Module) -> frozenset[str]:
