@@ -253,8 +253,8 @@ _TRIED = "_preftune_decoders"
 def decoder_for(adapters: AdapterSet) -> type[Decoder]:
     """The fastest way of decoding whose log-probs are those of the model's own forward over the whole row.
 
-    Each way draws a few tokens after two prompts that begin alike, beyond a sliding window where there is one. Once
-    for a base, on a device, in a precision; where it is not the first way, the log says so.
+    Each way draws a few tokens after two prompts that begin alike and one of a single token, beyond a sliding window
+    where there is one. Once for a base, on a device, in a precision; where it is not the first way, the log says so.
 
     Raises:
         UserError: none is.
@@ -309,7 +309,7 @@ def _trial(adapters: AdapterSet, kind: type[Decoder], device: torch.device) -> t
     steps = 4 if kind is Decoder else 16
     (row, _), limit = trial_rows(adapters.backbone, device), rotary_limit(adapters.backbone)
     ids = row.tolist()
-    prompts = [ids[:9], [*ids[:3], *ids[9:]]]
+    prompts = [ids[:9], [*ids[:3], *ids[9:]], ids[5:6]]
     if limit is not None:
         steps = min(steps, limit.length // 2)
         prompts = [prompt[: limit.length - steps] for prompt in prompts]
@@ -324,7 +324,7 @@ def _trial(adapters: AdapterSet, kind: type[Decoder], device: torch.device) -> t
             eos_token_id=-1,
             pad_token_id=ids[0],
             seed=0,
-            batch_size=2,
+            batch_size=len(prompts),
             done=None,
             joint=joint,
         )

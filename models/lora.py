@@ -170,9 +170,12 @@ def say_adapted(model: nn.Module, asked: Collection[str]) -> None:
     instead = sorted(set(asked) - adapted) if trained else []
     if trained:
         rest = f", and in their place leaves out the layers {', '.join(instead)}" if instead else ""
-        logger.info("the adapter trains the experts' stacked weights %s%s", ", ".join(sorted(trained)), rest)
+        logger.info("the adapter trains the stacked weights %s%s", ", ".join(sorted(trained)), rest)
     if frozen:
-        logger.info("the adapter leaves frozen the experts' stacked weights %s", ", ".join(sorted(frozen)))
+        logger.info(
+            "the adapter leaves frozen the stacked weights %s (experts or the like, no linear layers)",
+            ", ".join(sorted(frozen)),
+        )
 
 
 def _taken_past_adapters(module: nn.Module) -> frozenset[str]:

@@ -244,7 +244,7 @@ def test_all_linear_is_what_an_adapter_can_serve():
 def test_experts_that_are_adapted_sample_merge_and_chain(tmp_path, caplog):
     with caplog.at_level("INFO"):
         adapters = adapted(small(DeepseekV3Config(**LATENT)))
-    assert "trains the experts' stacked weights experts.down_proj, experts.gate_up_proj" in caplog.text
+    assert "trains the stacked weights experts.down_proj, experts.gate_up_proj" in caplog.text
     assert "leaves out the layers down_proj, gate_proj, up_proj" in caplog.text
     config: Any = adapters.model.peft_config["default"]
     assert config.target_parameters  # PEFT's own choice for "all-linear" here

@@ -58,4 +58,4 @@ def test_a_mixtures_loss_is_that_of_any_other_model_unless_asked(kind, mixture, 
 def test_whether_the_experts_train_is_said(mixture, make_job, caplog):
     with caplog.at_level("INFO"):
         build_sft(replace(make_job("sft"), base=mixture))
-    assert "leaves frozen the experts' stacked weights experts.down_proj, experts.gate_up_proj" in caplog.text
+    assert "leaves frozen the stacked weights experts.down_proj, experts.gate_up_proj" in caplog.text
