@@ -5,10 +5,11 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ..data.template import writes_date
 from ..errors import UserError, gathering, nearest, raise_found
 from ..files import CHECKPOINTS, EVALUATION, RECIPE, REPORT, write_whole
 from ..recipes.build import eval_spec, stage_job
@@ -104,12 +105,15 @@ class Chain:
         self.folder = RunFolder(self.path)
         with self.folder.lock():
             self.folder.load()
-            write_recipe(self.path, self.recipe)
             # 2. the base and the data
             self.base = (self._resolve or _resolve_base)(self.recipe.model.base, self.recipe.model.revision)
+            fix_date(self.recipe, self.base, self.path)
+            write_recipe(self.path, self.recipe)
             self.parts = Keys(self.recipe, self.base, self.path)
-            evaluates = self.recipe.eval is not None and self.options.only is None and self.options.until is None
+            evaluates = self.evaluates = self._evaluates()
             self.parts.read_data(selected, evaluation=evaluates)
+            for words in self.parts.evaluated_in_training():
+                self.output.say(f"eval.prompts: {words}")
             # 3. the stages
             done = [self._stage(name) for name in selected]
             # 4. the evaluation, and the report
@@ -118,6 +122,9 @@ class Chain:
             if any(each.state == "ran" for each in done) or not (self.path / REPORT).is_file():
                 self._report()
         return done
+
+    def _evaluates(self) -> bool:
+        return self.recipe.eval is not None and self.options.only is None and self.options.until is None
 
     def _selected(self) -> list[str]:
         recipe, options = self.recipe, self.options
@@ -138,13 +145,13 @@ class Chain:
         from ..models.tokens import load_tokenizer
         from .validate import check_rows, check_settings, data_uses
 
-        found: list[UserError] = []
+        model, found = self.recipe.model, list[UserError]()
         with gathering(found):
-            check_settings(self.recipe, self.base, self.selected, self.path)
-        tokenizer = load_tokenizer(self.base, self.recipe.model.chat_template)
-        for name, entry, kind in data_uses(self.recipe, self.selected):
+            check_settings(self.recipe, self.base, self.selected, self.path, judges=self.evaluates)
+        opened = self.base, load_tokenizer(self.base, model.chat_template, model.template_date)
+        for name, entry, kind in data_uses(self.recipe, self.selected, evaluation=self.evaluates):
             with gathering(found):
-                list(check_rows(self.recipe, name, entry, kind, tokenizer, None))
+                list(check_rows(self.recipe, name, entry, kind, opened, None, {}))
         raise_found(found)
 
     def _stage(self, name: str) -> Done:
@@ -251,6 +258,24 @@ class Chain:
         from ..eval.report.page import write_report
 
         write_report(self.path)
+
+
+def fix_date(recipe: Recipe, base: "Base", folder: Path) -> None:
+    """Give the run the day that its chat template writes: the day of its first start, so that no row ever changes."""
+    model = recipe.model
+    if model.template_date is not None or not writes_date(base.path, model.chat_template):
+        return
+    import yaml
+
+    try:
+        before = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))["model"]["template_date"]
+        model.template_date = date.fromisoformat(str(before))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+        model.template_date = _today()
+
+
+def _today() -> date:
+    return date.today()
 
 
 def write_recipe(folder: Path, recipe: Recipe) -> None:

@@ -87,6 +87,7 @@ def sampling_spec(recipe: Recipe, base: "Base", run: Path) -> "EvalSpec":
         seed=recipe.seed,
         kl=False,
         chat_template=recipe.model.chat_template,
+        template_date=recipe.model.template_date,
         packed=recipe.model.packed,
         **given,
     )

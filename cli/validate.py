@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..data.overlap import PromptSet, overlap_words, overlaps
 from ..data.spec import RowKind
 from ..errors import UserError, gathering, raise_found
 from ..recipes.build import data_spec, folders, stage_job
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from ..models.base import Base
 
+EVAL_PROMPTS = "eval.prompts"
 _ROW_NAMES = {"demo": "demonstrations", "pair": "pairs", "label": "labelled replies", "prompt": "prompts"}
 
 
@@ -37,25 +39,29 @@ def validate_recipe(recipe: str, overrides: Sequence[str], output: Output) -> No
         output.say(f"nothing uses {', '.join(unused)}: no stage starts from it, and no evaluation looks at it")
     found: list[UserError] = []
     with loaded.placing():
-        base, tokenizer = _base(loaded, output)
+        opened = _base(loaded, output)
+        trained: dict[str, list[PromptSet]] = {}
         for name, entry, kind in data_uses(loaded):
             with gathering(found):
-                for row in check_rows(loaded, name, entry, kind, tokenizer, output):
+                for row in check_rows(loaded, name, entry, kind, opened, output, trained):
                     if output.json:
                         output.rows([row])
         with gathering(found):
-            check_settings(loaded, base, order(loaded), Path("runs") / loaded.name)
+            check_settings(loaded, opened[0], order(loaded), Path("runs") / loaded.name)
             output.say(f"stages: the config of each of {len(loaded.stages)} stages can be built")
         raise_found(found)
     output.say("nothing wrong found")
 
 
-def check_settings(recipe: Recipe, base: "Base | None", stages: Sequence[str], run_dir: Path) -> None:
+def check_settings(
+    recipe: Recipe, base: "Base | None", stages: Sequence[str], run_dir: Path, *, judges: bool = True
+) -> None:
     """Build the real config of each of these stages, with its rewards, and plan the judges: nothing is trained.
 
     Args:
         base: None where it cannot be reached: what depends on it is not looked at.
         run_dir: the run folder, whether it is there or not.
+        judges: whether the evaluation's judges are looked at.
 
     Raises:
         UserError: everything that the run would refuse.
@@ -68,7 +74,7 @@ def check_settings(recipe: Recipe, base: "Base | None", stages: Sequence[str], r
     for name in stages:
         with gathering(found):
             found += stage_problems(stage_job(recipe, name, stand_in, run_dir, run_dir / name))
-    if recipe.eval is not None:
+    if recipe.eval is not None and judges:
         from ..eval.judges.registry import plan_judges
 
         with gathering(found):
@@ -76,7 +82,9 @@ def check_settings(recipe: Recipe, base: "Base | None", stages: Sequence[str], r
     raise_found(found)
 
 
-def data_uses(recipe: Recipe, stages: Sequence[str] | None = None) -> Iterator[tuple[str, Data, RowKind]]:
+def data_uses(
+    recipe: Recipe, stages: Sequence[str] | None = None, *, evaluation: bool = True
+) -> Iterator[tuple[str, Data, RowKind]]:
     """(name, entry, kind of rows) for each distinct way in which an entry is read: by these stages, by the evaluation.
 
     Args:
@@ -89,8 +97,8 @@ def data_uses(recipe: Recipe, stages: Sequence[str] | None = None) -> Iterator[t
         if use not in seen:
             seen.add(use)
             yield stage.data, recipe.data[stage.data], stage.record.rows
-    if recipe.eval is not None:
-        yield "eval.prompts", recipe.eval.prompts, "prompt"
+    if recipe.eval is not None and evaluation:
+        yield EVAL_PROMPTS, recipe.eval.prompts, "prompt"
 
 
 def is_on_hub(recipe: Recipe, path: str) -> bool:
@@ -119,7 +127,7 @@ def _base(recipe: Recipe, output: Output) -> "tuple[Base | None, PreTrainedToken
         output.say(f"model: not checked, {recipe.model.base} is on the hub and cannot be reached; no token lengths")
         return None, None
     output.say(f"model: {recipe.model.base}, sha256 {base.sha256[:12]}")
-    return base, load_tokenizer(base, recipe.model.chat_template)
+    return base, load_tokenizer(base, recipe.model.chat_template, recipe.model.template_date)
 
 
 def check_rows(
@@ -127,19 +135,25 @@ def check_rows(
     name: str,
     entry: Data,
     kind: RowKind,
-    tokenizer: "PreTrainedTokenizerBase | None",
+    opened: "tuple[Base | None, PreTrainedTokenizerBase | None]",
     output: Output | None,
+    trained: dict[str, list[PromptSet]],
 ) -> Iterator[dict[str, Any]]:
-    """Read an entry as one kind of rows, and encode them: yields what was found, and says it.
+    """Read one data entry as one kind of rows, and encode them: yields what was found, and says it.
+
+    Args:
+        output: None: nothing is said.
+        trained: the prompts of every entry so far that a stage trains on; the evaluation's are compared with them.
 
     Raises:
-        UserError: it cannot be read, or no row is left.
+        UserError: it cannot be read, a row is longer than the base's context, or no row is left.
     """
     from ..data.encode import encode_rows
     from ..data.load import load_rows
+    from ..models.context import check_context
 
     spec = data_spec(entry, recipe.seed)
-    label = f"data {name} as {_ROW_NAMES[kind]}" if name != "eval.prompts" else name
+    label = f"data {name} as {_ROW_NAMES[kind]}" if name != EVAL_PROMPTS else name
     try:
         loaded = load_rows(spec, kind, folders(recipe))
     except UserError:
@@ -150,8 +164,18 @@ def check_rows(
         return
     report = {"data": name, "rows": kind, "read": loaded.report.as_dict()}
     _say(output, label, loaded.report.lines())
-    if tokenizer is not None:
-        encoded = encode_rows(kind, loaded.rows, tokenizer, spec)[1]
+    prompts = PromptSet.of(loaded.rows, spec)
+    if name == EVAL_PROMPTS:
+        shared = overlaps(prompts, trained)
+        _say(output, label, [overlap_words(other, tally, prompts) for other, tally in shared.items()])
+        report["in_training_data"] = {other: tally.count for other, tally in shared.items()}
+    else:
+        trained.setdefault(name, []).append(prompts)
+    base, tokenizer = opened
+    if base is not None and tokenizer is not None:
+        dataset, encoded = encode_rows(kind, loaded.rows, tokenizer, spec)
+        where = name if name == EVAL_PROMPTS else f"data.{name}"
+        check_context(dataset, base, where, _new_tokens(recipe, name, kind))
         _say(output, f"{label}, in tokens", encoded.lines())
         report["encoded"] = encoded.as_dict()
         if not encoded.used:
@@ -160,6 +184,18 @@ def check_rows(
     yield report
 
 
+def _new_tokens(recipe: Recipe, name: str, kind: RowKind) -> int:
+    """The longest reply that is sampled after these prompts."""
+    if kind != "prompt":
+        return 0
+    if name == EVAL_PROMPTS:
+        return recipe.eval.max_new_tokens if recipe.eval is not None else 0
+    readers = [stage for stage in recipe.stages.values() if stage.data == name and stage.record.rows == kind]
+    found = [{each.name: each.default for each in stage.record.parameters} | stage.method() for stage in readers]
+    return max((values.get("max_new_tokens", 0) for values in found), default=0)
+
+
 def _say(output: Output | None, label: str, lines: list[str]) -> None:
-    for line in lines if output is not None else ():
-        output.say(f"{label}: {line}")
+    if output is not None:
+        for line in lines:
+            output.say(f"{label}: {line}")

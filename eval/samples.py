@@ -8,6 +8,7 @@ from typing import Any
 from ..models.adapters import AdapterSet
 from ..models.beam import beam_search
 from ..models.generate import sample
+from ..models.tokens import end_token_ids
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def generate_samples(
     """
     shared = {
         "max_new_tokens": max_new_tokens,
-        "eos_token_id": tokenizer.eos_token_id,
+        "eos_token_id": end_token_ids(tokenizer, adapters.model),
         "pad_token_id": tokenizer.pad_token_id,
         "on_batch": on_batch,
     }

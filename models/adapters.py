@@ -22,6 +22,7 @@ from .lora import (
     SCORE,
     VALUE_HEAD,
     LoraSpec,
+    check_finite_weights,
     embed_parent,
     fill,
     lora_layers,
@@ -208,6 +209,7 @@ class AdapterSet:
         write_adapter(folder, self.base, config, tensors)
         if value:
             plain = {key.removeprefix("value_head."): t.detach().cpu().contiguous() for key, t in value.items()}
+            check_finite_weights(folder, plain)
             save_file(plain, folder / VALUE_HEAD, metadata={"format": "pt"})
 
     def _config(self, name: str) -> LoraConfig:

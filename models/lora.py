@@ -156,10 +156,24 @@ def write_adapter(folder: Path, base: Base, config: LoraConfig, tensors: Mapping
     # Only a hub id has a revision that PEFT could ask for; anything else is a path on this machine.
     config.revision = base.revision if base.model_id == base.spec else None
     config.target_modules = sorted(config.target_modules or ())
+    check_finite_weights(folder, tensors)
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(plain, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def check_finite_weights(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse to save weights that are NaN or infinite.
+
+    Raises:
+        UserError: how many of them are.
+    """
+    wrong = sum(int((~tensor.isfinite()).sum()) for tensor in tensors.values())
+    if wrong:
+        total = sum(tensor.numel() for tensor in tensors.values())
+        problem = f"{wrong} of the adapter's {total} weights are not finite, so it is not saved"
+        raise UserError(str(folder), problem, "lower the learning rate, and look at the last rows of log.jsonl")
 
 
 def fill(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str) -> None:

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Generator
 from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,7 +29,8 @@ class Part(BaseModel):
 class Model(Part):
     """The frozen base. `base`: a hub id, a folder, a .gguf file, pypi:DIST==VERSION or random:llama.
 
-    `packed: false` runs padded rows as they are, without leaving out padding and repeated prefixes.
+    `packed: false` runs padded rows as they are, without leaving out padding and repeated prefixes. `template_date`:
+    the day that a chat template writes which writes today's; a run keeps the day of its first start.
     """
 
     base: str
@@ -36,6 +38,7 @@ class Model(Part):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     quantization: Literal["4bit", "8bit"] | None = None
     chat_template: str | None = None
+    template_date: date | None = None
     packed: bool = True
 
 

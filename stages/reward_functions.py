@@ -11,6 +11,7 @@ import importlib
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from ..data.rows import Message
 from ..errors import UserError, user_code
@@ -18,7 +19,7 @@ from ..errors import UserError, user_code
 _LARGEST = 3.4e38
 """Scores are fp32."""
 
-RewardFunction = Callable[..., Sequence[float | None]]
+RewardFunction = Callable[..., Any]
 
 
 def import_function(spec: str, where: str | None = None) -> RewardFunction:

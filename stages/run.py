@@ -18,6 +18,7 @@ from ..data.split import split_rows
 from ..errors import UserError, user_code
 from ..files import CHECKPOINTS, LOGS, METRICS
 from ..models.adapters import AdapterSet
+from ..models.context import check_context
 from ..models.lineage import (
     Lineage,
     adapter_sha256,
@@ -34,7 +35,7 @@ from ..values import plain
 from .job import StageJob
 from .kinds import KINDS
 from .options import keeps_checkpoints
-from .trainers import train
+from .trainers import StageTrainer, train
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -77,6 +78,8 @@ class PolicyStage(Generic[TrainerT]):
 
 def train_policy(job: StageJob, stage: PolicyStage[TrainerT]) -> dict[str, Any]:
     """Train, save the adapter and everything beside it; returns the metrics as written."""
+    if isinstance(stage.trainer, StageTrainer):
+        stage.trainer.came_from(job.name, stage.data.train, stage.data.origins)
     metrics = train(stage.trainer, len(stage.data.train))
     if stage.trainer.is_world_process_zero():
         stage.adapters.save("default", job.output_dir)
@@ -85,12 +88,13 @@ def train_policy(job: StageJob, stage: PolicyStage[TrainerT]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class StageData:
-    """The encoded rows of a stage: `held` is None where nothing is held out."""
+    """The encoded rows of a stage: `held` is None where nothing is held out; `origins` is where `train` comes from."""
 
     train: "Dataset"
     held: "Dataset | None"
     fingerprint: str
     report: dict[str, Any]
+    origins: tuple[str, ...] = ()
 
 
 Encode = Callable[["list[Row]", PreTrainedTokenizerBase, DataSpec], "tuple[Dataset, DataReport]"]
@@ -111,9 +115,11 @@ def load_data(job: StageJob, encode: Encode, tokenizer: PreTrainedTokenizerBase)
     )
     report: dict[str, Any] = {"read": loaded.report.as_dict()}
     encoded: dict[str, Dataset] = {}
+    origins: tuple[str, ...] = ()
     for name, rows in (("train", train_rows), ("held_out", held_rows)):
         if rows:
             encoded[name], part = encode(list(rows), tokenizer, job.data)
+            origins = tuple(part.origins) if name == "train" else origins
             report[name] = part.as_dict()
             logger.info("%s, %s rows of %s: %s", job.name, name, job.data_name, "; ".join(part.lines()))
     train = encoded.get("train")
@@ -123,8 +129,11 @@ def load_data(job: StageJob, encode: Encode, tokenizer: PreTrainedTokenizerBase)
             f"no row is left to train on ({len(loaded.rows)} read, {len(train_rows)} after the split)",
             "raise max_length, or see `preftune validate` for why rows were dropped",
         )
+    new_tokens = job.method_value("max_new_tokens") if job.record.rows == "prompt" else None
+    for part in encoded.values():
+        check_context(part, job.base, f"data.{job.data_name}", new_tokens or 0)
     held = encoded.get("held_out")
-    return StageData(train, held if held is not None and len(held) else None, loaded.fingerprint, report)
+    return StageData(train, held if held is not None and len(held) else None, loaded.fingerprint, report, origins)
 
 
 def open_tokenizer(job: StageJob) -> PreTrainedTokenizerBase:
@@ -133,7 +142,7 @@ def open_tokenizer(job: StageJob) -> PreTrainedTokenizerBase:
     Raises:
         UserError: the parent was made from another base or with another tokenizer or template.
     """
-    tokenizer = load_tokenizer(job.base, job.chat_template)
+    tokenizer = load_tokenizer(job.base, job.chat_template, job.template_date)
     if job.parent is not None:
         check_lineage(job.parent, job.base, tokenizer)
     return tokenizer

@@ -1,5 +1,6 @@
 """The chain with stages that only write a file: what is skipped, run again, kept, continued."""
 
+import datetime
 import json
 import subprocess
 import sys
@@ -247,3 +248,19 @@ def test_a_wrong_file_of_a_later_stage_is_known_before_the_first_one_trains(shop
         shop.run()
     assert shop.ran == []
     assert shop.run(only="sft") == ["sft"]
+
+
+def test_a_run_keeps_the_day_that_its_template_writes(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("preftune.cli.chain._today", lambda: datetime.date(2026, 2, 28))
+    shop.run()
+    assert "template_date" not in (shop.path / "recipe.yaml").read_text()
+    dated = "model.chat_template=\"{{ strftime_now('%d') }}\""
+    shop.run(dated)
+    assert "template_date: 2026-02-28" in (shop.path / "recipe.yaml").read_text()
+    monkeypatch.setattr("preftune.cli.chain._today", lambda: datetime.date(2026, 3, 1))
+    assert shop.run(dated) == []
+
+
+def test_evaluation_prompts_that_are_trained_on_are_said(shop: Workshop) -> None:
+    shop.run()
+    assert "eval.prompts: 1 of 1 prompts stand in the training data demos as well" in shop.said()
