@@ -7,6 +7,7 @@ what it says does not depend on its neighbours.
 
 import functools
 import logging
+from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -53,11 +54,13 @@ def merged(adapters: AdapterSet, role: str | None) -> Generator[None, None, None
     """Within it the base carries the adapter's change in its own weights, and no adapter runs.
 
     Decoding then costs what the base costs. The base's tensors are set aside, never written to, so they come back bit
-    for bit. A quantised base cannot be merged exactly: there the adapter runs beside it as in training.
+    for bit. A quantised base cannot be merged exactly, nor can a weight that several layers share, each with a change of
+    its own (Zamba's attention): there the adapter runs beside it as in training.
     """
     layers = [m for m in adapters.model.modules() if role is not None and isinstance(m, LoraLayer) and role in m.lora_A]
     weights = [adapted_weight(layer) for layer in layers]
-    if role is None or not all(type(w) is nn.Parameter and w.is_floating_point() for w in weights):
+    uses = Counter(id(p) for _, p in adapters.model.named_parameters(remove_duplicate=False))
+    if role is None or not all(type(w) is nn.Parameter and w.is_floating_point() and uses[id(w)] == 1 for w in weights):
         with adapters.using(role):
             yield
         return

@@ -259,3 +259,14 @@ def test_experts_that_are_adapted_sample_merge_and_chain(tmp_path, caplog):
     child.load("ref", tmp_path)
     with torch.no_grad(), child.using("ref"):
         torch.testing.assert_close(child.model(input_ids=ids).logits, beside)
+
+
+def test_a_weight_that_layers_share_is_not_merged():
+    """Each of its layers has a change of its own: one matrix cannot hold them all."""
+    model: Any = small()
+    decoder: Any = decoder_of(model)
+    decoder.layers[1].mlp.up_proj.weight = decoder.layers[0].mlp.up_proj.weight
+    adapters = adapted(model)
+    out = drawn(adapters)
+    for prompt, reply, logps in zip(PROMPTS, out.tokens, out.logprobs, strict=True):
+        torch.testing.assert_close(torch.tensor(logps), own_logprobs(adapters, prompt, reply), atol=1e-5, rtol=0)

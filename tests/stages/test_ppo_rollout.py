@@ -10,7 +10,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from preftune.errors import UserError
-from preftune.models.generate import Generation, sample
+from preftune.models.decoder import Decoder
+from preftune.models.generate import Generation, decoder_for, sample
 from preftune.models.masked import masked_sum
 from preftune.models.tiny import byte_tokenizer
 from preftune.stages.ppo import rollout as rollout_file
@@ -128,6 +129,7 @@ def test_p02_cached_decode_equals_the_full_forward_merged_or_not(tmp_path: Path,
         merge=merge,
     )  # fmt: skip
     episodes = make_episodes(prompts, generation, 0, CPU)
+    assert decoder_for(made.adapters) is Decoder  # no other way had to step in
     assert episodes.length_B.max() == 24
     logps_BR = made.method.forwards(episodes).logps_BR
     torch.testing.assert_close(logps_BR, episodes.sampler_logps_BR, rtol=1e-5, atol=1e-5)
@@ -155,6 +157,7 @@ def test_p05_left_padding_in_the_sampler_changes_no_number(tmp_path: Path) -> No
     collected = collect(made, 0, 0.05)
     assert len(set(collected.rollout.episodes.start_B.tolist())) > 1
     assert collected.metrics["rollout/logprob_mismatch"] < 5e-6
+    assert decoder_for(made.adapters) is Decoder  # no other way had to step in
 
 
 @pytest.mark.checklist("P6")
