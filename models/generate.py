@@ -54,8 +54,8 @@ def merged(adapters: AdapterSet, role: str | None) -> Generator[None, None, None
     """Within it the base carries the adapter's change in its own weights, and no adapter runs.
 
     Decoding then costs what the base costs. The base's tensors are set aside, never written to, so they come back bit
-    for bit. A quantised base cannot be merged exactly, nor can a weight that several layers share, each with a change of
-    its own (Zamba's attention): there the adapter runs beside it as in training.
+    for bit. A quantised base cannot be merged exactly, nor a weight that several layers share, each with its own change
+    (Zamba's attention): there the adapter runs beside it as in training.
     """
     layers = [m for m in adapters.model.modules() if role is not None and isinstance(m, LoraLayer) and role in m.lora_A]
     weights = [adapted_weight(layer) for layer in layers]
