@@ -52,12 +52,13 @@ class Options:
 
 @dataclass(frozen=True)
 class Done:
-    """How a step of the chain ended: `state` is "ran" or "skipped"."""
+    """How a step of the chain ended: `state` is "ran" or "skipped"; `problem` says why it is not what was asked for."""
 
     name: str
     state: str
     seconds: float
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    problem: str = ""
 
 
 def default_folder(recipe: Recipe) -> Path:
@@ -143,15 +144,16 @@ class Chain:
             return
         self._settings_checked = True
         from ..models.tokens import load_tokenizer
-        from .validate import check_rows, check_settings, data_uses
+        from .validate import DataCheck, check_settings, data_uses
 
         model, found = self.recipe.model, list[UserError]()
         with gathering(found):
             check_settings(self.recipe, self.base, self.selected, self.path, judges=self.evaluates)
-        opened = self.base, load_tokenizer(self.base, model.chat_template, model.template_date)
+        tokenizer = load_tokenizer(self.base, model.chat_template, model.template_date)
+        check = DataCheck(self.recipe, self.base, tokenizer)
         for name, entry, kind in data_uses(self.recipe, self.selected, evaluation=self.evaluates):
             with gathering(found):
-                list(check_rows(self.recipe, name, entry, kind, opened, None, {}))
+                list(check.rows(name, entry, kind))
         raise_found(found)
 
     def _stage(self, name: str) -> Done:
@@ -197,13 +199,18 @@ class Chain:
         began, started = time.monotonic(), _now()
         run_eval = self._run_eval or _run_eval
         spec = eval_spec(self.recipe, self.base, self.path)
-        self._recorded(EVALUATION, key, started, lambda: run_eval(spec, self.path))
+        rows = self._recorded(EVALUATION, key, started, lambda: run_eval(spec, self.path))
         seconds = time.monotonic() - began
+        problem, open_ = _not_answered(rows)
+        # made for another key than that of a whole evaluation: the next run asks again
+        parts |= open_
+        key = key_of(parts)
         write_stamp(self.path / EVALUATION, Stamp(key, parts, started, seconds))
-        self.folder.record(EVALUATION, state="done", key=key, seconds=round(seconds, 3), started=started)
-        self.output.say(f"{EVALUATION}: done in {duration(seconds)}")
+        state = {"state": "failed", "error": problem} if problem else {"state": "done"}
+        self.folder.record(EVALUATION, key=key, seconds=round(seconds, 3), started=started, **state)
+        self.output.say((problem and f"{EVALUATION}: {problem}") or f"{EVALUATION}: done in {duration(seconds)}")
         _free_memory()
-        return Done(EVALUATION, "ran", seconds)
+        return Done(EVALUATION, "ran", seconds, problem=problem)
 
     def _unchanged(self, name: str, key: str, parts: Mapping[str, object]) -> Done | None:
         """The finished step, if it was made for the same key, else None; says why it is skipped or run."""
@@ -307,6 +314,19 @@ def _run_eval(spec: "EvalSpec", run_dir: Path) -> object:
     from ..eval.run import run_eval
 
     return run_eval(spec, run_dir)
+
+
+def _not_answered(rows: object) -> tuple[str, dict[str, Any]]:
+    """(which judges gave no verdict at all, in words; what of the evaluation is still open, by name)."""
+    if not isinstance(rows, list):
+        return "", {}
+    from ..eval.results import silence_words, silent_judges, unread_answers
+
+    open_: dict[str, Any] = {
+        f"answers of {judge} without a verdict": sum(unread.values()) for judge, unread in unread_answers(rows).items()
+    }
+    open_ |= {f"verdicts of {judge}": 0 for judge in silent_judges(rows)}
+    return "; ".join(silence_words(rows)), open_
 
 
 def _free_memory() -> None:

@@ -17,6 +17,8 @@ from .process import make_functions_importable, quiet_libraries
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from ..data.rows import Row
+    from ..data.spec import DataSpec
     from ..models.base import Base
 
 EVAL_PROMPTS = "eval.prompts"
@@ -39,15 +41,15 @@ def validate_recipe(recipe: str, overrides: Sequence[str], output: Output) -> No
         output.say(f"nothing uses {', '.join(unused)}: no stage starts from it, and no evaluation looks at it")
     found: list[UserError] = []
     with loaded.placing():
-        opened = _base(loaded, output)
-        trained: dict[str, list[PromptSet]] = {}
+        base, tokenizer = _base(loaded, output)
+        check = DataCheck(loaded, base, tokenizer, output)
         for name, entry, kind in data_uses(loaded):
             with gathering(found):
-                for row in check_rows(loaded, name, entry, kind, opened, output, trained):
+                for row in check.rows(name, entry, kind):
                     if output.json:
                         output.rows([row])
         with gathering(found):
-            check_settings(loaded, opened[0], order(loaded), Path("runs") / loaded.name)
+            check_settings(loaded, base, order(loaded), Path("runs") / loaded.name)
             output.say(f"stages: the config of each of {len(loaded.stages)} stages can be built")
         raise_found(found)
     output.say("nothing wrong found")
@@ -130,72 +132,85 @@ def _base(recipe: Recipe, output: Output) -> "tuple[Base | None, PreTrainedToken
     return base, load_tokenizer(base, recipe.model.chat_template, recipe.model.template_date)
 
 
-def check_rows(
-    recipe: Recipe,
-    name: str,
-    entry: Data,
-    kind: RowKind,
-    opened: "tuple[Base | None, PreTrainedTokenizerBase | None]",
-    output: Output | None,
-    trained: dict[str, list[PromptSet]],
-) -> Iterator[dict[str, Any]]:
-    """Read one data entry as one kind of rows, and encode them: yields what was found, and says it.
+class DataCheck:
+    """Every use of the data, read and encoded as the stages and the evaluation would.
 
     Args:
-        output: None: nothing is said.
-        trained: the prompts of every entry so far that a stage trains on; the evaluation's are compared with them.
-
-    Raises:
-        UserError: it cannot be read, a row is longer than the base's context, or no row is left.
+        base, tokenizer: None where the base cannot be reached: rows are then read, and not measured in tokens.
+        output: where the counts are said; None: nowhere.
     """
-    from ..data.encode import encode_rows
-    from ..data.load import load_rows
-    from ..models.context import check_context
 
-    spec = data_spec(entry, recipe.seed)
-    label = f"data {name} as {_ROW_NAMES[kind]}" if name != EVAL_PROMPTS else name
-    try:
-        loaded = load_rows(spec, kind, folders(recipe))
-    except UserError:
-        away = [source.path for source in spec.sources if is_on_hub(recipe, source.path)]
-        if not (away and offline()):
-            raise
-        _say(output, label, [f"not checked, {', '.join(away)} is on the hub and we are offline"])
-        return
-    report = {"data": name, "rows": kind, "read": loaded.report.as_dict()}
-    _say(output, label, loaded.report.lines())
-    prompts = PromptSet.of(loaded.rows, spec)
-    if name == EVAL_PROMPTS:
-        shared = overlaps(prompts, trained)
-        _say(output, label, [overlap_words(other, tally, prompts) for other, tally in shared.items()])
-        report["in_training_data"] = {other: tally.count for other, tally in shared.items()}
-    else:
-        trained.setdefault(name, []).append(prompts)
-    base, tokenizer = opened
-    if base is not None and tokenizer is not None:
-        dataset, encoded = encode_rows(kind, loaded.rows, tokenizer, spec)
-        where = name if name == EVAL_PROMPTS else f"data.{name}"
-        check_context(dataset, base, where, _new_tokens(recipe, name, kind))
-        _say(output, f"{label}, in tokens", encoded.lines())
-        report["encoded"] = encoded.as_dict()
+    def __init__(
+        self,
+        recipe: Recipe,
+        base: "Base | None",
+        tokenizer: "PreTrainedTokenizerBase | None",
+        output: Output | None = None,
+    ) -> None:
+        self.recipe, self.base, self.tokenizer, self.output = recipe, base, tokenizer, output
+        # by data entry: what is trained on; the evaluation's prompts are compared with it
+        self._trained: dict[str, list[PromptSet]] = {}
+
+    def rows(self, name: str, entry: Data, kind: RowKind) -> Iterator[dict[str, Any]]:
+        """Read an entry as one kind of rows, and encode them: yields what was found, and says it.
+
+        Raises:
+            UserError: it cannot be read, no row is left, or rows are longer than the base's context.
+        """
+        from ..data.load import load_rows
+
+        spec = data_spec(entry, self.recipe.seed)
+        label = f"data {name} as {_ROW_NAMES[kind]}" if name != EVAL_PROMPTS else name
+        try:
+            loaded = load_rows(spec, kind, folders(self.recipe))
+        except UserError:
+            away = [source.path for source in spec.sources if is_on_hub(self.recipe, source.path)]
+            if not (away and offline()):
+                raise
+            self._say(label, [f"not checked, {', '.join(away)} is on the hub and we are offline"])
+            return
+        report: dict[str, Any] = {"data": name, "rows": kind, "read": loaded.report.as_dict()}
+        self._say(label, loaded.report.lines())
+        prompts = PromptSet.of(loaded.rows, spec)
+        if name == EVAL_PROMPTS:
+            shared = overlaps(prompts, self._trained)
+            self._say(label, [overlap_words(other, tally, prompts) for other, tally in shared.items()])
+            report["in_training_data"] = {other: tally.count for other, tally in shared.items()}
+        else:
+            self._trained.setdefault(name, []).append(prompts)
+        if self.base is not None and self.tokenizer is not None:
+            report["encoded"] = self._encoded(name, kind, loaded.rows, spec, label)
+        yield report
+
+    def _encoded(self, name: str, kind: RowKind, rows: "list[Row]", spec: "DataSpec", label: str) -> dict[str, Any]:
+        from ..data.encode import encode_rows
+        from ..models.context import check_context
+
+        assert self.base is not None and self.tokenizer is not None
+        dataset, encoded = encode_rows(kind, rows, self.tokenizer, spec)
+        self._say(f"{label}, in tokens", encoded.lines())
+        check_context(dataset, self.base, _place(name), self._new_tokens(name, kind))
         if not encoded.used:
             why = "; ".join(encoded.lines()[1:])
-            raise UserError(f"data.{name}", f"no row is left ({why})", "raise max_length or max_prompt_length")
-    yield report
+            raise UserError(_place(name), f"no row is left ({why})", "raise max_length or max_prompt_length")
+        return encoded.as_dict()
+
+    def _new_tokens(self, name: str, kind: RowKind) -> int:
+        """The longest reply that is sampled after these prompts."""
+        recipe = self.recipe
+        if kind != "prompt":
+            return 0
+        if name == EVAL_PROMPTS:
+            return recipe.eval.max_new_tokens if recipe.eval is not None else 0
+        readers = [stage for stage in recipe.stages.values() if stage.data == name and stage.record.rows == kind]
+        found = [{each.name: each.default for each in stage.record.parameters} | stage.method() for stage in readers]
+        return max((values.get("max_new_tokens", 0) for values in found), default=0)
+
+    def _say(self, label: str, lines: list[str]) -> None:
+        if self.output is not None:
+            for line in lines:
+                self.output.say(f"{label}: {line}")
 
 
-def _new_tokens(recipe: Recipe, name: str, kind: RowKind) -> int:
-    """The longest reply that is sampled after these prompts."""
-    if kind != "prompt":
-        return 0
-    if name == EVAL_PROMPTS:
-        return recipe.eval.max_new_tokens if recipe.eval is not None else 0
-    readers = [stage for stage in recipe.stages.values() if stage.data == name and stage.record.rows == kind]
-    found = [{each.name: each.default for each in stage.record.parameters} | stage.method() for stage in readers]
-    return max((values.get("max_new_tokens", 0) for values in found), default=0)
-
-
-def _say(output: Output | None, label: str, lines: list[str]) -> None:
-    if output is not None:
-        for line in lines:
-            output.say(f"{label}: {line}")
+def _place(name: str) -> str:
+    return name if name == EVAL_PROMPTS else f"data.{name}"

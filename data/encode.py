@@ -85,7 +85,8 @@ def encode_pairs(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", spec
     margins = all(row.margin is not None for row in rows)
 
     def plan(row: Row) -> Plan:
-        layouts = [encoder.lay_out(row, row.prompt, _side(row, name)) for name in ("chosen", "rejected")]
+        good = encoder.lay_out(row, row.prompt, _side(row, "chosen"))
+        layouts = [good, encoder.lay_out(row, row.prompt, _side(row, "rejected"), good.before)]
         chosen = layouts[0].texts()
 
         def finish(ids: list[list[int]]) -> dict[str, Any]:
@@ -177,8 +178,8 @@ class _Encoder:
         # Of the row at hand; they count only if it is used in the end.
         self.remarks: set[str] = set()
 
-    def lay_out(self, row: Row, prompt: list[Message], reply: list[Message]) -> Layout:
-        return lay_out(self.templater, prompt, reply, row.tools, row.origin)
+    def lay_out(self, row: Row, prompt: list[Message], reply: list[Message], before: str | None = None) -> Layout:
+        return lay_out(self.templater, prompt, reply, row.tools, row.origin, before)
 
     def spans(self, layout: Layout, ids: list[list[int]]) -> Spans:
         """Where the replies are, with what is worth noting noted."""
@@ -194,9 +195,11 @@ class _Encoder:
             for start in range(0, len(rows), _CHUNK):
                 chunk = rows[start : start + _CHUNK]
                 plans = [plan(row) for row in chunk]
-                ids = iter(self.templater.ids([text for texts, _ in plans for text in texts]))
+                # each text once: the sides of a pair share their prompt, and many rows may
+                texts = list(dict.fromkeys(text for texts, _ in plans for text in texts))
+                ids = dict(zip(texts, self.templater.ids(texts), strict=True))
                 done = [
-                    self._finish(row, finish, [next(ids) for _ in texts])
+                    self._finish(row, finish, [ids[text] for text in texts])
                     for row, (texts, finish) in zip(chunk, plans, strict=True)
                 ]
                 used = [row for row in done if row is not None]

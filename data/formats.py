@@ -5,6 +5,7 @@ A foreign format is one record of `FORMATS`, which rewrites a row in our own fie
 | format | fields |
 |---|---|
 | votes | `policy_a`, `policy_b`, `completion_a`, `completion_b`, `preference` (1 to 2), `prompt` as messages |
+| comparisons | AlpacaEval's annotations, Chatbot Arena's votes, ... (`comparisons.py`) |
 | HH-RLHF | `chosen`, `rejected` as text with `Human:` and `Assistant:` turns |
 | Alpaca | `instruction`, `input`, `output`, `system`, `history` |
 | OpenAI preferences | `input` with `messages` and `tools`, `preferred_output`, `non_preferred_output` |
@@ -29,6 +30,7 @@ from typing import Any
 
 from ..errors import UserError, closest
 from .alpaca import alpaca_as_ours, is_alpaca
+from .comparisons import COMPARED
 from .fields import COMPLETION_NAMES, CONVERSATION_NAMES, PROMPT_NAMES, SYSTEM_NAMES
 from .hh import dialogue_pair_as_ours, is_dialogue_pair
 from .messages import legacy_tools, to_messages, to_tools
@@ -60,6 +62,7 @@ class Format:
 
 FORMATS = (
     Format("votes", is_vote, vote_as_ours),
+    *(Format(each.name, each.recognises, each.as_ours) for each in COMPARED),
     Format("HH-RLHF", is_dialogue_pair, dialogue_pair_as_ours),
     Format("OpenAI preferences", is_wrapped, wrapped_as_ours),
     Format("Alpaca", is_alpaca, alpaca_as_ours),

@@ -37,12 +37,14 @@ class Layout:
     replies: [start, end) in the text of each reply that was found; the last one always is.
     trains: for each of them, whether the row wants it trained on.
     remarks: what is worth counting about it.
+    before: the prompt's text, with the generation prompt.
     """
 
     text: str
     replies: list[tuple[int, int]]
     trains: list[bool]
     remarks: tuple[str, ...] = ()
+    before: str = ""
 
     def texts(self) -> list[str]:
         """The texts whose ids `find_spans` compares: the whole, and what comes before each boundary."""
@@ -71,11 +73,19 @@ class Spans:
 
 
 def lay_out(
-    templater: Templater, prompt: list[Message], completion: list[Message], tools: list[Any] | None, where: str
+    templater: Templater,
+    prompt: list[Message],
+    completion: list[Message],
+    tools: list[Any] | None,
+    where: str,
+    before: str | None = None,
 ) -> Layout:
     """The conversation as text, with the places of the completion's replies.
 
     A prompt that ends in an assistant's turn is a reply that has begun: the completion's first turn goes on with it.
+
+    Args:
+        before: the prompt's text with the generation prompt, if another layout of the same prompt has it.
 
     Raises:
         UserError: the template refuses the conversation, or leaves something out that the row says.
@@ -87,7 +97,7 @@ def lay_out(
         prompt = prompt[:-1]
     else:
         begun = None
-    return _Search(templater, prompt, completion, tools, where, begun).layout()
+    return _Search(templater, prompt, completion, tools, where, begun, before).layout()
 
 
 class _Search:
@@ -101,12 +111,14 @@ class _Search:
         tools: list[Any] | None,
         where: str,
         begun: Message | None,
+        before: str | None,
     ) -> None:
         self.templater, self.tools, self.where, self.begun = templater, tools, where, begun
         self.messages, self.whole = templater.fitted(prompt + completion, tools, False, where)
         self.said = prompt + completion
         self.first = len(prompt)
         self.remarks: list[str] = []
+        self._befores: dict[int, str] = {} if before is None else {self.first: before}
 
     def layout(self) -> Layout:
         numbers = [i for i in range(self.first, len(self.said)) if self.said[i]["role"] == "assistant"]
@@ -125,7 +137,8 @@ class _Search:
             replies.append((len(text), len(text) + len(reply)))
             trains.append(self.said[i].get(TRAINS) is not False)
             text, done = text + reply, end
-        return Layout(text + self.whole[done:], replies, trains, tuple(self.remarks))
+        before = self._befores.get(self.first, "")
+        return Layout(text + self.whole[done:], replies, trains, tuple(self.remarks), before)
 
     # -- the places of a reply -----------------------------------------------------------------------------------
 
@@ -150,10 +163,13 @@ class _Search:
         return len(self.whole) - len(inside) + shared
 
     def before(self, number: int) -> str:
-        messages = self.messages[:number]
-        if self.begun is not None and number == self.first:
-            messages = [*messages, self.begun]
-        return self.templater.text(messages, self.tools, True, self.where)
+        """The prompt of this reply as it stands alone, with the generation prompt."""
+        if number not in self._befores:
+            messages = self.messages[:number]
+            if self.begun is not None and number == self.first:
+                messages = [*messages, self.begun]
+            self._befores[number] = self.templater.text(messages, self.tools, True, self.where)
+        return self._befores[number]
 
     def end(self, number: int) -> int | None:
         """Where this reply's turn ends, in the whole; None if that cannot be told."""

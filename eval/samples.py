@@ -102,7 +102,9 @@ def generate_samples(
     if beams > 1:
         generation = beam_search(adapters, role, ids, num_beams=beams, batch_size=max(1, batch_size // beams), **shared)
     else:
-        generation = sample(adapters, role, ids, temperature=temperature, seed=seed, batch_size=batch_size, **shared)
+        generation = sample(
+            adapters, role, ids, temperature=temperature, seed=seed, batch_size=batch_size, recompute=True, **shared
+        )
     texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in generation.tokens]
     return [
         Sample(policy, index, prompt, texts[index], generation.tokens[index], generation.finished[index])

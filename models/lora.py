@@ -4,16 +4,22 @@ Tensors carry the names that PEFT gives them in `adapter_model.safetensors`, wit
 """
 
 import copy
+import functools
 import hashlib
+import inspect
 import json
+import logging
 import math
-from collections.abc import Iterable, Mapping
+import re
+import warnings
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -22,18 +28,20 @@ from ..errors import UserError
 from ..files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from . import seams
 from .base import Base
+from .causal import decoder_of
+from .plain_lora import adapted_modules, check_plain, check_targets, check_tensors, read_config
 
 with seams.importing(seams.LORA_LAYER):
+    from peft.tuners.lora.layer import ParamWrapper
     from peft.tuners.tuners_utils import BaseTunerLayer
 with seams.importing(seams.CONV1D):
     from transformers.pytorch_utils import Conv1D
 
+logger = logging.getLogger(__name__)
+
 WEIGHTS, CONFIG = ADAPTER_WEIGHTS, ADAPTER_CONFIG
 VALUE_HEAD = "value_head.safetensors"
 SCORE = "base_model.model.score.weight"
-
-# What would make an adapter more than W + scaling * B @ A; our exact copies and growth know only that.
-_PLAIN = ("use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "trainable_token_indices", "target_parameters")
 
 
 @dataclass(frozen=True)
@@ -63,13 +71,36 @@ class LoraSpec:
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
             object.__setattr__(self, "target_modules", (self.target_modules,))
 
+    @classmethod
+    def said_by(cls, config: LoraConfig, targets: str | list[str]) -> "LoraSpec":
+        """What a plain config (`check_plain`) says, its modules as `target_names` gives them."""
+        return cls(config.r, config.lora_alpha, config.lora_dropout, targets, config.use_rslora)
+
+    @classmethod
+    def of(cls, folder: Path) -> "LoraSpec":
+        """The settings of a saved adapter; its modules by the names that its config lists, or else by their paths.
+
+        Raises:
+            UserError: as `read_adapter`.
+        """
+        config, tensors = read_adapter(folder)
+        listed = [] if isinstance(config.target_modules, str) else sorted(config.target_modules or ())
+        narrowed = config.exclude_modules or config.layers_to_transform is not None
+        return cls.said_by(config, listed if listed and not narrowed else adapted_modules(tensors))
+
     def scaling(self) -> float:
         """What B @ A is multiplied with."""
         return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     def config(self, model: PreTrainedModel, task_type: str, modules_to_save: list[str] | None = None) -> LoraConfig:
-        """The PEFT config for `model`, its target modules by name."""
+        """The PEFT config for `model` (without adapters), its target modules by name.
+
+        Raises:
+            UserError: a name that is not a linear layer of the decoder.
+        """
         targets = linear_names(model) if self.target_modules == "all-linear" else list(self.target_modules)
+        if self.target_modules != "all-linear":
+            check_targets(model, targets)
         return LoraConfig(
             r=self.r,
             lora_alpha=self.alpha,  # pyright: ignore[reportArgumentType]: PEFT says int and takes any number
@@ -84,16 +115,83 @@ class LoraSpec:
 def linear_names(model: PreTrainedModel) -> list[str]:
     """The last name components of every linear layer of the decoder, sorted: `q_proj`, `up_proj`, ...
 
-    Names and not paths, so that the same adapter_config.json serves causal models, classifiers and vLLM.
+    Names and not paths, so that the same adapter_config.json serves causal models, classifiers and vLLM. Left out, and
+    logged, are layers that an adapter cannot serve: those without a name of their own (in a list), and those whose
+    weights their module also takes by itself (`_taken_past_adapters`).
     """
     heads = {name for name, _ in model.named_children()}
-    linear = (name for name, module in model.base_model.named_modules() if isinstance(module, (nn.Linear, Conv1D)))
-    return sorted({name.rpartition(".")[2] for name in linear} - heads)
+    found: dict[str, bool] = {}
+    for path, parent in decoder_of(model).named_modules():
+        past = _taken_past_adapters(parent)
+        for name, module in parent.named_children():
+            if isinstance(module, (nn.Linear, Conv1D)) and name not in heads:
+                shown = f"{path.rpartition('.')[2]}.{name}" if name.isdigit() else name
+                found[shown] = found.get(shown, True) and not name.isdigit() and name not in past
+    left = [name for name, adaptable in found.items() if not adaptable]
+    if left:
+        logger.info("all-linear leaves out %s: PEFT cannot adapt them in a %s", ", ".join(left), type(model).__name__)
+    return sorted(name for name, adaptable in found.items() if adaptable)
+
+
+@contextmanager
+def refused_by_peft() -> Generator[None]:
+    """Within it, what PEFT refuses to adapt becomes a UserError: wrap the making of an adapter, nothing else."""
+    try:
+        with warnings.catch_warnings():
+            # it writes such a pattern itself, for the stacked experts that it adapts in the place of their layers
+            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
+            yield
+    except (ValueError, TypeError) as error:
+        remedy = "choose other target_modules or settings"
+        raise UserError("lora", " ".join(str(error).split()), remedy) from error
+
+
+def say_experts(model: nn.Module) -> None:
+    """Log whether an adapter trains the experts of a mixture, whose weights are stacked and no linear layers."""
+    trained, frozen = set[str](), set[str]()
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            # of convolutions, which have three dimensions as well, one is small
+            if parameter.dim() == 3 and min(parameter.shape[1:]) > 8:
+                place = path.removesuffix(".base_layer").rpartition(".")[2]
+                wrapped = any(
+                    isinstance(each, ParamWrapper) and each.parameter_name == name and each.get_base_layer() is module
+                    for each in model.modules()
+                )
+                (trained if wrapped else frozen).add(f"{place}.{name}")
+    for names, words in ((trained, "trains"), (frozen, "leaves frozen")):
+        if names:
+            logger.info("the adapter %s the experts' stacked weights %s", words, ", ".join(sorted(names)))
+
+
+def _taken_past_adapters(module: nn.Module) -> frozenset[str]:
+    """Layers of a module whose weight or bias its forward takes by itself, instead of calling the layer.
+
+    A state-space mixer (it has a convolution) hands its projections' weights to a kernel where there is one and calls
+    the layers where there is none; a weight that is written to would change the base. Elsewhere a weight is read in
+    branches that no supported setting takes (BLOOM's).
+    """
+    mixer = any(isinstance(child, nn.Conv1d) for child in module.children())
+    return _read_by_itself(type(module), "(?:weight|bias)" if mixer else "weight\\.data")
+
+
+@functools.cache
+def _read_by_itself(module: type[nn.Module], what: str) -> frozenset[str]:
+    try:
+        source = inspect.getsource(module)
+    except (OSError, TypeError):
+        return frozenset()
+    return frozenset(re.findall(rf"\bself\.(\w+)\.{what}\b", source))
+
+
+def adapted_weight(layer: Any) -> Any:
+    """The base's parameter that a LoRA layer changes: a layer's weight, or one of a module's own (`ParamWrapper`)."""
+    return layer.get_param() if isinstance(layer, ParamWrapper) else layer.get_base_layer().weight
 
 
 def merged_weight(layer: Any, role: str) -> Tensor:
-    """The base layer's weight with that adapter's change in it: summed in fp32, rounded once to the weight's dtype."""
-    weight: Tensor = layer.get_base_layer().weight.data
+    """The base's weight with that adapter's change in it: summed in fp32, rounded once to the weight's dtype."""
+    weight: Tensor = adapted_weight(layer).data
     return layer.get_delta_weight(role).float().add_(weight).to(weight.dtype)
 
 
@@ -131,21 +229,17 @@ def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     """A saved adapter's config and tensors (on the CPU).
 
     Raises:
-        UserError: no PEFT adapter there, not in safetensors, or not plain LoRA.
+        UserError: no PEFT adapter there, not in safetensors, not plain LoRA (see `check_plain`), or weights that are no
+            finite numbers.
     """
     where = str(folder)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise UserError(where, f"no {name} there", "give a folder that a stage or PEFT's save_pretrained wrote")
-    config = PeftConfig.from_pretrained(str(folder))
-    if not isinstance(config, LoraConfig):
-        raise UserError(where, f"a {config.peft_type} adapter, expected LoRA", "train a LoRA adapter")
-    special = [field for field in _PLAIN if getattr(config, field, None)]
-    others = [name for name in config.modules_to_save or () if name not in ("score", "classifier")]
-    if special or others or config.bias != "none":
-        what = ", ".join([*special, *(f"modules_to_save {name}" for name in others)]) or f"bias={config.bias}"
-        raise UserError(where, f"not plain LoRA ({what})", "merge it into its base first: preftune merge")
-    return config, load_file(folder / WEIGHTS)
+    config = check_plain(read_config(folder), where)
+    tensors = load_file(folder / WEIGHTS)
+    check_tensors(tensors, where)
+    return config, tensors
 
 
 def write_adapter(folder: Path, base: Base, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
@@ -155,8 +249,14 @@ def write_adapter(folder: Path, base: Base, config: LoraConfig, tensors: Mapping
     config.base_model_name_or_path = base.model_id
     # Only a hub id has a revision that PEFT could ask for; anything else is a path on this machine.
     config.revision = base.revision if base.model_id == base.spec else None
+    if isinstance(config.target_modules, str) or config.exclude_modules or config.layers_to_transform is not None:
+        # what was asked for by a pattern is written as what it matched, which every reader understands alike
+        config.target_modules = adapted_modules(tensors)
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     config.target_modules = sorted(config.target_modules or ())
     check_finite_weights(folder, tensors)
+    # its start is over: a reader must not draw or decompose anything before it fills in the weights
+    config.init_lora_weights = True
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -225,6 +325,8 @@ def embed_parent(state: Mapping[str, nn.Parameter], lora: LoraSpec, parent: Path
             target = state[name]
             if any(old > new for old, new in zip(tensor.shape, target.shape, strict=True)):
                 raise UserError(str(parent), f"does not fit this base (at {name})", "use the base it was trained on")
+            if tensor.shape != target.shape and config.target_parameters:
+                raise UserError("lora.r", f"{lora.r}, and {parent} adapts stacked experts", f"use r: {config.r}")
             corner = tuple(slice(size) for size in tensor.shape)
             if "lora_B" in name or "lora_embedding_B" in name:
                 target.zero_()

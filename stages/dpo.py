@@ -11,7 +11,7 @@ from .job import StageJob
 from .options import refusals_in_words, stage_config
 from .reference_trainer import ReferenceTrainer
 from .run import PolicyStage, load_data, open_adapters, open_tokenizer, train_policy
-from .trainers import stage_callbacks
+from .trainers import NO_AUX, stage_callbacks
 
 _WITH_DIVERGENCE = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
 """The losses that TRL has with every f-divergence."""
@@ -45,7 +45,7 @@ def build_dpo(job: StageJob) -> PolicyStage[DPOStageTrainer]:
     # 1. tokenizer, data, config
     tokenizer = open_tokenizer(job)
     data = load_data(job, encode_pairs, tokenizer)
-    args = stage_config(DPOConfig, job, held_out=data.held is not None, max_length=job.data.max_length)
+    args = stage_config(DPOConfig, job, held_out=data.held is not None, max_length=job.data.max_length, **NO_AUX)
     # 2. the base, the adapter that trains, its frozen copy as the reference
     adapters = open_adapters(job, tokenizer)
     with refusals_in_words(job):

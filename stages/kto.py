@@ -12,7 +12,7 @@ from .job import StageJob
 from .options import refusals_in_words, stage_config
 from .reference_trainer import ReferenceTrainer
 from .run import PolicyStage, load_data, open_adapters, open_tokenizer, train_policy
-from .trainers import stage_callbacks
+from .trainers import NO_AUX, stage_callbacks
 
 
 class KTOStageTrainer(ReferenceTrainer, KTOTrainer):
@@ -48,7 +48,7 @@ def build_kto(job: StageJob) -> PolicyStage[KTOStageTrainer]:
     # 1. tokenizer, data, config
     tokenizer = open_tokenizer(job)
     data = load_data(job, encode_labels, tokenizer)
-    args = stage_config(KTOConfig, job, held_out=data.held is not None, max_length=job.data.max_length)
+    args = stage_config(KTOConfig, job, held_out=data.held is not None, max_length=job.data.max_length, **NO_AUX)
     # shuffled once here: z0 pairs neighbours, which in a file are often two answers to one prompt
     train_rows, held_rows = data.train.shuffle(seed=job.seed), data.held
     if args.loss_type == "kto":

@@ -71,7 +71,7 @@ def call_reward_function(
     if not any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values()):
         given = {name: value for name, value in given.items() if name in parameters}
     with user_code(where, f"{name} raised", "correct the function"):
-        answer: object = function(**given)
+        answer: Any = function(**given)
         # a generator, a tuple or an array will do
         returned = list(answer) if isinstance(answer, Iterable) and not isinstance(answer, str | Mapping) else None
     if returned is None:

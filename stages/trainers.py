@@ -12,14 +12,20 @@ import torch
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..errors import UserError
 from ..files import LOG, LOGS
 from ..models import seams
+from ..models.causal import head_of
 from ..models.lm_head import use_compact_head
 from ..models.memory import peak_memory_bytes
 from .callbacks import Clock, LogFile, Progress, keep_event_files
 from .finite import not_finite, rows_of
 from .job import StageJob
 from .kinds import EARLY_STOPPING
+
+NO_AUX: dict[str, Any] = {"router_aux_loss_coef": 0.0}
+"""Defaults of SFT, DPO and KTO: a frozen router has nothing to balance, so the loss of a mixture of experts is that of
+any other model. Who sets the coefficient finds the load-balancing loss in the log as `aux_loss`."""
 
 
 class StageTrainer(Trainer):
@@ -46,12 +52,30 @@ class StageTrainer(Trainer):
         return dataset
 
     def _use_compact_head(self) -> None:
+        """Ours, but for TRL's kernel on a GPU, WPO's weights (`log_sum_sq_probs`) and a mixture's auxiliary loss.
+
+        Raises:
+            UserError: the base's log-probs cannot be reproduced, or not with what is asked for.
+        """
+        if not self.compact_head:
+            return
         model: Any = self.model
-        triton = self.args.device.type in ("cuda", "xpu")
+        causal = model.get_base_model()
         seams.require(seams.TRL_SETTINGS, self.args)
-        if not self.compact_head or triton or getattr(self.args, "use_weighting", False):
-            return  # no LM head; TRL's kernel; or WPO's weights, which need `log_sum_sq_probs`
-        use_compact_head(model.get_base_model(), mean_logits=self.mean_logits)
+        asked = {
+            "use_weighting": getattr(self.args, "use_weighting", False),
+            "router_aux_loss_coef": getattr(self, "aux_loss_enabled", False),
+        }
+        more = [name for name, wanted in asked.items() if wanted]
+        odd = head_of(causal).own is not None or causal.base_model is causal
+        if odd and more:
+            raise UserError(
+                f"train.{more[0]}",
+                f"{type(causal).__name__} has a head of its own, which TRL's does not know",
+                "drop it",
+            )
+        if odd or not (more or self.args.device.type in ("cuda", "xpu")):
+            use_compact_head(causal, mean_logits=self.mean_logits)
 
     def came_from(self, name: str, dataset: Any, origins: Sequence[str]) -> None:
         """Say where the rows come from: the data's name, its encoded rows and their origins, for messages."""

@@ -99,7 +99,8 @@ class Conversation:
                 tokens.extend(best.tokens[0])
                 stream.put(torch.tensor(tokens))
             else:
-                sample(adapters, role, [ids], temperature=spec.temperature, seed=[seed], on_tokens=heard, **shared)
+                asked = {"temperature": spec.temperature, "seed": [seed], "recompute": True}
+                sample(adapters, role, [ids], on_tokens=heard, **asked, **shared)
         except _Stopped:
             stopped = True
         stream.end()

@@ -104,6 +104,23 @@ def test_a_changed_parameter_runs_that_stage_and_what_depends_on_it(shop: Worksh
     assert "train.max_steps unset -> 3" in said and "ppo: runs again, changed: stage reward" in said
 
 
+def test_an_evaluation_with_answers_left_open_is_done_again_and_a_silent_judge_fails_it(shop: Workshop):
+    def row(n: int, unread: dict[str, int]) -> dict[str, object]:
+        return {"policy": "dpo", "reference": "sft", "judge": "tiny", "n": n, "usage": {"unread": unread}}
+
+    evaluate, rows = shop.evaluate, [row(0, {"empty": 4})]
+    shop.evaluate = lambda spec, run_dir: (evaluate(spec, run_dir), rows)[1]  # pyright: ignore[reportAttributeAccessIssue]
+    shop.run()
+    assert "judge tiny gave no verdict at all: 4 answers without a verdict (4 empty), asked again" in shop.said()
+    assert shop.states()["eval"] == "failed"
+    rows[:] = [row(3, {"empty": 1})]
+    assert shop.run() == ["eval"]
+    assert shop.states()["eval"] == "done"
+    rows[:] = [row(4, {})]
+    assert shop.run() == ["eval"]
+    assert shop.run() == []
+
+
 def test_changed_rows_run_what_reads_them(shop: Workshop):
     shop.run()
     shop.said()

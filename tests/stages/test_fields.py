@@ -119,7 +119,7 @@ def test_asked_for_checkpoints_stay(make_job):
 
 
 def test_event_files_stay(make_job, monkeypatch):
-    """Of TensorBoard, in `logs` from the start; of a tracker that writes where checkpoints are, afterwards."""
+    """Of TensorBoard, in the stage's `logs` from the start; of one that writes where checkpoints are, afterwards."""
     seen = []
 
     class TensorBoardCallback(TrainerCallback):
