@@ -34,7 +34,7 @@ def validate_recipe(recipe: str, overrides: Sequence[str], output: Output) -> No
     output.say(f"recipe: {loaded.name}, stages in running order: {', '.join(order(loaded))}")
     base, tokenizer = _base(loaded, output)
     for name, entry, kind in data_uses(loaded):
-        for row in _check_rows(loaded, name, entry, kind, tokenizer, output):
+        for row in _check_rows(loaded, name, entry, kind, base, tokenizer, output):
             if output.json:
                 output.rows([row])
     _check_settings(loaded, base, output)
@@ -85,7 +85,13 @@ def _base(recipe: Recipe, output: Output) -> "tuple[Base | None, PreTrainedToken
 
 
 def _check_rows(
-    recipe: Recipe, name: str, entry: Data, kind: RowKind, tokenizer: "PreTrainedTokenizerBase | None", output: Output
+    recipe: Recipe,
+    name: str,
+    entry: Data,
+    kind: RowKind,
+    base: "Base | None",
+    tokenizer: "PreTrainedTokenizerBase | None",
+    output: Output,
 ) -> Iterator[dict[str, Any]]:
     from ..data.encode import encode_rows
     from ..data.load import load_rows
@@ -103,7 +109,11 @@ def _check_rows(
     report = {"data": name, "rows": kind, "read": loaded.report.as_dict()}
     _say(output, label, loaded.report.lines())
     if tokenizer is not None:
-        encoded = encode_rows(kind, loaded.rows, tokenizer, spec)[1]
+        rows, encoded = encode_rows(kind, loaded.rows, tokenizer, spec)
+        if base is not None:
+            from ..stages.run import check_ids
+
+            check_ids(rows, tokenizer, base, f"data.{name}" if name != "eval.prompts" else name)
         _say(output, f"{label}, in tokens", encoded.lines())
         report["encoded"] = encoded.as_dict()
         if not encoded.used:

@@ -6,11 +6,15 @@ from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from ..data.encode import encode_pairs
+from ..errors import UserError
 from .job import StageJob
 from .options import refusals_in_words, stage_config
 from .reference_trainer import ReferenceTrainer
 from .run import PolicyStage, load_data, open_adapters, open_tokenizer, train_policy
-from .trainers import stage_callbacks
+from .trainers import settle_dropout, stage_callbacks
+
+# the losses of TRL's DPOTrainer that look at label_smoothing
+_SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")
 
 
 class DPOStageTrainer(ReferenceTrainer, DPOTrainer):
@@ -28,8 +32,10 @@ def build_dpo(job: StageJob) -> PolicyStage[DPOStageTrainer]:
     tokenizer = open_tokenizer(job)
     data = load_data(job, encode_pairs, tokenizer)
     args = stage_config(DPOConfig, job, held_out=data.held is not None, max_length=job.data.max_length)
+    check_smoothing(job, args)
     # 2. the base, the adapter that trains, its frozen copy as the reference
     adapters = open_adapters(job, tokenizer)
+    settle_dropout(job, args, adapters.model, reference=True)
     with refusals_in_words(job):
         trainer = DPOStageTrainer(
             model=adapters.model,
@@ -40,3 +46,18 @@ def build_dpo(job: StageJob) -> PolicyStage[DPOStageTrainer]:
             callbacks=stage_callbacks(job),
         )
     return PolicyStage(trainer, adapters, tokenizer, data)
+
+
+def check_smoothing(job: StageJob, args: DPOConfig) -> None:
+    """Refuse `label_smoothing` where TRL's loss does not look at it.
+
+    Raises:
+        UserError: it is set and no loss of `loss_type` smooths labels.
+    """
+    losses = [args.loss_type] if isinstance(args.loss_type, str) else list(args.loss_type)
+    if args.label_smoothing and not set(losses) & set(_SMOOTHED):
+        raise UserError(
+            f"stages.{job.name}.label_smoothing",
+            f"{args.label_smoothing} has no effect with loss_type {', '.join(losses)}",
+            f"use a loss_type that smooths labels ({', '.join(_SMOOTHED)}; robust is the usual one), or leave it out",
+        )

@@ -208,7 +208,7 @@ DPO = StageKind(
         Parameter("beta", Annotated[float, Ge(0)], 0.1, "Strength of the pull towards the reference."),
         Parameter("loss_type", str | list[str], ["sigmoid"], "TRL's loss (sigmoid, ipo, hinge, ...), or several."),
         Parameter("loss_weights", list[float], None, "Weights of several losses."),
-        Parameter("label_smoothing", float, 0.0, "Share of labels that are taken to be wrong, in cdpo and robust."),
+        Parameter("label_smoothing", float, 0.0, "Share of wrong labels, in robust, exo_pair, aot."),
         Parameter("ld_alpha", float, None, "LD-DPO's weight of tokens beyond the shorter reply's length."),
         Parameter("f_divergence_type", str, "reverse_kl", "Divergence to the reference (f-DPO)."),
         Parameter("f_alpha_divergence_coef", float, 0.5, "Alpha of the alpha-divergence."),
