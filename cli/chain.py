@@ -5,11 +5,12 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..errors import UserError, nearest
+from ..data.template import writes_date
+from ..errors import UserError, gathering, nearest, raise_found
 from ..files import CHECKPOINTS, EVALUATION, RECIPE, REPORT, write_whole
 from ..recipes.build import eval_spec, stage_job
 from ..recipes.graph import needed_for, order, parents
@@ -51,12 +52,13 @@ class Options:
 
 @dataclass(frozen=True)
 class Done:
-    """How a step of the chain ended: `state` is "ran" or "skipped"."""
+    """How a step of the chain ended: `state` is "ran" or "skipped"; `problem` says why it is not what was asked for."""
 
     name: str
     state: str
     seconds: float
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    problem: str = ""
 
 
 def default_folder(recipe: Recipe) -> Path:
@@ -89,19 +91,30 @@ class Chain:
 
     def run(self) -> list[Done]:
         """Run everything. If a step raises, run.json says `failed`, later steps do not run, and the error goes on."""
+        with self.recipe.placing():
+            return self._run()
+
+    def _run(self) -> list[Done]:
         # 1. what is to be done, before anything heavy is imported
         selected = self.selected = self._selected()
         make_functions_importable(self.recipe)
         quiet_libraries()
+        if self.options.launch is not None:
+            from .launch import check_launch
+
+            check_launch(self.options.launch)
         self.folder = RunFolder(self.path)
         with self.folder.lock():
             self.folder.load()
-            write_recipe(self.path, self.recipe)
             # 2. the base and the data
             self.base = (self._resolve or _resolve_base)(self.recipe.model.base, self.recipe.model.revision)
+            fix_date(self.recipe, self.base, self.path)
+            write_recipe(self.path, self.recipe)
             self.parts = Keys(self.recipe, self.base, self.path)
             evaluates = self.recipe.eval is not None and self.options.only is None and self.options.until is None
             self.parts.read_data(selected, evaluation=evaluates)
+            for words in self.parts.evaluated_in_training():
+                self.output.say(f"eval.prompts: {words}")
             # 3. the stages
             done = [self._stage(name) for name in selected]
             # 4. the evaluation, and the report
@@ -123,14 +136,23 @@ class Chain:
         return order(recipe) if options.until is None else needed_for(recipe, [options.until])
 
     def _check_settings(self) -> None:
-        """Check every selected stage's settings before the first trains: a typo in the last should not cost hours."""
+        """Check all that the selected stages need before the first trains: a typo in the last should not cost hours."""
         if self._settings_checked or self._run_stage is not None:
             return
         self._settings_checked = True
-        from ..stages.options import check_words
+        from ..models.tokens import load_tokenizer
+        from .validate import DataCheck, check_settings, data_uses
 
-        for name in self.selected:
-            check_words(stage_job(self.recipe, name, self.base, self.path, self.folder.partial(name)))
+        found: list[UserError] = []
+        with gathering(found):
+            check_settings(self.recipe, self.base, self.selected, self.path)
+        model = self.recipe.model
+        tokenizer = load_tokenizer(self.base, model.chat_template, model.template_date)
+        check = DataCheck(self.recipe, self.base, tokenizer)
+        for name, entry, kind in data_uses(self.recipe, self.selected):
+            with gathering(found):
+                list(check.rows(name, entry, kind))
+        raise_found(found)
 
     def _stage(self, name: str) -> Done:
         # the parents' keys: from this run, or from the folder where they are not part of it
@@ -175,13 +197,18 @@ class Chain:
         began, started = time.monotonic(), _now()
         run_eval = self._run_eval or _run_eval
         spec = eval_spec(self.recipe, self.base, self.path)
-        self._recorded(EVALUATION, key, started, lambda: run_eval(spec, self.path))
+        rows = self._recorded(EVALUATION, key, started, lambda: run_eval(spec, self.path))
         seconds = time.monotonic() - began
+        problem, open_ = _not_answered(rows)
+        # made for another key than that of a whole evaluation: the next run asks again
+        parts |= open_
+        key = key_of(parts)
         write_stamp(self.path / EVALUATION, Stamp(key, parts, started, seconds))
-        self.folder.record(EVALUATION, state="done", key=key, seconds=round(seconds, 3), started=started)
-        self.output.say(f"{EVALUATION}: done in {duration(seconds)}")
+        state = {"state": "failed", "error": problem} if problem else {"state": "done"}
+        self.folder.record(EVALUATION, key=key, seconds=round(seconds, 3), started=started, **state)
+        self.output.say((problem and f"{EVALUATION}: {problem}") or f"{EVALUATION}: done in {duration(seconds)}")
         _free_memory()
-        return Done(EVALUATION, "ran", seconds)
+        return Done(EVALUATION, "ran", seconds, problem=problem)
 
     def _unchanged(self, name: str, key: str, parts: Mapping[str, object]) -> Done | None:
         """The finished step, if it was made for the same key, else None; says why it is skipped or run."""
@@ -238,6 +265,24 @@ class Chain:
         write_report(self.path)
 
 
+def fix_date(recipe: Recipe, base: "Base", folder: Path) -> None:
+    """Give the run the day that its chat template writes: the day of its first start, so that no row ever changes."""
+    model = recipe.model
+    if model.template_date is not None or not writes_date(base.path, model.chat_template):
+        return
+    import yaml
+
+    try:
+        before = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))["model"]["template_date"]
+        model.template_date = date.fromisoformat(str(before))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+        model.template_date = _today()
+
+
+def _today() -> date:
+    return date.today()
+
+
 def write_recipe(folder: Path, recipe: Recipe) -> None:
     """Write RUN/recipe.yaml: the recipe with everything resolved, so that it can be run on its own."""
     import yaml
@@ -267,6 +312,19 @@ def _run_eval(spec: "EvalSpec", run_dir: Path) -> object:
     from ..eval.run import run_eval
 
     return run_eval(spec, run_dir)
+
+
+def _not_answered(rows: object) -> tuple[str, dict[str, Any]]:
+    """(which judges gave no verdict at all, in words; what of the evaluation is still open, by name)."""
+    if not isinstance(rows, list):
+        return "", {}
+    from ..eval.results import silence_words, silent_judges, unread_answers
+
+    open_: dict[str, Any] = {
+        f"answers of {judge} without a verdict": sum(unread.values()) for judge, unread in unread_answers(rows).items()
+    }
+    open_ |= {f"verdicts of {judge}": 0 for judge in silent_judges(rows)}
+    return "; ".join(silence_words(rows)), open_
 
 
 def _free_memory() -> None:

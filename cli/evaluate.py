@@ -1,6 +1,8 @@
 """`preftune eval ...`: the whole evaluation of a run, or one measurement of it."""
 
+import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,8 +21,9 @@ app = typer.Typer(help="Measure a run: win-rates, KL, perplexity, reward models.
 
 
 @app.command("run")
-def run_all(run: RunArgument, overrides: EvalOverrides = None, json: AsJson = False) -> None:
-    """All policies and judges of the recipe, and its reward models; writes RUN/eval and RUN/report.html."""
+def run_all(run: RunArgument, overrides: EvalOverrides = None, json: AsJson = False) -> int:
+    """All policies and judges of the recipe, and its reward models; writes RUN/eval and RUN/report.html. Exit code 1 if
+    a judge gave no verdict at all."""
     _, spec = _open(run, overrides, None)
     from ..eval.report.page import write_report
     from ..eval.run import run_eval
@@ -35,6 +38,7 @@ def run_all(run: RunArgument, overrides: EvalOverrides = None, json: AsJson = Fa
     _print(rows, json)
     if not json:
         show_rewards(run, Output())
+    return _say_silence(rows)
 
 
 @app.command()
@@ -44,19 +48,28 @@ def winrate(
     policies: Policies = None,
     annotations: Annotated[
         list[Path] | None,
-        typer.Option(metavar="PATH...", help="Score preferences that exist already: JSONL, one file a model."),
+        typer.Option(
+            metavar="PATH...",
+            help="Score preferences that exist already, as AlpacaEval, Chatbot Arena, Arena-Hard, MT-bench write them.",
+        ),
+    ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Of --annotations: the model that the others are compared with."),
     ] = None,
     votes: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Count people's votes (`preftune chat --compare`): no model needed."),
     ] = None,
     json: AsJson = False,
-) -> None:
+) -> int:
     """Win-rates against the reference, with intervals; or from --annotations PATH..., fitted jointly, or from --votes.
 
-    A row of annotations: {"prompt": id, "baseline_length": int, "model_length": int, "preference": 1..2}, where 2 says
-    that the model wins.
+    A row of annotations may also be {"prompt": id, "baseline_length": int, "model_length": int, "preference": 1..2},
+    where 2 says that the model wins.
     """
+    if baseline is not None and not annotations:
+        raise UserError("--baseline", "means nothing without --annotations", "leave it out; a run has eval.reference")
     if votes is not None:
         if policies or annotations or run is not None:
             raise UserError("--votes", "stands alone", "leave out the run, --policies and --annotations")
@@ -64,30 +77,42 @@ def winrate(
         from .output import Output
 
         Output(json).rows(vote_rows(read_votes(votes)))
-        return
+        return 0
     if annotations:
         if policies:
             raise UserError("--policies", "means nothing with --annotations", "leave it out")
         from ..eval.annotations import annotation_rows
 
         # An option takes one value: the paths after the first stand where a run and its overrides would.
-        _print(annotation_rows([*annotations, *([run] if run else []), *map(Path, overrides or ())]), json)
-        return
+        paths = [*annotations, *([run] if run else []), *map(Path, overrides or ())]
+        _print(annotation_rows(paths, baseline=baseline), json)
+        return 0
     if run is None:
         raise UserError("eval winrate", "neither a run folder nor --annotations nor --votes", "give one of them")
     _, spec = _open(run, overrides, policies)
     from ..eval.commands import eval_winrate
 
-    _print(eval_winrate(spec, run), json)
+    rows = eval_winrate(spec, run)
+    _print(rows, json)
+    return _say_silence(rows)
 
 
 @app.command()
-def kl(run: RunArgument, overrides: EvalOverrides = None, policies: Policies = None, json: AsJson = False) -> None:
-    """KL(policy || reference) in nats, with standard errors."""
-    _, spec = _open(run, overrides, policies)
+def kl(
+    run: RunArgument,
+    overrides: EvalOverrides = None,
+    policies: Policies = None,
+    data: DataOption = None,
+    json: AsJson = False,
+) -> None:
+    """KL(policy || reference) in nats, with standard errors, on replies to the evaluation's prompts or those of --data.
+
+    Without an evaluation in the recipe the reference is its first SFT stage, else the base.
+    """
+    recipe, spec = _open(run, overrides, policies, without_eval=data is not None)
     from ..eval.commands import eval_kl
 
-    _print(eval_kl(spec), json)
+    _print(eval_kl(spec if data is None else replace(spec, prompts=_data(recipe, data, "prompt"))), json)
 
 
 @app.command()
@@ -99,7 +124,7 @@ def perplexity(
     json: AsJson = False,
 ) -> None:
     """Perplexity of demonstrations under every policy. Default data: those of the SFT stage."""
-    recipe, spec = _open(run, overrides, policies)
+    recipe, spec = _open(run, overrides, policies, without_eval=True)
     from ..eval.commands import eval_perplexity
 
     _print(eval_perplexity(spec, _data(recipe, data, "demo")), json)
@@ -119,10 +144,10 @@ def reward(
 
     Default data: each stage's own, the part that its training left out where there is one.
     """
-    recipe = _recipe(run, overrides)
-    from ..recipes.build import eval_spec, reward_model, reward_stages
+    recipe = _recipe(run, overrides, without_eval=True)
+    from ..recipes.build import reward_model, reward_stages
     from .folder import holds_adapter
-    from .policies import recipe_base
+    from .policies import recipe_base, sampling_spec
 
     known = reward_stages(recipe)
     if not known:
@@ -136,7 +161,7 @@ def reward(
     from ..eval.commands import eval_reward
 
     models = [reward_model(recipe, each, run, given) for each in named]
-    _print(eval_reward(eval_spec(recipe, recipe_base(recipe), run), models, skip=stage is None), json)
+    _print(eval_reward(sampling_spec(recipe, recipe_base(recipe), run), models, skip=stage is None), json)
 
 
 @app.command("over-optimisation")
@@ -180,38 +205,47 @@ def over_optimisation(
     show_over_optimisation(eval_over_optimisation(eval_spec(recipe, recipe_base(recipe), run), run), json)
 
 
-def _recipe(run: Path, overrides: list[str] | None) -> "Recipe":
+def _recipe(run: Path, overrides: list[str] | None, *, without_eval: bool = False) -> "Recipe":
     """The run's recipe.
 
     Raises:
-        UserError: it has no evaluation.
+        UserError: it has no evaluation, and that is needed.
     """
     from .policies import run_recipe
 
     recipe = run_recipe(run, overrides or ())
-    if recipe.eval is None:
-        raise UserError(str(run / RECIPE), "its recipe has no evaluation", "add eval: {prompts: ..., judges: [...]}")
+    if recipe.eval is None and not without_eval:
+        remedy = "add eval: {prompts: ..., judges: [...]}; eval kl, perplexity and reward need only --data"
+        raise UserError(str(run / RECIPE), "its recipe has no evaluation", remedy)
     return recipe
 
 
-def _open(run: Path, overrides: list[str] | None, policies: str | None) -> "tuple[Recipe, EvalSpec]":
-    """The run's recipe and its evaluation.
+def _open(
+    run: Path, overrides: list[str] | None, policies: str | None, *, without_eval: bool = False
+) -> "tuple[Recipe, EvalSpec]":
+    """The run's recipe and its evaluation; where it has none and may have none, all its finished policies.
 
     Raises:
         UserError: a policy in it is unknown or not finished.
     """
-    recipe = _recipe(run, overrides)
+    recipe = _recipe(run, overrides, without_eval=without_eval)
     from ..recipes.build import eval_spec
     from ..recipes.schema import BASE
-    from .policies import check_policy, recipe_base
+    from .policies import check_policy, finished_policies, first_reference, recipe_base, sampling_spec
 
-    assert recipe.eval is not None
-    chosen = [name.strip() for name in policies.split(",")] if policies else list(recipe.eval.policies)
-    if recipe.eval.reference not in (*chosen, BASE):
-        chosen.append(recipe.eval.reference)
+    part = recipe.eval
+    reference = first_reference(recipe, run) if part is None else part.reference
+    listed = [BASE, *finished_policies(recipe, run)] if part is None else list(part.policies)
+    chosen = [name.strip() for name in policies.split(",")] if policies else listed
+    if reference not in (*chosen, BASE):
+        chosen.append(reference)
     for name in chosen:
         check_policy(recipe, run, name, "--policies")
-    return recipe, eval_spec(recipe, recipe_base(recipe), run, chosen)
+    base = recipe_base(recipe)
+    if part is not None:
+        return recipe, eval_spec(recipe, base, run, chosen)
+    folders = {name: None if name == BASE else run / name for name in chosen}
+    return recipe, replace(sampling_spec(recipe, base, run), policies=folders, reference=reference)
 
 
 def _data(recipe: "Recipe", given: str | None, rows: "RowKind") -> "DataSpec":
@@ -231,6 +265,16 @@ def _data(recipe: "Recipe", given: str | None, rows: "RowKind") -> "DataSpec":
     return data_spec(Data(path=str(here.resolve()) if here.exists() else given), recipe.seed)
 
 
+def _say_silence(rows: Sequence[Mapping[str, Any]]) -> int:
+    """Say on standard error which judges gave no verdict at all; the exit code."""
+    from ..eval.results import silence_words
+
+    words = silence_words(rows)
+    for line in words:
+        print(line, file=sys.stderr)
+    return int(bool(words))
+
+
 def _print(rows: Sequence[Mapping[str, Any]], json: bool) -> None:
     """Print the rows. As tables, the measurements of replies and the matrix of all pairs stand apart from the rest."""
     from .output import Output
@@ -242,7 +286,7 @@ def _print(rows: Sequence[Mapping[str, Any]], json: bool) -> None:
     judged = any("judge" in row for row in rows)
     from ..eval.replies import REPLY_COLUMNS, REPLY_LEGEND
 
-    apart = {"against", "calibration", *(REPLY_COLUMNS if judged else ())}
+    apart = {"against", "calibration", "usage", *(REPLY_COLUMNS if judged else ())}
     output.rows({key: value for key, value in row.items() if key not in apart} for row in rows)
     if judged:
         output.say(f"\nreplies: {REPLY_LEGEND}")

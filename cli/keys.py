@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..data.overlap import PromptSet, overlap_words, overlaps
 from ..data.spec import DataSpec, RowKind
 from ..eval.judges.kinds import judge_parts
 from ..models.fingerprints import code_sha256, content, folder_sha256
@@ -45,6 +46,7 @@ class Keys:
     def __init__(self, recipe: Recipe, base: "Base", run_dir: Path) -> None:
         self.recipe, self.base, self.run_dir = recipe, base, run_dir
         self._fingerprints: dict[tuple[str, RowKind], str] = {}
+        self._prompts: dict[tuple[str, RowKind], PromptSet] = {}
 
     def read_data(self, stages: Iterable[str], *, evaluation: bool) -> None:
         """Read the data of these stages and of the evaluation: a bad file is found before the first stage trains."""
@@ -53,6 +55,19 @@ class Keys:
             self.fingerprint(data_spec(self.recipe.data[stage.data], self.recipe.seed), stage.record.rows)
         if evaluation and self.recipe.eval is not None:
             self.fingerprint(data_spec(self.recipe.eval.prompts, self.recipe.seed), "prompt")
+
+    def evaluated_in_training(self) -> list[str]:
+        """In words, for each training data that was read: how many evaluation prompts stand in it, if any do."""
+        part = self.recipe.eval
+        evaluated = None if part is None else self._prompts.get(self._known(data_spec(part.prompts, self.recipe.seed)))
+        if evaluated is None:
+            return []
+        trained: dict[str, list[PromptSet]] = {}
+        for stage in self.recipe.stages.values():
+            known = self._known(data_spec(self.recipe.data[stage.data], self.recipe.seed), stage.record.rows)
+            if known in self._prompts:
+                trained.setdefault(stage.data, []).append(self._prompts[known])
+        return [overlap_words(name, tally, evaluated) for name, tally in overlaps(evaluated, trained).items()]
 
     def stage(self, name: str, known: Mapping[str, str], from_adapter: Path | None = None) -> dict[str, Any]:
         """What the stage's result depends on.
@@ -118,10 +133,16 @@ class Keys:
         """The hash of the rows' content, independent of where they were read from."""
         from ..data.load import load_rows
 
-        known = (repr(spec), kind)
+        known = self._known(spec, kind)
         if known not in self._fingerprints:
-            self._fingerprints[known] = load_rows(spec, kind, folders(self.recipe)).fingerprint
+            loaded = load_rows(spec, kind, folders(self.recipe))
+            self._fingerprints[known] = loaded.fingerprint
+            self._prompts[known] = PromptSet.of(loaded.rows, spec)
         return self._fingerprints[known]
+
+    @staticmethod
+    def _known(spec: DataSpec, kind: RowKind = "prompt") -> tuple[str, RowKind]:
+        return repr(spec), kind
 
     def _model(self) -> dict[str, Any]:
         model = self.recipe.model
@@ -134,6 +155,7 @@ class Keys:
             "model.dtype": model.dtype,
             "model.quantization": model.quantization,
             "model.chat_template": template,
+            **({} if model.template_date is None else {"model.template_date": str(model.template_date)}),
             "model.packed": model.packed,
         }
 

@@ -62,12 +62,13 @@ def run(
     force: Force = False,
     launch: Launch = None,
     json: AsJson = False,
-) -> None:
+) -> int:
     """The whole chain. The same command again continues; what is unchanged is not run again."""
     from .chain import Options
     from .commands import run_chain
 
-    run_chain(recipe, overrides, Options(output_dir, only, until, force, None, launch), json)
+    done = run_chain(recipe, overrides, Options(output_dir, only, until, force, None, launch), json)
+    return int(any(each.problem for each in done))
 
 
 def _stage_command(kind: str, words: str) -> None:

@@ -27,7 +27,7 @@ def plan_recipe(recipe: str, overrides: Sequence[str], output: Output) -> None:
     from ..models.tokens import load_tokenizer
 
     base = resolve_base(loaded.model.base, loaded.model.revision)
-    tokenizer = load_tokenizer(base, loaded.model.chat_template)
+    tokenizer = load_tokenizer(base, loaded.model.chat_template, loaded.model.template_date)
     config = AutoConfig.from_pretrained(base.path)
     weights = parameters_in(base.path.glob("*.safetensors"))
     rows = [_stage(loaded, name, tokenizer, config, weights) for name in order(loaded)]
@@ -76,6 +76,7 @@ def _stage(
     memory = training_bytes(parameters=weights, dtype=recipe.model.dtype, adapter=adapter, activations=activations)
     return {
         "stage": name,
+        "from": stage.parent,
         "rows": rows,
         "tokens": round(seen),
         "longest": longest,

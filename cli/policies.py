@@ -53,13 +53,24 @@ def check_policy(recipe: Recipe, run: Path, name: str, where: str) -> None:
         raise UserError(str(run / name), "holds no adapter", remedy)
 
 
+def finished_policies(recipe: Recipe, run: Path) -> list[str]:
+    """The recipe's policies that have an adapter in the run, in their order."""
+    return [name for name in policies(recipe) if holds_adapter(run / name)]
+
+
+def first_reference(recipe: Recipe, run: Path) -> str:
+    """What the policies of a recipe without an evaluation are compared with: its first SFT stage, else the base."""
+    finished = finished_policies(recipe, run)
+    return next((name for name in finished if recipe.stages[name].record.rows == "demo"), BASE)
+
+
 def last_policy(recipe: Recipe, run: Path) -> str:
     """The last policy that is finished.
 
     Raises:
         UserError: none is.
     """
-    finished = [name for name in policies(recipe) if holds_adapter(run / name)]
+    finished = finished_policies(recipe, run)
     if not finished:
         remedy = f"train one: preftune run {run / RECIPE}, or name the base"
         raise UserError(str(run), "no policy is finished in it", remedy)
@@ -87,6 +98,7 @@ def sampling_spec(recipe: Recipe, base: "Base", run: Path) -> "EvalSpec":
         seed=recipe.seed,
         kl=False,
         chat_template=recipe.model.chat_template,
+        template_date=recipe.model.template_date,
         packed=recipe.model.packed,
         **given,
     )

@@ -11,10 +11,11 @@ from datasets import Dataset, Features, Json, List, Value, concatenate_datasets
 
 from ..errors import UserError
 from ..progress import meter
-from .report import DataReport
+from .report import DataReport, Tally
 from .rows import Message, Row, Unusable, canonical
+from .spans import BOUNDARY_MOVED, Layout, Spans, find_spans, lay_out
 from .spec import DataSpec, RowKind
-from .template import Templater, find_spans, span_texts
+from .template import Templater
 from .turns import SAME_SIDES
 
 if TYPE_CHECKING:
@@ -23,11 +24,11 @@ if TYPE_CHECKING:
 IGNORED = -100
 
 TRUNCATED = "truncated"
-BOUNDARY_MOVED = "prompt boundary moved"
-LAST_TURN_ONLY = "turns not told apart, only the last one trains"
 PROMPT_TOO_LONG = "prompt longer than max_prompt_length"
 TOO_LONG = "longer than max_length"
 NO_ROOM = "no room for a reply within max_length"
+ONE_CLASS = "every label is {}, so that nothing says what tells a wanted reply from an unwanted one"
+NONE_TRAINS = "the row says that none of its replies trains"
 NOTHING_SAID = "the chat template renders nothing of the reply"
 TOOLS_UNSEEN = "the chat template does not show the tools"
 
@@ -36,40 +37,43 @@ _TOKENS = List(Value("int64"))
 _CHUNK = 1000
 
 Encoded = tuple[Dataset, DataReport]
+# What one row needs tokenised, and what makes the encoded row of the ids, or raises Unusable to drop it.
+Plan = tuple[list[str], Callable[[list[list[int]]], dict[str, Any]]]
 
 
 def encode_demos(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", spec: DataSpec) -> Encoded:
     """Dataset[input_ids, labels]: labels are the ids within the assistant's turns (EOS included), and -100 elsewhere.
 
-    Every assistant turn of `completion` is trained on. If the template renders a turn differently once others follow,
-    so that the turns cannot be told apart in the ids, only the last one is trained on, and the row is counted.
+    Every assistant turn of `completion` is trained on, but for those that the row says are not to be. If a turn's place
+    cannot be found, only the last one is trained on, and the row is counted.
 
     Raises:
-        UserError: the template refuses a row, a row is too long and `overflow` is "error", or no row is left.
+        UserError: the template refuses a row or leaves out what it says, a row is too long and `overflow` is "error",
+            or no row is left.
     """
     encoder = _Encoder(tokenizer, spec)
 
-    def texts(row: Row) -> list[str]:
-        return span_texts(encoder.templater, row.prompt, _side(row, "completion"), row.tools, row.origin)
+    def plan(row: Row) -> Plan:
+        layout = encoder.lay_out(row, row.prompt, _side(row, "completion"))
 
-    def finish(row: Row, ids: list[list[int]]) -> dict[str, Any]:
-        spans = find_spans(encoder.templater, ids)
-        if spans.moved:
-            encoder.remark(BOUNDARY_MOVED)
-        if spans.last_only:
-            encoder.remark(LAST_TURN_ONLY)
-        labels = [IGNORED] * len(spans.ids)
-        for start, end in spans.trained:
-            encoder.check_said(spans.ids[start:end])
-            labels[start:end] = spans.ids[start:end]
-        prompt = encoder.fit_prompt(spans.ids[: spans.prompt], row)
-        reply = encoder.fit_reply(prompt, spans.ids[spans.prompt :], row)
-        trained = labels[spans.prompt :][: len(reply)]
-        if all(label == IGNORED for label in trained):
-            raise Unusable(NO_ROOM)
-        return {"input_ids": prompt + reply, "labels": [IGNORED] * len(prompt) + trained}
+        def finish(ids: list[list[int]]) -> dict[str, Any]:
+            spans = encoder.spans(layout, ids)
+            if not spans.trained:
+                raise Unusable(NONE_TRAINS)
+            labels = [IGNORED] * len(spans.ids)
+            for start, end in spans.trained:
+                encoder.check_said(spans.ids[start:end])
+                labels[start:end] = spans.ids[start:end]
+            prompt = encoder.fit_prompt(spans.ids[: spans.prompt], row)
+            reply = encoder.fit_reply(prompt, spans.ids[spans.prompt :], row)
+            trained = labels[spans.prompt :][: len(reply)]
+            if all(label == IGNORED for label in trained):
+                raise Unusable(NO_ROOM)
+            return {"input_ids": prompt + reply, "labels": [IGNORED] * len(prompt) + trained}
 
-    return encoder.run(rows, texts, finish, Features({"input_ids": _TOKENS, "labels": _TOKENS}))
+        return layout.texts(), finish
+
+    return encoder.run(rows, plan, Features({"input_ids": _TOKENS, "labels": _TOKENS}))
 
 
 def encode_pairs(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", spec: DataSpec) -> Encoded:
@@ -80,53 +84,55 @@ def encode_pairs(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", spec
     encoder = _Encoder(tokenizer, spec)
     margins = all(row.margin is not None for row in rows)
 
-    def texts(row: Row) -> list[str]:
-        chosen, rejected = _side(row, "chosen"), _side(row, "rejected")
-        both = span_texts(encoder.templater, row.prompt, chosen, row.tools, row.origin)
-        return [*both, encoder.templater.text(row.prompt + rejected, row.tools, False, row.origin)]
+    def plan(row: Row) -> Plan:
+        good = encoder.lay_out(row, row.prompt, _side(row, "chosen"))
+        layouts = [good, encoder.lay_out(row, row.prompt, _side(row, "rejected"), good.before)]
+        chosen = layouts[0].texts()
 
-    def finish(row: Row, ids: list[list[int]]) -> dict[str, Any]:
-        chosen, before, rejected = ids
-        sides = [find_spans(encoder.templater, [side, before]) for side in (chosen, rejected)]
-        if any(side.moved for side in sides):
-            encoder.remark(BOUNDARY_MOVED)
-        for side in sides:
-            encoder.check_said(side.ids[side.prompt :])
-        # The sides share their prompt, so a boundary that moved in one moves in the other.
-        boundary = min(side.prompt for side in sides)
-        prompt = encoder.fit_prompt(before[:boundary], row)
-        good, bad = (encoder.fit_reply(prompt, side.ids[boundary:], row) for side in sides)
-        if good == bad:
-            raise Unusable(SAME_SIDES)
-        margin = {"margin": row.margin} if margins else {}
-        return {"prompt_ids": prompt, "chosen_ids": good, "rejected_ids": bad, **margin}
+        def finish(ids: list[list[int]]) -> dict[str, Any]:
+            parts = (ids[: len(chosen)], ids[len(chosen) :])
+            sides = [encoder.spans(layout, part) for layout, part in zip(layouts, parts, strict=True)]
+            for side in sides:
+                encoder.check_said(side.ids[side.prompt :])
+            # The sides share their prompt, so a boundary that moved in one moves in the other.
+            boundary = min(side.prompt for side in sides)
+            prompt = encoder.fit_prompt(sides[0].ids[:boundary], row)
+            good, bad = (encoder.fit_reply(prompt, side.ids[boundary:], row) for side in sides)
+            if good == bad:
+                raise Unusable(SAME_SIDES)
+            margin = {"margin": row.margin} if margins else {}
+            return {"prompt_ids": prompt, "chosen_ids": good, "rejected_ids": bad, **margin}
+
+        return chosen + layouts[1].texts(), finish
 
     features = {"prompt_ids": _TOKENS, "chosen_ids": _TOKENS, "rejected_ids": _TOKENS}
-    return encoder.run(rows, texts, finish, Features(features | ({"margin": Value("float32")} if margins else {})))
+    return encoder.run(rows, plan, Features(features | ({"margin": Value("float32")} if margins else {})))
 
 
 def encode_labels(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", spec: DataSpec) -> Encoded:
     """Dataset[prompt_ids, completion_ids, label]: the last reply without its prompt. Raises as `encode_demos`."""
     encoder = _Encoder(tokenizer, spec)
 
-    def texts(row: Row) -> list[str]:
+    def plan(row: Row) -> Plan:
         completion = _side(row, "completion")
         if row.label is None:
             raise UserError(row.origin, "the row has no label", "load it with the kind 'label'")
-        prompt = row.prompt + completion[:-1]
-        return span_texts(encoder.templater, prompt, completion[-1:], row.tools, row.origin)
+        layout = encoder.lay_out(row, row.prompt + completion[:-1], completion[-1:])
 
-    def finish(row: Row, ids: list[list[int]]) -> dict[str, Any]:
-        spans = find_spans(encoder.templater, ids)
-        if spans.moved:
-            encoder.remark(BOUNDARY_MOVED)
-        encoder.check_said(spans.ids[spans.prompt :])
-        prompt = encoder.fit_prompt(spans.ids[: spans.prompt], row)
-        reply = encoder.fit_reply(prompt, spans.ids[spans.prompt :], row)
-        return {"prompt_ids": prompt, "completion_ids": reply, "label": row.label}
+        def finish(ids: list[list[int]]) -> dict[str, Any]:
+            spans = encoder.spans(layout, ids)
+            encoder.check_said(spans.ids[spans.prompt :])
+            prompt = encoder.fit_prompt(spans.ids[: spans.prompt], row)
+            reply = encoder.fit_reply(prompt, spans.ids[spans.prompt :], row)
+            return {"prompt_ids": prompt, "completion_ids": reply, "label": row.label}
+
+        return layout.texts(), finish
 
     features = Features({"prompt_ids": _TOKENS, "completion_ids": _TOKENS, "label": Value("bool")})
-    return encoder.run(rows, texts, finish, features)
+    dataset, report = encoder.run(rows, plan, features)
+    if len(found := set(dataset["label"])) == 1:
+        report.notes[ONE_CLASS.format(str(found.pop()).lower())] = Tally(report.used)
+    return dataset, report
 
 
 def encode_prompts(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", spec: DataSpec) -> Encoded:
@@ -137,15 +143,15 @@ def encode_prompts(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", sp
     """
     encoder = _Encoder(tokenizer, spec)
 
-    def texts(row: Row) -> list[str]:
-        return [encoder.templater.text(row.prompt, row.tools, True, row.origin)]
+    def plan(row: Row) -> Plan:
+        def finish(ids: list[list[int]]) -> dict[str, Any]:
+            prompt = encoder.fit_prompt(ids[0], row, alone=True)
+            return {"prompt_ids": prompt, "prompt": row.prompt, "columns": canonical(row.columns)}
 
-    def finish(row: Row, ids: list[list[int]]) -> dict[str, Any]:
-        prompt = encoder.fit_prompt(ids[0], row, alone=True)
-        return {"prompt_ids": prompt, "prompt": row.prompt, "columns": canonical(row.columns)}
+        return [encoder.templater.fitted(row.prompt, row.tools, True, row.origin)[1]], finish
 
     features = Features({"prompt_ids": _TOKENS, "prompt": List(Json()), "columns": Value("string")})
-    return encoder.run(rows, texts, finish, features)
+    return encoder.run(rows, plan, features)
 
 
 ENCODERS: "dict[RowKind, Callable[[Sequence[Row], PreTrainedTokenizerBase, DataSpec], Encoded]]" = {
@@ -172,27 +178,29 @@ class _Encoder:
         # Of the row at hand; they count only if it is used in the end.
         self.remarks: set[str] = set()
 
-    def run(
-        self,
-        rows: Sequence[Row],
-        texts: Callable[[Row], list[str]],
-        finish: Callable[[Row, list[list[int]]], dict[str, Any]],
-        features: Features,
-    ) -> Encoded:
-        """Encode all rows.
+    def lay_out(self, row: Row, prompt: list[Message], reply: list[Message], before: str | None = None) -> Layout:
+        return lay_out(self.templater, prompt, reply, row.tools, row.origin, before)
 
-        Args:
-            texts: the templated texts that a row needs tokenised.
-            finish: makes the encoded row from their ids, or raises Unusable to drop it.
-        """
+    def spans(self, layout: Layout, ids: list[list[int]]) -> Spans:
+        """Where the replies are, with what is worth noting noted."""
+        spans = find_spans(self.templater, layout, ids)
+        for remark in (*layout.remarks, *([BOUNDARY_MOVED] if spans.moved else [])):
+            self.remark(remark)
+        return spans
+
+    def run(self, rows: Sequence[Row], plan: Callable[[Row], Plan], features: Features) -> Encoded:
+        """Encode all rows."""
         parts = []
         with meter("encoding rows", len(rows)) as show:
             for start in range(0, len(rows), _CHUNK):
                 chunk = rows[start : start + _CHUNK]
-                wanted = [texts(row) for row in chunk]
-                ids = iter(self.templater.ids([text for one in wanted for text in one]))
+                plans = [plan(row) for row in chunk]
+                # each text once: the sides of a pair share their prompt, and many rows may
+                texts = list(dict.fromkeys(text for texts, _ in plans for text in texts))
+                ids = dict(zip(texts, self.templater.ids(texts), strict=True))
                 done = [
-                    self._finish(row, [next(ids) for _ in one], finish) for row, one in zip(chunk, wanted, strict=True)
+                    self._finish(row, finish, [ids[text] for text in texts])
+                    for row, (texts, finish) in zip(chunk, plans, strict=True)
                 ]
                 used = [row for row in done if row is not None]
                 columns = {name: [row[name] for row in used] for name in features}
@@ -205,17 +213,18 @@ class _Encoder:
         return concatenate_datasets(parts), self.report
 
     def _finish(
-        self, row: Row, ids: list[list[int]], finish: Callable[[Row, list[list[int]]], dict[str, Any]]
+        self, row: Row, finish: Callable[[list[list[int]]], dict[str, Any]], ids: list[list[int]]
     ) -> dict[str, Any] | None:
         self.report.read += 1
         self.remarks.clear()
         try:
-            encoded = finish(row, ids)
+            encoded = finish(ids)
         except Unusable as unusable:
             self.report.drop(unusable.reason, row.origin)
             return None
         if row.tools and self._tools_unseen(row):
             self.remark(TOOLS_UNSEEN)
+        self.report.origins.append(row.origin)
         for remark in sorted(self.remarks):
             self.report.note(remark, row.origin)
         return encoded
@@ -229,7 +238,7 @@ class _Encoder:
             raise Unusable(NOTHING_SAID)
 
     def _tools_unseen(self, row: Row) -> bool:
-        shown, hidden = (self.templater.text(row.prompt, tools, True, row.origin) for tools in (row.tools, None))
+        shown, hidden = (self.templater.fitted(row.prompt, tools, True, row.origin)[1] for tools in (row.tools, None))
         return shown == hidden
 
     def fit_prompt(self, prompt: list[int], row: Row, alone: bool = False) -> list[int]:

@@ -5,8 +5,10 @@ A foreign format is one record of `FORMATS`, which rewrites a row in our own fie
 | format | fields |
 |---|---|
 | votes | `policy_a`, `policy_b`, `completion_a`, `completion_b`, `preference` (1 to 2), `prompt` as messages |
+| comparisons | AlpacaEval's annotations, Chatbot Arena's votes, ... (`comparisons.py`) |
 | HH-RLHF | `chosen`, `rejected` as text with `Human:` and `Assistant:` turns |
 | Alpaca | `instruction`, `input`, `output`, `system`, `history` |
+| OpenAI preferences | `input` with `messages` and `tools`, `preferred_output`, `non_preferred_output` |
 
 Our own fields, from which `_Reader` makes the kind of rows that is asked for:
 
@@ -21,20 +23,23 @@ Our own fields, from which `_Reader` makes the kind of rows that is asked for:
 How one text or one list of messages may be written (plain, HH, ShareGPT) is settled in `messages.py`.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UserError, closest
 from .alpaca import alpaca_as_ours, is_alpaca
+from .comparisons import COMPARED
 from .fields import COMPLETION_NAMES, CONVERSATION_NAMES, PROMPT_NAMES, SYSTEM_NAMES
 from .hh import dialogue_pair_as_ours, is_dialogue_pair
-from .messages import to_messages, to_tools
+from .messages import legacy_tools, to_messages, to_tools
 from .rows import Message, Row, Unusable, text_message
 from .sources import RawRow
 from .spec import RowKind
 from .turns import SAME_SIDES, UNWANTED, check, first_turn, has_system, last_turn, single, until_reply
 from .voted import is_vote, vote_as_ours
+from .wrapped import is_wrapped, wrapped_as_ours
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,9 @@ class Format:
 
 FORMATS = (
     Format("votes", is_vote, vote_as_ours),
+    *(Format(each.name, each.recognises, each.as_ours) for each in COMPARED),
     Format("HH-RLHF", is_dialogue_pair, dialogue_pair_as_ours),
+    Format("OpenAI preferences", is_wrapped, wrapped_as_ours),
     Format("Alpaca", is_alpaca, alpaca_as_ours),
 )
 """The first that recognises a row rewrites it; a row that none recognises is read as it is."""
@@ -136,10 +143,7 @@ class _Reader:
         prompt, chosen, rejected = self.sides()
         margin = self.raw.get("margin")
         if margin is not None:
-            try:
-                margin = float(margin)
-            except (TypeError, ValueError):
-                raise UserError(self.origin, f"margin is {margin!r}, expected a number", "correct the row") from None
+            margin = self.margin(margin)
             self.taken.add("margin")
         return [self.row(prompt, chosen=chosen, rejected=rejected, margin=margin)]
 
@@ -258,6 +262,17 @@ class _Reader:
             return False
         raise UserError(self.origin, f"label is {value!r}, expected true or false", "correct the row")
 
+    def margin(self, value: object) -> float:
+        try:
+            margin = float(value) if isinstance(value, int | float | str) else math.nan
+        except ValueError:
+            margin = math.nan
+        if not math.isfinite(margin):
+            raise UserError(
+                self.origin, f"margin is {value!r}, expected a finite number", "correct the row, or leave margin out"
+            )
+        return margin
+
     # -- fields --------------------------------------------------------------------------------------------------
 
     def value(self, name: str, role: str) -> list[Message]:
@@ -296,4 +311,7 @@ class _Reader:
     def row(self, prompt: list[Message], **parts: Any) -> Row:
         rest = {name: value for name, value in self.raw.items() if name not in self.taken}
         tools = to_tools(self.raw.get("tools"), self.origin)
+        if tools is None and (functions := legacy_tools(self.raw.get("functions"))):
+            tools = functions
+            rest.pop("functions", None)
         return Row(prompt=prompt, tools=tools, columns=rest, origin=self.origin, **parts)

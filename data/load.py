@@ -71,7 +71,7 @@ def _read(source: SourceSpec, spec: DataSpec, kind: RowKind, folders: Sequence[P
     enough = [limit for limit in (source.limit, spec.limit if len(spec.sources) == 1 else None) if limit is not None]
     limit = min(enough, default=None)
     rows: list[Row] = []
-    for origin, raw in _progress(read_source(source, folders), source.path):
+    for origin, raw in _progress(read_source(source, folders, report.note), source.path):
         report.read += 1
         try:
             rows += [_with_system(row, spec.system) for row in normalise(raw, kind, origin, source.columns)]

@@ -1,5 +1,6 @@
 """One field's value (text, a message, a list of messages, a ShareGPT list) -> a list of messages."""
 
+import ast
 import json
 from typing import Any
 
@@ -7,15 +8,19 @@ from ..errors import UserError
 from .hh import is_dialogue, parse_dialogue
 from .rows import Message, text_message
 
-# ShareGPT's speakers, and the names that others gave them.
+# The names that data give the speakers, in `role` as in `from`. A name that is not here is kept: whether the chat
+# template knows it shows when the row is rendered.
 _ROLES = {
     "human": "user",
     "user": "user",
     "prompter": "user",
+    "instruction": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
     "assistant": "assistant",
+    "ai": "assistant",
     "bot": "assistant",
+    "chatbot": "assistant",
     "model": "assistant",
     "system": "system",
     "developer": "developer",
@@ -23,8 +28,16 @@ _ROLES = {
     "function_response": "tool",
     "function": "tool",
     "tool": "tool",
+    "tool_response": "tool",
+    "tool_result": "tool",
     "ipython": "tool",
 }
+# Turns of the assistant whose content is a call, as ShareGPT and ms-swift write them.
+_CALLS = ("function_call", "tool_call", "tool_calls")
+# With which keys data say that a turn is not to be trained on (OpenAI, axolotl, ms-swift).
+_MASKS = ("weight", "train", "loss")
+TRAINS = "train"
+"""A message that holds `TRAINS: False` is read, and not trained on."""
 
 
 def to_messages(value: object, role: str, where: str, field: str) -> list[Message]:
@@ -34,14 +47,51 @@ def to_messages(value: object, role: str, where: str, field: str) -> list[Messag
         UserError: it is neither text nor messages.
     """
     if isinstance(value, str):
-        return parse_dialogue(value) if is_dialogue(value) else [text_message(role, value)]
+        written = written_messages(value)
+        if written is None:
+            return parse_dialogue(value) if is_dialogue(value) else [text_message(role, value)]
+        value = written
     if isinstance(value, dict):
-        value = [value]
+        # OpenAI's preference data: {"messages": [...], "tools": [...]}
+        value = value["messages"] if isinstance(value.get("messages"), list) else [value]
     if not isinstance(value, list):
         raise UserError(
             where, f"the field {field!r} is {_kind(value)}, expected text or a list of messages", "correct the row"
         )
-    return [_message(item, where, f"{field}[{i}]") for i, item in enumerate(value)]
+    return _together([_message(item, where, f"{field}[{i}]") for i, item in enumerate(value)])
+
+
+def written_messages(text: str) -> list[Any] | None:
+    """The messages that a text holds as JSON, or as Python prints a list of them; None if it holds none."""
+    bare = text.strip()
+    if not (bare.startswith(("[{", "[ {", "[\n")) and bare.endswith("]")):
+        return None
+    try:
+        value = json.loads(bare)
+    except ValueError:
+        try:
+            value = ast.literal_eval(bare)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            return None
+    messages = isinstance(value, list) and value and all(isinstance(each, dict) and _speaks(each) for each in value)
+    return value if messages else None
+
+
+def _speaks(item: dict[str, Any]) -> bool:
+    return "role" in item or ("from" in item and "value" in item)
+
+
+def _together(messages: list[Message]) -> list[Message]:
+    """Calls that stand in turns of their own, one after the other, as the one turn that makes them all."""
+    joined: list[Message] = []
+    for message in messages:
+        last = joined[-1] if joined else {}
+        follows = all("tool_calls" in each and not each["content"] for each in (message, last)) if joined else False
+        if follows and last["role"] == message["role"] and message.get(TRAINS) == last.get(TRAINS):
+            joined[-1] = last | {"tool_calls": [*last["tool_calls"], *message["tool_calls"]]}
+        else:
+            joined.append(message)
+    return joined
 
 
 def _message(item: object, where: str, field: str) -> Message:
@@ -60,10 +110,36 @@ def _chat_message(item: dict[str, Any], where: str, field: str) -> Message:
     message = {name: without_nulls(value) for name, value in item.items() if value is not None}
     if not isinstance(message.get("role"), str):
         raise UserError(where, f"{field} has the role {item['role']!r}, expected a name", "correct the row")
+    speaker = message["role"].strip().lower()
+    if speaker in _CALLS:
+        return _calling(message.get("content"), where, field) | _mask(message, where, field)
+    message["role"] = _ROLES.get(speaker, message["role"])
     message["content"] = _content(message.get("content"), where, field)
-    if not message.get("tool_calls", True):
-        del message["tool_calls"]
-    return message
+    calls = message.pop("tool_calls", None) or []
+    legacy = message.pop("function_call", None)
+    if legacy is not None:
+        calls = [*calls, legacy]
+    if calls:
+        message["tool_calls"] = _calls(calls, where, f"{field}.tool_calls")
+    return {name: value for name, value in message.items() if name not in _MASKS} | _mask(message, where, field)
+
+
+def _mask(message: dict[str, Any], where: str, field: str) -> Message:
+    """{TRAINS: False} if the message says that it is not to be trained on.
+
+    Raises:
+        UserError: it says something between yes and no.
+    """
+    for name in _MASKS:
+        if (said := message.get(name)) is None:
+            continue
+        word = str(said).strip().lower()
+        if word in ("0", "0.0", "false"):
+            return {TRAINS: False}
+        if word not in ("1", "1.0", "true"):
+            problem = f"{field} has {name}: {said!r}, expected 0 or 1 (false or true)"
+            raise UserError(where, problem, f"write 0 for a turn that is not trained on, or leave {name} out")
+    return {}
 
 
 def _content(content: object, where: str, field: str) -> str:
@@ -78,26 +154,40 @@ def _content(content: object, where: str, field: str) -> str:
 
 
 def _sharegpt_message(item: dict[str, Any], where: str, field: str) -> Message:
-    speaker, value = str(item["from"]).lower(), item["value"]
-    if speaker in ("function_call", "tool_call"):
-        return {"role": "assistant", "content": "", "tool_calls": _calls(value, where, field)}
+    speaker, value = str(item["from"]).strip().lower(), item["value"]
+    if speaker in _CALLS:
+        return _calling(value, where, field) | _mask(item, where, field)
     if speaker not in _ROLES:
         raise UserError(
             where, f"{field} is from {item['from']!r}, expected one of {', '.join(_ROLES)}", "rename the speaker"
         )
-    return text_message(_ROLES[speaker], _content(value, where, field))
+    return text_message(_ROLES[speaker], _content(value, where, field)) | _mask(item, where, field)
+
+
+def _calling(value: object, where: str, field: str) -> Message:
+    return {"role": "assistant", "content": "", "tool_calls": _calls(value, where, field)}
 
 
 def _calls(value: object, where: str, field: str) -> list[dict[str, Any]]:
-    """Tool calls, which ShareGPT writes as JSON text, one or a list: {"name": ..., "arguments": {...}}."""
+    """Tool calls as chat templates want them: each a `function` whose arguments are an object, not JSON text.
+
+    Data write them as JSON text, one or a list, with the name and the arguments outside or inside a `function`.
+    """
     calls = parsed(value, where, field)
-    calls = calls if isinstance(calls, list) else [calls]
-    if not all(isinstance(call, dict) and "name" in call for call in calls):
+    return [_call(call, where, field) for call in (calls if isinstance(calls, list) else [calls])]
+
+
+def _call(call: object, where: str, field: str) -> dict[str, Any]:
+    call = parsed(call, where, field)
+    inner = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(call, dict) or not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
         raise UserError(where, f"{field} is no function call", 'write {"name": ..., "arguments": {...}}')
-    return [
-        {"type": "function", "function": {"name": call["name"], "arguments": call.get("arguments", {})}}
-        for call in calls
-    ]
+    given = inner.get("arguments", inner.get("parameters", {}))
+    # an empty text is how some APIs write "no arguments"
+    arguments = parsed(given, where, f"{field}.arguments") if given != "" else {}
+    outer = {name: value for name, value in call.items() if name in ("id", "type")}
+    function = {"name": inner["name"], "arguments": {} if arguments is None else arguments}
+    return {"type": "function"} | outer | {"function": function}
 
 
 def to_tools(value: object, where: str) -> list[Any] | None:
@@ -105,9 +195,18 @@ def to_tools(value: object, where: str) -> list[Any] | None:
     if value is None or value == "":
         return None
     tools = without_nulls(parsed(value, where, "tools"))
+    if isinstance(tools, dict):
+        tools = [tools]
     if not isinstance(tools, list):
         raise UserError(where, f"tools is {_kind(tools)}, expected a list of JSON schemas", "correct the row")
-    return tools or None
+    return [parsed(tool, where, "tools") for tool in tools] or None
+
+
+def legacy_tools(value: object) -> list[Any] | None:
+    """OpenAI's `functions`, which came before `tools`, as tools; None if it is anything else."""
+    if not isinstance(value, list) or not all(isinstance(each, dict) and "name" in each for each in value):
+        return None
+    return [{"type": "function", "function": without_nulls(each)} for each in value] or None
 
 
 def parsed(value: object, where: str, field: str) -> Any:

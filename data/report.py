@@ -33,6 +33,7 @@ class DataReport:
         dropped: rows that did not, by reason.
         notes: rows that are used although something is worth noting (truncated, boundary moved, ...).
         sources: rows taken from each source.
+        origins: where each row that went out comes from, in order; of an encoding.
     """
 
     read: int = 0
@@ -40,6 +41,7 @@ class DataReport:
     dropped: dict[str, Tally] = field(default_factory=dict)
     notes: dict[str, Tally] = field(default_factory=dict)
     sources: dict[str, int] = field(default_factory=dict)
+    origins: list[str] = field(default_factory=list)
 
     def drop(self, reason: str, origin: str) -> None:
         self.dropped.setdefault(reason, Tally()).add(origin)

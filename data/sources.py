@@ -3,12 +3,14 @@
 What the rows mean is settled in `formats.py`.
 """
 
+import codecs
 import csv
 import gzip
 import io
+import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, TextIO, cast
 
@@ -19,13 +21,26 @@ RawRow = dict[str, Any]
 # (origin: "file.jsonl:12" or "file.parquet: row 12", row)
 Placed = tuple[str, RawRow]
 
+# Takes (what, origin) of what a reader decided about a file by itself, so that it is said.
+Note = Callable[[str, str], None]
+
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_MARKS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+_DELIMITERS = {";": "a semicolon", "\t": "a tab", "|": "a bar"}
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-def read_source(source: SourceSpec, folders: Sequence[Path]) -> Iterator[Placed]:
+def _unsaid(what: str, origin: str) -> None:
+    """The note of a caller who wants none."""
+
+
+def read_source(source: SourceSpec, folders: Sequence[Path], note: Note = _unsaid) -> Iterator[Placed]:
     """The rows of one source, in order.
+
+    Args:
+        note: is told how a file was read, where that is not what its name says.
 
     Raises:
         UserError: nothing is there, the format is unknown, or a line cannot be read.
@@ -37,10 +52,10 @@ def read_source(source: SourceSpec, folders: Sequence[Path]) -> Iterator[Placed]
             raise UserError(source.path, f"no such file (looked in {looked})", "check the path")
         return _read_hub(source)
     if found.is_dir():
-        return _read_folder(found, source)
+        return _read_folder(found, source, note)
     if source.split is not None:
         raise UserError(source.path, f"split {source.split!r} of a single file", "leave `split` out")
-    return read_file(found, source.path)
+    return read_file(found, source.path, note)
 
 
 def find(path: str, folders: Sequence[Path]) -> Path | None:
@@ -61,11 +76,12 @@ def _suffix(path: Path) -> str | None:
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
 
 
-def read_file(path: Path, shown: str) -> Iterator[Placed]:
+def read_file(path: Path, shown: str, note: Note = _unsaid) -> Iterator[Placed]:
     """The rows of one file.
 
     Args:
         shown: the name of the file in error messages.
+        note: is told how the file was read, where that is not what its name says.
     """
     suffix = _suffix(path)
     if suffix is None:
@@ -75,20 +91,31 @@ def read_file(path: Path, shown: str) -> Iterator[Placed]:
             yield from _read_parquet(path, shown)
             return
         opener = gzip.open if path.name.lower().endswith(".gz") else open
+        with opener(path, "rb") as raw:
+            encoding = _encoding(cast(IO[bytes], raw))
+        if encoding != "utf-8-sig":
+            note(f"read as {encoding}, as it is not UTF-8", shown)
         with (
             opener(path, "rb") as raw,
-            io.TextIOWrapper(cast(IO[bytes], raw), encoding="utf-8-sig", newline="") as text,
+            io.TextIOWrapper(cast(IO[bytes], raw), encoding=encoding, newline="") as text,
         ):
             if suffix in (".csv", ".tsv"):
-                yield from _read_csv(text, shown, "\t" if suffix == ".tsv" else ",")
+                yield from _read_csv(text, shown, "\t" if suffix == ".tsv" else ",", note)
             elif suffix == ".json":
                 yield from _read_json(text.read(), shown)
             else:
                 yield from _read_lines(text, shown)
     except UnicodeDecodeError as error:
-        raise UserError(shown, f"not UTF-8 ({error.reason} at byte {error.start})", "save it as UTF-8") from error
+        like = ", but perhaps Windows-1252 (cp1252) as spreadsheets save" if suffix in (".csv", ".tsv") else ""
+        problem = f"not UTF-8 ({error.reason}){like}"
+        raise UserError(shown, problem, "save it as UTF-8") from error
     except (OSError, EOFError) as error:
         raise UserError(shown, f"cannot be read ({error})", "check the file") from error
+
+
+def _encoding(raw: IO[bytes]) -> str:
+    """UTF-8 unless the file's first bytes say UTF-16."""
+    return _MARKS.get(raw.read(2), "utf-8-sig")
 
 
 def _read_lines(text: TextIO, shown: str) -> Iterator[Placed]:
@@ -101,7 +128,7 @@ def _read_lines(text: TextIO, shown: str) -> Iterator[Placed]:
         except json.JSONDecodeError as error:
             problem = f"broken JSON ({error.msg} at column {error.colno})"
             raise UserError(origin, problem, "put one whole JSON object on each line") from error
-        yield origin, _object(row, origin)
+        yield origin, _object(row, origin, bool(_SURROGATE.search(line)))
 
 
 def _read_json(text: str, shown: str) -> Iterator[Placed]:
@@ -118,21 +145,40 @@ def _read_json(text: str, shown: str) -> Iterator[Placed]:
         content = content["data"] if isinstance(content.get("data"), list) else [content]
     if not isinstance(content, list):
         raise UserError(shown, f"holds a {type(content).__name__}, expected an array of objects", "correct the file")
+    escaped = bool(_SURROGATE.search(text))
     for number, row in enumerate(content, start=1):
         origin = f"{shown}: row {number}"
-        yield origin, _object(row, origin)
+        yield origin, _object(row, origin, escaped)
 
 
-def _object(row: object, origin: str) -> RawRow:
+def _object(row: object, origin: str, escaped: bool = False) -> RawRow:
+    """The row, which must be an object.
+
+    Args:
+        escaped: its JSON holds escapes of half characters (surrogates), which must come in pairs.
+    """
     if not isinstance(row, dict):
         raise UserError(origin, f"a {type(row).__name__}, expected an object with named fields", "correct the row")
+    if escaped:
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = str(error.object)[error.start]
+            problem = f"half a character (the lone surrogate \\u{ord(half):04x}), which no tokenizer can read"
+            raise UserError(origin, problem, "write the whole character, or leave it out") from error
     return row
 
 
-def _read_csv(text: TextIO, shown: str, delimiter: str) -> Iterator[Placed]:
+def _read_csv(text: TextIO, shown: str, delimiter: str, note: Note) -> Iterator[Placed]:
     # Replies are longer than the csv module's 128 KiB at times.
     csv.field_size_limit(2**31 - 1)
-    reader = csv.DictReader(text, delimiter=delimiter, strict=True)
+    header = text.readline()
+    if delimiter not in header:
+        # Another delimiter, as spreadsheets write it where the comma is the decimal mark; or one column.
+        delimiter = next((each for each in (*_DELIMITERS, ",") if each in header), delimiter)
+        if delimiter in _DELIMITERS:
+            note(f"read with {_DELIMITERS[delimiter]} between the cells", shown)
+    reader = csv.DictReader(itertools.chain([header], text), delimiter=delimiter, strict=True)
     start = 2
     try:
         for row in reader:
@@ -140,22 +186,10 @@ def _read_csv(text: TextIO, shown: str, delimiter: str) -> Iterator[Placed]:
             if None in row or None in row.values():
                 problem = f"not as many cells as the header's {len(reader.fieldnames or ())} columns"
                 raise UserError(origin, problem, "quote cells that hold the delimiter or a line break")
-            yield origin, {name: _cell(value) for name, value in row.items()}
+            yield origin, dict(row)
             start = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f"{shown}:{start}", f"broken CSV ({error})", "correct the quotes") from error
-
-
-def _cell(value: str) -> Any:
-    """A cell that holds a list of messages as JSON becomes that list; any other cell stays text."""
-    if not value.lstrip().startswith("[{"):
-        return value
-    try:
-        parsed = json.loads(value)
-    except json.JSONDecodeError:
-        return value
-    messages = all(isinstance(m, dict) and ("role" in m or "from" in m) for m in parsed)
-    return parsed if messages else value
 
 
 def _read_parquet(path: Path, shown: str) -> Iterator[Placed]:
@@ -174,7 +208,7 @@ def _read_parquet(path: Path, shown: str) -> Iterator[Placed]:
         raise UserError(shown, f"not a readable Parquet file ({error})", "write it again") from error
 
 
-def _read_folder(folder: Path, source: SourceSpec) -> Iterator[Placed]:
+def _read_folder(folder: Path, source: SourceSpec, note: Note) -> Iterator[Placed]:
     if (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists():
         yield from _read_saved(folder, source)
         return
@@ -188,7 +222,7 @@ def _read_folder(folder: Path, source: SourceSpec) -> Iterator[Placed]:
         asked = f" of the split {source.split!r}" if source.split else ""
         raise UserError(source.path, f"no data file{asked} in that folder", f"files end in {', '.join(SUFFIXES)}")
     for file in files:
-        yield from read_file(file, f"{source.path.rstrip('/')}/{file.relative_to(folder).as_posix()}")
+        yield from read_file(file, f"{source.path.rstrip('/')}/{file.relative_to(folder).as_posix()}", note)
 
 
 def _split_of(path: Path, names: set[str | None]) -> str | None:

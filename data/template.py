@@ -1,15 +1,17 @@
-"""Chat templates -> token ids, and where in those ids the replies are.
+"""Chat templates -> text and token ids.
 
-A boundary is always found in the ids of the templated WHOLE conversation, never by tokenising two strings apart: a
-tokenizer may merge across the seam. The prompt's ids are those of the template with its generation prompt; the reply
-begins where the conversation's ids first differ from them.
+Where in them the replies are is found in `spans.py`.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+import re
+from collections.abc import Iterator, Sequence
+from datetime import date
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
+from .messages import TRAINS
 from .rows import Message
 
 if TYPE_CHECKING:
@@ -33,6 +35,38 @@ DEFAULT_CHAT_TEMPLATE = (
 )
 
 
+MARK = "xPREFTUNExMARKx"
+"""A word that no data hold: where it is found in a rendered conversation, there its message is."""
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""The fields in which data write an assistant's reasoning beside its content."""
+
+# How templates ask for today's date.
+_NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+# Templates that write today's date: one day for the whole process, unless the tokenizer was given its run's.
+_TODAY = date.today()
+
+
+def set_date(tokenizer: Any, day: date | None) -> None:
+    """Make the templates that write today's date write `day`; None: the day on which this process started."""
+    tokenizer.template_date = day or _TODAY
+
+
+def writes_date(folder: Path, chat_template: str | None) -> bool:
+    """Whether rows differ from day to day: the template writes today's date.
+
+    Args:
+        folder: of the tokenizer.
+        chat_template: a file or Jinja text instead of the tokenizer's own, if there is one.
+    """
+    files = [folder / "chat_template.jinja", folder / "tokenizer_config.json"] if chat_template is None else []
+    if chat_template is not None and "{" not in chat_template:
+        files = [Path(chat_template).expanduser()]
+    texts = [file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file()]
+    return any("strftime_now" in text for text in (*texts, chat_template or ""))
+
+
 class Templater:
     """One tokenizer's template, as text and as ids.
 
@@ -47,22 +81,37 @@ class Templater:
         self.eos: int = self.tokenizer.eos_token_id
         self.bos: int | None = self.tokenizer.bos_token_id
         # Our own template does not write BOS; tokenizers that put one before every text expect it all the same.
-        ours = not tokenizer.chat_template or tokenizer.chat_template == DEFAULT_CHAT_TEMPLATE
-        self.add_bos = ours and self.bos is not None and list(tokenizer("a").input_ids[:1]) == [self.bos]
-        self.template = DEFAULT_CHAT_TEMPLATE if not tokenizer.chat_template else None
+        self.ours = not tokenizer.chat_template or tokenizer.chat_template == DEFAULT_CHAT_TEMPLATE
+        self.add_bos = self.ours and self.bos is not None and list(tokenizer("a").input_ids[:1]) == [self.bos]
+        self.template = self._template(tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE)
+        # The form of messages that the last row with calls was shown in: tried first for the next.
+        self._form = 0
+
+    def _template(self, template: Any) -> str | None:
+        """The template with its run's day in the place of today's; None where the tokenizer has several of its own."""
+        day: date = getattr(self.tokenizer, "template_date", _TODAY)
+        if not isinstance(template, str):
+            return None
+        return _NOW.sub(lambda found: json.dumps(day.strftime(found[2]), ensure_ascii=False), template)
 
     def text(self, messages: list[Message], tools: list[Any] | None, generation_prompt: bool, where: str = "") -> str:
         """The conversation as the template writes it.
 
+        Args:
+            generation_prompt: end in the beginning of a reply; of one that has begun, if the last message is an
+                assistant's.
+
         Raises:
             UserError: the template refuses these messages (a system turn, roles that do not alternate, ...).
         """
+        begun = generation_prompt and bool(messages) and messages[-1]["role"] == "assistant"
         try:
             return self.tokenizer.apply_chat_template(
                 messages,
                 tools=tools,
                 chat_template=self.template,
-                add_generation_prompt=generation_prompt,
+                add_generation_prompt=generation_prompt and not begun,
+                continue_final_message=begun,
                 tokenize=False,
             )
         except Exception as error:
@@ -73,6 +122,64 @@ class Templater:
                 f"the chat template refuses the turns {roles} ({' '.join(str(error).split())[:200]})",
                 "correct the row or give another `chat_template`",
             ) from error
+
+    def fitted(
+        self, messages: list[Message], tools: list[Any] | None, generation_prompt: bool, where: str = ""
+    ) -> tuple[list[Message], str]:
+        """The messages in the form in which the template shows all that they say, and their text.
+
+        Templates differ in what they want of a call: arguments as an object or as JSON text, no content beside it. The
+        first form that shows every call, and every turn before the replies, is taken.
+
+        Raises:
+            UserError: there is none; what the first form refuses or leaves out is said.
+        """
+        forms = list(_forms(messages))
+        problem = None
+        for number in dict.fromkeys([min(self._form, len(forms) - 1), *range(len(forms))]):
+            try:
+                text = self.text(forms[number], tools, generation_prompt, where)
+                self._check_shown(forms[number], text, tools, where)
+            except UserError as error:
+                problem = problem or error
+                continue
+            self._form = number if len(forms) > 1 else self._form
+            return forms[number], text
+        assert problem is not None
+        raise problem
+
+    def _check_shown(self, messages: list[Message], whole: str, tools: list[Any] | None, where: str) -> None:
+        for number, message in enumerate(messages):
+            if message["role"] not in ROLES:
+                self._check_role(messages, number, tools, where)
+            for call in message.get("tool_calls") or ():
+                if not shows_call(whole, call):
+                    raise self.lost(where, f"the call of {call['function']['name']!r}")
+            # A template may write what a user says otherwise (escaped, shortened): it is gone if nothing comes through.
+            if message["role"] == "assistant" or shows(whole, message["content"]):
+                continue  # what an assistant says is compared reply by reply (`spans.py`)
+            if MARK not in self.text(marked(messages, number, after=MARK), tools, False, where):
+                raise self.lost(where, f"the turn of the role {message['role']!r}: {snippet(message['content'])}")
+
+    def _check_role(self, messages: list[Message], number: int, tools: list[Any] | None, where: str) -> None:
+        """A role of the data's own must come through by its name, or nobody could tell who speaks."""
+        role = str(messages[number]["role"])
+        before = self.text(marked(messages, number, before=MARK), tools, False, where).partition(MARK)[0]
+        if self.ours or not before.rstrip("\n :>|]*").endswith(role):
+            known = ", ".join(ROLES)
+            raise UserError(where, f"the chat template does not know the role {role!r}", f"rename it to one of {known}")
+
+    def lost(self, where: str, what: str) -> UserError:
+        """The error of a row of which the template would leave something out."""
+        remedy = "take it out of the row, or give a `chat_template` that writes it"
+        return UserError(where or "chat template", f"the chat template leaves out {what}", remedy)
+
+    def continued(self, text: str) -> list[int] | None:
+        """Ids of a text that follows another, without what the tokenizer puts before a beginning; None if it cannot."""
+        ids = list(
+            self.tokenizer(self.tokenizer.eos_token + text, add_special_tokens=False, verbose=False)["input_ids"]
+        )
+        return ids[1:] if ids[:1] == [self.eos] else None
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of templated texts, each with one BOS at most."""
@@ -89,8 +196,18 @@ class Templater:
         return [self.bos, *ids] if self.add_bos and ids[:1] != [self.bos] else ids
 
     def last_eos(self, ids: Sequence[int], start: int, end: int) -> int | None:
-        """Position after the last EOS in ids[start:end], or None."""
-        return next((i for i in range(end, start, -1) if ids[i - 1] == self.eos), None)
+        """Position after the EOS that ends ids[start:end], or None.
+
+        Of two with nothing but white space between them, as templates write that close the dialogue after the last
+        turn's end, it is the first.
+        """
+        last = next((i for i in range(end, start, -1) if ids[i - 1] == self.eos), None)
+        while last is not None:
+            before = next((i for i in range(last - 1, start, -1) if ids[i - 1] == self.eos), None)
+            if before is None or self.tokenizer.decode(ids[before : last - 1]).strip():
+                break
+            last = before
+        return last
 
 
 def prompt_ids(
@@ -98,7 +215,7 @@ def prompt_ids(
 ) -> list[int]:
     """Ids of the templated prompt with its generation prompt, which a reply is sampled from."""
     templater = Templater(tokenizer)
-    return templater.ids([templater.text(messages, tools, generation_prompt=True)])[0]
+    return templater.ids([templater.fitted(messages, tools, generation_prompt=True)[1]])[0]
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
@@ -109,67 +226,76 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return next(i for i in range(n) if a[i] != b[i])
 
 
-@dataclass(frozen=True)
-class Spans:
-    """A templated conversation and the parts of it that an assistant wrote.
-
-    ids: the conversation up to the EOS of its last reply.
-    prompt: number of ids before the first reply.
-    trained: [start, end) of each reply to train on, its EOS included.
-    moved: the prompt's ids are not a prefix of the conversation's; the boundary is where they first differ.
-    last_only: the turns could not be told apart, so only the last one is trained on.
-    """
-
-    ids: list[int]
-    prompt: int
-    trained: list[tuple[int, int]]
-    moved: bool = False
-    last_only: bool = False
+def marked(messages: list[Message], number: int, before: str = "", after: str = "") -> list[Message]:
+    """The messages with something written before or after the content of one of them."""
+    message = messages[number]
+    content = before + (message["content"] or "") + after
+    return [*messages[:number], message | {"content": content}, *messages[number + 1 :]]
 
 
-def span_texts(
-    templater: Templater, prompt: list[Message], completion: list[Message], tools: list[Any] | None, where: str
-) -> list[str]:
-    """The texts whose ids `find_spans` compares.
-
-    The whole conversation; then, for each reply, the conversation before it with the generation prompt, and (except for
-    the last reply) the conversation up to its end without the generation prompt.
-    """
-    whole = prompt + completion
-    texts = [templater.text(whole, tools, False, where)]
-    for end in reply_ends(prompt, completion):
-        texts.append(templater.text(whole[: end - 1], tools, True, where))
-        if end < len(whole):
-            texts.append(templater.text(whole[:end], tools, False, where))
-    return texts
+def shows(text: str, said: str | None) -> bool:
+    """Whether `said` stands in `text`, white space aside, as it is or as JSON writes it."""
+    bare = (said or "").strip()
+    if bare in text:
+        return True
+    tight = "".join(text.split())
+    forms = (bare, json.dumps(bare, ensure_ascii=False)[1:-1], json.dumps(bare)[1:-1])
+    return any("".join(form.split()) in tight for form in forms)
 
 
-def reply_ends(prompt: list[Message], completion: list[Message]) -> list[int]:
-    """For each assistant turn of the completion, the number of messages up to and including it."""
-    start = len(prompt) + 1
-    return [start + i for i, message in enumerate(completion) if message["role"] == "assistant"]
+def shows_call(text: str, call: dict[str, Any]) -> bool:
+    """Whether `text` has the call's name and every value of its arguments."""
+    function = call["function"]
+    return shows(text, function["name"]) and all(shows(text, value) for value in _values(function["arguments"]))
 
 
-def find_spans(templater: Templater, ids: Sequence[list[int]]) -> Spans:
-    """Where the replies are.
+def _values(arguments: Any) -> Iterator[str]:
+    if isinstance(arguments, str):
+        try:
+            inner = json.loads(arguments)
+        except ValueError:
+            inner = None
+        # text that holds JSON: its values count, however the template spaces them
+        if isinstance(inner, dict | list):
+            yield from _values(inner)
+        else:
+            yield arguments
+    elif isinstance(arguments, dict | list):
+        for value in arguments.values() if isinstance(arguments, dict) else arguments:
+            yield from _values(value)
+    elif isinstance(arguments, int | float) and not isinstance(arguments, bool):
+        yield json.dumps(arguments)
 
-    Args:
-        ids: of the texts that `span_texts` returns, in its order.
-    """
-    whole, befores, afters = ids[0], list(ids[1::2]), list(ids[2::2])
-    starts = [common_prefix(before, whole) for before in befores]
-    ends = [common_prefix(after, whole) for after in afters]
-    agree = all(start == len(before) for start, before in zip(starts, befores, strict=True)) and all(
-        end == len(after) for end, after in zip(ends, afters, strict=True)
-    )
-    last = starts[-1]
-    end = templater.last_eos(whole, last, len(whole))
-    # The template's tail after the last EOS is nothing that a reply should say; a reply without EOS gets one.
-    whole = [*whole, templater.eos] if end is None else whole[:end]
-    final = (last, len(whole))
-    if len(starts) == 1:
-        return Spans(whole, last, [final], moved=not agree)
-    if not agree:
-        return Spans(whole, starts[0], [final], moved=last < len(befores[-1]), last_only=True)
-    turns = [(start, templater.last_eos(whole, start, stop) or stop) for start, stop in zip(starts, ends, strict=False)]
-    return Spans(whole, starts[0], [*turns, final])
+
+def _forms(messages: list[Message]) -> Iterator[list[Message]]:
+    """The messages as they are, then in the other forms that templates may want."""
+    messages = [{name: value for name, value in message.items() if name != TRAINS} for message in messages]
+    yield messages
+    if any(message.get("tool_calls") for message in messages):
+        silent = [_without_content(message) for message in messages]
+        yield silent
+        yield [_with_text_arguments(message) for message in messages]
+        yield [_with_text_arguments(message) for message in silent]
+    if any(message["role"] == "developer" for message in messages):
+        yield [message | {"role": "system"} if message["role"] == "developer" else message for message in messages]
+
+
+def _without_content(message: Message) -> Message:
+    return message | {"content": None} if message.get("tool_calls") and not message["content"] else message
+
+
+def _with_text_arguments(message: Message) -> Message:
+    if not message.get("tool_calls"):
+        return message
+    calls = [
+        call
+        | {"function": call["function"] | {"arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False)}}
+        for call in message["tool_calls"]
+    ]
+    return message | {"tool_calls": calls}
+
+
+def snippet(text: str | None) -> str:
+    """A text, shortened for an error message."""
+    bare = " ".join((text or "").split())
+    return repr(bare if len(bare) <= 60 else bare[:57] + "...")

@@ -1,5 +1,10 @@
-"""Preferences that somebody else collected: reading them, and their win-rates (`eval winrate --annotations`)."""
+"""Preferences that somebody else collected: reading them, and their win-rates (`eval winrate --annotations`).
 
+A file holds rows of our own, `{"prompt": id, "baseline_length": int, "model_length": int, "preference": 1..2}`, or rows
+as public tools write them (`data/comparisons.py`): AlpacaEval, Chatbot Arena, Arena-Hard, MT-bench.
+"""
+
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,11 +12,17 @@ from typing import Any
 
 import numpy as np
 
+from ..data.compared import Comparison, said_nothing
+from ..data.comparisons import COMPARED, compared_format
 from ..data.sources import read_file
-from ..errors import UserError
+from ..errors import UserError, nearest
+from ..progress import say
 from ..values import is_finite, is_number, plain
 from .statistics.intervals import ratio_se, unit_totals
 from .statistics.length_control import control_length
+
+_OWN = ("prompt", "baseline_length", "model_length", "preference")
+_SHOWN = 12
 
 
 @dataclass(frozen=True)
@@ -19,37 +30,61 @@ class Annotations:
     """One model's comparisons with the baseline.
 
     Attributes:
-        model: the file's stem.
+        model: its name in the file; the file's stem where the file names none.
+        baseline: its name; None where neither the file nor the user says it.
         prompts: [N] the prompts' ids.
-        outcomes: [N] in [0, 1], 1 where the model wins.
-        differences: [N] length of the model's reply minus the baseline's.
+        outcomes: [N] in [0, 1], 1 where the model wins; nan where there is no verdict.
+        differences: [N] length of the model's reply minus the baseline's; nan where the lengths are unknown.
     """
 
     model: str
+    baseline: str | None
     prompts: list[Hashable]
     outcomes: np.ndarray
     differences: np.ndarray
 
 
-def read_annotations(path: Path) -> Annotations:
-    """Reads JSONL rows `{"prompt": id, "baseline_length": int, "model_length": int, "preference": 1..2}`.
+@dataclass(frozen=True)
+class _Judged:
+    """A comparison with what else a win-rate needs. baseline_first: whether the format says that the first is it."""
 
-    A preference of 2 says that the model wins, 1 that the baseline does, anything between how sure that is. The file
-    may end in .gz.
+    comparison: Comparison
+    lengths: tuple[float, float] | None
+    baseline_first: bool
+
+
+def read_annotations(path: Path, baseline: str | None = None) -> list[Annotations]:
+    """The comparisons of one file, one entry for each model that was compared with the baseline.
+
+    Args:
+        baseline: its name; None: the one that the format or all rows agree on.
 
     Raises:
-        UserError: no rows, a field that is missing, or one that is not what it should be.
+        UserError: no rows, a row that is not what it should be, no verdict at all, or no way to tell the baseline.
     """
-    prompts: list[Hashable] = []
-    outcomes, differences = [], []
-    for origin, row in read_file(path, str(path)):
-        prompts.append(_prompt(row, origin))
-        differences.append(_length(row, "model_length", origin) - _length(row, "baseline_length", origin))
-        outcomes.append(read_preference(row, origin) - 1.0)
-    if not prompts:
-        raise UserError(str(path), "holds no rows", "write one annotation per line")
     stem = Path(path.name.removesuffix(".gz")).stem
-    return Annotations(stem, prompts, np.array(outcomes), np.array(differences, dtype=np.float64))
+    judged = [_read(row, origin, stem) for origin, row in read_file(path, str(path))]
+    if not judged:
+        raise UserError(str(path), "holds no rows", "write one annotation per line")
+    settled = _baseline(judged, baseline, str(path))
+    by_model: dict[str, list[tuple[Hashable, float, float]]] = {}
+    beside = 0
+    for each in judged:
+        model, outcome, longer = _against(each, settled)
+        if model is None:
+            beside += 1
+        else:
+            by_model.setdefault(model, []).append((each.comparison.prompt, outcome, longer))
+    if beside:
+        say(f"{path}: {beside} of {len(judged)} rows do not compare a model with {settled}, and are left out")
+    found = [
+        Annotations(model, settled or baseline, [row[0] for row in rows], *np.array([row[1:] for row in rows]).T)
+        for model, rows in by_model.items()
+    ]
+    if not any(np.isfinite(each.outcomes).any() for each in found):
+        said = f"holds no verdict: all {len(judged) - beside} preferences are null"
+        raise UserError(str(path), said, "ask the annotator again, or see that it could answer")
+    return found
 
 
 def read_preference(row: dict[str, Any], origin: str) -> float:
@@ -61,24 +96,85 @@ def read_preference(row: dict[str, Any], origin: str) -> float:
     return float(value)
 
 
-def annotation_rows(paths: Sequence[Path], seed: int = 0) -> list[dict[str, Any]]:
-    """Win-rates of the files' models, one row per file in the given order; rates are fractions of 1.
+def annotation_rows(paths: Sequence[Path], seed: int = 0, baseline: str | None = None) -> list[dict[str, Any]]:
+    """Win-rates of the files' models, in the files' order; rates are fractions of 1.
 
     Returns:
-        Rows of model, n (prompts), win_rate, standard_error (over prompts), length_controlled_win_rate (fitted to all
-        files jointly).
+        Rows of model, baseline, n (prompts with a verdict), unparsable (rows without one), win_rate, standard_error
+        (over prompts), length_controlled_win_rate (fitted to all models jointly; None where the file has no lengths).
     """
-    files = [read_annotations(path) for path in paths]
-    controlled = control_length(
-        [each.outcomes for each in files], [each.differences for each in files], [each.prompts for each in files], seed
+    found = [each for path in paths for each in read_annotations(path, baseline)]
+    measured = [each for each in found if np.isfinite(each.differences[np.isfinite(each.outcomes)]).all()]
+    rates = control_length(
+        [each.outcomes for each in measured],
+        [each.differences for each in measured],
+        [each.prompts for each in measured],
+        seed,
     )
+    controlled = {id(each): rate for each, rate in zip(measured, rates, strict=True)}
     rows = []
-    for each, rate in zip(files, controlled, strict=True):
-        sums, counts = unit_totals(each.outcomes.tolist(), each.prompts)
+    for each in found:
+        usable = np.isfinite(each.outcomes)
+        prompts = [prompt for prompt, ok in zip(each.prompts, usable, strict=True) if ok]
+        sums, counts = unit_totals(each.outcomes[usable].tolist(), prompts)
         win_rate, standard_error = ratio_se(sums.tolist(), counts.tolist())
-        row = {"model": each.model, "n": len(sums), "win_rate": win_rate, "standard_error": standard_error}
-        rows.append(plain(row | {"length_controlled_win_rate": rate}))
+        row = {"model": each.model, "baseline": each.baseline, "n": len(sums), "unparsable": int((~usable).sum())}
+        row |= {"win_rate": win_rate, "standard_error": standard_error}
+        rows.append(plain(row | {"length_controlled_win_rate": controlled.get(id(each), math.nan)}))
     return rows
+
+
+def _read(row: dict[str, Any], origin: str, stem: str) -> _Judged:
+    format = compared_format(row)
+    if format is not None:
+        found = format.read(row, origin)
+        first, second = found.models
+        named = Comparison(found.prompt, (first, stem if second is None else second), found.preference)
+        return _Judged(named, found.lengths(), format.baseline_first)
+    if not any(name in row for name in _OWN[1:]):
+        formats = ", ".join(each.name for each in COMPARED)
+        remedy = f"give annotations as {formats} write them, or rows of {', '.join(_OWN)}"
+        raise UserError(origin, f"is no comparison that is known here: {', '.join(map(str, row)) or 'nothing'}", remedy)
+    lengths = _length(row, "baseline_length", origin), _length(row, "model_length", origin)
+    prompt = _prompt(row, origin)
+    preference = _field(row, "preference", origin)
+    for_model = None if said_nothing(preference) else read_preference(row, origin) - 1.0
+    return _Judged(Comparison(prompt, (None, stem), for_model), lengths, True)
+
+
+def _against(each: _Judged, baseline: str | None) -> tuple[str | None, float, float]:
+    """(model, its outcome, its length minus the baseline's); the model is None where the row is on something else."""
+    (first, second), preference = each.comparison.models, each.comparison.preference
+    outcome = math.nan if preference is None else preference
+    longer = math.nan if each.lengths is None else float(each.lengths[1] - each.lengths[0])
+    if first == second or baseline not in (first, second):
+        return None, outcome, longer
+    return (second, outcome, longer) if first == baseline else (first, 1.0 - outcome, -longer)
+
+
+def _baseline(judged: Sequence[_Judged], asked: str | None, shown: str) -> str | None:
+    """The baseline's name in the file; None where it has none there.
+
+    Raises:
+        UserError: the one that was asked for is not in the file, or the rows leave open which it is.
+    """
+    pairs = [each.comparison.models for each in judged]
+    names = list(dict.fromkeys(name for pair in pairs for name in pair if name is not None))
+    known = f"{', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''}"
+    if asked is not None:
+        if asked in names or any(None in pair for pair in pairs):
+            return asked if asked in names else None
+        raise UserError(
+            f"--baseline {asked}", f"is no model in {shown} (there are {known})", nearest(asked, names, most=_SHOWN)
+        )
+    firsts = {pair[0] for pair in pairs}
+    if len(firsts) == 1 and all(each.baseline_first for each in judged):
+        return firsts.pop()
+    everywhere = set(pairs[0]).intersection(*pairs)
+    if len(everywhere) == 1:
+        return everywhere.pop()
+    said = "does not say which model is the baseline" if everywhere else "has no model that all rows compare with"
+    raise UserError(shown, f"{said} (there are {known})", "name it with --baseline NAME")
 
 
 def _field(row: dict[str, Any], name: str, origin: str) -> Any:

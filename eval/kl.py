@@ -88,7 +88,7 @@ def sequence_kls(
     done = 0
     lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
     device = next(adapters.model.parameters()).device
-    head = LmHead.of(adapters.lm_head, adapters.model.config)
+    head = adapters.head
     for rows in token_batches(lengths, max_tokens):
         ids_BL, mask_BL = right_pad([[*prompts[i], *responses[i]] for i in rows], pad_token_id, device)
         start_B = torch.tensor([len(prompts[i]) for i in rows], device=device)

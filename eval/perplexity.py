@@ -9,7 +9,6 @@ import torch
 from ..data.encode import IGNORED
 from ..models.adapters import AdapterSet
 from ..models.batching import TOKENS_PER_BATCH, right_pad, token_batches
-from ..models.logprobs import LmHead, token_logprobs
 from .statistics.intervals import Z95, ratio_se
 
 
@@ -53,7 +52,7 @@ def sequence_nlls(
     nlls = [0.0] * len(input_ids)
     done = 0
     device = next(adapters.model.parameters()).device
-    head = LmHead.of(adapters.lm_head, adapters.model.config)
+    head = adapters.head
     for rows in token_batches([len(row) for row in input_ids], max_tokens):
         ids_BL, mask_BL = right_pad([input_ids[i] for i in rows], pad_token_id, device)
         labels_BL, _ = right_pad([labels[i] for i in rows], IGNORED, device)
@@ -61,9 +60,7 @@ def sequence_nlls(
         targets_BL = labels_BL[:, 1:]
         counts_BL = targets_BL != IGNORED
         hidden_NH, targets_N = adapters.hidden(role, ids_BL, mask_BL)[:, :-1][counts_BL], targets_BL[counts_BL]
-        logps_N, _ = token_logprobs(
-            hidden_NH, head.weight, targets_N, bias_V=head.bias, softcap=head.softcap, logit_scale=head.scale
-        )
+        logps_N, _ = head.token_logprobs(hidden_NH, targets_N)
         nlls_N = -logps_N.double()
         for i, row in zip(rows, nlls_N.split(counts_BL.sum(-1).tolist()), strict=True):
             nlls[i] = float(row.sum())

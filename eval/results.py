@@ -1,6 +1,7 @@
 """What an evaluation found, and the files of RUN/eval that hold it."""
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -8,6 +9,17 @@ from typing import Any, TypedDict
 from ..files import EVALUATION, OVER_OPTIMISATION, RESULTS, REWARDS, SAMPLES, whole_folder
 from ..values import plain
 from .samples import Sample
+
+CUT = "cut at max_tokens"
+"""Why an answer of an endpoint held no verdict: the one reason that a recipe can mend."""
+
+
+def unread_words(unread: Mapping[str, int]) -> str:
+    """ "3 answers without a verdict (2 cut at max_tokens, 1 empty), asked again on the next run"."""
+    total = sum(unread.values())
+    why = ", ".join(f"{n} {reason}" for reason, n in unread.items())
+    raise_it = "; raise parameters.max_tokens" if CUT in unread else ""
+    return f"{total} answer{'s' if total > 1 else ''} without a verdict ({why}), asked again on the next run{raise_it}"
 
 
 class AgainstOther(TypedDict):
@@ -44,7 +56,33 @@ ResultRow = dict[str, Any]
 """A row of results.json, one policy under one judge: policy, reference and judge (None without any), `VerdictColumns`,
 `replies.REPLY_COLUMNS` (lengths in tokens, KL in nats), temperature and seed; None where something was not measured.
 `beams` is there only with beam search, `usage` only with a judge that costs something: what judging all policies took
-this time, answers kept from before being free (see `endpoint_client.Usage`)."""
+this time, answers kept from before being free (see `endpoint_client.Usage`); `first_place` and `first_place_n` only
+with one that reads two replies at once: how often the reply shown first won, of so many verdicts."""
+
+
+def unread_answers(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+    """Judge -> why some of its answers held no verdict -> how many; they are asked again on the next run."""
+    found = {str(row.get("judge")): (row.get("usage") or {}).get("unread") for row in rows}
+    return {judge: dict(unread) for judge, unread in found.items() if unread}
+
+
+def silent_judges(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The judges that gave no verdict on any policy but the reference."""
+    heard: dict[str, bool] = {}
+    for row in rows:
+        if row.get("judge") and row["policy"] != row.get("reference"):
+            heard[row["judge"]] = heard.get(row["judge"], False) or bool(row.get("n"))
+    return [judge for judge, any_ in heard.items() if not any_]
+
+
+def silence_words(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A sentence for each judge without a single verdict, with what is known of why."""
+    unread = unread_answers(rows)
+    return [
+        f"judge {judge} gave no verdict at all"
+        + (f": {unread_words(unread[judge])}" if judge in unread else "; none of its win-rates means anything")
+        for judge in silent_judges(rows)
+    ]
 
 
 @dataclass(frozen=True)

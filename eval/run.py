@@ -8,6 +8,7 @@ from typing import Any
 from ..progress import say
 from ..values import plain
 from .judges.endpoint_client import Metered
+from .judges.judge import Judge, PairJudge, PlacingJudge
 from .judges.registry import plan_judges
 from .judges.verdicts import COLUMNS, Verdicts, verdict_columns
 from .kl import KL
@@ -51,12 +52,10 @@ def evaluate(spec: EvalSpec, run_dir: Path | None = None) -> Evaluation:
     prompts = bench.prompts()
     samples = {policy: bench.samples(policy, prompts) for policy in bench.roles}
     lengths = {policy: [len(reply.tokens) for reply in replies] for policy, replies in samples.items()}
-    scores, outcomes, judged, usages = {}, {}, {}, {}
+    scores, outcomes, judged, extras = {}, {}, {}, {}
     for judge in judges:
         verdicts = Verdicts.of(judge, samples)
-        if isinstance(judge, Metered):
-            usages[judge.name] = {"usage": asdict(judge.usage)}
-            say(f"eval {judge.name}: {judge.usage}")
+        extras[judge.name] = _of_judge(judge)
         scores |= {(policy, judge.name): given for policy, given in verdicts.scores.items()}
         against = {ours: each for (ours, other), each in verdicts.outcomes.items() if other == spec.reference}
         outcomes |= {(policy, judge.name): given.tolist() for policy, given in against.items()}
@@ -72,9 +71,23 @@ def evaluate(spec: EvalSpec, run_dir: Path | None = None) -> Evaluation:
             said = judged[judge][policy] if judge else dict.fromkeys(COLUMNS) | {"n": len(prompts)}
             drawn = {"temperature": spec.temperature, "seed": spec.seed}
             drawn |= {"beams": spec.beams} if spec.beams > 1 else {}
-            row = plain({**names, **said, **_reply_columns(replies, kls[policy]), **drawn, **usages.get(judge, {})})
+            row = plain({**names, **said, **_reply_columns(replies, kls[policy]), **drawn, **extras.get(judge, {})})
             rows.append(row)
     return Evaluation(rows, samples, scores, outcomes, rewards, over)
+
+
+def _of_judge(judge: Judge | PairJudge) -> dict[str, Any]:
+    """What is true of a judge whoever is judged; said as well."""
+    extra: dict[str, Any] = {}
+    if isinstance(judge, Metered):
+        extra["usage"] = asdict(judge.usage)
+        say(f"eval {judge.name}: {judge.usage}")
+    if isinstance(judge, PlacingJudge):
+        extra["first_place"], extra["first_place_n"] = judge.first_place
+        if extra["first_place_n"]:
+            share, n = judge.first_place
+            say(f"eval {judge.name}: the reply shown first won {share:.1%} of {n} verdicts; 50% favours no place")
+    return extra
 
 
 def measure_kl(bench: Workbench, replies: Sequence[Sample]) -> KL:

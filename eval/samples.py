@@ -8,6 +8,7 @@ from typing import Any
 from ..models.adapters import AdapterSet
 from ..models.beam import beam_search
 from ..models.generate import sample
+from ..models.tokens import end_token_ids
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def generate_samples(
     """
     shared = {
         "max_new_tokens": max_new_tokens,
-        "eos_token_id": tokenizer.eos_token_id,
+        "eos_token_id": end_token_ids(tokenizer, adapters.model),
         "pad_token_id": tokenizer.pad_token_id,
         "on_batch": on_batch,
     }
@@ -101,7 +102,9 @@ def generate_samples(
     if beams > 1:
         generation = beam_search(adapters, role, ids, num_beams=beams, batch_size=max(1, batch_size // beams), **shared)
     else:
-        generation = sample(adapters, role, ids, temperature=temperature, seed=seed, batch_size=batch_size, **shared)
+        generation = sample(
+            adapters, role, ids, temperature=temperature, seed=seed, batch_size=batch_size, recompute=True, **shared
+        )
     texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in generation.tokens]
     return [
         Sample(policy, index, prompt, texts[index], generation.tokens[index], generation.finished[index])

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,7 +75,7 @@ class EvalSpec:
         beams: width of a beam search instead of sampling, as transformers' `num_beams`; 1: no search.
         kl: measure KL(policy || reference); needs a temperature above 0.
         output_dir: the run folder, used where `run_eval` is given none.
-        chat_template: a template instead of the tokenizer's own.
+        chat_template: a template instead of the tokenizer's own. template_date: the day that it writes.
         packed: forwards run without padding and repeated prefixes.
         reward_models: measured beside the policies where they are finished and have pairs that training left out.
         over_optimisation: measured besides where it is given.
@@ -96,6 +97,7 @@ class EvalSpec:
     beams: int = 1
     output_dir: Path | None = None
     chat_template: str | None = None
+    template_date: date | None = None
     packed: bool = True
     reward_models: tuple[RewardModel, ...] = ()
     over_optimisation: OverOptimisation | None = None

@@ -12,6 +12,7 @@ from ..data.encode import encode_prompts
 from ..data.load import load_rows
 from ..errors import UserError
 from ..models.adapters import AdapterSet
+from ..models.context import check_context
 from ..models.loading import load_model
 from ..models.lora import LoraSpec
 from ..models.tokens import load_tokenizer, prepare_model
@@ -46,7 +47,7 @@ class Workbench:
         Raises:
             UserError: a policy's folder holds no adapter, or one of another base or tokenizer.
         """
-        tokenizer = load_tokenizer(spec.base, spec.chat_template)
+        tokenizer = load_tokenizer(spec.base, spec.chat_template, spec.template_date)
         model = load_model(
             spec.base,
             dtype=_dtype(spec.dtype),
@@ -100,6 +101,7 @@ class Workbench:
         spec = self.spec
         loaded = load_rows(spec.prompts, "prompt", spec.folders)
         dataset, _ = encode_prompts(loaded.rows, self.tokenizer, spec.prompts)
+        check_context(dataset, spec.base, "eval.prompts", spec.max_new_tokens)
         return read_prompts(dataset)
 
     def samples(self, policy: str, prompts: list[EncodedPrompt]) -> list[Sample]:

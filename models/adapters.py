@@ -16,21 +16,27 @@ from transformers import PreTrainedModel
 from ..errors import UserError
 from . import seams
 from .base import Base
+from .causal import decoder_of, head_of
 from .fused_lora import use_fused_lora
 from .heads import ScalarHead, bias_of
 from .lineage import check_base
+from .logprobs import LmHead
 from .lora import (
     SCORE,
     VALUE_HEAD,
     LoraSpec,
+    check_finite_weights,
     embed_parent,
     fill,
     lora_layers,
     lora_state,
     read_adapter,
+    refused_by_peft,
+    say_experts,
     tensors_sha256,
     write_adapter,
 )
+from .packing import use_packed_forward
 from .plain_lora import adapted_modules, check_layers, check_targets
 
 __all__ = ["DEFAULT", "REF", "REWARD", "VALUE", "VALUE_HEAD", "AdapterSet", "LoraSpec"]
@@ -58,6 +64,8 @@ class AdapterSet:
         check_layers(self.causal, self._layers, "the adapter")
         for layer in self._layers.values():
             seams.require(seams.ADAPTER_SWITCH, layer)
+        # a model that somebody else has loaded keeps its attention, and is tried over padded rows as any other
+        use_packed_forward(self.backbone, packed=False)
 
     @classmethod
     def create(
@@ -78,7 +86,10 @@ class AdapterSet:
             check_base(parent, base)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            peft = PeftModelForCausalLM(model, lora.config(model, "CAUSAL_LM"), adapter_name=DEFAULT)
+            config = lora.config(model, "CAUSAL_LM")
+            with refused_by_peft():
+                peft = PeftModelForCausalLM(model, config, adapter_name=DEFAULT)
+        say_experts(peft)
         # PEFT's new dropout layers are in training mode, whatever mode the model is in.
         peft.train(model.training)
         use_fused_lora(peft)
@@ -100,7 +111,12 @@ class AdapterSet:
     @property
     def backbone(self) -> PreTrainedModel:
         """The decoder, whose output has `last_hidden_state` [B, T, H]."""
-        return cast(PreTrainedModel, self.causal.base_model)
+        return decoder_of(self.causal)
+
+    @property
+    def head(self) -> LmHead:
+        """What turns last hidden states into logits, tried against the model's own (see `head_of`)."""
+        return head_of(self.causal)
 
     @property
     def lm_head(self) -> nn.Module:
@@ -212,6 +228,7 @@ class AdapterSet:
         write_adapter(folder, self.base, config, tensors)
         if value:
             plain = {key.removeprefix("value_head."): t.detach().cpu().contiguous() for key, t in value.items()}
+            check_finite_weights(folder, plain)
             save_file(plain, folder / VALUE_HEAD, metadata={"format": "pt"})
 
     def _check_modules(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
@@ -253,7 +270,7 @@ class AdapterSet:
             # A frozen adapter must answer the same whether or not the model is in training mode.
             config.lora_dropout = 0.0
         before = {id(p): p.requires_grad for p in self.model.parameters()}
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), refused_by_peft():
             self.model.add_adapter(name, config)
         self._layers = lora_layers(self.model)
         # As in `create`: the new dropout layers follow the model's mode.

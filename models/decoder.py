@@ -5,12 +5,22 @@ E tokens that end a completion.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from .batching import left_pad
+from .causal import decoder_of
 from .logprobs import LmHead
 from .packing import ATTENTION, attention_of
 from .prefill import prefill
@@ -24,7 +34,7 @@ RENEW_AT = 1 / 16
 
 
 class Decoder:
-    """One call's requests and the rows in flight.
+    """One call's requests and the rows in flight; the way that `words` names.
 
     Attributes:
         tokens_NS, logps_NS: what was sampled, S = `max_new_tokens`; one row more than requests, for idle places.
@@ -32,11 +42,14 @@ class Decoder:
         request_B: which request each row serves; N where the place is idle.
         step_B: tokens sampled so far. length_B: prompt and sampled tokens, the newest not yet in the cache included.
         idle: places that serve no request.
+        asked: how many of the requests are served here.
     """
+
+    words = "row by row, with a cache of ours"
 
     def __init__(
         self,
-        backbone: PreTrainedModel,
+        model: PreTrainedModel,
         head: LmHead,
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
@@ -49,8 +62,10 @@ class Decoder:
         done: Callable[[int], None] | None,
         heard: Callable[[list[int], list[int]], None] | None = None,
         joint: Mapping[nn.Module, Product] | None = None,
+        only: Sequence[int] | None = None,
     ) -> None:
-        self.backbone, self.head, self.prompts, self.sampling = backbone, head, prompts, sampling
+        self.model, self.backbone = model, decoder_of(model)
+        self.head, self.prompts, self.sampling = head, prompts, sampling
         self.max_new_tokens, self.pad_token_id, self.done, self.heard = max_new_tokens, pad_token_id, done, heard
         device = self.device = head.weight.device
         n = len(prompts)
@@ -65,17 +80,23 @@ class Decoder:
         self.stopped_N = torch.zeros(n + 1, dtype=torch.bool, device=device)
         # The longest first: a batch too large for memory fails at once, and a later prompt always fits. Equal prompts
         # stand together, so that they are prefilled once.
-        self.waiting = sorted(range(n), key=lambda i: (-len(prompts[i]), list(prompts[i])))[::-1]
+        asked = range(n) if only is None else only
+        self.asked = len(asked)
+        self.waiting = sorted(asked, key=lambda i: (-len(prompts[i]), list(prompts[i])))[::-1]
         # A batch's worth of prompts is prefilled at once, more than there may be places for at that moment.
         self.prefilled: list[int] = []
-        rows = min(batch_size, n)
+        rows = min(batch_size, self.asked)
         self.request_B = torch.full((rows,), n, device=device)
         self.step_B, self.length_B = self.request_B.new_zeros(rows), self.request_B.new_zeros(rows)
         self.newest_B = self.request_B.new_full((rows,), pad_token_id)
         self.idle = rows
-        self.whole_mask = sees_everything(backbone) and attention_of(backbone.config) in ("sdpa", ATTENTION)
-        self.token_step = TokenStep(backbone, joint or {}) if TokenStep.applies(backbone) else None
-        self.cache = RowCache(rows, backbone.config.get_text_config().num_hidden_layers)
+        self._open(joint or {})
+
+    def _open(self, joint: Mapping[nn.Module, Product]) -> None:
+        """What a way of decoding keeps beside the requests."""
+        self.whole_mask = sees_everything(self.backbone) and attention_of(self.backbone.config) in ("sdpa", ATTENTION)
+        self.token_step = TokenStep(self.backbone, joint) if TokenStep.applies(self.backbone) else None
+        self.cache = RowCache(len(self.request_B), self.backbone.config.get_text_config().num_hidden_layers)
 
     def run(self) -> None:
         """Until every request has its completion."""
@@ -87,7 +108,7 @@ class Decoder:
             if ended:
                 self.idle = int((self.request_B == len(self.prompts)).sum())
                 if self.done is not None:
-                    self.done(len(self.prompts) - self.left - (len(self.request_B) - self.idle))
+                    self.done(self.asked - self.left - (len(self.request_B) - self.idle))
 
     @property
     def left(self) -> int:
@@ -136,9 +157,12 @@ class Decoder:
 
     def _sample(self, hidden_BH: Tensor, slots: Tensor | slice) -> bool:
         """Choose and keep the next token of these rows; whether one of them ended with it."""
+        return self._choose(self.head.logits(hidden_BH), slots)
+
+    def _choose(self, logits_BV: Tensor, slots: Tensor | slice) -> bool:
         n = len(self.prompts)
         request_B, step_B = self.request_B[slots], self.step_B[slots]
-        token_B, logp_B = choose(self.head.logits(hidden_BH), self.uniforms_NS[request_B, step_B], self.sampling)
+        token_B, logp_B = choose(logits_BV, self.uniforms_NS[request_B, step_B], self.sampling)
         self.tokens_NS[request_B, step_B] = token_B
         self.logps_NS[request_B, step_B] = logp_B
         self.stopped_N[request_B] = stopped_B = torch.isin(token_B, self.eos_E)
@@ -170,15 +194,24 @@ class StatefulDecoder(Decoder):
     """For models whose layers keep a state (Mamba, linear attention), which cannot be moved between columns: rows are
     decoded by the batch, each with transformers' own cache, until the last one has ended."""
 
+    words = "by the batch, with transformers' own cache"
+
+    def _open(self, joint: Mapping[nn.Module, Product]) -> None:
+        self.places = len(self.request_B)
+
+    def _begin(self, requests: list[int]) -> None:
+        """These requests are in flight, and no other."""
+        self.request_B = torch.tensor(requests, device=self.device)
+        self.step_B, self.newest_B = torch.zeros_like(self.request_B), torch.zeros_like(self.request_B)
+        self.length_B = torch.tensor([len(self.prompts[i]) for i in requests], device=self.device)
+
     def run(self) -> None:
         """Until every request has its completion."""
-        n, places = len(self.prompts), len(self.request_B)
+        n = len(self.prompts)
         while self.waiting:
-            requests = [self.waiting.pop() for _ in range(min(places, len(self.waiting)))]
+            requests = [self.waiting.pop() for _ in range(min(self.places, len(self.waiting)))]
             ids_BP, mask_BP = left_pad([self.prompts[i] for i in requests], self.pad_token_id, self.device)
-            self.request_B = torch.tensor(requests, device=self.device)
-            self.step_B, self.length_B = torch.zeros_like(self.request_B), mask_BP.sum(-1)
-            self.newest_B = torch.zeros_like(self.request_B)
+            self._begin(requests)
             cache, position_BP = DynamicCache(config=self.backbone.config), (mask_BP.cumsum(-1) - 1).clamp(min=0)
             while bool((self.request_B != n).any()):
                 output = self.backbone(
@@ -192,4 +225,79 @@ class StatefulDecoder(Decoder):
                 ids_BP, position_BP = self.newest_B[:, None], position_BP[:, -1:] + 1
                 mask_BP = torch.cat([mask_BP, mask_BP.new_ones(len(mask_BP), 1)], dim=1)
             if self.done is not None:
-                self.done(n - len(self.waiting))
+                self.done(self.asked - len(self.waiting))
+
+
+class LibraryDecoder(StatefulDecoder):
+    """For models that our ways do not suit: transformers' `generate` over prompts of one length, so without padding,
+    with the model's own head and cache. The tokens are chosen here, row by row, as everywhere."""
+
+    words = "by transformers' generate, prompts of one length together"
+    use_cache = True
+
+    def run(self) -> None:
+        """Until every request has its completion."""
+        while self.waiting:
+            length = len(self.prompts[self.waiting[-1]])
+            # the shortest stand first among those that wait, so equal lengths are neighbours
+            alike = [i for i in self.waiting if len(self.prompts[i]) == length][-self.places :]
+            self.waiting = [i for i in self.waiting if i not in set(alike)]
+            self._begin(alike)
+            self._generate(torch.tensor([list(self.prompts[i]) for i in alike], device=self.device))
+            if self.done is not None:
+                self.done(self.asked - len(self.waiting))
+
+    def _generate(self, ids_BP: Tensor) -> None:
+        settings = GenerationConfig(
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=self.max_new_tokens,
+            use_cache=self.use_cache,
+            pad_token_id=self.pad_token_id,
+        )
+        model: Any = self.model
+        # what the settings leave open, `generate` takes from the model's own: its end tokens, its penalties
+        before, n = model.generation_config, len(self.prompts)
+        model.generation_config = settings
+        try:
+            model.generate(
+                input_ids=ids_BP,
+                attention_mask=torch.ones_like(ids_BP),
+                generation_config=settings,
+                logits_processor=LogitsProcessorList([_Chosen(self._next)]),
+                stopping_criteria=StoppingCriteriaList([_Ended(lambda: bool((self.request_B == n).all()))]),
+            )
+        finally:
+            model.generation_config = before
+
+    def _next(self, logits_BV: Tensor) -> Tensor:
+        """Scores that leave each row no choice but the token that it drew."""
+        self._choose(logits_BV, slice(None))
+        return torch.full_like(logits_BV, float("-inf")).scatter_(1, self.newest_B[:, None], 0.0)
+
+
+class RecomputingDecoder(LibraryDecoder):
+    """The same without a cache: every step reads the whole row again."""
+
+    words = "with a whole forward for every token"
+    use_cache = False
+
+
+class _Chosen(LogitsProcessor):
+    def __init__(self, choose: Callable[[Tensor], Tensor]) -> None:
+        self._choose = choose
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        # torch's annotations type a tensor by its content
+        return self._choose(scores)  # pyright: ignore[reportReturnType]
+
+
+class _Ended(StoppingCriteria):
+    def __init__(self, ended: Callable[[], bool]) -> None:
+        self._ended = ended
+
+    def __call__(
+        self, input_ids: torch.LongTensor, scores: tuple[torch.Tensor] | None, **kwargs: Any
+    ) -> torch.BoolTensor:
+        whole = torch.full((len(input_ids),), self._ended(), device=input_ids.device)
+        return whole  # pyright: ignore[reportReturnType]: as above

@@ -5,6 +5,8 @@ its place to a waiting prompt (`decoder.py`). Every row draws from a random stre
 what it says does not depend on its neighbours.
 """
 
+import functools
+import logging
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,14 +17,19 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..errors import UserError
 from . import seams
 from .adapters import AdapterSet
 from .batching import TokenIds
-from .decoder import Decoder, StatefulDecoder
+from .decoder import Decoder, LibraryDecoder, RecomputingDecoder, StatefulDecoder
 from .logprobs import LmHead
-from .lora import merged_weight
+from .lora import adapted_weight, merged_weight
 from .prepack import Product, merges_all, prepack, prepacked, prepacks
+from .rotary import forget_lengths, rotary_limit
 from .sampling import Sampling
+from .trial import allowed, model_name, precision, quietly, short_windows, trial_rows
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ def merged(adapters: AdapterSet, role: str | None) -> Generator[None, None, None
     for bit. A quantised base cannot be merged exactly: there the adapter runs beside it as in training.
     """
     layers = [m for m in adapters.model.modules() if role is not None and isinstance(m, LoraLayer) and role in m.lora_A]
-    weights: list[Any] = [layer.get_base_layer().weight for layer in layers]
+    weights = [adapted_weight(layer) for layer in layers]
     if role is None or not all(type(w) is nn.Parameter and w.is_floating_point() for w in weights):
         with adapters.using(role):
             yield
@@ -72,8 +79,8 @@ def _ready(
     """The model in evaluation mode, speaking through that adapter, its weights laid out for many small products: its
     head, and what `prepacked` yields."""
     model = adapters.model.get_base_model()
-    head = LmHead.of(adapters.lm_head, model.config)
-    if prepacks(head.weight):
+    head = adapters.head
+    if head.own is None and prepacks(head.weight):
         head = replace(head, product=prepack(head.weight, head.bias))
     was_training = model.training
     model.eval()
@@ -126,6 +133,7 @@ def sample(
     top_p: float = 1.0,
     batch_size: int = 32,
     merge: bool = True,
+    recompute: bool = False,
     on_batch: Callable[[int], None] | None = None,
     on_tokens: Callable[[list[int], list[int]], None] | None = None,
 ) -> Generation:
@@ -141,12 +149,16 @@ def sample(
             each prompt, which does so alone.
         batch_size: rows decoded at once.
         merge: fold the adapter into the base's weights while decoding (see `merged`).
+        recompute: where rotary factors depend on a row's length, let a completion grow past the one at which they
+            change: each of its tokens costs a forward over the whole row, and its log-probs are not what the whole row
+            gives in the end. Without it that is refused.
         on_batch: called with the number of completions done so far, whenever some ended.
         on_tokens: called at every step with the prompts' places in the list and the token that each of them drew; what
             it raises ends the sampling and leaves the model as it was.
 
     Raises:
         ValueError: an empty prompt, or a setting out of its range.
+        UserError: no way of drawing completions agrees with the base's own forward (`decoder_for`), or see `recompute`.
     """
     check_request(prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
     sampling = Sampling(temperature, top_k, top_p)
@@ -154,28 +166,160 @@ def sample(
         return Generation()
     if not isinstance(seed, int) and len(seed) != len(prompts):
         raise ValueError(f"{len(seed)} seeds for {len(prompts)} prompts, expected one each, or one for all")
+    asked: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "eos_token_id": eos_token_id,
+        "pad_token_id": pad_token_id,
+        "seed": seed,
+        "batch_size": batch_size,
+        "heard": on_tokens,
+    }
+    ways = _by_length(adapters, decoder_for(adapters), prompts, max_new_tokens, recompute)
     with _ready(adapters, role, merge) as (head, joint):
-        decoder = (StatefulDecoder if keeps_a_state(adapters.backbone) else Decoder)(
-            adapters.backbone,
+        return _decoded(ways, on_batch, adapters.causal, head, prompts, sampling, joint=joint, **asked)
+
+
+def _decoded(
+    ways: list[tuple[type[Decoder], list[int]]],
+    on_batch: Callable[[int], None] | None,
+    model: PreTrainedModel,
+    head: LmHead,
+    prompts: Sequence[TokenIds],
+    sampling: Sampling,
+    **asked: Any,
+) -> Generation:
+    """Completions of all prompts, by the decoders that serve them."""
+    drawn, done = Generation([[]] * len(prompts), [[]] * len(prompts), [False] * len(prompts)), 0
+    for kind, requests in ways:
+        told = None if on_batch is None else functools.partial(_told, on_batch, done)
+        decoder = kind(model, head, prompts, sampling, done=told, only=requests, **asked)
+        decoder.run()
+        _draw_into(drawn, decoder, requests)
+        done += len(requests)
+    return drawn
+
+
+def _told(on_batch: Callable[[int], None], before: int, done: int) -> None:
+    on_batch(before + done)
+
+
+def _draw_into(drawn: Generation, decoder: Decoder, requests: Sequence[int]) -> None:
+    """What the decoder has kept of its requests."""
+    counts, stopped = decoder.count_N.tolist(), decoder.stopped_N.tolist()
+    tokens, logprobs = decoder.tokens_NS.tolist(), decoder.logps_NS.tolist()
+    for i in requests:
+        drawn.tokens[i], drawn.logprobs[i] = tokens[i][: counts[i]], logprobs[i][: counts[i]]
+        drawn.finished[i] = stopped[i]
+
+
+def _by_length(
+    adapters: AdapterSet, kind: type[Decoder], prompts: Sequence[TokenIds], max_new_tokens: int, recompute: bool
+) -> list[tuple[type[Decoder], list[int]]]:
+    """The requests with their decoder, apart on either side of the length at which rotary factors change.
+
+    Raises:
+        UserError: a completion may grow past that length, and is not to be read anew at every token.
+    """
+    limit = rotary_limit(adapters.backbone)
+    if limit is None:
+        return [(kind, list(range(len(prompts))))]
+    forget_lengths(adapters.backbone)
+    near = [i for i, prompt in enumerate(prompts) if len(prompt) + max_new_tokens <= limit.length]
+    far = [i for i, prompt in enumerate(prompts) if limit.two and len(prompt) > limit.length]
+    across = sorted({*range(len(prompts))} - {*near, *far})
+    if across and not recompute:
+        raise UserError(
+            "max_new_tokens",
+            f"{max_new_tokens} after a prompt of {len(prompts[across[0]])} tokens goes past {limit.length}, where this "
+            "base's rotary factors change: a reply's first tokens would have other log-probs than they were drawn with",
+            f"keep prompt and reply within {limit.length} tokens",
+        )
+    if across:
+        logger.warning(
+            "%d of %d replies may grow past %d tokens, where this base's rotary factors change: they are drawn %s",
+            len(across), len(prompts), limit.length, RecomputingDecoder.words,
+        )  # fmt: skip
+    groups = ((kind, near), (kind, far), (RecomputingDecoder, across))
+    return [(each, requests) for each, requests in groups if requests]
+
+
+_DECODERS: tuple[type[Decoder], ...] = (Decoder, StatefulDecoder, LibraryDecoder, RecomputingDecoder)
+"""From the fastest to the one that can only be right."""
+
+_TRIED = "_preftune_decoders"
+"""The attribute of a backbone under which the outcome of `decoder_for`'s trials is found."""
+
+
+def decoder_for(adapters: AdapterSet) -> type[Decoder]:
+    """The fastest way of decoding whose log-probs are those of the model's own forward over the whole row.
+
+    Each way draws a few tokens after three prompts of other lengths, beyond a sliding window where there is one. Once
+    for a base, on a device, in a precision; where it is not the first way, the log says so.
+
+    Raises:
+        UserError: none is.
+    """
+    backbone = adapters.backbone
+    tried: dict[tuple[str, torch.dtype], type[Decoder]] | None = getattr(backbone, _TRIED, None)
+    if tried is None:
+        tried = {}
+        setattr(backbone, _TRIED, tried)
+    device = next(backbone.parameters()).device
+    key = (device.type, precision(backbone, device))
+    if key not in tried:
+        tried[key] = _try_decoders(adapters, device, key[1])
+    return tried[key]
+
+
+def _try_decoders(adapters: AdapterSet, device: torch.device, dtype: torch.dtype) -> type[Decoder]:
+    name, why = model_name(adapters.backbone), ""
+    for kind in _DECODERS[1 if keeps_a_state(adapters.backbone) else 0 :]:
+        try:
+            with quietly(adapters.causal, device), short_windows(adapters.backbone):
+                found = _trial(adapters, kind, device)
+        except (torch.OutOfMemoryError, UserError):
+            raise
+        except Exception as error:  # a model that cannot be decoded so may fail in every way there is
+            said = f"fails ({str(error) or type(error).__name__})"
+        else:
+            if found <= allowed(dtype, device):
+                if why:
+                    logger.warning("%s: completions are drawn %s; %s", name, kind.words, why)
+                return kind
+            said = f"is off by {found:.2g} of a logit's spread"
+        why += f"{'; ' if why else ''}{kind.words} it {said}"
+    raise UserError("model.base", f"{name}: no completion can be drawn with its log-probs ({why})", "use another base")
+
+
+def _trial(adapters: AdapterSet, kind: type[Decoder], device: torch.device) -> float:
+    """Mean difference of log-probs to those of the model's own forward, as a share of its logits' spread."""
+    (row, _), limit = trial_rows(adapters.backbone, device), rotary_limit(adapters.backbone)
+    ids = row.tolist()
+    prompts = [ids[:9], ids[8:] or ids, [*ids[:3], *ids[9:]]]
+    if limit is not None:
+        prompts = [prompt[: max(1, limit.length - 4)] for prompt in prompts]
+    forget_lengths(adapters.backbone)
+    with _ready(adapters, None, False) as (head, joint):
+        decoder = kind(
+            adapters.causal,
             head,
             prompts,
-            sampling,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=eos_token_id,
-            pad_token_id=pad_token_id,
-            seed=seed,
-            batch_size=batch_size,
-            done=on_batch,
-            heard=on_tokens,
+            Sampling(),
+            max_new_tokens=4,
+            eos_token_id=-1,
+            pad_token_id=ids[0],
+            seed=0,
+            batch_size=2,
+            done=None,
             joint=joint,
         )
         decoder.run()
-    return _drawn(decoder, len(prompts))
-
-
-def _drawn(decoder: Decoder, n: int) -> Generation:
-    """What the decoder has kept of its n requests."""
-    counts = decoder.count_N.tolist()[:n]
-    tokens = [row[:count] for row, count in zip(decoder.tokens_NS.tolist(), counts, strict=False)]
-    logprobs = [row[:count] for row, count in zip(decoder.logps_NS.tolist(), counts, strict=False)]
-    return Generation(tokens, logprobs, decoder.stopped_N.tolist()[:n])
+    gaps: list[torch.Tensor] = []
+    with adapters.using(None):
+        for i, prompt in enumerate(prompts):
+            drawn_S = decoder.tokens_NS[i]
+            whole_1T = torch.cat([torch.tensor(prompt, device=device), drawn_S])[None]
+            logits_SV = adapters.causal(input_ids=whole_1T, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+            own_S = logits_SV.log_softmax(-1).gather(1, drawn_S[:, None]).squeeze(1)
+            gaps.append((decoder.logps_NS[i] - own_S).abs() / logits_SV.std(-1))
+    return float(torch.cat(gaps).mean())

@@ -13,37 +13,33 @@ import types
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from ..data.encode import IGNORED
 from . import seams
-from .logprobs import LmHead, chunk_rows, token_logprobs
+from .causal import decoder_of, head_of
+from .logprobs import LmHead, chunk_rows
 
 with seams.importing(seams.FUSED_HEAD):
     from trl.trainer.utils import FusedCausalLMOutput
 
-_NOT_OURS = ("output_router_logits", "output_multiplier", "lm_head_multiplier")
 
-
-def use_compact_head(model: PreTrainedModel, *, mean_logits: bool = False) -> bool:
+def use_compact_head(model: PreTrainedModel, *, mean_logits: bool = False) -> None:
     """Replace the fused head that TRL's `add_fused_lm_head` put on `model` by ours. Calling it twice changes nothing.
 
     Args:
         model: the causal model itself (not its PEFT wrapper), already patched by TRL.
         mean_logits: also fill `mean_logits`, which feeds the `logits/*` metrics of DPO and KTO.
 
-    Returns:
-        Whether ours is in place. A model whose forward does more than `LmHead` says (`_NOT_OURS`: the load-balancing
-        loss of a mixture of experts, other multipliers) keeps TRL's. The caller keeps TRL's where Triton runs, or
-        where it needs `log_sum_sq_probs`.
+    The caller keeps TRL's where Triton runs, or where it needs `log_sum_sq_probs` or a mixture's load-balancing loss.
+
+    Raises:
+        UserError: the model's log-probs cannot be reproduced (see `head_of`).
     """
     seams.require(seams.FUSED_HEAD)
-    config = model.config.get_text_config()
-    if any(getattr(config, name, None) for name in _NOT_OURS) or config.model_type == "hyperclovax":
-        return False
+    head_of(model)
     if getattr(model.forward, "_preftune_compact", False):
-        return True
+        return
     plain_forward = model.forward
 
     # `generate` validates its keyword arguments against the signature of `forward`
@@ -62,18 +58,17 @@ def use_compact_head(model: PreTrainedModel, *, mean_logits: bool = False) -> bo
             return plain_forward(*args, **kwargs, **{key: value for key, value in given.items() if value is not None})
         kwargs["use_cache"] = False
         # looked up on each call: the packed forward and PEFT replace the backbone after this patch
-        hidden_BTH = self.base_model(*args, **kwargs).last_hidden_state
+        hidden_BTH = decoder_of(self)(*args, **kwargs).last_hidden_state
         if shift_labels is None:
             assert labels is not None, "the fused head needs labels"
             hidden_BSH, labels_BS = hidden_BTH[:, :-1], labels[:, 1:]
         else:
             hidden_BSH, labels_BS = hidden_BTH, shift_labels
-        head = LmHead.of(self.get_output_embeddings(), self.config)
+        head = head_of(self)
         return _score(head, hidden_BSH, labels_BS, num_items_in_batch, mean_logits)
 
     forward._preftune_compact = True  # type: ignore[attr-defined]
     model.forward = types.MethodType(forward, model)
-    return True
 
 
 def _score(
@@ -81,15 +76,7 @@ def _score(
 ) -> FusedCausalLMOutput:
     mask_BS = labels_BS != IGNORED
     hidden_NH, targets_N = hidden_BSH[mask_BS], labels_BS[mask_BS]
-    logps_N, entropy_N, top1_N = token_logprobs(
-        hidden_NH,
-        head.weight,
-        targets_N,
-        bias_V=head.bias,
-        softcap=head.softcap,
-        logit_scale=head.scale,
-        return_top1=True,
-    )
+    logps_N, entropy_N, top1_N = head.token_logprobs(hidden_NH, targets_N, return_top1=True)
 
     def spread(values_N: torch.Tensor) -> torch.Tensor:
         # masked_scatter keeps the graph even where no position has a label
@@ -110,12 +97,8 @@ def _score(
 def _mean_logits(hidden_NH: torch.Tensor, head: LmHead) -> torch.Tensor:
     """Mean logit over the vocabulary [N], fp32."""
     hidden_NH = hidden_NH.to(head.weight.dtype)
-    if head.softcap is None:
+    if head.softcap is None and head.own is None:
         # the mean of linear functions is the function of the mean: one dot product a token
         mean_N = hidden_NH.float() @ head.weight.mean(0, dtype=torch.float32)
         return head.scale * (mean_N if head.bias is None else mean_N + head.bias.float().mean())
-    parts = [
-        (head.softcap * torch.tanh(head.scale * F.linear(part, head.weight, head.bias).float() / head.softcap)).mean(-1)
-        for part in hidden_NH.split(chunk_rows(head.weight))
-    ]
-    return torch.cat(parts)
+    return torch.cat([head.logits(part).mean(-1) for part in hidden_NH.split(chunk_rows(head.weight))])

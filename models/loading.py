@@ -12,6 +12,7 @@ from ..errors import UserError
 from . import seams
 from .base import Base, content_sha256, is_hub, weight_files
 from .cache import remembered
+from .causal import decoder_of
 from .gguf import convert_gguf
 from .heads import load_classifier
 from .packing import use_packed_forward
@@ -103,8 +104,7 @@ def load_model(
     model.requires_grad_(False).eval()
     if device is not None and quantization is None:
         model.to(device)  # pyright: ignore[reportArgumentType]: transformers' decorator keeps `self` an argument
-    if packed:
-        use_packed_forward(cast(PreTrainedModel, model.base_model))
+    use_packed_forward(decoder_of(cast(PreTrainedModel, model)), packed)
     return model
 
 

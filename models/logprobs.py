@@ -36,7 +36,8 @@ class LmHead:
     """What turns hidden states into logits: softcap(scale * (hidden @ weight.T + bias)).
 
     weight [V, H]; bias [V] or None; softcap: Gemma's c * tanh(x / c), None for none; scale: Cohere's `logit_scale`,
-    Granite's 1 / `logits_scaling`. product: what makes hidden @ weight.T + bias, if not `F.linear`.
+    Granite's 1 / `logits_scaling`. product: what makes hidden @ weight.T + bias, if not `F.linear`. own: what makes the
+    logits [C, V] from hidden states [C, H] instead of all that, for a model whose head does more (`causal.head_of`).
     """
 
     weight: torch.Tensor
@@ -44,6 +45,12 @@ class LmHead:
     softcap: float | None = None
     scale: float = 1.0
     product: Callable[[torch.Tensor], torch.Tensor] | None = None
+    own: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    @classmethod
+    def by(cls, own: Callable[[torch.Tensor], torch.Tensor], weight_VH: torch.Tensor) -> "LmHead":
+        """A head that is a function; of `weight_VH` the dtype, the device and the vocabulary are read."""
+        return cls(weight_VH, own=own)
 
     @classmethod
     def of(cls, lm_head: torch.nn.Module, config: Any) -> "LmHead":
@@ -61,8 +68,35 @@ class LmHead:
     def logits(self, hidden_CH: torch.Tensor) -> torch.Tensor:
         """fp32 logits [C, V] of hidden states [C, H], before any temperature."""
         hidden_CH = hidden_CH.to(self.weight.dtype)
+        if self.own is not None:
+            return self.own(hidden_CH).float()
         raw_CV = self.product(hidden_CH) if self.product else F.linear(hidden_CH, self.weight, self.bias)
         return _shaped(raw_CV.float(), _Spec(1.0, self.softcap, self.scale, False), False)[0]
+
+    def token_logprobs(
+        self,
+        hidden_NH: torch.Tensor,
+        targets_N: torch.Tensor,
+        temperature: float = 1.0,
+        chunk: int | None = None,
+        *,
+        differentiable_entropy: bool = False,
+        return_top1: bool = False,
+    ) -> tuple[torch.Tensor, ...]:
+        """Log-probs and entropies of given tokens, and if asked whether each is the likeliest: `token_logprobs`."""
+        return token_logprobs(
+            hidden_NH,
+            self.weight,
+            targets_N,
+            temperature,
+            chunk,
+            bias_V=self.bias,
+            softcap=self.softcap,
+            logit_scale=self.scale,
+            differentiable_entropy=differentiable_entropy,
+            return_top1=return_top1,  # pyright: ignore[reportArgumentType, reportCallIssue]: the overloads want a literal
+            own=self.own,
+        )
 
 
 @overload
@@ -78,6 +112,7 @@ def token_logprobs(
     logit_scale: float = ...,
     differentiable_entropy: bool = ...,
     return_top1: Literal[False] = ...,
+    own: Callable[[torch.Tensor], torch.Tensor] | None = ...,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
@@ -94,6 +129,7 @@ def token_logprobs(
     logit_scale: float = ...,
     differentiable_entropy: bool = ...,
     return_top1: Literal[True],
+    own: Callable[[torch.Tensor], torch.Tensor] | None = ...,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
 
 
@@ -109,6 +145,7 @@ def token_logprobs(
     logit_scale: float = 1.0,
     differentiable_entropy: bool = False,
     return_top1: bool = False,
+    own: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """log softmax(logits / temperature)[target] for each token, and the entropy of each distribution, in nats.
 
@@ -122,6 +159,7 @@ def token_logprobs(
         bias_V, softcap, logit_scale: see `LmHead`.
         differentiable_entropy: let the entropy carry gradients (for an entropy bonus); it is detached otherwise.
         return_top1: also return whether the target is the most probable token (token accuracy).
+        own: see `LmHead`; by autograd, each chunk recomputed in the backward.
 
     Returns:
         (logps_N, entropy_N[, is_top1_N]): fp32, fp32, bool.
@@ -133,11 +171,11 @@ def token_logprobs(
         raise ValueError(f"temperature is {temperature}, expected > 0: log-probs of greedy decoding are not defined")
     if hidden_NH.shape[0] != targets_N.shape[0]:
         raise ValueError(f"{hidden_NH.shape[0]} hidden states for {targets_N.shape[0]} targets, expected as many")
-    spec = _Spec(float(temperature), softcap, float(logit_scale), return_top1)
+    spec = _Spec(float(temperature), softcap, float(logit_scale), return_top1, own)
     chunk = chunk or chunk_rows(weight_VH)
     grads = torch.is_grad_enabled()
     head_trains = weight_VH.requires_grad or (bias_V is not None and bias_V.requires_grad)
-    if grads and (head_trains or (differentiable_entropy and hidden_NH.requires_grad)):
+    if own is not None or (grads and (head_trains or (differentiable_entropy and hidden_NH.requires_grad))):
         logps_N, entropy_N, top1_N = _plain(hidden_NH, weight_VH, bias_V, targets_N, chunk=chunk, spec=spec)
         entropy_N = entropy_N if differentiable_entropy else entropy_N.detach()
     else:
@@ -181,15 +219,11 @@ def response_logprobs(
     """
     index_BR, mask_BR = response_positions(start_B, length_B)
     targets_N = input_ids_BT.gather(1, index_BR)[mask_BR]
-    logps_N, entropy_N = token_logprobs(
+    logps_N, entropy_N = head.token_logprobs(
         _take(hidden_BTH, index_BR - 1, mask_BR),
-        head.weight,
         targets_N,
         temperature,
         chunk,
-        bias_V=head.bias,
-        softcap=head.softcap,
-        logit_scale=head.scale,
         differentiable_entropy=differentiable_entropy,
     )
     zeros_BR = torch.zeros(mask_BR.shape, dtype=torch.float32, device=hidden_BTH.device)
@@ -222,6 +256,7 @@ class _Spec(NamedTuple):
     softcap: float | None
     scale: float
     top1: bool
+    own: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -284,6 +319,10 @@ def _logits(
     hidden_CH: torch.Tensor, weight_VH: torch.Tensor, bias_V: torch.Tensor | None, spec: _Spec, want_slope: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """fp32 logits / temperature of one chunk (in place, they are its own), and the soft cap's slope or None."""
+    if spec.own is not None and not len(hidden_CH):
+        return hidden_CH.sum() * hidden_CH.new_zeros(0, len(weight_VH)).float(), None
+    if spec.own is not None:
+        return spec.own(hidden_CH.to(weight_VH.dtype)).float() / spec.temperature, None
     return _shaped(F.linear(hidden_CH.to(weight_VH.dtype), weight_VH, bias_V).float(), spec, want_slope)
 
 

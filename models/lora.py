@@ -4,10 +4,16 @@ Tensors carry the names that PEFT gives them in `adapter_model.safetensors`, wit
 """
 
 import copy
+import functools
 import hashlib
+import inspect
 import json
+import logging
 import math
-from collections.abc import Iterable, Mapping
+import re
+import warnings
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +28,17 @@ from ..errors import UserError
 from ..files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from . import seams
 from .base import Base
+from .causal import decoder_of
 from .plain_lora import adapted_modules, check_plain, check_targets, check_tensors, read_config
+from .rounding import rounded
 
 with seams.importing(seams.LORA_LAYER):
+    from peft.tuners.lora.layer import ParamWrapper
     from peft.tuners.tuners_utils import BaseTunerLayer
 with seams.importing(seams.CONV1D):
     from transformers.pytorch_utils import Conv1D
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS, CONFIG = ADAPTER_WEIGHTS, ADAPTER_CONFIG
 VALUE_HEAD = "value_head.safetensors"
@@ -105,17 +116,85 @@ class LoraSpec:
 def linear_names(model: PreTrainedModel) -> list[str]:
     """The last name components of every linear layer of the decoder, sorted: `q_proj`, `up_proj`, ...
 
-    Names and not paths, so that the same adapter_config.json serves causal models, classifiers and vLLM.
+    Names and not paths, so that the same adapter_config.json serves causal models, classifiers and vLLM. Left out, and
+    logged, are layers that an adapter cannot serve: those without a name of their own (in a list), and those whose
+    weights their module also takes by itself (`_taken_past_adapters`).
     """
     heads = {name for name, _ in model.named_children()}
-    linear = (name for name, module in model.base_model.named_modules() if isinstance(module, (nn.Linear, Conv1D)))
-    return sorted({name.rpartition(".")[2] for name in linear} - heads)
+    found: dict[str, bool] = {}
+    for path, parent in decoder_of(model).named_modules():
+        past = _taken_past_adapters(parent)
+        for name, module in parent.named_children():
+            if isinstance(module, (nn.Linear, Conv1D)) and name not in heads:
+                shown = f"{path.rpartition('.')[2]}.{name}" if name.isdigit() else name
+                found[shown] = found.get(shown, True) and not name.isdigit() and name not in past
+    left = [name for name, adaptable in found.items() if not adaptable]
+    if left:
+        logger.info("all-linear leaves out %s: PEFT cannot adapt them in a %s", ", ".join(left), type(model).__name__)
+    return sorted(name for name, adaptable in found.items() if adaptable)
+
+
+@contextmanager
+def refused_by_peft() -> Generator[None]:
+    """Within it, what PEFT refuses to adapt becomes a UserError: wrap the making of an adapter, nothing else."""
+    try:
+        with warnings.catch_warnings():
+            # it writes such a pattern itself, for the stacked experts that it adapts in the place of their layers
+            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
+            yield
+    except (ValueError, TypeError) as error:
+        remedy = "choose other target_modules or settings"
+        raise UserError("lora", " ".join(str(error).split()), remedy) from error
+
+
+def say_experts(model: nn.Module) -> None:
+    """Log whether an adapter trains the experts of a mixture, whose weights are stacked and no linear layers."""
+    trained, frozen = set[str](), set[str]()
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            # of convolutions, which have three dimensions as well, one is small
+            if parameter.dim() == 3 and min(parameter.shape[1:]) > 8:
+                place = path.removesuffix(".base_layer").rpartition(".")[2]
+                wrapped = any(
+                    isinstance(each, ParamWrapper) and each.parameter_name == name and each.get_base_layer() is module
+                    for each in model.modules()
+                )
+                (trained if wrapped else frozen).add(f"{place}.{name}")
+    for names, words in ((trained, "trains"), (frozen, "leaves frozen")):
+        if names:
+            logger.info("the adapter %s the experts' stacked weights %s", words, ", ".join(sorted(names)))
+
+
+def _taken_past_adapters(module: nn.Module) -> frozenset[str]:
+    """Layers of a module whose weight or bias its forward takes by itself, instead of calling the layer.
+
+    A state-space mixer (it has a convolution) hands its projections' weights to a kernel where there is one and calls
+    the layers where there is none; a weight that is written to would change the base. Elsewhere a weight is read in
+    branches that no supported setting takes (BLOOM's).
+    """
+    mixer = any(isinstance(child, nn.Conv1d) for child in module.children())
+    return _read_by_itself(type(module), "(?:weight|bias)" if mixer else "weight\\.data")
+
+
+@functools.cache
+def _read_by_itself(module: type[nn.Module], what: str) -> frozenset[str]:
+    try:
+        source = inspect.getsource(module)
+    except (OSError, TypeError):
+        return frozenset()
+    return frozenset(re.findall(rf"\bself\.(\w+)\.{what}\b", source))
+
+
+def adapted_weight(layer: Any) -> Any:
+    """The base's parameter that a LoRA layer changes: a layer's weight, or one of a module's own (`ParamWrapper`)."""
+    return layer.get_param() if isinstance(layer, ParamWrapper) else layer.get_base_layer().weight
 
 
 def merged_weight(layer: Any, role: str) -> Tensor:
-    """The base layer's weight with that adapter's change in it: summed in fp32, rounded once to the weight's dtype."""
-    weight: Tensor = layer.get_base_layer().weight.data
-    return layer.get_delta_weight(role).float().add_(weight).to(weight.dtype)
+    """The base's weight with that adapter's change in it: summed in fp32, rounded once and without a bias to the
+    weight's dtype (see `rounding`)."""
+    weight: Tensor = adapted_weight(layer).data
+    return rounded(layer.get_delta_weight(role).float().add_(weight), weight.dtype)
 
 
 def lora_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
@@ -177,12 +256,26 @@ def write_adapter(folder: Path, base: Base, config: LoraConfig, tensors: Mapping
         config.target_modules = adapted_modules(tensors)
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     config.target_modules = sorted(config.target_modules or ())
+    check_finite_weights(folder, tensors)
     # its start is over: a reader must not draw or decompose anything before it fills in the weights
     config.init_lora_weights = True
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(plain, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def check_finite_weights(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse to save weights that are NaN or infinite.
+
+    Raises:
+        UserError: how many of them are.
+    """
+    wrong = sum(int((~tensor.isfinite()).sum()) for tensor in tensors.values())
+    if wrong:
+        total = sum(tensor.numel() for tensor in tensors.values())
+        problem = f"{wrong} of the adapter's {total} weights are not finite, so it is not saved"
+        raise UserError(str(folder), problem, "lower the learning rate, and look at the last rows of log.jsonl")
 
 
 def fill(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str) -> None:
@@ -234,6 +327,8 @@ def embed_parent(state: Mapping[str, nn.Parameter], lora: LoraSpec, parent: Path
             target = state[name]
             if any(old > new for old, new in zip(tensor.shape, target.shape, strict=True)):
                 raise UserError(str(parent), f"does not fit this base (at {name})", "use the base it was trained on")
+            if tensor.shape != target.shape and config.target_parameters:
+                raise UserError("lora.r", f"{lora.r}, and {parent} adapts stacked experts", f"use r: {config.r}")
             corner = tuple(slice(size) for size in tensor.shape)
             if "lora_B" in name or "lora_embedding_B" in name:
                 target.zero_()

@@ -10,16 +10,17 @@ tokens would cost more than the sharing saves; a block starts with whole rows an
 FlexAttention takes the tree in one piece.
 
 Whether a decoder really hands the tree to its attention, takes positions and builds no mask of its own, nobody can say
-who has not tried: before the first packed forward a probe of two rows goes through both forwards, and where they differ
-by more than rounding the padded one stays.
+who has not tried: before the first packed forward two rows go through it, and where their numbers are not those of each
+row by itself, by more than rounding, rows are padded instead, or computed apart (`Packing`).
 
 Legend of shape suffixes: B rows, L padded positions, N distinct tokens, H hidden size, T tokens of a block.
 """
 
 import functools
+import inspect
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,8 @@ from . import seams
 from .block_attention import LONGEST_BLOCK, block_attention, token_attention
 from .flex_tree import flex_applies, flex_tree_attention
 from .prefix_tree import Tree, build_tree, rounded
+from .rotary import forget_lengths, rotary_limit
+from .trial import SHARED, check_causal, difference, difference_in_words, model_name, precision, quietly, trial_rows
 
 with seams.importing(seams.ATTENTION_FUNCTIONS):
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -70,7 +73,7 @@ def tree_attention(
     Raises:
         SeamMoved: the batch is packed and its tree has not come with it: its rows would see one another.
     """
-    if tree is None and query.size(2) == 1 and _as_products(query, dropout) and _per_row(attention_mask):
+    if tree is None and query.size(2) == 1 and _as_products(query, value, dropout) and _per_row(attention_mask):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         assert attention_mask is not None
         mask_BHC = attention_mask[:, :, 0].expand(-1, query.size(1), -1).contiguous()
@@ -101,7 +104,7 @@ def _in_tree(
         out = flex_tree_attention(query, key, value, tree.flex_mask(window), scaling)
         if out is not None:
             return out.transpose(1, 2)
-    if _as_products(query, dropout) and tree.longest_block() <= LONGEST_BLOCK:
+    if _as_products(query, value, dropout) and tree.longest_block() <= LONGEST_BLOCK:
         runs = tree.runs()
         masks = [tree.mask((start, start + t), window, query.dtype)[0, 0] for start, _, t in runs]
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -122,9 +125,13 @@ def _in_tree(
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
-def _as_products(query: Tensor, dropout: float) -> bool:
-    """Where the fused kernel is slow. In fp32 it is what everybody else runs, and its last digit is worth keeping."""
-    return query.device.type == "cpu" and query.dtype != torch.float32 and not dropout
+def _as_products(query: Tensor, value: Tensor, dropout: float) -> bool:
+    """Where the fused kernel is slow. In fp32 it is what everybody else runs, and its last digit is worth keeping.
+
+    Our products take keys and values of one width.
+    """
+    slow = query.device.type == "cpu" and query.dtype != torch.float32 and not dropout
+    return slow and query.size(-1) == value.size(-1)
 
 
 def _per_row(mask: Tensor | None) -> bool:
@@ -135,28 +142,30 @@ AttentionInterface.register(ATTENTION, tree_attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
-def use_packed_forward(backbone: PreTrainedModel) -> bool:
-    """Replace the backbone's forward by the packed one, for calls with padded rows and no cache.
+def use_packed_forward(backbone: PreTrainedModel, packed: bool = True) -> bool:
+    """Replace the backbone's forward, for calls with padded rows and no cache, by the fastest one that is right.
 
-    Calls that it does not understand (a cache, embeddings, a 4-D mask, hidden states of every layer) go to the model's
-    own forward; so do all calls of a backbone whose packed forward does not give its own numbers (see `Packing`).
-    Calling it twice changes nothing.
+    Packed where a trial shows that it gives each row's own numbers, else padded, else rows of one length at a time (see
+    `Packing`). Calls that it does not understand (a cache, embeddings, a 4-D mask, hidden states of every layer) go to
+    the model's own forward. Calling it twice changes nothing.
 
     Args:
-        backbone: a transformers decoder (`model.base_model`).
+        backbone: a transformers decoder (`causal.decoder_of`).
+        packed: whether packing may be tried at all.
 
     Returns:
-        Whether the backbone is one that can be packed; if not, the log says so and nothing changes.
+        Whether the backbone is one that can be packed; if not, the log says so.
     """
     seams.require(seams.ATTENTION_FUNCTIONS)
     seams.require(seams.DECODER_FIELDS)
-    if getattr(backbone, _PACKING, None) is not None:
-        return True
-    if not packs(backbone):
-        logger.info("%s: the packed forward does not apply, padded rows are used", _name(backbone))
-        return False
+    held: Packing | None = getattr(backbone, _PACKING, None)
+    if held is not None:
+        return held.packable
+    packable = packed and packs(backbone)
+    if packed and not packable:
+        logger.info("%s: the packed forward does not apply, padded rows are used", model_name(backbone))
     plain = backbone.forward
-    packing = Packing(backbone, plain)
+    packing = Packing(backbone, plain, packable)
 
     @functools.wraps(plain)
     def forward(
@@ -165,18 +174,14 @@ def use_packed_forward(backbone: PreTrainedModel) -> bool:
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        understood = _understood(input_ids, attention_mask, kwargs)
-        if input_ids is None or attention_mask is None or not understood or not packing.agrees(input_ids.device):
-            return plain(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
-        whole = flex_applies(input_ids.device)
-        tree = build_tree(input_ids, attention_mask, input_ids.numel() if whole else None)
-        hidden_NH = forward_tree(plain, tree, **{**kwargs, "use_cache": False})
-        hidden_BLH = hidden_NH[tree.index_BL].masked_fill(~tree.mask_BL[..., None], 0)
-        return BaseModelOutputWithPast(last_hidden_state=hidden_BLH)
+        if input_ids is None or attention_mask is None or not _understood(input_ids, attention_mask, kwargs):
+            given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+            return plain(**{name: x for name, x in given.items() if x is not None}, **kwargs)
+        return packing(input_ids, attention_mask, position_ids, kwargs)
 
     backbone.forward = forward
     setattr(backbone, _PACKING, packing)
-    return True
+    return packable
 
 
 def attention_of(config: PreTrainedConfig) -> str | None:
@@ -198,101 +203,157 @@ _PACKING = "_preftune_packing"
 """The attribute of a backbone under which its `Packing` is found."""
 
 
-class Packing:
-    """A backbone's packed forward, on trial.
+Way = Literal["packed", "padded", "alone"]
+"""How a batch of padded rows is computed; "alone": rows of one length together, without padding or a mask."""
 
-    The first call on a device, in a precision, tries it: two rows that share their beginning, one shorter than the
-    other, go through the padded and the packed forward, without gradients, dropout or a random number. Then and not
+
+class Packing:
+    """A backbone's ways over padded rows, on trial.
+
+    The first call on a device, in a precision, tries them: two rows that share their beginning, one shorter than the
+    other, must get the numbers that the model's own forward gives to each row by itself, unpadded. Then and not
     earlier, because until then the base may be moved, sharded, quantised or get an adapter.
+
+    Rows on either side of a length at which rotary factors change are computed apart, whatever the way.
     """
 
-    def __init__(self, backbone: PreTrainedModel, plain: Callable[..., Any]) -> None:
+    def __init__(self, backbone: PreTrainedModel, plain: Callable[..., Any], packable: bool) -> None:
+        self.packable = packable
         self._backbone, self._plain = backbone, plain
-        self._tried: set[tuple[str, torch.dtype]] = set()
-        self._off = False
-        _attend(backbone.config, ATTENTION)
+        self._takes = _taken(plain)
+        self._limit = rotary_limit(backbone)
+        self._ways: dict[tuple[str, torch.dtype], Way] = {}
+        self._off = not packable
+        if packable:
+            _attend(backbone.config, ATTENTION)
+
+    def __call__(self, ids_BL: Tensor, mask_BL: Tensor, position_BL: Tensor | None, kwargs: dict[str, Any]) -> Any:
+        """The last hidden states of padded rows; what else is asked for goes with the padded way."""
+        way = self.way(ids_BL.device)
+        parts = self._parts(mask_BL, way)
+        if len(parts) == 1 and way == "padded":
+            return self._padded(ids_BL, mask_BL, position_BL, kwargs)
+        if len(parts) == 1 and way == "packed":
+            return BaseModelOutputWithPast(last_hidden_state=self._packed(ids_BL, mask_BL, kwargs))
+        hidden: list[Tensor] = []
+        for rows in parts:
+            part = torch.tensor(rows, device=ids_BL.device)
+            ids, mask = ids_BL[part], mask_BL[part]
+            if way == "packed":
+                hidden.append(self._packed(ids, mask, kwargs))
+            elif way == "padded":
+                hidden.append(self._rows_of_one_kind(ids, mask, kwargs))
+            else:
+                hidden.append(self._alone(ids, mask, kwargs))
+        order = torch.tensor([row for rows in parts for row in rows], device=ids_BL.device).argsort()
+        return BaseModelOutputWithPast(last_hidden_state=torch.cat(hidden)[order])
+
+    def way(self, device: torch.device) -> Way:
+        """How rows are computed here; where it is not packed, the log has said so once."""
+        key = (device.type, precision(self._backbone, device))
+        if key not in self._ways:
+            self._ways[key] = self._try(device, key[1])
+        # a decoder whose packed forward failed in one precision has given up its attention function in all of them
+        return "padded" if self._off and self._ways[key] == "packed" else self._ways[key]
 
     def agrees(self, device: torch.device) -> bool:
-        """Whether the packed forward gives the padded one's numbers here; if not, the log has said so once."""
-        dtype = _precision(self._backbone, device)
-        if self._off or (device.type, dtype) in self._tried:
-            return not self._off
-        try:
-            found = self._difference(device)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # a decoder that cannot be run so may fail in every way there is
-            self._give_up(str(error))
-            return False
-        allowed = _allowed(dtype, device)
-        if not found <= allowed:  # not a number counts as different
-            self._give_up(
-                f"packed and padded states differ by {found:.2g} of their size ({dtype} on {device.type}: "
-                f"at most {allowed:.2g} is rounding)"
-            )
-            return False
-        self._tried.add((device.type, dtype))
-        return True
+        """Whether the packed forward is in use."""
+        return self.way(device) == "packed"
 
-    def _give_up(self, why: str) -> None:
-        self._off = True
-        _attend(self._backbone.config, "sdpa")
-        logger.warning("%s: the packed forward is not used, padded rows are: %s", _name(self._backbone), why)
+    def _parts(self, mask_BL: Tensor, way: Way) -> list[list[int]]:
+        """Rows that are computed together."""
+        everyone = [list(range(len(mask_BL)))]
+        if self._limit is not None:
+            forget_lengths(self._backbone)
+            if mask_BL.size(1) > self._limit.length:
+                everyone = self._limit.parts(mask_BL.sum(-1).tolist())
+        if way != "alone":
+            return everyone
+        groups: dict[int, list[int]] = {}
+        for row, length in enumerate(mask_BL.sum(-1).tolist()):
+            groups.setdefault(length, []).append(row)
+        return list(groups.values())
 
-    @torch.no_grad()
-    def _difference(self, device: torch.device) -> float:
-        """The packed forward's error at its worst token, as a share of the padded state's size."""
-        ids_BL, mask_BL = _probe_rows(self._backbone.config.get_text_config().vocab_size, device)
-        training = [module for module in self._backbone.modules() if module.training]
-        cuda = [device] if device.type == "cuda" else []
-        # no cache: weights that autocast casts without a gradient must not be those that training meets
-        autocast = torch.autocast(
-            device.type,
-            dtype=torch.get_autocast_dtype(device.type),
-            enabled=torch.is_autocast_enabled(device.type),
-            cache_enabled=False,
-        )
-        for module in training:
-            module.training = False
-        try:
-            with torch.random.fork_rng(devices=cuda), autocast:
-                padded = self._plain(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False).last_hidden_state
-                tree = build_tree(ids_BL, mask_BL, ids_BL.numel() if flex_applies(device) else None)
-                packed = forward_tree(self._plain, tree, use_cache=False)[tree.index_BL]
-        finally:
-            for module in training:
-                module.training = True
+    def _padded(self, ids_BL: Tensor, mask_BL: Tensor, position_BL: Tensor | None, kwargs: dict[str, Any]) -> Any:
+        position = {} if position_BL is None or "position_ids" not in self._takes else {"position_ids": position_BL}
+        return self._plain(input_ids=ids_BL, attention_mask=mask_BL, **position, **kwargs)
+
+    def _packed(self, ids_BL: Tensor, mask_BL: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        tree = build_tree(ids_BL, mask_BL, ids_BL.numel() if flex_applies(ids_BL.device) else None)
+        if self._limit is not None:
+            forget_lengths(self._backbone)
+        hidden_NH = forward_tree(self._plain, tree, **{**kwargs, "use_cache": False})
+        return hidden_NH[tree.index_BL].masked_fill(~tree.mask_BL[..., None], 0)
+
+    def _rows_of_one_kind(self, ids_BL: Tensor, mask_BL: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """Padded rows, no wider than the longest of them: rotary factors go by a forward's width."""
+        rows, width = [ids[kept] for ids, kept in zip(ids_BL, mask_BL.bool(), strict=True)], mask_BL.sum(-1).max()
+        pad = torch.nn.utils.rnn.pad_sequence
+        ids_BW = pad(rows, batch_first=True)
+        mask_BW = pad([torch.ones_like(row) for row in rows], batch_first=True)
+        forget_lengths(self._backbone)
+        hidden_BWH = self._padded(ids_BW, mask_BW, None, kwargs).last_hidden_state
+        assert hidden_BWH.size(1) == width
+        return _spread(hidden_BWH[mask_BW.bool()], mask_BL)
+
+    def _alone(self, ids_BL: Tensor, mask_BL: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """Rows of one length, as each would be by itself."""
+        if self._limit is not None:
+            forget_lengths(self._backbone)
+        kept_BL = mask_BL.bool()
+        ids_BT = ids_BL[kept_BL].view(len(ids_BL), -1)
+        return _spread(self._plain(input_ids=ids_BT, **kwargs).last_hidden_state.flatten(0, 1), mask_BL)
+
+    def _try(self, device: torch.device, dtype: torch.dtype) -> Way:
+        rows = trial_rows(self._backbone, device)
+        ids_BL = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        mask_BL = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        kept_BL, plain = mask_BL.bool(), {"use_cache": False}
+        if self._limit is not None:
+            forget_lengths(self._backbone)
+        with quietly(self._backbone, device):
+            own = [self._plain(input_ids=row[None], **plain).last_hidden_state[0] for row in rows]
+        check_causal(self._backbone, own[0][:SHARED], own[1][:SHARED])
+        own_NH = torch.cat(own)
+
+        def fails(forward: Callable[[], Tensor]) -> str | None:
+            try:
+                with quietly(self._backbone, device):
+                    return difference_in_words(difference(forward()[kept_BL], own_NH), dtype, device)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # a decoder that cannot be run so may fail in every way there is
+                return str(error) or type(error).__name__
+
+        name = model_name(self._backbone)
+        if not self._off:
+            if (why := fails(lambda: self._tried_tree(ids_BL, mask_BL))) is None:
+                return "packed"
+            self._off = True
+            _attend(self._backbone.config, "sdpa")
+            logger.warning("%s: the packed forward is not used, padded rows are: packed states %s", name, why)
+        position_BL = (mask_BL.cumsum(-1) - 1).clamp(min=0)
+        if (why := fails(lambda: self._padded(ids_BL, mask_BL, position_BL, plain).last_hidden_state)) is None:
+            return "padded"
+        logger.warning("%s: rows of different lengths are computed apart: padded states %s", name, why)
+        return "alone"
+
+    def _tried_tree(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+        tree = build_tree(ids_BL, mask_BL, ids_BL.numel() if flex_applies(ids_BL.device) else None)
+        packed_NH = forward_tree(self._plain, tree, use_cache=False)
         _check_windows(self._backbone.config, tree)
-        kept = mask_BL.bool()
-        padded_NH, packed_NH = padded[kept].float(), packed[kept].float()
-        return float(((packed_NH - padded_NH).norm(dim=-1) / padded_NH.norm(dim=-1)).max())
+        return packed_NH[tree.index_BL]
 
 
-def _probe_rows(vocabulary: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids and mask [2, 12]: three tokens in common, then nine of one row and three of the other."""
-    ids_BL = torch.tensor([[1, 2, 3, *range(4, 13)], [1, 2, 3, 13, 14, 15, *[0] * 6]], device=device)
-    # spread over the vocabulary: neighbours are often special tokens, or alike
-    return ids_BL * 7919 % vocabulary, (ids_BL > 0).long()
+def _spread(hidden_NH: Tensor, mask_BL: Tensor) -> Tensor:
+    """States of the rows' own tokens [N, H] to where these stand [B, L, H]; zero where there is padding."""
+    zeros_BLH = hidden_NH.new_zeros(*mask_BL.shape, hidden_NH.size(-1))
+    return zeros_BLH.masked_scatter(mask_BL.bool()[..., None], hidden_NH)
 
 
-def _precision(backbone: PreTrainedModel, device: torch.device) -> torch.dtype:
-    """The lowest precision that the backbone computes in now."""
-    dtype: torch.dtype = next(backbone.parameters()).dtype
-    if torch.is_autocast_enabled(device.type) and dtype == torch.float32:
-        return torch.get_autocast_dtype(device.type)
-    return dtype
-
-
-def _allowed(dtype: torch.dtype, device: torch.device) -> float:
-    """What rounding may do to a state: half of the precision's digits.
-
-    Rounding grows with a network's depth, from the last digit on, and stays well below that (measured: 1e-6 in fp32 and
-    0.01 in bf16); a token that sees another row's tokens, or misses one of its own, is off by a tenth at least.
-    """
-    eps = torch.finfo(dtype).eps if dtype.is_floating_point else torch.finfo(torch.bfloat16).eps
-    if device.type == "cuda" and dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
-        eps = 2.0**-10  # TensorFloat-32
-    return eps**0.5
+def _taken(forward: Callable[..., Any]) -> set[str]:
+    """The names of a forward's arguments."""
+    return set(inspect.signature(forward).parameters)
 
 
 def _check_windows(config: PreTrainedConfig, tree: Tree) -> None:
@@ -309,12 +370,6 @@ def _check_windows(config: PreTrainedConfig, tree: Tree) -> None:
     met = sum(each is not None for each in tree.attended)
     if met != expected:
         raise seams.TREE_HANDOVER.moved([f"the sliding window of {expected - met} layer(s)"])
-
-
-def _name(backbone: PreTrainedModel) -> str:
-    """The model's class and, where it has one, its name."""
-    name = getattr(backbone, "name_or_path", "")
-    return f"{type(backbone).__name__} ({name})" if name else type(backbone).__name__
 
 
 def forward_tree(backbone: Callable[..., Any], tree: Tree, **kwargs: Any) -> Tensor:

@@ -65,9 +65,13 @@ def check_plain(config: PeftConfig, where: str, *, fresh: bool = False) -> LoraC
         kind = getattr(config.peft_type, "value", config.peft_type)
         raise UserError(where, f"a {kind} adapter, expected plain LoRA", remedy)
     plain = LoraConfig()
+    # PEFT targets a mixture's stacked experts in the place of their layers, with patterns of its own
+    taken = config.target_parameters and not fresh
+    stacked = {"target_parameters", "rank_pattern", "alpha_pattern"} if taken else set()
+    allowed = _OBEYED | _ELSEWHERE | stacked
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name in _OBEYED | _ELSEWHERE or value == getattr(plain, field.name) or not (value or value == 0):
+        if field.name in allowed or value == getattr(plain, field.name) or not (value or value == 0):
             continue
         raise UserError(where, f"not plain LoRA ({field.name}={_short(value)})", remedy)
     start = config.init_lora_weights

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..data.template import common_prefix
@@ -147,12 +146,16 @@ def build_tree(
 
 
 def rounded(tree: Tree, multiple: int = ROUND_TO) -> Tree:
-    """The tree with tokens at its end that nobody sees and whose states nobody reads, up to a multiple of so many."""
+    """The tree with tokens at its end that nobody sees and whose states nobody reads, up to a multiple of so many.
+
+    They repeat the first token, at its own place: a token that no row has there, as padding's, may have an embedding of
+    zeros, whose norm has no gradient, and a zero times that is not a zero.
+    """
     n = len(tree.ids_N)
     missing = -n % multiple
     if not missing:
         return tree
-    ids_N, depth_N = F.pad(tree.ids_N, (0, missing)), F.pad(tree.depth_N, (0, missing))
+    ids_N, depth_N = (torch.cat([each, each[:1].expand(missing)]) for each in (tree.ids_N, tree.depth_N))
     end_N = torch.cat([tree.end_N, torch.arange(n + 1, n + missing + 1, device=tree.end_N.device)])
     blocks = (*tree.blocks, (n, n + missing))
     return replace(tree, ids_N=ids_N, depth_N=depth_N, end_N=end_N, blocks=blocks, masks={})

@@ -13,7 +13,18 @@ from .base import Base
 from .fused_lora import use_fused_lora
 from .lineage import check_base
 from .loading import Quantization, load_model
-from .lora import SCORE, LoraSpec, embed_parent, fill, lora_layers, lora_state, read_adapter, write_adapter
+from .lora import (
+    SCORE,
+    LoraSpec,
+    embed_parent,
+    fill,
+    lora_layers,
+    lora_state,
+    read_adapter,
+    refused_by_peft,
+    say_experts,
+    write_adapter,
+)
 from .tokens import prepare_model
 
 
@@ -60,7 +71,9 @@ def create_reward_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = lora.config(model, "SEQ_CLS", modules_to_save=["score"])
-        peft = PeftModelForSequenceClassification(model, config, adapter_name=DEFAULT)
+        with refused_by_peft():
+            peft = PeftModelForSequenceClassification(model, config, adapter_name=DEFAULT)
+    say_experts(peft)
     use_fused_lora(peft)
     # PEFT's new dropout layers are in training mode, whatever mode the model is in.
     peft.eval()

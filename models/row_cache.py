@@ -68,7 +68,7 @@ class RowCache(Cache):
         span = slice(self.stop - width, self.stop)
         for index, layer in enumerate(self._layers()):
             keys, values = prefilled.layer(index, source, width)
-            layer.reserve(keys)
+            layer.reserve(keys, values)
             assert layer.keys is not None and layer.values is not None
             layer.keys[slots, :, span] = keys
             layer.values[slots, :, span] = values
@@ -111,14 +111,17 @@ class _Layer(CacheLayerMixin):
         super().__init__()
         self.cache, self.index = cache, index
 
-    def reserve(self, like: Tensor) -> None:
+    def reserve(self, keys: Tensor, values: Tensor) -> None:
+        """Buffers for keys and values like these, which need not be as wide as one another."""
         if self.keys is None:
-            shape = (self.cache.rows, like.shape[1], self.cache.columns, like.shape[3])
-            self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
+            self.keys, self.values = (
+                like.new_zeros(self.cache.rows, like.shape[1], self.cache.columns, like.shape[3])
+                for like in (keys, values)
+            )
             self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.reserve(key_states)
+        self.reserve(key_states, value_states)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         return self.cache.put(self.index, key_states[:, :, 0], value_states[:, :, 0])

@@ -471,6 +471,15 @@ PREPARE_DATASET = Seam(
     _overridden("_prepare_dataset"),
 )
 
+GRAD_NORM = Seam(
+    "grad-norm",
+    "transformers",
+    ("_get_grad_norm of Trainer",),
+    "gradients that are not finite end a stage by overriding it",
+    "NaN weights would be trained on and saved",
+    _overridden("_get_grad_norm"),
+)
+
 COMPUTE_LOSS = Seam(
     "compute-loss",
     "trl",

@@ -3,12 +3,13 @@
 import logging
 import re
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.template import DEFAULT_CHAT_TEMPLATE
+from ..data.template import DEFAULT_CHAT_TEMPLATE, set_date
 from ..errors import UserError
 from .base import Base
 from .quiet import quiet_transformers
@@ -20,12 +21,15 @@ _KNOWN_PADS = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad
 _SPARE = re.compile(r"pad|reserved|unused|extra|placeholder", re.IGNORECASE)
 
 
-def load_tokenizer(base: Base, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    base: Base, chat_template: str | None = None, template_date: date | None = None
+) -> PreTrainedTokenizerBase:
     """The base's tokenizer with right padding, a chat template, and `pad_token_id != eos_token_id`.
 
     Args:
         chat_template: a file, Jinja text, the name of one of the tokenizer's templates, or "default" for
             `DEFAULT_CHAT_TEMPLATE`. None: the tokenizer's own, or else that default.
+        template_date: the day that templates write which write today's; None: the day on which the process started.
 
     Raises:
         UserError: an unknown template, an EOS that the model cannot say, or no token that can serve as PAD.
@@ -36,6 +40,7 @@ def load_tokenizer(base: Base, chat_template: str | None = None) -> PreTrainedTo
         raise UserError("model.base", f"the tokenizer of {base.spec!r} has no EOS token", "set eos_token in its config")
     tokenizer.padding_side = "right"
     tokenizer.chat_template = _template(tokenizer, chat_template)
+    set_date(tokenizer, template_date)
     set_eos(tokenizer)
     size = vocabulary_size(base)
     if tokenizer.eos_token_id >= size:
@@ -58,8 +63,23 @@ def prepare_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
         generation.pad_token_id = tokenizer.pad_token_id
         had = generation.eos_token_id
         others = had if isinstance(had, list) else [had]
-        extra = [i for i in others if i not in (None, tokenizer.eos_token_id, tokenizer.pad_token_id)]
+        extra = [i for i in others if i not in (None, tokenizer.eos_token_id)]
         generation.eos_token_id = [tokenizer.eos_token_id, *extra] if extra else tokenizer.eos_token_id
+
+
+def end_token_ids(tokenizer: PreTrainedTokenizerBase, model: Any) -> list[int]:
+    """With which tokens a reply ends: the tokenizer's EOS, then those that the base's generation config names.
+
+    Some are no tokens of the chat template (Llama 3's <|end_of_text|>, Qwen's <|endoftext|>): a base writes them all
+    the same, and what it says after one is not part of its reply.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    generation = getattr(inner, "generation_config", None)
+    # one that only repeats the model's config may hold the default of its class, which is some token of another kind
+    derived = getattr(generation, "_from_model_config", True)
+    named: Any = None if derived else getattr(generation, "eos_token_id", None)
+    ends = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
+    return list(dict.fromkeys(int(each) for each in ends if isinstance(each, int)))
 
 
 def set_eos(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -72,7 +92,9 @@ def set_eos(tokenizer: PreTrainedTokenizerBase) -> None:
         return
     tail = str(text).rpartition(_MARK)[2].lstrip()
     # The longest match: `<|end|>` and `<|end|>x` may both be tokens.
-    ends = sorted((t for t in special_tokens(tokenizer) if t and tail.startswith(t)), key=len)
+    # Not only those marked special: some tokenizers forget to mark theirs.
+    added = special_tokens(tokenizer).keys() | {str(token) for token in tokenizer.added_tokens_decoder.values()}
+    ends = sorted((t for t in added if t and tail.startswith(t)), key=len)
     if ends and ends[-1] != tokenizer.eos_token:
         logger.info("EOS is %s, with which the chat template ends a turn (was %s)", ends[-1], tokenizer.eos_token)
         tokenizer.eos_token = ends[-1]

@@ -103,6 +103,7 @@ def stage_job(
         seed=seed,
         output_dir=output_dir,
         chat_template=recipe.model.chat_template,
+        template_date=recipe.model.template_date,
         packed=recipe.model.packed,
         data_name=stage.data,
     )
@@ -131,6 +132,7 @@ def eval_spec(recipe: Recipe, base: "Base", run_dir: Path, policies: list[str] |
         beams=part.beams or 1,
         output_dir=run_dir,
         chat_template=recipe.model.chat_template,
+        template_date=recipe.model.template_date,
         packed=recipe.model.packed,
         reward_models=tuple(reward_model(recipe, name, run_dir) for name in reward_stages(recipe, left_out=True)),
         over_optimisation=None if part.over_optimisation is None else over_optimisation(recipe, run_dir),

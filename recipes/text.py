@@ -42,12 +42,18 @@ _Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value.
 
 @dataclass
 class Text:
-    """A parsed file: `values`, and the place ("file.yaml:12") of each key by its path from the top."""
+    """A parsed file: `values`, and the place ("file.yaml:12") of each key by its path from the top.
+
+    Attributes:
+        lines: of the keys. given: the overrides that set them.
+        copied: keys whose value was copied from another key, where what is wrong with it is said already.
+    """
 
     name: str
     values: Any = None
     lines: dict[Path_, int] = field(default_factory=dict)
     given: dict[Path_, str] = field(default_factory=dict)
+    copied: set[Path_] = field(default_factory=set)
 
     def place(self, path: Path_) -> str:
         """File and line of that key, of the nearest one above it where it is not there; or the override that set it."""
@@ -57,6 +63,10 @@ class Text:
             if path[:length] in self.lines:
                 return f"{self.name}:{self.lines[path[:length]]}"
         return self.name
+
+    def places(self) -> dict[str, str]:
+        """The place of every key, by its path with dots."""
+        return {".".join(map(str, path)): self.place(path) for path in {**self.lines, **self.given} if path}
 
 
 def parse(text: str, name: str) -> Text:

@@ -1,6 +1,7 @@
 """What one stage is to do, resolved."""
 
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ class StageJob:
         train: fields of the TRL / Transformers config by their own names.
         rewards: where the scores of an on-policy stage come from.
         output_dir: gets the adapter, the tokenizer, lineage.json, metrics.json and log.jsonl.
+        template_date: the day that templates write which write today's.
         packed: forwards run without padding and repeated prefixes.
         data_name: the data entry's name in the recipe, for messages and lineage.
     """
@@ -48,6 +50,7 @@ class StageJob:
     seed: int = 0
     output_dir: Path
     chat_template: str | None = None
+    template_date: date | None = None
     packed: bool = True
     data_name: str = "data"
 
@@ -55,6 +58,11 @@ class StageJob:
     def record(self) -> StageKind:
         """The record of its kind. Raises UserError where there is none."""
         return stage_kind(self.kind, f"stages.{self.name}.kind")
+
+    def method_value(self, name: str) -> Any:
+        """A parameter of the method: what the recipe says, or its default; None where the kind has no such."""
+        default = next((each.default for each in self.record.parameters if each.name == name), None)
+        return self.method.get(name, default)
 
     def torch_dtype(self) -> torch.dtype:
         """The dtype of the base. Raises UserError for one that nothing trains in."""

@@ -7,12 +7,12 @@ from trl.trainer.kto_config import KTOConfig
 from trl.trainer.kto_trainer import KTOTrainer
 
 from ..data.encode import encode_labels
-from ..errors import UserError
+from ..errors import UserError, gathering
 from .job import StageJob
 from .options import refusals_in_words, stage_config
 from .reference_trainer import ReferenceTrainer
 from .run import PolicyStage, load_data, open_adapters, open_tokenizer, train_policy
-from .trainers import settle_dropout, stage_callbacks
+from .trainers import NO_AUX, settle_dropout, stage_callbacks
 
 
 class KTOStageTrainer(ReferenceTrainer, KTOTrainer):
@@ -48,7 +48,7 @@ def build_kto(job: StageJob) -> PolicyStage[KTOStageTrainer]:
     # 1. tokenizer, data, config
     tokenizer = open_tokenizer(job)
     data = load_data(job, encode_labels, tokenizer)
-    args = stage_config(KTOConfig, job, held_out=data.held is not None, max_length=job.data.max_length)
+    args = stage_config(KTOConfig, job, held_out=data.held is not None, max_length=job.data.max_length, **NO_AUX)
     # shuffled once here: z0 pairs neighbours, which in a file are often two answers to one prompt
     train_rows, held_rows = data.train.shuffle(seed=job.seed), data.held
     if args.loss_type == "kto":
@@ -69,6 +69,18 @@ def build_kto(job: StageJob) -> PolicyStage[KTOStageTrainer]:
             callbacks=stage_callbacks(job),
         )
     return PolicyStage(trainer, adapters, tokenizer, data)
+
+
+def kto_problems(job: StageJob, args: KTOConfig) -> list[UserError]:
+    """What cannot estimate z0 from a batch (D4)."""
+    found: list[UserError] = []
+    if args.loss_type == "kto":
+        with gathering(found):
+            _check_batch(job, args.per_device_train_batch_size, 2)
+        if args.train_sampling_strategy != "sequential":
+            said = f"is {args.train_sampling_strategy!r}; z0 pairs neighbours in an order that is shuffled once"
+            found.append(UserError(f"stages.{job.name}.train.train_sampling_strategy", said, "leave it out"))
+    return found
 
 
 def _check_batch(job: StageJob, batch_size: int, rows: int) -> None:

@@ -19,26 +19,29 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ..data.rows import Message
-from ..errors import UserError
+from ..errors import UserError, user_code
+
+_LARGEST = 3.4e38
+"""Scores are fp32."""
 
 RewardFunction = Callable[..., Sequence[float | None]]
 
 
-def import_function(spec: str) -> RewardFunction:
+def import_function(spec: str, where: str | None = None) -> RewardFunction:
     """The function named "module:function".
 
+    Args:
+        where: its place in the recipe, for errors.
+
     Raises:
-        UserError: no such module or function.
+        UserError: no such module or function, or a module that raises.
     """
+    place = where or f"reward {spec}"
     module, _, name = spec.partition(":")
-    try:
+    with user_code(place, f"{spec} cannot be imported", "write module:function, importable from here"):
         function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"reward {spec}", f"cannot be imported ({error})", "write module:function, importable from here"
-        ) from error
     if not callable(function):
-        raise UserError(f"reward {spec}", f"is a {type(function).__name__}, expected a function", "name a function")
+        raise UserError(place, f"{spec} is a {type(function).__name__}, expected a function", "name a function")
     return function  # pyright: ignore[reportReturnType]: what it returns is checked at each call
 
 
@@ -66,9 +69,11 @@ def call_reward_function(
             completions, or one that is neither None nor a finite number.
     """
     given = {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
-    returned = _called(function, _taken(function, given, where))
     name = getattr(function, "__name__", type(function).__name__)
-    scores = _listed(returned)
+    given = _taken(function, given, where)
+    with user_code(where, f"{name} raised", "correct the function"):
+        returned = _called(function, given)
+        scores = _listed(returned)
     if scores is None:
         said = "None" if returned is None else f"a {type(returned).__name__}"
         raise UserError(
@@ -130,7 +135,7 @@ def _score(score: Any, where: str, name: str, completion: str | list[Message]) -
         return math.nan
     if hasattr(score, "item") and getattr(score, "size", None) is not None and _elements(score) == 1:
         score = score.item()
-    if not isinstance(score, numbers.Real) or not math.isfinite(score):
+    if not isinstance(score, numbers.Real) or not abs(float(score)) <= _LARGEST:
         text = completion if isinstance(completion, str) else completion[-1]["content"]
         shown = repr(score) if len(repr(score)) <= 40 else f"a {type(score).__name__}"
         raise UserError(

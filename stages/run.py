@@ -15,10 +15,11 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, se
 from ..data.load import load_rows
 from ..data.spec import DataSpec
 from ..data.split import split_rows
-from ..errors import UserError
-from ..files import CHECKPOINTS, METRICS
+from ..errors import UserError, user_code
+from ..files import CHECKPOINTS, LOGS, METRICS
 from ..models.adapters import AdapterSet
 from ..models.base import Base
+from ..models.context import check_context
 from ..models.lineage import (
     Lineage,
     adapter_sha256,
@@ -33,7 +34,9 @@ from ..models.loading import load_model
 from ..models.tokens import check_vocabulary, load_tokenizer, prepare_model, vocabulary_size
 from ..values import plain
 from .job import StageJob
-from .trainers import train
+from .kinds import KINDS
+from .options import keeps_checkpoints
+from .trainers import StageTrainer, train
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -58,7 +61,10 @@ def run_stage(job: StageJob) -> dict[str, Any]:
     run = job.record.runner()
     job.output_dir.mkdir(parents=True, exist_ok=True)
     set_seed(job.seed)
-    return run(job)
+    if job.kind in KINDS:
+        return run(job)
+    with user_code(f"stages.{job.name}", f"{job.kind} raised", "correct the method"):
+        return run(job)
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,8 @@ class PolicyStage(Generic[TrainerT]):
 
 def train_policy(job: StageJob, stage: PolicyStage[TrainerT]) -> dict[str, Any]:
     """Train, save the adapter and everything beside it; returns the metrics as written."""
+    if isinstance(stage.trainer, StageTrainer):
+        stage.trainer.came_from(job.name, stage.data.train, stage.data.origins)
     metrics = train(stage.trainer, len(stage.data.train))
     if stage.trainer.is_world_process_zero():
         stage.adapters.save("default", job.output_dir)
@@ -81,12 +89,13 @@ def train_policy(job: StageJob, stage: PolicyStage[TrainerT]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class StageData:
-    """The encoded rows of a stage: `held` is None where nothing is held out."""
+    """The encoded rows of a stage: `held` is None where nothing is held out; `origins` is where `train` comes from."""
 
     train: "Dataset"
     held: "Dataset | None"
     fingerprint: str
     report: dict[str, Any]
+    origins: tuple[str, ...] = ()
 
 
 Encode = Callable[["list[Row]", PreTrainedTokenizerBase, DataSpec], "tuple[Dataset, DataReport]"]
@@ -107,10 +116,12 @@ def load_data(job: StageJob, encode: Encode, tokenizer: PreTrainedTokenizerBase)
     )
     report: dict[str, Any] = {"read": loaded.report.as_dict()}
     encoded: dict[str, Dataset] = {}
+    origins: tuple[str, ...] = ()
     for name, rows in (("train", train_rows), ("held_out", held_rows)):
         if rows:
             encoded[name], part = encode(list(rows), tokenizer, job.data)
             check_ids(encoded[name], tokenizer, job.base, f"data.{job.data_name}")
+            origins = tuple(part.origins) if name == "train" else origins
             report[name] = part.as_dict()
             logger.info("%s, %s rows of %s: %s", job.name, name, job.data_name, "; ".join(part.lines()))
     train = encoded.get("train")
@@ -120,8 +131,11 @@ def load_data(job: StageJob, encode: Encode, tokenizer: PreTrainedTokenizerBase)
             f"no row is left to train on ({len(loaded.rows)} read, {len(train_rows)} after the split)",
             "raise max_length, or see `preftune validate` for why rows were dropped",
         )
+    new_tokens = job.method_value("max_new_tokens") if job.record.rows == "prompt" else None
+    for part in encoded.values():
+        check_context(part, job.base, f"data.{job.data_name}", new_tokens or 0)
     held = encoded.get("held_out")
-    return StageData(train, held if held is not None and len(held) else None, loaded.fingerprint, report)
+    return StageData(train, held if held is not None and len(held) else None, loaded.fingerprint, report, origins)
 
 
 def check_ids(rows: "Dataset", tokenizer: PreTrainedTokenizerBase, base: Base, where: str) -> None:
@@ -139,7 +153,7 @@ def open_tokenizer(job: StageJob) -> PreTrainedTokenizerBase:
     Raises:
         UserError: the parent was made from another base or with another tokenizer or template.
     """
-    tokenizer = load_tokenizer(job.base, job.chat_template)
+    tokenizer = load_tokenizer(job.base, job.chat_template, job.template_date)
     if job.parent is not None:
         check_lineage(job.parent, job.base, tokenizer)
     return tokenizer
@@ -168,7 +182,8 @@ def finish(
     reward: dict[str, float] | None = None,
     parents: tuple[Path, ...] | None = None,
 ) -> dict[str, Any]:
-    """Write what lies beside a saved adapter: tokenizer, metrics.json, lineage.json; remove the checkpoints.
+    """Write what lies beside a saved adapter: tokenizer, metrics.json, lineage.json; remove the checkpoints that
+    nobody asked for.
 
     Args:
         args: the resolved config; `train` in the lineage holds what differs from its class' defaults.
@@ -203,8 +218,19 @@ def finish(
             reward=reward,
         )
         write_lineage(job.output_dir, lineage)
-        shutil.rmtree(job.output_dir / CHECKPOINTS, ignore_errors=True)
+        _clear_checkpoints(job)
     return metrics
+
+
+def _clear_checkpoints(job: StageJob) -> None:
+    """Remove the checkpoints, unless the recipe asks for them; what trackers wrote beside them stays, in `logs`."""
+    folder = job.output_dir / CHECKPOINTS
+    for each in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if not each.name.startswith("checkpoint-"):
+            (job.output_dir / LOGS).mkdir(exist_ok=True)
+            each.replace(job.output_dir / LOGS / each.name)
+    if not keeps_checkpoints(job) or (folder.is_dir() and not any(folder.iterdir())):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _resolved(job: StageJob, args: TrainingArguments) -> dict[str, Any]:

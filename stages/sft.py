@@ -9,7 +9,7 @@ from ..data.encode import encode_demos
 from .job import StageJob
 from .options import refusals_in_words, stage_config
 from .run import PolicyStage, load_data, open_adapters, open_tokenizer, train_policy
-from .trainers import StageTrainer, stage_callbacks
+from .trainers import NO_AUX, StageTrainer, stage_callbacks
 
 
 class SFTStageTrainer(StageTrainer, SFTTrainer):
@@ -30,7 +30,7 @@ def build_sft(job: StageJob) -> PolicyStage[SFTStageTrainer]:
     # 1. tokenizer, data, config
     tokenizer = open_tokenizer(job)
     data = load_data(job, encode_demos, tokenizer)
-    args = stage_config(SFTConfig, job, held_out=data.held is not None, max_length=job.data.max_length)
+    args = stage_config(SFTConfig, job, held_out=data.held is not None, max_length=job.data.max_length, **NO_AUX)
     # 2. the base with the adapter that trains
     adapters = open_adapters(job, tokenizer)
     with refusals_in_words(job):

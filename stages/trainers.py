@@ -4,7 +4,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,21 @@ from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallbac
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import UserError
-from ..files import LOG
+from ..files import LOG, LOGS
 from ..models import seams
+from ..models.causal import head_of
 from ..models.dropout import dropout_rate, no_dropout
 from ..models.lm_head import use_compact_head
 from ..models.memory import peak_memory_bytes
-from .callbacks import Clock, LogFile, Progress
+from .callbacks import Clock, LogFile, Progress, keep_event_files
+from .finite import not_finite, rows_of
 from .job import StageJob
 from .kinds import EARLY_STOPPING
 
 logger = logging.getLogger(__name__)
+NO_AUX: dict[str, Any] = {"router_aux_loss_coef": 0.0}
+"""Defaults of SFT, DPO and KTO: a frozen router has nothing to balance, so the loss of a mixture of experts is that of
+any other model. Who sets the coefficient finds the load-balancing loss in the log as `aux_loss`."""
 
 
 class StageTrainer(Trainer):
@@ -35,7 +40,8 @@ class StageTrainer(Trainer):
     compact_head = True
     mean_logits = False
     evaluate_seconds = 0.0
-    overridden: tuple[seams.Seam, ...] = (seams.PREPARE_DATASET,)
+    _source: tuple[str, Any, Sequence[str]] = ("training", None, ())
+    overridden: tuple[seams.Seam, ...] = (seams.PREPARE_DATASET, seams.GRAD_NORM)
     """TRL's methods that stand differently here, and that TRL must go on calling."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -49,12 +55,53 @@ class StageTrainer(Trainer):
         return dataset
 
     def _use_compact_head(self) -> None:
+        """Ours, but for TRL's kernel on a GPU, WPO's weights (`log_sum_sq_probs`) and a mixture's auxiliary loss.
+
+        Raises:
+            UserError: the base's log-probs cannot be reproduced, or not with what is asked for.
+        """
+        if not self.compact_head:
+            return
         model: Any = self.model
-        triton = self.args.device.type in ("cuda", "xpu")
+        causal = model.get_base_model()
         seams.require(seams.TRL_SETTINGS, self.args)
-        if not self.compact_head or triton or getattr(self.args, "use_weighting", False):
-            return  # no LM head; TRL's kernel; or WPO's weights, which need `log_sum_sq_probs`
-        use_compact_head(model.get_base_model(), mean_logits=self.mean_logits)
+        asked = {
+            "use_weighting": getattr(self.args, "use_weighting", False),
+            "router_aux_loss_coef": getattr(self, "aux_loss_enabled", False),
+        }
+        more = [name for name, wanted in asked.items() if wanted]
+        odd = head_of(causal).own is not None or causal.base_model is causal
+        if odd and more:
+            raise UserError(
+                f"train.{more[0]}",
+                f"{type(causal).__name__} has a head of its own, which TRL's does not know",
+                "drop it",
+            )
+        if odd or not (more or self.args.device.type in ("cuda", "xpu")):
+            use_compact_head(causal, mean_logits=self.mean_logits)
+
+    def came_from(self, name: str, dataset: Any, origins: Sequence[str]) -> None:
+        """Say where the rows come from: the data's name, its encoded rows and their origins, for messages."""
+        self._source = (f"stages.{name}", dataset, origins)
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._batch = inputs
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self._check_finite("the loss", loss)
+        return loss
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        norm = super()._get_grad_norm(*args, **kwargs)
+        # with a gradient scaler (fp16) an overflow is part of the method: that step is left out
+        if norm is not None and self.accelerator.scaler is None:
+            self._check_finite("the gradient's norm", norm)
+        return norm
+
+    def _check_finite(self, what: str, value: Any) -> None:
+        if not math.isfinite(float(value)):
+            where, dataset, origins = self._source
+            rows = rows_of(self._batch, dataset, origins)
+            raise not_finite(where, self.state.global_step + 1, what, float(value), rows)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         began = time.perf_counter()
@@ -83,6 +130,7 @@ def train(trainer: Trainer, rows: int) -> dict[str, float | None]:
         train_seconds (the loop alone, without evaluation), examples_per_second, tokens_per_second,
         peak_memory_bytes, steps, epochs, train_loss (mean over the run), final_loss and the last `eval_*` metrics.
     """
+    keep_event_files(trainer, Path(str(trainer.args.output_dir)).parent / LOGS)
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)
     clock = next(each for each in trainer.callback_handler.callbacks if isinstance(each, Clock))
@@ -138,7 +186,8 @@ def check_identity(trainer: Any, beta: float) -> None:
             continue  # a KTO batch without this side
         ratio = metrics[f"rewards/{side}"][-1] / beta if beta else 0.0
         tolerance = max(1e-3, precision * math.sqrt(abs(metrics[f"logps/{side}"][-1])))
-        if not abs(ratio) <= tolerance:
+        # what is no number is refused with its rows, right after
+        if math.isfinite(ratio) and abs(ratio) > tolerance:
             raise RuntimeError(
                 f"step 0: log pi - log pi_ref of the {side} responses is {ratio:.4g} nats, expected 0 within "
                 f"{tolerance:.2g}: the reference is not the adapter that this stage started from"

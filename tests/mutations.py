@@ -211,7 +211,7 @@ MUTATIONS += [
     Mutation(
         "D1", "the frozen reference keeps its dropout", "models/adapters.py", "config.lora_dropout = 0.0", "pass"
     ),
-    Mutation("D1", "a wrong reference is not noticed", "stages/trainers.py", "not abs(ratio) <= tolerance", "False"),
+    Mutation("D1", "a wrong reference is not noticed", "stages/trainers.py", "abs(ratio) > tolerance", "False"),
     Mutation(
         "D3", "IPO averages over prompt and response", "stages/reference_trainer.py",
         "trl._compute_loss(model, inputs,",
@@ -228,8 +228,8 @@ MUTATIONS += [
         " & (index_T[:, None] < self.end_N[span])", "",
     ),
     Mutation(
-        "D7", "prompt and reply are tokenised apart", "data/template.py",
-        "common_prefix(before, whole)", "len(before)",
+        "D7", "a prompt ends in a token that reaches into the reply", "data/spans.py",
+        "if moved and (joined", "if not moved and (joined",
     ),
     Mutation(
         "D8", "each micro-batch is averaged over its own tokens", "stages/trainers.py", "evaluate_seconds = 0.0",

@@ -13,6 +13,7 @@ from ...data.template import prompt_ids
 from ...errors import UserError
 from ...models.beam import beam_search
 from ...models.generate import sample
+from ...models.tokens import end_token_ids
 from ..workbench import Workbench
 
 
@@ -85,9 +86,10 @@ class Conversation:
                 raise _Stopped
 
         adapters, role, stopped = self.bench.adapters, self.bench.roles[policy], False
+        ends = end_token_ids(tokenizer, adapters.model)
         shared = {
             "max_new_tokens": room,
-            "eos_token_id": tokenizer.eos_token_id,
+            "eos_token_id": ends,
             "pad_token_id": tokenizer.pad_token_id,
         }
         try:
@@ -97,11 +99,12 @@ class Conversation:
                 tokens.extend(best.tokens[0])
                 stream.put(torch.tensor(tokens))
             else:
-                sample(adapters, role, [ids], temperature=spec.temperature, seed=[seed], on_tokens=heard, **shared)
+                asked = {"temperature": spec.temperature, "seed": [seed], "recompute": True}
+                sample(adapters, role, [ids], on_tokens=heard, **asked, **shared)
         except _Stopped:
             stopped = True
         stream.end()
-        finished = bool(tokens) and tokens[-1] == tokenizer.eos_token_id
+        finished = bool(tokens) and tokens[-1] in ends
         text = tokenizer.decode(tokens, skip_special_tokens=True)
         return Reply(policy, text, len(tokens), finished, stopped and not finished)
 

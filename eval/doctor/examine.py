@@ -101,7 +101,7 @@ class _Run:
     def findings(self) -> Iterator[Finding]:
         # 1. what needs no model
         evaluation = self.checkup.evaluation
-        tokenizer = load_tokenizer(evaluation.base, evaluation.chat_template)
+        tokenizer = load_tokenizer(evaluation.base, evaluation.chat_template, evaluation.template_date)
         ill: set[str] = set()
         for name, record in self.records.items():
             if record.lineage is None:

@@ -6,7 +6,7 @@ import torch
 
 from ...models.batching import right_pad
 from ...models.generate import merged
-from ...models.logprobs import LmHead, chunk_rows
+from ...models.logprobs import chunk_rows
 from ...progress import meter
 from ..kl import kl_from_logits, response_hidden, sequence_kls, summarise
 from ..samples import Sample
@@ -81,7 +81,7 @@ def merge_gap(bench: Workbench, policy: str, replies: list[Sample]) -> float:
     beside_NH = response_hidden(adapters, role, ids_BL, mask_BL, start_B=start_B, length_B=length_B)
     with merged(adapters, role):
         within_NH = response_hidden(adapters, None, ids_BL, mask_BL, start_B=start_B, length_B=length_B)
-    head = LmHead.of(adapters.lm_head, adapters.model.config)
+    head = adapters.head
     size = chunk_rows(head.weight)
     pieces = zip(beside_NH.split(size), within_NH.split(size), strict=True)
     return mean_se(torch.cat([kl_from_logits(head.logits(a), head.logits(b), 1.0) for a, b in pieces]).tolist())[0]

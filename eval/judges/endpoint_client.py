@@ -1,5 +1,5 @@
 """A client of an OpenAI-compatible chat endpoint: several requests at once, sent again after passing failures, every
-answer kept, everything counted.
+answer that says what was asked kept, everything counted.
 
 The key comes from the environment, goes into one header and nowhere else: what the server says is cleared of it before
 anybody reads it.
@@ -17,9 +17,12 @@ from typing import Any, Protocol, runtime_checkable
 import httpx2 as httpx
 
 from ...errors import UserError
+from ..results import unread_words
 from .endpoint_answers import Answers
 
 Messages = list[dict[str, str]]
+WhyUnread = Callable[[str, str | None], str | None]
+
 
 # Seconds: the longest wait of our own, and the longest that a server may ask for.
 LONGEST_WAIT = 60.0
@@ -76,6 +79,7 @@ class Usage:
         cached: answers that were kept from before and cost nothing.
         prompt_tokens, completion_tokens: as the server counts them.
         cost: in the currency of the recipe's prices; None without prices.
+        unread: why an answer says nothing of what was asked -> how many; they are not kept, and asked for again.
     """
 
     requests: int = 0
@@ -84,12 +88,14 @@ class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cost: float | None = None
+    unread: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         cost = "" if self.cost is None else f", cost {self.cost:.4g}"
+        unread = f"; {unread_words(self.unread)}" if self.unread else ""
         return (
             f"{self.requests} requests ({self.retries} of them sent again), {self.cached} answers from the cache, "
-            f"{self.prompt_tokens} tokens read and {self.completion_tokens} written{cost}"
+            f"{self.prompt_tokens} tokens read and {self.completion_tokens} written{cost}{unread}"
         )
 
 
@@ -103,9 +109,11 @@ class Metered(Protocol):
 
 @dataclass(frozen=True)
 class _Answer:
-    """text: the model's. retries: requests before it that failed. prompt_tokens, completion_tokens: its own."""
+    """text: the model's. finish: why it ended there. retries: requests before it that failed. prompt_tokens,
+    completion_tokens: its own."""
 
     text: str
+    finish: str | None
     retries: int
     prompt_tokens: int
     completion_tokens: int
@@ -116,16 +124,22 @@ class _Stopped(Exception):
 
 
 class Client:
-    """Asks an endpoint; `usage` counts over all calls of `ask`."""
+    """Asks an endpoint; `usage` counts over all calls of `ask`.
 
-    def __init__(self, endpoint: Endpoint, answers: Answers) -> None:
-        self.endpoint, self.answers = endpoint, answers
+    Args:
+        why_unread: (text, finish_reason) -> why the answer says nothing of what was asked; None: it does. Only such
+            answers are kept.
+    """
+
+    def __init__(self, endpoint: Endpoint, answers: Answers, why_unread: WhyUnread = lambda text, finish: None) -> None:
+        self.endpoint, self.answers, self.why_unread = endpoint, answers, why_unread
         self.usage = Usage(cost=None if endpoint.price is None else 0.0)
         self._asked: dict[str, str] = {}
         self._jitter = random.Random()
 
     def ask(self, conversations: Sequence[Messages], on_answer: Callable[[int], None] | None = None) -> list[str]:
-        """The model's answers, in the conversations' order; equal conversations are asked once.
+        """The model's answers, in the conversations' order, "" for one that says nothing of what was asked; equal
+        conversations are asked once.
 
         Args:
             on_answer: called with the number of answers that have come so far.
@@ -137,7 +151,8 @@ class Client:
         keys = [self.endpoint.key_of(messages) for messages in conversations]
         wanted = {key: m for key, m in zip(keys, conversations, strict=True) if key not in self._asked}
         for key in list(wanted):
-            if (kept := self.answers.get(key)) is not None:
+            kept = self.answers.get(key)
+            if kept is not None and self.why_unread(kept, None) is None:
                 self._asked[key] = kept
                 self.usage.cached += 1
                 del wanted[key]
@@ -167,7 +182,10 @@ class Client:
                 raise
 
     def _count(self, key: str, answer: _Answer) -> None:
-        self._asked[key] = answer.text
+        unread = self.why_unread(answer.text, answer.finish)
+        self._asked[key] = "" if unread is not None else answer.text
+        if unread is not None:
+            self.usage.unread[unread] = self.usage.unread.get(unread, 0) + 1
         usage, price = self.usage, self.endpoint.price
         usage.requests += 1 + answer.retries
         usage.retries += answer.retries
@@ -180,16 +198,17 @@ class Client:
         """One answer, kept as soon as it is there: it is paid for, whatever becomes of the others."""
         endpoint = self.endpoint
         answer = self._ask_until_answered(http, messages, stop)
-        self.answers.put(
-            key,
-            {
-                "url": endpoint.url,
-                "model": endpoint.model,
-                "parameters": endpoint.parameters,
-                "messages": messages,
-                "answer": answer.text,
-            },
-        )
+        if self.why_unread(answer.text, answer.finish) is None:
+            self.answers.put(
+                key,
+                {
+                    "url": endpoint.url,
+                    "model": endpoint.model,
+                    "parameters": endpoint.parameters,
+                    "messages": messages,
+                    "answer": answer.text,
+                },
+            )
         return answer
 
     def _ask_until_answered(self, http: httpx.Client, messages: Messages, stop: threading.Event) -> _Answer:
@@ -203,11 +222,13 @@ class Client:
             except httpx.RequestError as error:
                 problem = f"cannot be reached ({type(error).__name__}: {self._hide(str(error))})"
             else:
-                if response.is_success:
+                status, inside = response.status_code, _error_inside(response)
+                if response.is_success and inside is None:
                     return self._read(response, attempt)
-                if response.status_code != 429 and response.status_code < 500:
-                    raise self._refused(response)
-                problem = f"answered {response.status_code}{self._said(response)}"
+                status = status if inside is None else inside
+                if status not in (408, 429) and status < 500:
+                    raise self._refused(response, status)
+                problem = f"answered {status}{self._said(response)}"
                 asked_to_wait = _retry_after(response)
             if attempt < endpoint.retries:
                 own = min(2.0**attempt, LONGEST_WAIT) * self._jitter.uniform(0.75, 1.25)
@@ -222,7 +243,8 @@ class Client:
         """A chat completion; a model that said nothing (a refusal, thoughts cut short) has said ""."""
         try:
             given = json.loads(response.text)
-            text = given["choices"][0]["message"]["content"] or ""
+            choice = given["choices"][0]
+            text = _joined(choice["message"]["content"])
             used = given.get("usage") or {}
             counts = [int(used.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
             if not isinstance(text, str):
@@ -233,10 +255,11 @@ class Client:
                 f"{self.endpoint.address} gave no chat completion{self._said(response)}",
                 "give the url of an OpenAI-compatible endpoint, up to /chat/completions",
             ) from None
-        return _Answer(self._hide(text), retries, counts[0], counts[1])
+        finish = choice.get("finish_reason")
+        return _Answer(self._hide(text), finish if isinstance(finish, str) else None, retries, counts[0], counts[1])
 
-    def _refused(self, response: httpx.Response) -> UserError:
-        endpoint, status = self.endpoint, response.status_code
+    def _refused(self, response: httpx.Response, status: int) -> UserError:
+        endpoint = self.endpoint
         if status in (401, 403):
             # Servers like to repeat a part of the key that they do not know, so theirs is not shown.
             said = f"{endpoint.address} answered {status}"
@@ -250,7 +273,7 @@ class Client:
         text = response.text
         try:
             given = json.loads(text)
-            error = given.get("error", given)
+            error = _said_error(given) or given
             text = str(error.get("message", error) if isinstance(error, dict) else error)
         except (ValueError, AttributeError):
             pass
@@ -267,6 +290,44 @@ def pause(seconds: float, stop: threading.Event) -> None:
     """Waits, unless there is nothing to wait for any more. Raises _Stopped then."""
     if stop.wait(seconds):
         raise _Stopped
+
+
+def _joined(content: Any) -> Any:
+    """The text of a message whose content is a text, nothing, or a list of parts, less what is no text."""
+    if not isinstance(content, list):
+        return content or ""
+    said = [part if isinstance(part, str) else part["text"] for part in content if _is_text(part)]
+    return "".join(said)
+
+
+def _is_text(part: Any) -> bool:
+    """Whether a part is said to the reader; thoughts, images and calls are not."""
+    return isinstance(part, str) or part.get("type") in (None, "text", "output_text")
+
+
+def _said_error(given: Any) -> Any:
+    """What an answer says of an error, in its own place or in that of its first choice; None where it says nothing."""
+    if not isinstance(given, dict):
+        return None
+    choices = given.get("choices")
+    first = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else None
+    if first is None:
+        return given.get("error")
+    return first.get("error") or ("an error" if first.get("finish_reason") == "error" else None)
+
+
+def _error_inside(response: httpx.Response) -> int | None:
+    """The status of a provider's error that came inside a good answer, 502 where it has none; None: there is none."""
+    if not response.is_success:
+        return None
+    try:
+        error = _said_error(json.loads(response.text))
+    except ValueError:
+        return None
+    if not error:
+        return None
+    code = error.get("code", error.get("status")) if isinstance(error, dict) else None
+    return code if isinstance(code, int) and not isinstance(code, bool) and 400 <= code < 600 else 502
 
 
 def _retry_after(response: httpx.Response) -> float:

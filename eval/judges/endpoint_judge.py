@@ -14,7 +14,7 @@
       price_per_million: {input: 0.15, output: 0.6}     # tokens; the cost is then reported
 
 Pairwise, every pair of policies is asked about every prompt twice, once in each order, so N prompts and P policies take
-N P (P - 1) requests at most.
+N P (P - 1) requests at most. An answer without a verdict is not kept: the next run asks again.
 """
 
 import json
@@ -22,7 +22,8 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -35,10 +36,11 @@ from ...models.adapters import AdapterSet
 from ...progress import meter
 from ...values import is_finite
 from ..samples import Sample
+from ..statistics.intervals import mean_se
 from ..statistics.winrate import order_outcomes
 from .endpoint_answers import Answers
 from .endpoint_client import Client, Endpoint, Usage
-from .endpoint_prompts import CRITERIA, comparison, rating, read_choice, read_rating
+from .endpoint_prompts import CRITERIA, comparison, rating, read_choice, read_rating, why_unread
 from .judge import Judge, JudgePlan, PairJudge
 from .names import judge_name
 
@@ -60,8 +62,21 @@ class _EndpointJudge:
         return self.client.usage
 
 
+@dataclass(frozen=True)
 class PairwiseEndpointJudge(_EndpointJudge):
-    """A chat model that reads two replies at once, in both orders."""
+    """A chat model that reads two replies at once, in both orders.
+
+    Attributes:
+        firsts: question -> the preference for the reply that was shown first.
+    """
+
+    firsts: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def first_place(self) -> tuple[float, int]:
+        """(how often the first place won, a tie being one half; verdicts); 0.5 favours neither, as every pair is shown
+        in both orders. nan without a verdict."""
+        return mean_se(list(self.firsts.values()))[0], len(self.firsts)
 
     def compare(self, policy: Sequence[Sample], other: Sequence[Sample]) -> list[float]:
         """The policy's outcome on each prompt, in [0, 1]; nan where either order's verdict could not be read.
@@ -73,8 +88,12 @@ class PairwiseEndpointJudge(_EndpointJudge):
         asked = [pairs[place] for place in places]
         policy_first = [self._question(ours, theirs) for ours, theirs in asked]
         other_first = [self._question(theirs, ours) for ours, theirs in asked]
+        questions = [*policy_first, *other_first]
         with meter(f"eval {self.name}: requests", 2 * len(asked)) as done:
-            verdicts = [read_choice(answer) for answer in self.client.ask([*policy_first, *other_first], done)]
+            verdicts = [read_choice(answer) for answer in self.client.ask(questions, done)]
+        for question, verdict in zip(questions, verdicts, strict=True):
+            if verdict is not None:
+                self.firsts[self.client.endpoint.key_of(question)] = verdict
         outcomes = np.full(len(pairs), 0.5)
         outcomes[places] = order_outcomes(verdicts[: len(asked)], verdicts[len(asked) :])
         return outcomes.tolist()
@@ -93,7 +112,7 @@ class ScoreEndpointJudge(_EndpointJudge):
         return [math.nan if each is None else each for each in ratings]
 
 
-_MODES = {"pairwise": PairwiseEndpointJudge, "score": ScoreEndpointJudge}
+_MODES = {"pairwise": (PairwiseEndpointJudge, read_choice), "score": (ScoreEndpointJudge, read_rating)}
 
 
 def plan(entry: dict[str, Any], where: str, run_dir: Path | None) -> JudgePlan:
@@ -131,7 +150,8 @@ def plan(entry: dict[str, Any], where: str, run_dir: Path | None) -> JudgePlan:
 
     def open_judge(adapters: AdapterSet, tokenizer: PreTrainedTokenizerBase) -> Judge | PairJudge:
         del adapters, tokenizer
-        return _MODES[mode](name, Client(endpoint, Answers(folder, where)), criteria)
+        kind, read = _MODES[mode]
+        return kind(name, Client(endpoint, Answers(folder, where), partial(why_unread, read)), criteria)
 
     return JudgePlan(name, open_judge)
 

@@ -42,6 +42,16 @@ class CheckingJudge(Protocol):
         ...
 
 
+@runtime_checkable
+class PlacingJudge(Protocol):
+    """A judge that reads two replies at once, one of them first."""
+
+    @property
+    def first_place(self) -> tuple[float, int]:
+        """(share of verdicts that the first place won, number of verdicts)."""
+        ...
+
+
 @dataclass(frozen=True)
 class JudgePlan:
     """A judge that was checked and not opened yet: `open(adapters, tokenizer)` makes it."""

@@ -5,6 +5,8 @@ from typing import Any
 
 from markupsafe import Markup
 
+from ..results import silence_words
+from . import winrates
 from .doctor import worst
 from .read import Run, number
 from .reward_models import accuracy_words, reward_rows
@@ -21,6 +23,9 @@ def verdict(run: Run) -> list[str]:
             first = judge == run.judges()[0]
             sentences.append(_judge_sentence(judge, row, equals, with_kl=first or row["policy"] != leader))
             leader = row["policy"] if first else leader
+            sentences.append(_worse_sentence(run, judge, row))
+    sentences += [f"{said[0].upper()}{said[1:]}." for said in silence_words(run.results)]
+    sentences += winrates.self_judged(run).values()
     if not run.results:
         done = [stage.name for stage in run.stages if stage.state == "done"]
         sentences = [f"{listed(done)} {'is' if len(done) == 1 else 'are'} trained; nothing has been evaluated yet."]
@@ -35,6 +40,22 @@ def verdict(run: Run) -> list[str]:
     if found is not None:
         sentences.append(found)
     return [sentence for sentence in sentences if sentence]
+
+
+def _worse_sentence(run: Run, judge: str, leader: Mapping[str, Any]) -> str:
+    """Names the policies that lose to the reference with all of their interval; the nearest one is named already."""
+    worse = [
+        row["policy"]
+        for row in run.results
+        if row.get("judge") == judge
+        and row["policy"] not in (row.get("reference"), leader["policy"])
+        and (high := number(row.get("ci_high"))) is not None
+        and high < 0.5
+    ]
+    if not worse:
+        return ""
+    verb = "is" if len(worse) == 1 else "are"
+    return Markup("By {}, <b>{}</b> {} clearly worse than {}.").format(judge, listed(worse), verb, leader["reference"])
 
 
 def best(run: Run, judge: str) -> Mapping[str, Any] | None:

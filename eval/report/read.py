@@ -65,6 +65,7 @@ class Run:
         results: rows of eval/results.json; samples: lines of eval/samples.jsonl; rewards: rows of eval/rewards.json.
         overoptimisation: eval/overoptimisation.json.
         doctor: doctor.json.
+        folder: the run's; None for one that was made up.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Run:
     recipe: str | None = None
     plan: Mapping[str, Any] = field(default_factory=dict)
     machine: Mapping[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
 
     def policies(self) -> list[str]:
         """The evaluated policies in their order; their place gives colour and marker everywhere on the page."""
@@ -95,6 +97,17 @@ class Run:
         for row in self.results:
             rows.setdefault(row["policy"], row)
         return rows
+
+    def pleased(self) -> dict[str, str]:
+        """Reward stage -> the stage that trains on its scores."""
+        found: dict[str, str] = {}
+        for name, stage in _object(self.plan.get("stages")).items():
+            given = stage.get("reward") if isinstance(stage, Mapping) else None
+            for each in given if isinstance(given, list) else [given]:
+                reward = each.get("stage") if isinstance(each, Mapping) else each
+                if isinstance(reward, str):
+                    found.setdefault(reward, name)
+        return found
 
     def token_limit(self) -> int | None:
         """Where the evaluation cut a reply, as the recipe says it."""
@@ -128,6 +141,7 @@ def read_run(run_dir: Path) -> Run:
         doctor=_object(_read_json(run_dir / DOCTOR)) or None,
         recipe=text,
         plan=plan,
+        folder=run_dir,
         machine=next((each for each in machines if isinstance(each, Mapping)), {}),
     )
 

@@ -1,11 +1,15 @@
 """Win-rates, ratings and the matrix of all pairs."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
-from ..statistics.intervals import mean_se
+from ..judges.names import judge_name
+from ..judges.self_preference import self_preference
+from ..results import silence_words, unread_answers, unread_words
+from ..statistics.intervals import mean_se, wilson_interval
 from . import svg
 from .axes import Axis, axis
 from .read import Run, number
@@ -28,7 +32,7 @@ def score_errors(run: Run) -> dict[tuple[str, str], float]:
 def judge_tables(run: Run) -> list[dict[str, Any]]:
     """One table per judge: its rows with bars, ratings, and the matrix where it compared more than two policies."""
     errors, places = score_errors(run), {policy: i for i, policy in enumerate(run.policies())}
-    tables = []
+    tables, own = [], self_judged(run)
     for judge in run.judges():
         rows = [row for row in run.results if row.get("judge") == judge]
         rated = [r for r in rows if number(r.get("rating_log_odds")) is not None]
@@ -53,11 +57,44 @@ def judge_tables(run: Run) -> list[dict[str, Any]]:
                 "scored": any(number(row.get("mean_score")) is not None for row in rows),
                 "rated": bool(scale),
                 "missing": sum(row.get("unparsable") or 0 for row in rows),
+                "silent": next(iter(silence_words(rows)), ""),
+                "unread": unread_words(unread) if (unread := unread_answers(rows).get(judge)) else "",
+                "first_place": first_place_words(rows[0]),
+                "self": own.get(judge, ""),
                 "matrix": heat_matrix(matrix, places) if len(matrix) > 2 else [],
                 "names": [row["policy"] for row in matrix],
             }
         )
     return tables
+
+
+def self_judged(run: Run) -> dict[str, str]:
+    """Judge -> a sentence on what it has to do with what it judges, of those that are no strangers to it."""
+    judges = (run.plan.get("eval") or {}).get("judges") or []
+    base = str((run.plan.get("model") or {}).get("base") or "")
+    known = {"base": base, "stages": list(run.plan.get("stages") or {}), "pleased": run.pleased()}
+    found = {
+        judge_name(judge): self_preference(judge, run_dir=run.folder or Path(run.name), **known)
+        for judge in judges
+        if isinstance(judge, Mapping)
+    }
+    return {judge: said for judge, said in found.items() if said is not None}
+
+
+def first_place_words(row: Mapping[str, Any]) -> str:
+    """How often the reply shown first won; "" for a judge that does not see two at once. Every pair is shown in both
+    orders, so that a judge that favours no place gives the first one half of its verdicts."""
+    share, n = number(row.get("first_place")), number(row.get("first_place_n"))
+    if share is None or not n:
+        return ""
+    low, high = wilson_interval(share * n, int(n))
+    said = (
+        f"The reply shown first won {percent(share)} of {short(int(n))} verdicts (95% interval {percents(low, high)})"
+    )
+    if low <= 0.5 <= high:
+        return f"{said}: no favour for a place shows."
+    place = "first" if share > 0.5 else "second"
+    return f"{said}: this judge favours the {place} place, which both orders even out."
 
 
 def heat_matrix(rows: Sequence[Mapping[str, Any]], places: Mapping[str, int]) -> list[dict[str, Any]]:

@@ -192,6 +192,8 @@ def control_length(
     Returns:
         One fraction of 1 a model; nan where there is no verdict at all.
     """
+    if not outcomes:
+        return []
     outcome_N = np.concatenate([np.asarray(each, dtype=np.float64) for each in outcomes])
     difference_N = np.concatenate([np.asarray(each, dtype=np.float64) for each in differences])
     model_N = np.repeat(np.arange(len(outcomes)), [len(each) for each in outcomes])

@@ -10,7 +10,7 @@ import torch
 
 from ...models.adapters import DEFAULT, REF, AdapterSet
 from ...models.heads import score_at
-from ...models.logprobs import LmHead, ResponseLogprobs, response_logprobs, states_before_response
+from ...models.logprobs import ResponseLogprobs, response_logprobs, states_before_response
 from .rollout import Episodes
 
 
@@ -30,7 +30,7 @@ class Trunk:
         autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.adapters, self.temperature, self.autocast = adapters, temperature, autocast
-        self.head = LmHead.of(adapters.lm_head, adapters.model.config)
+        self.head = adapters.head
 
     def hidden(self, episodes: Episodes) -> torch.Tensor:
         """Last hidden states [B, T, H] under the adapter that is active now."""

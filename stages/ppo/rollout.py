@@ -23,6 +23,7 @@ from ...models.generate import Generation, sample
 from ...models.logprobs import response_positions
 from ...models.masked import masked_mean, masked_moments, masked_sum, mean_and_variance
 from ...models.memory import release_free_memory
+from ...models.tokens import end_token_ids
 
 PromptText = str | list[Message]
 """A prompt as the data have it: text, or messages."""
@@ -105,7 +106,11 @@ def seed_of(*parts: int | str) -> int:
 
 def _encode(prompt: PromptText, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     if isinstance(prompt, str):
-        return list(tokenizer(prompt)["input_ids"])
+        ids = list(tokenizer(prompt)["input_ids"])
+        eos = tokenizer.eos_token
+        # some tokenizers end every text in EOS: a reply goes on where the prompt ends
+        adds_eos = ids[-1:] == [tokenizer.eos_token_id] and not (isinstance(eos, str) and prompt.endswith(eos))
+        return ids[:-1] if adds_eos else ids
     return list(prompt_ids(tokenizer, prompt))
 
 
@@ -260,9 +265,9 @@ def generate(
     device: torch.device,
 ) -> Episodes:
     """One response of the policy to each prompt."""
-    eos = tokenizer.eos_token_id
-    pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    assert isinstance(eos, int) and isinstance(pad, int)
+    ends = end_token_ids(tokenizer, adapters.model)
+    pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    assert isinstance(pad, int)
     release_free_memory()  # here and below: no phase grows on top of what another one left
     generation = sample(
         adapters,
@@ -272,7 +277,7 @@ def generate(
         temperature=config.temperature,
         top_k=config.top_k,
         top_p=config.top_p,
-        eos_token_id=eos,
+        eos_token_id=ends,
         pad_token_id=pad,
         seed=seed,
         batch_size=config.rollout_micro_batch_size,

@@ -36,6 +36,7 @@ from ...models.dropout import no_dropout
 from ...models.lora import LoraSpec
 from ...models.memory import release_free_memory
 from ...models.tokens import check_vocabulary
+from ..finite import not_finite
 from ..kl_control import kl_controller
 from ..losses import token_rewards
 from .config import PPOConfig
@@ -299,6 +300,10 @@ class OnPolicyTrainer(Trainer):
         seed = seed_of(args.seed, "minibatches", loop.iteration, epoch, args.process_index)
         rows = minibatches(len(rollout.episodes), args.num_mini_batches, seed, args.device)[place]
         report = self.updater.gradients(rollout, rows, loop.kl_coef)
+        if not report.finite:
+            which = f"minibatch {slot + 1} of iteration {loop.iteration + 1} (prompts {self._prompts_of(rows)})"
+            worst = max(report.norms.values())
+            raise not_finite("PPO", self.state.global_step + 1, "the gradient's norm", worst, which)
         if slot == 0:
             check_ratio(report, loop.iteration, self._tolerance())
         loop.stopped = report.stop
@@ -310,6 +315,14 @@ class OnPolicyTrainer(Trainer):
         for parameter in self.trainables.values():
             parameter.grad = None
         add_report(loop.totals, report, time.perf_counter() - began)
+
+    def _prompts_of(self, rows: torch.Tensor) -> str:
+        """The prompts of some of this process' episodes, by their places in the data, for a message."""
+        args, group = self.args, self.method.samples_per_prompt
+        start = self.loop.iteration * args.rollout_batch_size + args.process_index * args.local_rollout_size()
+        places = [(start + row) // group for row in rows[:3].tolist()]
+        shown = [stream_rows(len(self.prompts), args.seed, place, 1)[0] + 1 for place in places]
+        return ", ".join(map(str, shown)) + (", ..." if len(rows) > len(shown) else "")
 
     def _finish_iteration(self) -> None:
         """Adapt the KL coefficient, log, and stand at the start of the next iteration."""

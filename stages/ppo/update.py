@@ -35,6 +35,11 @@ class StepReport:
     stop: bool = False
     skip: bool = False
 
+    @property
+    def finite(self) -> bool:
+        """Whether every gradient is."""
+        return sum(self.norms.values()) < float("inf")
+
     def mean(self, name: str) -> float:
         """Mean of a statistic over the minibatch's valid tokens, all processes."""
         return float(self.sums[self.names.index(name)]) / self.tokens
@@ -63,8 +68,8 @@ class Updater:
         self._reduce_gradients()
         norms = method.clip(self._clip)
         report = StepReport(method.statistics, sums, tokens, norms)
-        ratio, finite = report.mean("ratio"), sum(norms.values()) < float("inf")
-        skip = not finite or (config.max_ratio is not None and not ratio <= config.max_ratio)
+        ratio = report.mean("ratio")
+        skip = not report.finite or (config.max_ratio is not None and not ratio <= config.max_ratio)
         target = config.target_approx_kl
         stop = target is not None and not report.mean("approx_kl") <= 1.5 * target
         return StepReport(method.statistics, sums, tokens, norms, stop, skip)

@@ -1,5 +1,6 @@
 """The chain with stages that only write a file: what is skipped, run again, kept, continued."""
 
+import datetime
 import json
 import subprocess
 import sys
@@ -101,6 +102,23 @@ def test_a_changed_parameter_runs_that_stage_and_what_depends_on_it(shop: Worksh
     assert shop.run("stages.dpo.beta=0.2", "stages.reward.train.max_steps=3") == ["reward", "ppo"]
     said = shop.said()
     assert "train.max_steps unset -> 3" in said and "ppo: runs again, changed: stage reward" in said
+
+
+def test_an_evaluation_with_answers_left_open_is_done_again_and_a_silent_judge_fails_it(shop: Workshop):
+    def row(n: int, unread: dict[str, int]) -> dict[str, object]:
+        return {"policy": "dpo", "reference": "sft", "judge": "tiny", "n": n, "usage": {"unread": unread}}
+
+    evaluate, rows = shop.evaluate, [row(0, {"empty": 4})]
+    shop.evaluate = lambda spec, run_dir: (evaluate(spec, run_dir), rows)[1]  # pyright: ignore[reportAttributeAccessIssue]
+    shop.run()
+    assert "judge tiny gave no verdict at all: 4 answers without a verdict (4 empty), asked again" in shop.said()
+    assert shop.states()["eval"] == "failed"
+    rows[:] = [row(3, {"empty": 1})]
+    assert shop.run() == ["eval"]
+    assert shop.states()["eval"] == "done"
+    rows[:] = [row(4, {})]
+    assert shop.run() == ["eval"]
+    assert shop.run() == []
 
 
 def test_changed_rows_run_what_reads_them(shop: Workshop):
@@ -247,3 +265,19 @@ def test_a_wrong_file_of_a_later_stage_is_known_before_the_first_one_trains(shop
         shop.run()
     assert shop.ran == []
     assert shop.run(only="sft") == ["sft"]
+
+
+def test_a_run_keeps_the_day_that_its_template_writes(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("preftune.cli.chain._today", lambda: datetime.date(2026, 2, 28))
+    shop.run()
+    assert "template_date" not in (shop.path / "recipe.yaml").read_text()
+    dated = "model.chat_template=\"{{ strftime_now('%d') }}\""
+    shop.run(dated)
+    assert "template_date: 2026-02-28" in (shop.path / "recipe.yaml").read_text()
+    monkeypatch.setattr("preftune.cli.chain._today", lambda: datetime.date(2026, 3, 1))
+    assert shop.run(dated) == []
+
+
+def test_evaluation_prompts_that_are_trained_on_are_said(shop: Workshop) -> None:
+    shop.run()
+    assert "eval.prompts: 1 of 1 prompts stand in the training data demos as well" in shop.said()

@@ -54,15 +54,17 @@ def test_tool_turns_inside_the_completion_are_not_trained(kit, chatml) -> None:
     assert [chatml.decode(run) for run in trained(encoded)] == ["Look.<|im_end|>", "Done.<|im_end|>"]
 
 
-def test_turns_that_the_template_rewrites_fall_back_to_the_last(kit) -> None:
+def test_turns_that_the_template_rewrites_are_found_in_the_whole(kit) -> None:
     tokenizer = kit.tokenizer(kit.THINKING)
     one = kit.demo()
     two = Row(one.prompt, [*(one.completion or []), kit.user("More?"), kit.assistant("Yes.")], origin="here:2")
     dataset, report = encode_demos([one, two], tokenizer, kit.spec())
     assert [tokenizer.decode(run) for run in trained(dataset[0])] == ["<think></think>Hello.<|im_end|>"]
-    assert [tokenizer.decode(run) for run in trained(dataset[1])] == ["<think></think>Yes.<|im_end|>"]
-    assert report.count(encode.LAST_TURN_ONLY) == 1
-    assert report.notes[encode.LAST_TURN_ONLY].origins == ["here:2"]
+    assert [tokenizer.decode(run) for run in trained(dataset[1])] == [
+        "Hello.<|im_end|>",
+        "<think></think>Yes.<|im_end|>",
+    ]
+    assert report.notes == {}
 
 
 def test_labels_and_margins(kit, chatml) -> None:
@@ -76,7 +78,7 @@ def test_labels_and_margins(kit, chatml) -> None:
 def test_prompts_keep_messages_and_columns(kit, chatml) -> None:
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"a": [1]}}}]}
     rows = [kit.demo(columns={"answer": 4}), Row([kit.user("x"), call, kit.user("y")], columns={"tags": ["a"]})]
-    dataset, _ = encode_prompts(rows, chatml, kit.spec())
+    dataset, _ = encode_prompts(rows, kit.tokenizer(None), kit.spec())
     assert dataset[0]["prompt"] == rows[0].prompt
     assert dataset[1]["prompt"] == rows[1].prompt
     assert [json.loads(text) for text in dataset["columns"]] == [{"answer": 4}, {"tags": ["a"]}]
@@ -156,11 +158,11 @@ def test_sides_that_truncation_makes_equal_are_dropped(kit, chatml) -> None:
 
 def test_a_tool_call_that_the_template_leaves_out_is_not_trained_as_silence(kit, chatml) -> None:
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
-    rows = [kit.demo(tools=[{"name": "f"}]), Row([kit.user("Hi?")], [call])]
-    dataset, report = encode_demos(rows, chatml, kit.spec())
+    dataset, report = encode_demos([kit.demo(tools=[{"name": "f"}])], chatml, kit.spec())
     assert len(dataset) == 1
-    assert report.count(encode.NOTHING_SAID) == 1
     assert report.count(encode.TOOLS_UNSEEN) == 1
+    with pytest.raises(UserError, match=r"here:2: the chat template leaves out the call of 'f'"):
+        encode_demos([Row([kit.user("Hi?")], [call], origin="here:2")], chatml, kit.spec())
 
 
 def test_no_row_left_is_an_error_that_says_why(kit, chatml) -> None:
@@ -178,3 +180,15 @@ def test_many_rows_keep_their_order(kit, chatml, monkeypatch) -> None:
     rows = [kit.demo(answer=str(i)) for i in range(8)]
     dataset, _ = encode_demos(rows, chatml, kit.spec())
     assert [chatml.decode(trained(row)[0]) for row in dataset] == [f"{i}<|im_end|>" for i in range(8)]
+
+
+def test_labels_of_one_class_are_said(kit, chatml) -> None:
+    _, report = encode_labels([kit.demo(label=True)] * 2, chatml, kit.spec())
+    assert report.notes[encode.ONE_CLASS.format("true")].count == 2
+    assert encode_labels([kit.demo(label=True), kit.demo(label=False)], chatml, kit.spec())[1].notes == {}
+
+
+def test_origins_stand_beside_the_rows_that_are_left(kit, chatml) -> None:
+    rows = [Row([kit.user("Hi?")], [kit.assistant("x" * n)], origin=f"here:{n}") for n in (1, 90, 2)]
+    dataset, report = encode_demos(rows, chatml, kit.spec(max_length=80))
+    assert (len(dataset), report.origins) == (2, ["here:1", "here:2"])

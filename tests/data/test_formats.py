@@ -6,6 +6,7 @@ import pytest
 
 from preftune.data import formats
 from preftune.data.formats import Format, normalise
+from preftune.data.messages import to_messages
 from preftune.data.rows import Unusable
 from preftune.errors import UserError
 
@@ -273,3 +274,82 @@ def test_votes_that_are_no_training_data() -> None:
     ):
         with pytest.raises(UserError, match=f"f:1: .*{said}"):
             normalise(raw, "pair", "f:1")
+
+
+@pytest.mark.parametrize("margin", [float("nan"), float("inf"), "much", "nan", [1]])
+def test_a_margin_that_is_no_finite_number_names_its_row(margin) -> None:
+    with pytest.raises(UserError, match=r"here:1: margin is .*, expected a finite number"):
+        normalise({"prompt": "p", "chosen": "a", "rejected": "b", "margin": margin}, "pair", "here:1")
+
+
+@pytest.mark.parametrize(
+    ("speaker", "role"),
+    [("human", "user"), ("prompter", "user"), ("gpt", "assistant"), ("Model", "assistant"), ("BOT", "assistant"),
+     ("function", "tool"), ("observation", "tool"), ("ipython", "tool"), ("tool_response", "tool")],
+)  # fmt: skip
+def test_a_speaker_has_the_same_role_in_role_as_in_from(speaker, role) -> None:
+    said = [to_messages([message], "user", "here:1", "m") for message in ({"role": speaker, "content": "x"},
+                                                                         {"from": speaker, "value": "x"})]  # fmt: skip
+    assert said == [[{"role": role, "content": "x"}]] * 2
+
+
+def test_calls_are_read_however_they_are_written() -> None:
+    wanted = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    text = '{"name": "f", "arguments": {"a": 1}}'
+    for written in (
+        {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": '{"a": 1}'}}]},
+        {"role": "assistant", "content": "", "tool_calls": '[{"function": {"name": "f", "arguments": {"a": 1}}}]'},
+        {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"a": 1}'}},
+        {"role": "tool_call", "content": text},
+        {"from": "function_call", "value": text},
+    ):
+        [message] = to_messages([written], "user", "here:1", "m")
+        assert (message["role"], message["content"], message["tool_calls"]) == ("assistant", "", [wanted])
+    # calls in turns of their own, one after the other, are made at once
+    [both] = to_messages([{"role": "tool_call", "content": text}] * 2, "user", "here:1", "m")
+    assert both["tool_calls"] == [wanted, wanted]
+    with pytest.raises(UserError, match=r"here:1: m\[0\]\.tool_calls\.arguments is not JSON"):
+        broken = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": "{a"}}]}
+        to_messages([broken], "user", "here:1", "m")
+
+
+def test_functions_are_tools_of_an_older_name() -> None:
+    raw = {"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "c"}]}
+    [row] = normalise(raw | {"functions": [{"name": "f", "parameters": {}}]}, "demo", "here:1")
+    assert (row.tools, row.columns) == ([{"type": "function", "function": {"name": "f", "parameters": {}}}], {})
+    [row] = normalise(raw | {"functions": "sin, cos"}, "demo", "here:1")
+    assert (row.tools, row.columns) == (None, {"functions": "sin, cos"})
+    [row] = normalise(raw | {"tools": '[{"type": "function", "function": {"name": "f"}}]'}, "demo", "here:1")
+    assert row.tools == [{"type": "function", "function": {"name": "f"}}]
+
+
+@pytest.mark.parametrize(
+    "written",
+    ['[{"role": "user", "content": "it\'s"}]', """[{'role': 'user', 'content': "it's"}]""",
+     '[{"from": "human", "value": "it\'s"}]'],
+)  # fmt: skip
+def test_messages_written_as_text_are_messages(written) -> None:
+    assert to_messages(written, "user", "here:1", "m") == [{"role": "user", "content": "it's"}]
+    # any other text that begins like a list is what somebody says
+    assert to_messages("[{1}]", "user", "here:1", "m") == [{"role": "user", "content": "[{1}]"}]
+
+
+def test_openais_preferences_bring_their_tools() -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    question = [{"role": "user", "content": "p"}]
+    sides = {"preferred_output": [{"role": "assistant", "content": "a"}],
+             "non_preferred_output": [{"role": "assistant", "content": "b"}]}  # fmt: skip
+    raw = {"input": {"messages": question, "tools": tools}, **sides}
+    [row] = normalise(raw, "pair", "here:1")
+    assert (row.prompt, row.chosen, row.rejected, row.tools) == (
+        question, sides["preferred_output"], sides["non_preferred_output"], tools
+    )  # fmt: skip
+    columns = {"prompt": "input", "chosen": "preferred_output", "rejected": "non_preferred_output"}
+    assert normalise(raw, "pair", "here:1", columns) == [row]
+
+
+def test_a_mask_is_yes_or_no() -> None:
+    with pytest.raises(UserError, match=r"here:1: m\[0\] has weight: 0\.5, expected 0 or 1"):
+        to_messages([{"role": "assistant", "content": "x", "weight": 0.5}], "user", "here:1", "m")
+    [message] = to_messages([{"role": "assistant", "content": "x", "weight": 1}], "user", "here:1", "m")
+    assert message == {"role": "assistant", "content": "x"}

@@ -86,10 +86,36 @@ def test_csv_line_with_too_few_or_too_many_cells(line, write) -> None:
     assert error.value.where == f"{path}:3"
 
 
-def test_csv_cell_with_messages_and_cell_with_other_json(write) -> None:
-    path = write("rows.csv", 'messages,note\n"[{""role"": ""user"", ""content"": ""Hi""}]","[{""a"": 1}]"\n')
-    [(_, row)] = read(path)
-    assert row == {"messages": [{"role": "user", "content": "Hi"}], "note": '[{"a": 1}]'}
+@pytest.mark.parametrize(("cells", "said"), [(";", "a semicolon"), ("\t", "a tab"), ("|", "a bar")])
+def test_csv_with_another_delimiter_is_read_as_such_and_said(cells, said, write) -> None:
+    path = write("rows.csv", f'prompt{cells}completion\nx{cells}"y, z"\n')
+    notes: list[tuple[str, str]] = []
+    rows = list(read_source(SourceSpec(str(path)), (), lambda *note: notes.append(note)))
+    assert rows == [(f"{path}:2", {"prompt": "x", "completion": "y, z"})]
+    assert notes == [(f"read with {said} between the cells", str(path))]
+    # one column is no sign of another delimiter
+    assert read(write("one.csv", "text\nx; y\n")) == [(str(path.with_name("one.csv")) + ":2", {"text": "x; y"})]
+
+
+def test_utf_16_is_read_and_said_and_cp1252_is_refused_with_its_name(tmp_path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes("prompt,completion\nd\u00e9j\u00e0,vu\n".encode("utf-16"))
+    notes: list[tuple[str, str]] = []
+    rows = list(read_source(SourceSpec(str(path)), (), lambda *note: notes.append(note)))
+    assert [row for _, row in rows] == [{"prompt": "d\u00e9j\u00e0", "completion": "vu"}]
+    assert notes == [("read as utf-16, as it is not UTF-8", str(path))]
+    path.write_bytes("prompt,completion\nd\u00e9j\u00e0,vu\n".encode("cp1252"))
+    with pytest.raises(UserError, match=r"not UTF-8 .*cp1252.*; save it as UTF-8"):
+        read(path)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_half_a_character_names_its_row(name, write) -> None:
+    whole, half = '{"prompt": "\\ud83d\\ude00"}', '{"prompt": "nice \\ud83d"}'
+    path = write(name, f"{whole}\n{half}\n" if name == "rows.jsonl" else f"[{whole}, {half}]")
+    with pytest.raises(UserError, match="lone surrogate") as error:
+        read(path)
+    assert error.value.where == f"{path}:2" if name == "rows.jsonl" else f"{path}: row 2"
 
 
 def test_what_is_not_there_names_where_it_was_sought(tmp_path) -> None:

@@ -27,18 +27,27 @@ def test_d07_prompt_and_reply_are_the_conversations_own_ids(kit, chatml) -> None
 
 
 @pytest.mark.checklist("D7")
-def test_d07_a_token_across_the_seam_belongs_to_the_reply(kit) -> None:
-    # "Assistant:" + " Good": the tokenizer merges the colon with the space after it.
+def test_d07_a_prompt_trains_as_it_is_sampled_after_where_a_token_would_reach_over_the_seam(kit) -> None:
+    # "Assistant:" + " Good": the tokenizer merges the colon with the space after it. Sampling starts after the colon.
     tokenizer = kit.tokenizer(None, merges=[": Ġ"])
+    dataset, report = encode_pairs([kit.pair()], tokenizer, kit.spec())
+    row = dataset[0]
+    assert row["prompt_ids"] == encode_prompts([kit.demo()], tokenizer, kit.spec())[0][0]["prompt_ids"]
+    assert tokenizer.decode(row["chosen_ids"]) == " Good.<|im_end|>"
+    assert tokenizer.decode(row["prompt_ids"] + row["chosen_ids"]) == "\n\nHuman: Hi?\n\nAssistant: Good.<|im_end|>"
+    assert report.notes == {}
+
+
+@pytest.mark.checklist("D7")
+def test_d07_a_tokenizer_that_cannot_begin_in_the_middle_keeps_the_wholes_ids(kit, monkeypatch) -> None:
+    tokenizer = kit.tokenizer(None, merges=[": Ġ"])
+    monkeypatch.setattr(Templater, "continued", lambda *_: None)
     dataset, report = encode_pairs([kit.pair()], tokenizer, kit.spec())
     row = dataset[0]
     text = "\n\nHuman: Hi?\n\nAssistant: Good.<|im_end|>"
     assert row["prompt_ids"] + row["chosen_ids"] == tokenizer(text).input_ids
     assert tokenizer.decode(row["chosen_ids"]) == ": Good.<|im_end|>"
     assert report.count(BOUNDARY_MOVED) == 1
-    # Tokenised apart, the colon and the space would have been two tokens that the model never sees together.
-    apart = tokenizer("\n\nHuman: Hi?\n\nAssistant:").input_ids + tokenizer(" Good.<|im_end|>").input_ids
-    assert row["prompt_ids"] + row["chosen_ids"] != apart
 
 
 @pytest.mark.checklist("D7")

@@ -150,7 +150,13 @@ def test_a_server_that_says_nothing_is_not_waited_for_longer_than_the_timeout(wa
 
 @pytest.mark.parametrize(
     "payload",
-    ["<html>", "[]", {"error": {"message": "<html>"}}, {"choices": []}, {"choices": [{"message": {"content": 3}}]}],
+    [
+        "<html>",
+        "[]",
+        {"choices": []},
+        {"choices": [{"message": {"content": 3}}]},
+        {"choices": [{"message": {"content": [3]}}]},
+    ],
 )
 def test_what_is_no_chat_completion_is_named(payload):
     with (
@@ -159,6 +165,38 @@ def test_what_is_no_chat_completion_is_named(payload):
     ):
         client(endpoint(server)).ask(saying("hello"))
     assert len(server.bodies) == 1
+
+
+@pytest.mark.parametrize(
+    "inside",
+    [
+        {"error": {"message": "Provider returned error", "code": 502}},
+        {"error": {"message": "oops"}, "choices": []},
+        {"choices": [{"message": {"content": ""}, "finish_reason": "error"}]},
+        {"choices": [{"message": {"content": "half"}, "error": {"code": 429, "message": "slow down"}}]},
+    ],
+)
+def test_an_error_inside_a_good_answer_is_asked_again(waits, inside):
+    with ChatServer(failing_first((200, {}, inside), (200, {}, inside))) as server:
+        assert client(endpoint(server)).ask(saying("hello")) == ["you said hello"]
+    assert (len(server.bodies), len(waits)) == (3, 2)
+
+
+def test_a_refusal_inside_a_good_answer_is_not(waits):
+    refusal = (200, {}, {"error": {"message": "no such model", "code": 404}})
+    with (
+        ChatServer(lambda body, n: refusal) as server,
+        pytest.raises(UserError, match=r"answered 404 \(no such model\)"),
+    ):
+        client(endpoint(server)).ask(saying("hello"))
+    assert (len(server.bodies), waits) == (1, [])
+
+
+def test_content_in_parts_is_read_and_thoughts_are_not():
+    parts = [{"type": "thinking", "text": "[[A]]"}, {"type": "text", "text": "So: "}, {"text": "[[B]]"}, "."]
+    message = {"role": "assistant", "content": parts, "reasoning_content": "[[A]]"}
+    with ChatServer(lambda body, n: (200, {}, {"choices": [{"message": message}]})) as server:
+        assert client(endpoint(server)).ask(saying("hello")) == ["So: [[B]]."]
 
 
 def test_a_model_that_says_nothing_has_said_nothing():

@@ -39,7 +39,7 @@ def pair_of_heads(make):
             # frozen head beside trained embeddings: untie them
             model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone(), requires_grad=False)
         add_fused_lm_head(model, outputs=OUTPUTS)
-    assert use_compact_head(ours, mean_logits=True)
+    use_compact_head(ours, mean_logits=True)
     return trl, ours
 
 
@@ -91,5 +91,5 @@ def test_a_batch_without_labels_gives_a_differentiable_zero():
 def test_patching_twice_changes_nothing():
     _, ours = pair_of_heads(llama)
     before = ours.forward
-    assert use_compact_head(ours)
+    use_compact_head(ours)
     assert ours.forward is before or ours.forward == before

@@ -58,7 +58,7 @@ def batch(seed: int, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_a_rounded_tree_has_tokens_more_that_nobody_meets():
     tree = rounded(build_tree(torch.tensor([[5, 6, 7], [5, 6, 8]]), torch.ones(2, 3)), 6)
-    assert tree.ids_N.tolist() == [5, 6, 7, 8, 0, 0]
+    assert tree.ids_N.tolist() == [5, 6, 7, 8, 5, 5]
     assert tree.end_N.tolist() == [4, 4, 3, 4, 5, 6]
     assert tree.blocks == ((0, 4), (4, 6))
     assert int(tree.index_BL.max()) == 3
@@ -170,11 +170,17 @@ def test_a_backbone_that_cannot_take_it_falls_back(caplog):
     from transformers import MambaConfig
 
     model = AutoModel.from_config(MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, state_size=4))
-    forward = model.forward
-    with caplog.at_level("INFO"):
-        assert not use_packed_forward(model)
-    assert model.forward == forward
-    assert "padded rows" in caplog.text
+    ids, mask = batch(3)
+    with torch.no_grad():
+        alone = [
+            model(input_ids=row[kept][None]).last_hidden_state[0] for row, kept in zip(ids, mask.bool(), strict=True)
+        ]
+        with caplog.at_level("INFO"):
+            assert not use_packed_forward(model)
+        # positions too, which it does not know: every stage gives them
+        found = model(input_ids=ids, attention_mask=mask, position_ids=mask.cumsum(-1) - 1).last_hidden_state
+    assert "padded rows" in caplog.text and not packs_now(model, CPU)
+    torch.testing.assert_close(found[mask.bool()], torch.cat(alone))
 
 
 def test_without_a_tree_the_attention_is_plain_sdpa():

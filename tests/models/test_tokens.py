@@ -2,13 +2,16 @@
 
 import pytest
 import torch
+from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import BloomConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from preftune import UserError, load_model, load_tokenizer
 from preftune.data.template import DEFAULT_CHAT_TEMPLATE
+from preftune.models.base import Base
+from preftune.models.context import check_context, context_length
 from preftune.models.tiny import byte_tokenizer
-from preftune.models.tokens import prepare_model, set_eos, set_pad
+from preftune.models.tokens import end_token_ids, prepare_model, set_eos, set_pad
 
 TURNS = [{"role": "user", "content": "hé"}, {"role": "assistant", "content": "ÿ ok"}]
 
@@ -114,3 +117,54 @@ def test_saved_and_loaded_it_encodes_the_same(tokenizer, tmp_path):
         torch.tensor(again.apply_chat_template(TURNS)["input_ids"]),
         torch.tensor(tokenizer.apply_chat_template(TURNS)["input_ids"]),
     )
+
+
+def test_an_end_token_that_is_not_marked_special_ends_the_turn():
+    core = words(["<s>", "</s>"], eos_token="</s>", bos_token="<s>")
+    core.add_tokens(["<|im_end|>"])
+    core.chat_template = "{% for m in messages %}{{ m.role + ' ' + m.content + '<|im_end|>' }}{% endfor %}"
+    set_eos(core)
+    assert core.eos_token == "<|im_end|>"
+
+
+def test_a_reply_ends_at_every_end_token_of_the_base(base, tokenizer):
+    model = load_model(base)
+    model.generation_config.eos_token_id = [7, tokenizer.pad_token_id]
+    model.generation_config._from_model_config = False
+    prepare_model(model, tokenizer)
+    assert end_token_ids(tokenizer, model) == [tokenizer.eos_token_id, 7, tokenizer.pad_token_id]
+    # what only repeats the model's config may be the default of its class
+    model.generation_config._from_model_config = True
+    assert end_token_ids(tokenizer, model) == [tokenizer.eos_token_id]
+
+
+STRETCHED = {"rope_theta": 1e4, "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("rope", "length"),
+    [(None, 64), ({"rope_type": "dynamic", **STRETCHED}, 256),
+     ({"rope_type": "yarn", **STRETCHED, "original_max_position_embeddings": 16}, 64)],
+)  # fmt: skip
+def test_rows_longer_than_the_context_are_refused(rope, length, tmp_path):
+    config = LlamaConfig(
+        vocab_size=9, hidden_size=8, num_attention_heads=2, max_position_embeddings=64, rope_parameters=rope
+    )
+    config.save_pretrained(tmp_path)
+    found = Base("here", tmp_path, None, "")
+    assert context_length(found) == length
+    rows = Dataset.from_dict({"prompt_ids": [[1] * 4, [1] * 5], "chosen_ids": [[1] * (length - 4), [1]],
+                              "rejected_ids": [[1], [1] * (length - 4)]})  # fmt: skip
+    problem = (
+        rf"1 of 2 rows are longer than the base's context of {length} positions \(the longest: {length + 1} tokens"
+    )
+    with pytest.raises(UserError, match=problem):
+        check_context(rows, found, "data.d")
+    check_context(rows.select([0]), found, "data.d")
+    with pytest.raises(UserError, match=rf"longer with {length} new tokens .*set max_prompt_length: 1"):
+        check_context(rows.select_columns(["prompt_ids"]), found, "data.d", length)
+
+
+def test_positions_without_a_limit_have_no_context(tmp_path):
+    BloomConfig(vocab_size=9, hidden_size=8, n_head=2, n_layer=1).save_pretrained(tmp_path)
+    assert context_length(Base("here", tmp_path, None, "")) is None

@@ -5,14 +5,16 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from preftune.models.generate import Generation, sample
 from preftune.models.masked import masked_sum
+from preftune.models.tiny import byte_tokenizer
 from preftune.stages.ppo import rollout as rollout_file
 from preftune.stages.ppo.config import PPOConfig
 from preftune.stages.ppo.network import Trunk
-from preftune.stages.ppo.rollout import Episodes, Rollout, make_episodes, rollout_metrics, stream_rows
+from preftune.stages.ppo.rollout import Episodes, Prompts, Rollout, make_episodes, rollout_metrics, stream_rows
 from preftune.stages.ppo.trainer import PPOTrainer
 
 from .collecting import collect, ppo_of
@@ -270,3 +272,15 @@ def test_the_prompt_stream_is_a_function_of_its_place() -> None:
     assert [sorted(whole[i : i + 5]) for i in (0, 5, 10)] == [list(range(5))] * 3
     assert stream_rows(5, 3, 7, 6) == whole[7:13]
     assert whole[:5] != whole[5:10]
+
+
+def test_a_text_prompt_gets_no_eos_from_a_tokenizer_that_ends_texts_in_one() -> None:
+    ends: Any = byte_tokenizer()
+    ends.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {ends.eos_token}", special_tokens=[(ends.eos_token, ends.eos_token_id)]
+    )
+    assert ends("Hi").input_ids[-1] == ends.eos_token_id
+    assert Prompts.of([{"prompt": "Hi"}], ends).ids == [TOKENIZER("Hi").input_ids]
+    # one that the prompt says itself stays
+    said = f"Hi{ends.eos_token}"
+    assert Prompts.of([{"prompt": said}], ends).ids[0][-1] == ends.eos_token_id

@@ -1,0 +1,34 @@
+"""`preftune eval kl | perplexity | reward` on a run whose recipe has no `eval:`."""
+
+import json
+
+import pytest
+
+
+def rows(out: str) -> list[dict]:
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_kl_takes_prompts_from_data_and_the_sft_stage_as_reference(run, shell):
+    code, out, err = shell("eval", "kl", run, "--data", run / "prompts.jsonl", "--json")
+    assert code == 0, err
+    found = {row["policy"]: row for row in rows(out)}
+    assert list(found) == ["base", "sft", "dpo", "ipo"]
+    assert all(row["reference"] == "sft" and row["n"] == 4 for row in found.values())
+    assert found["sft"]["kl"] == 0 < found["dpo"]["kl"]
+    code, out, _ = shell("eval", "kl", run, "--data", "demos", "--policies", "dpo", "--json")
+    assert (code, [row["policy"] for row in rows(out)]) == (0, ["dpo", "sft"])
+    shell.refused("eval", "kl", run, said="no evaluation; .* need only --data")
+
+
+def test_perplexity_and_reward_need_no_evaluation(run, shell):
+    code, out, err = shell("eval", "perplexity", run, "--data", run / "demos.jsonl", "--json")
+    assert code == 0, err
+    assert [row["policy"] for row in rows(out)] == ["base", "sft", "dpo", "ipo"]
+    # the adapters were made without a lineage, so that an implicit reward's beta is unknown
+    shell.refused("eval", "reward", run, "--stage", "dpo", "--data", run / "pairs.jsonl", said="its beta is unknown")
+
+
+@pytest.mark.parametrize("command", ["run", "winrate"])
+def test_what_needs_one_says_so(run, shell, command):
+    shell.refused("eval", command, run, said="its recipe has no evaluation; add eval:")
