@@ -1,6 +1,7 @@
 """The DPO stage on a tiny random model: where it starts, what changes, what its reference is."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -130,6 +131,7 @@ def test_attention_that_keeps_its_rate_elsewhere_is_without_dropout_too(make_job
     def with_rate(*args, **kwargs):
         model = load_model(*args, **kwargs)
         model.config.attention_dropout = 0.2
+        layer: Any
         for layer in model.modules():
             if hasattr(layer, "attention_dropout"):
                 layer.attention_dropout = 0.2
