@@ -1,6 +1,7 @@
 """Replies that an evaluation drew, kept in the run folder: one changed stage redraws one policy.
 
-One JSON file for each policy, named by the hash of all that shapes its replies: base, adapter, prompts, sampling. It holds the replies' token ids (a text does not always become the ids again that it came from) and, for each reference
+One JSON file for each policy, named by the hash of all that shapes its replies: base, adapter, prompts, sampling. It
+holds the replies' token ids (a text does not always become the ids again that it came from) and, for each reference
 that they were held against, the KL of each reply.
 """
 

@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,15 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from ..data.template import DEFAULT_CHAT_TEMPLATE, set_date
 from ..errors import UserError
+from ..patience import within
 from .base import Base
 from .quiet import quiet_transformers
 
 logger = logging.getLogger(__name__)
 
 _MARK = "THE-REPLY"
+_PATIENCE = 10.0
+"""Seconds for a template on a short dialogue, which takes a thousandth of one."""
 _KNOWN_PADS = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>", "<|endoftext|>")
 _SPARE = re.compile(r"pad|reserved|unused|extra|placeholder", re.IGNORECASE)
 
@@ -31,7 +35,7 @@ def load_tokenizer(
         template_date: the day that templates write which write today's; None: the day on which the process started.
 
     Raises:
-        UserError: an unknown template, or no token that can serve as PAD.
+        UserError: an unknown template, an EOS that the model cannot say, or no token that can serve as PAD.
     """
     with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(base.path, trust_remote_code=False)
@@ -40,8 +44,14 @@ def load_tokenizer(
     tokenizer.padding_side = "right"
     tokenizer.chat_template = _template(tokenizer, chat_template)
     set_date(tokenizer, template_date)
-    set_eos(tokenizer)
-    set_pad(tokenizer, _vocab_size(base))
+    what = "the chat template, which loops over and over on a dialogue of two words,"
+    with within(_PATIENCE, "model.chat_template", what, "correct the template"):
+        set_eos(tokenizer)
+    size = vocabulary_size(base)
+    if tokenizer.eos_token_id >= size:
+        said = f"its EOS {tokenizer.eos_token!r} (id {tokenizer.eos_token_id}) is beyond the embedding's {size} rows"
+        raise UserError("model.base", said, "take a template that ends turns with a token which the base has")
+    set_pad(tokenizer, size)
     return tokenizer
 
 
@@ -82,6 +92,8 @@ def set_eos(tokenizer: PreTrainedTokenizerBase) -> None:
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _MARK}]
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except UserError:
+        raise
     except Exception as error:
         logger.warning("the chat template does not render a short dialogue (%s); EOS is left as it is", error)
         return
@@ -131,6 +143,33 @@ def special_tokens(tokenizer: Any) -> dict[str, int]:
     return marked | named
 
 
+def check_vocabulary(rows: Sequence[Sequence[int]], tokenizer: Any, size: int, where: str) -> None:
+    """Every token has its row in the base's embedding: tokens that were added later may have none.
+
+    Args:
+        rows: token ids.
+        size: rows of the embedding.
+        where: whose rows they are, for the message.
+
+    Raises:
+        UserError: the first row with a token beyond it, and which token that is.
+    """
+    for number, row in enumerate(rows, start=1):
+        if len(row) and (highest := max(row)) >= size:
+            token = tokenizer.convert_ids_to_tokens([highest])[0]
+            raise UserError(
+                where,
+                f"row {number} holds the token {token!r} (id {highest}), and the base's embedding has {size} rows",
+                "take that token out of the tokenizer or the template, or let the base's embedding grow first "
+                "(model.resize_token_embeddings, train it, save it as a base of its own)",
+            )
+
+
+def vocabulary_size(base: Base) -> int:
+    """Rows of the base's embedding."""
+    return AutoConfig.from_pretrained(base.path, trust_remote_code=False).get_text_config().vocab_size
+
+
 def _template(tokenizer: PreTrainedTokenizerBase, wanted: str | None) -> str:
     own = tokenizer.chat_template
     if wanted is None:
@@ -148,7 +187,3 @@ def _template(tokenizer: PreTrainedTokenizerBase, wanted: str | None) -> str:
     raise UserError(
         "model.chat_template", f"{wanted!r} is neither a file, nor Jinja text, nor a name", "give one, or `default`"
     )
-
-
-def _vocab_size(base: Base) -> int:
-    return AutoConfig.from_pretrained(base.path, trust_remote_code=False).get_text_config().vocab_size

@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from scipy.stats import linregress, t
 
 from ...stages.ppo.update import FULL_TOLERANCE
 from ..statistics.intervals import wilson_interval
@@ -116,6 +118,18 @@ def check_entropy_trend(stage: str, entropies: Sequence[float]) -> Finding:
         look=left < ENTROPY_LOOK,
         remedy="the policy says one thing only: raise kl.coef or entropy_coef, lower the learning rate, stop earlier",
     )
+
+
+def score_gain(scores: Sequence[float]) -> tuple[float, float, float] | None:
+    """By how much the mean score rose from the first to the last iteration on a straight line through all of them, with
+    its 95% interval; None with too few iterations for a trend."""
+    n = len(scores)
+    if n < TREND_ITERATIONS:
+        return None
+    fit: Any = linregress(np.arange(n), np.asarray(scores))
+    half = float(t.ppf(0.975, n - 2)) * float(fit.stderr)
+    gain, spread = float(fit.slope) * (n - 1), half * (n - 1)
+    return gain, gain - spread, gain + spread
 
 
 def check_rows(stage: str, read: int, lost: int) -> Finding:
