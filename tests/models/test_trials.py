@@ -277,7 +277,7 @@ def test_a_weight_that_layers_share_is_not_merged():
 
 def test_experts_that_are_adapted_merge_into_a_model(tmp_path):
     tokenizer = byte_tokenizer()
-    model = small(DeepseekV3Config(**LATENT | {"vocab_size": len(tokenizer)}))
+    model = small(DeepseekV3Config(**{**LATENT, "vocab_size": len(tokenizer)}))
     model.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     base = resolve_base(str(tmp_path / "base"))
