@@ -1,7 +1,17 @@
 """The one exception for what the user can put right, and the words that messages share."""
 
-from collections.abc import Iterable
+import os
+import traceback
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from difflib import get_close_matches
+from pathlib import Path
+
+_OURS, _STANDARD = Path(__file__).parent, Path(os.__file__).parent
+_ROOMS = ("data", "models", "stages", "eval", "recipes", "cli")
+
+MOST = 20
+"""So many mistakes are said at once; of more, how many there are."""
 
 
 class UserError(Exception):
@@ -18,6 +28,78 @@ class UserError(Exception):
     def __init__(self, where: str, problem: str, remedy: str) -> None:
         self.where, self.problem, self.remedy = where, problem, remedy
         super().__init__(f"{where}: {problem}; {remedy}")
+
+
+class UserErrors(UserError):
+    """Several mistakes, found together: a line each.
+
+    Args:
+        errors: two or more, in the order in which they are said.
+    """
+
+    def __init__(self, errors: Iterable[UserError]) -> None:
+        self.errors = tuple(errors)
+        first = self.errors[0]
+        super().__init__(first.where, first.problem, first.remedy)
+        lines = [" ".join(str(each).split()) for each in self.errors[:MOST]]
+        more = len(self.errors) - MOST
+        self.args = ("\n".join([*lines, *([f"... and {more} more"] if more > 0 else [])]),)
+
+
+@contextmanager
+def gathering(found: list[UserError]) -> Generator[None]:
+    """What is wrong within it is added to `found`, and the work goes on behind it."""
+    try:
+        yield
+    except UserErrors as several:
+        found += several.errors
+    except UserError as error:
+        found.append(error)
+
+
+def raise_found(found: Iterable[UserError]) -> None:
+    """Raise what was found: one mistake as it is, several together; each is said once.
+
+    Raises:
+        UserError: something was.
+    """
+    each = list({str(error): error for error in found}.values())
+    if each:
+        raise each[0] if len(each) == 1 else UserErrors(each)
+
+
+@contextmanager
+def user_code(where: str, what: str, remedy: str) -> Generator[None]:
+    """Within it runs code of the user's: what it raises is said with the last line of theirs that it came from.
+
+    Args:
+        where: the place that names the code. what: what came of it. remedy: as in `UserError`.
+
+    Raises:
+        UserError: it raised anything but an interruption, `SystemExit` included.
+    """
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException as error:
+        said = " ".join(str(error).split())
+        named = f"{type(error).__name__}: {said}" if said else type(error).__name__
+        raise UserError(where, f"{what}: {_last_frame(error)}{named}", remedy) from error
+
+
+def _last_frame(error: BaseException) -> str:
+    """ "FILE:LINE in FUNCTION: " of the user's last frame; empty where none is theirs."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}:{error.lineno}: "
+    found = ""
+    for frame in traceback.extract_tb(error.__traceback__):
+        path = Path(frame.filename)
+        ours = path.parent == _OURS or (path.is_relative_to(_OURS) and path.relative_to(_OURS).parts[0] in _ROOMS)
+        library = {"site-packages", "dist-packages"} & set(path.parts) or path.is_relative_to(_STANDARD)
+        if not (ours or library or frame.filename.startswith("<")):
+            found = f"{frame.filename}:{frame.lineno} in {frame.name}: "
+    return found
 
 
 def closest(word: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:

@@ -11,8 +11,8 @@ from typing import Any
 RECIPE, RUN_STATE, REPORT, DOCTOR = "recipe.yaml", "run.json", "report.html", "doctor.json"
 """In a run's folder."""
 
-METRICS, LOG, LINEAGE, CHECKPOINTS = "metrics.json", "log.jsonl", "lineage.json", "checkpoints"
-"""In a stage's folder, beside its adapter."""
+METRICS, LOG, LINEAGE, CHECKPOINTS, LOGS = "metrics.json", "log.jsonl", "lineage.json", "checkpoints", "logs"
+"""In a stage's folder, beside its adapter; `logs` holds what trackers write (`report_to`)."""
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 """PEFT's own names: an adapter lies directly in its stage's folder."""

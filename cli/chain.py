@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..data.template import writes_date
-from ..errors import UserError, nearest
+from ..errors import UserError, gathering, nearest, raise_found
 from ..files import CHECKPOINTS, EVALUATION, RECIPE, REPORT, write_whole
 from ..recipes.build import eval_spec, stage_job
 from ..recipes.graph import needed_for, order, parents
@@ -91,10 +91,18 @@ class Chain:
 
     def run(self) -> list[Done]:
         """Run everything. If a step raises, run.json says `failed`, later steps do not run, and the error goes on."""
+        with self.recipe.placing():
+            return self._run()
+
+    def _run(self) -> list[Done]:
         # 1. what is to be done, before anything heavy is imported
         selected = self.selected = self._selected()
         make_functions_importable(self.recipe)
         quiet_libraries()
+        if self.options.launch is not None:
+            from .launch import check_launch
+
+            check_launch(self.options.launch)
         self.folder = RunFolder(self.path)
         with self.folder.lock():
             self.folder.load()
@@ -103,7 +111,7 @@ class Chain:
             fix_date(self.recipe, self.base, self.path)
             write_recipe(self.path, self.recipe)
             self.parts = Keys(self.recipe, self.base, self.path)
-            evaluates = self.recipe.eval is not None and self.options.only is None and self.options.until is None
+            evaluates = self.evaluates = self._evaluates()
             self.parts.read_data(selected, evaluation=evaluates)
             for words in self.parts.evaluated_in_training():
                 self.output.say(f"eval.prompts: {words}")
@@ -115,6 +123,9 @@ class Chain:
             if any(each.state == "ran" for each in done) or not (self.path / REPORT).is_file():
                 self._report()
         return done
+
+    def _evaluates(self) -> bool:
+        return self.recipe.eval is not None and self.options.only is None and self.options.until is None
 
     def _selected(self) -> list[str]:
         recipe, options = self.recipe, self.options
@@ -128,14 +139,22 @@ class Chain:
         return order(recipe) if options.until is None else needed_for(recipe, [options.until])
 
     def _check_settings(self) -> None:
-        """Check every selected stage's settings before the first trains: a typo in the last should not cost hours."""
+        """Check all that the selected stages need before the first trains: a typo in the last should not cost hours."""
         if self._settings_checked or self._run_stage is not None:
             return
         self._settings_checked = True
-        from ..stages.options import check_words
+        from ..models.tokens import load_tokenizer
+        from .validate import DataCheck, check_settings, data_uses
 
-        for name in self.selected:
-            check_words(stage_job(self.recipe, name, self.base, self.path, self.folder.partial(name)))
+        model, found = self.recipe.model, list[UserError]()
+        with gathering(found):
+            check_settings(self.recipe, self.base, self.selected, self.path, judges=self.evaluates)
+        tokenizer = load_tokenizer(self.base, model.chat_template, model.template_date)
+        check = DataCheck(self.recipe, self.base, tokenizer)
+        for name, entry, kind in data_uses(self.recipe, self.selected, evaluation=self.evaluates):
+            with gathering(found):
+                list(check.rows(name, entry, kind))
+        raise_found(found)
 
     def _stage(self, name: str) -> Done:
         # the parents' keys: from this run, or from the folder where they are not part of it

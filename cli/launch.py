@@ -11,11 +11,31 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..files import METRICS
+from ..models import seams
 from .launched import MODULE, read_error
 from .process import StageFailed
 
 if TYPE_CHECKING:
     from ..stages.job import StageJob
+
+
+def check_launch(config: Path) -> None:
+    """Whether accelerate can read the config.
+
+    Raises:
+        UserError: no such file, or none that `accelerate config` wrote.
+    """
+    remedy = "write one with `accelerate config --config_file FILE`"
+    if not config.is_file():
+        raise UserError("--launch", f"no file {str(config)!r}", remedy)
+    seams.require(seams.LAUNCHER)
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    try:
+        load_config_from_file(str(config))
+    except Exception as error:  # whatever stands in it
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise UserError("--launch", f"{config}: no accelerate config ({said[:200]})", remedy) from error
 
 
 def launch_stage(config: Path, run_dir: Path, job: "StageJob", from_adapter: Path | None) -> Mapping[str, Any]:
@@ -26,11 +46,9 @@ def launch_stage(config: Path, run_dir: Path, job: "StageJob", from_adapter: Pat
             `use_cpu: true`, `num_processes: N`, and nothing about MPI.
 
     Raises:
-        UserError: there is no such config, it cannot be used, or the stage raised one.
+        UserError: the config cannot be used, or the stage raised one.
         StageFailed: the stage failed in another way.
     """
-    if not config.is_file():
-        raise UserError("--launch", f"no file {str(config)!r}", "write one with `accelerate config --config_file FILE`")
     stage = [str(run_dir), job.name, *([str(from_adapter)] if from_adapter else [])]
     # functions beside the recipe must be found in there too
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(each for each in sys.path if each)}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol, TypeGuard
 
 import typer
 
-from ..errors import UserError
+from ..errors import UserError, UserErrors
 
 if TYPE_CHECKING:
     from ..recipes.schema import Recipe
@@ -35,13 +35,15 @@ def exit_code_of(work: Callable[[], object]) -> int:
 
     Returns:
         What the command returns where that is a number, else 0; 2 for a user's mistake, which is one line without a
-        traceback; 1 for anything else.
+        traceback (several, found together: a line each); 1 for anything else.
     """
     try:
         code = work()
         return code if isinstance(code, int) else 0
     except UserError as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
+        several = error.errors if isinstance(error, UserErrors) else ()
+        for line in str(error).split("\n") if several else [str(error)]:
+            print(" ".join(line.split()), file=sys.stderr)
         return 2
     except StageFailed as error:
         print(error, file=sys.stderr)

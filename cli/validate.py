@@ -6,17 +6,19 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.overlap import PromptSet, overlap_words, overlaps
 from ..data.spec import RowKind
-from ..errors import UserError
+from ..errors import UserError, gathering, raise_found
 from ..recipes.build import data_spec, folders, stage_job
-from ..recipes.graph import order
+from ..recipes.graph import lines_of_descent, order, unused_stages
 from ..recipes.load import load_recipe
 from ..recipes.schema import Data, Recipe
 from .output import Output
-from .process import make_functions_importable
+from .process import make_functions_importable, quiet_libraries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from ..data.rows import Row
+    from ..data.spec import DataSpec
     from ..models.base import Base
 
 EVAL_PROMPTS = "eval.prompts"
@@ -29,32 +31,75 @@ def validate_recipe(recipe: str, overrides: Sequence[str], output: Output) -> No
     What cannot be checked offline is reported, and is not an error.
 
     Raises:
-        UserError: the first thing that is wrong.
+        UserError: everything that is wrong, as far as one thing does not hide another.
     """
     loaded = load_recipe(recipe, overrides)
     make_functions_importable(loaded)
-    output.say(f"recipe: {loaded.name}, stages in running order: {', '.join(order(loaded))}")
-    base, tokenizer = _base(loaded, output)
-    trained: dict[str, list[PromptSet]] = {}
-    for name, entry, kind in data_uses(loaded):
-        for row in _check_rows(loaded, name, entry, kind, (base, tokenizer), output, trained):
-            if output.json:
-                output.rows([row])
-    _check_settings(loaded, base, output)
-    _check_judges(loaded)
+    quiet_libraries()
+    output.say(f"recipe: {loaded.name}, stages in running order: {', '.join(lines_of_descent(loaded))}")
+    if unused := unused_stages(loaded):
+        output.say(f"nothing uses {', '.join(unused)}: no stage starts from it, and no evaluation looks at it")
+    found: list[UserError] = []
+    with loaded.placing():
+        base, tokenizer = _base(loaded, output)
+        check = DataCheck(loaded, base, tokenizer, output)
+        for name, entry, kind in data_uses(loaded):
+            with gathering(found):
+                for row in check.rows(name, entry, kind):
+                    if output.json:
+                        output.rows([row])
+        with gathering(found):
+            check_settings(loaded, base, order(loaded), Path("runs") / loaded.name)
+            output.say(f"stages: the config of each of {len(loaded.stages)} stages can be built")
+        raise_found(found)
     output.say("nothing wrong found")
 
 
-def data_uses(recipe: Recipe) -> Iterator[tuple[str, Data, RowKind]]:
-    """(name, entry, kind of rows) for each distinct way in which an entry is read."""
+def check_settings(
+    recipe: Recipe, base: "Base | None", stages: Sequence[str], run_dir: Path, *, judges: bool = True
+) -> None:
+    """Build the real config of each of these stages, with its rewards, and plan the judges: nothing is trained.
+
+    Args:
+        base: None where it cannot be reached: what depends on it is not looked at.
+        run_dir: the run folder, whether it is there or not.
+        judges: whether the evaluation's judges are looked at.
+
+    Raises:
+        UserError: everything that the run would refuse.
+    """
+    from ..models.base import Base
+    from ..stages.check import stage_problems
+
+    stand_in = base or Base(recipe.model.base, Path(), None, "")
+    found: list[UserError] = []
+    for name in stages:
+        with gathering(found):
+            found += stage_problems(stage_job(recipe, name, stand_in, run_dir, run_dir / name))
+    if recipe.eval is not None and judges:
+        from ..eval.judges.registry import plan_judges
+
+        with gathering(found):
+            plan_judges(recipe.eval.judges, run_dir)
+    raise_found(found)
+
+
+def data_uses(
+    recipe: Recipe, stages: Sequence[str] | None = None, *, evaluation: bool = True
+) -> Iterator[tuple[str, Data, RowKind]]:
+    """(name, entry, kind of rows) for each distinct way in which an entry is read: by these stages, by the evaluation.
+
+    Args:
+        stages: None: all, in running order.
+    """
     seen = set()
-    for name in order(recipe):
+    for name in order(recipe) if stages is None else stages:
         stage = recipe.stages[name]
         use = (stage.data, stage.record.rows)
         if use not in seen:
             seen.add(use)
             yield stage.data, recipe.data[stage.data], stage.record.rows
-    if recipe.eval is not None:
+    if recipe.eval is not None and evaluation:
         yield EVAL_PROMPTS, recipe.eval.prompts, "prompt"
 
 
@@ -87,84 +132,85 @@ def _base(recipe: Recipe, output: Output) -> "tuple[Base | None, PreTrainedToken
     return base, load_tokenizer(base, recipe.model.chat_template, recipe.model.template_date)
 
 
-def _check_rows(
-    recipe: Recipe,
-    name: str,
-    entry: Data,
-    kind: RowKind,
-    opened: "tuple[Base | None, PreTrainedTokenizerBase | None]",
-    output: Output,
-    trained: dict[str, list[PromptSet]],
-) -> Iterator[dict[str, Any]]:
-    """One data entry as one kind of rows.
+class DataCheck:
+    """Every use of the data, read and encoded as the stages and the evaluation would.
 
     Args:
-        trained: the prompts of every entry so far that a stage trains on; the evaluation's are compared with them.
+        base, tokenizer: None where the base cannot be reached: rows are then read, and not measured in tokens.
+        output: where the counts are said; None: nowhere.
     """
-    from ..data.encode import encode_rows
-    from ..data.load import load_rows
-    from ..models.context import check_context
 
-    spec = data_spec(entry, recipe.seed)
-    label = f"data {name} as {_ROW_NAMES[kind]}" if name != EVAL_PROMPTS else name
-    try:
-        loaded = load_rows(spec, kind, folders(recipe))
-    except UserError:
-        away = [source.path for source in spec.sources if is_on_hub(recipe, source.path)]
-        if not (away and offline()):
-            raise
-        output.say(f"{label}: not checked, {', '.join(away)} is on the hub and we are offline")
-        return
-    report = {"data": name, "rows": kind, "read": loaded.report.as_dict()}
-    _say(output, label, loaded.report.lines())
-    prompts = PromptSet.of(loaded.rows, spec)
-    if name == EVAL_PROMPTS:
-        shared = overlaps(prompts, trained)
-        _say(output, label, [overlap_words(other, tally, prompts) for other, tally in shared.items()])
-        report["in_training_data"] = {other: tally.count for other, tally in shared.items()}
-    else:
-        trained.setdefault(name, []).append(prompts)
-    base, tokenizer = opened
-    if base is not None and tokenizer is not None:
-        dataset, encoded = encode_rows(kind, loaded.rows, tokenizer, spec)
-        where = name if name == EVAL_PROMPTS else f"data.{name}"
-        check_context(dataset, base, where, _new_tokens(recipe, name, kind))
-        _say(output, f"{label}, in tokens", encoded.lines())
-        report["encoded"] = encoded.as_dict()
+    def __init__(
+        self,
+        recipe: Recipe,
+        base: "Base | None",
+        tokenizer: "PreTrainedTokenizerBase | None",
+        output: Output | None = None,
+    ) -> None:
+        self.recipe, self.base, self.tokenizer, self.output = recipe, base, tokenizer, output
+        # by data entry: what is trained on; the evaluation's prompts are compared with it
+        self._trained: dict[str, list[PromptSet]] = {}
+
+    def rows(self, name: str, entry: Data, kind: RowKind) -> Iterator[dict[str, Any]]:
+        """Read an entry as one kind of rows, and encode them: yields what was found, and says it.
+
+        Raises:
+            UserError: it cannot be read, no row is left, or rows are longer than the base's context.
+        """
+        from ..data.load import load_rows
+
+        spec = data_spec(entry, self.recipe.seed)
+        label = f"data {name} as {_ROW_NAMES[kind]}" if name != EVAL_PROMPTS else name
+        try:
+            loaded = load_rows(spec, kind, folders(self.recipe))
+        except UserError:
+            away = [source.path for source in spec.sources if is_on_hub(self.recipe, source.path)]
+            if not (away and offline()):
+                raise
+            self._say(label, [f"not checked, {', '.join(away)} is on the hub and we are offline"])
+            return
+        report: dict[str, Any] = {"data": name, "rows": kind, "read": loaded.report.as_dict()}
+        self._say(label, loaded.report.lines())
+        prompts = PromptSet.of(loaded.rows, spec)
+        if name == EVAL_PROMPTS:
+            shared = overlaps(prompts, self._trained)
+            self._say(label, [overlap_words(other, tally, prompts) for other, tally in shared.items()])
+            report["in_training_data"] = {other: tally.count for other, tally in shared.items()}
+        else:
+            self._trained.setdefault(name, []).append(prompts)
+        if self.base is not None and self.tokenizer is not None:
+            report["encoded"] = self._encoded(name, kind, loaded.rows, spec, label)
+        yield report
+
+    def _encoded(self, name: str, kind: RowKind, rows: "list[Row]", spec: "DataSpec", label: str) -> dict[str, Any]:
+        from ..data.encode import encode_rows
+        from ..models.context import check_context
+
+        assert self.base is not None and self.tokenizer is not None
+        dataset, encoded = encode_rows(kind, rows, self.tokenizer, spec)
+        self._say(f"{label}, in tokens", encoded.lines())
+        check_context(dataset, self.base, _place(name), self._new_tokens(name, kind))
         if not encoded.used:
             why = "; ".join(encoded.lines()[1:])
-            raise UserError(f"data.{name}", f"no row is left ({why})", "raise max_length or max_prompt_length")
-    yield report
+            raise UserError(_place(name), f"no row is left ({why})", "raise max_length or max_prompt_length")
+        return encoded.as_dict()
+
+    def _new_tokens(self, name: str, kind: RowKind) -> int:
+        """The longest reply that is sampled after these prompts."""
+        recipe = self.recipe
+        if kind != "prompt":
+            return 0
+        if name == EVAL_PROMPTS:
+            return recipe.eval.max_new_tokens if recipe.eval is not None else 0
+        readers = [stage for stage in recipe.stages.values() if stage.data == name and stage.record.rows == kind]
+        found = [{each.name: each.default for each in stage.record.parameters} | stage.method() for stage in readers]
+        return max((values.get("max_new_tokens", 0) for values in found), default=0)
+
+    def _say(self, label: str, lines: list[str]) -> None:
+        if self.output is not None:
+            for line in lines:
+                self.output.say(f"{label}: {line}")
 
 
-def _new_tokens(recipe: Recipe, name: str, kind: RowKind) -> int:
-    """The longest reply that is sampled after these prompts."""
-    if kind != "prompt":
-        return 0
-    if name == EVAL_PROMPTS:
-        return recipe.eval.max_new_tokens if recipe.eval is not None else 0
-    readers = [stage for stage in recipe.stages.values() if stage.data == name and stage.record.rows == kind]
-    found = [{each.name: each.default for each in stage.record.parameters} | stage.method() for stage in readers]
-    return max((values.get("max_new_tokens", 0) for values in found), default=0)
-
-
-def _check_settings(recipe: Recipe, base: "Base | None", output: Output) -> None:
-    from ..models.base import Base
-    from ..stages.options import check_words
-
-    stand_in = base or Base(recipe.model.base, Path(), None, "")
-    for name in order(recipe):
-        check_words(stage_job(recipe, name, stand_in, Path(), Path()))
-    output.say(f"stages: every word of {len(recipe.stages)} stages is known")
-
-
-def _check_judges(recipe: Recipe) -> None:
-    if recipe.eval is not None:
-        from ..eval.judges.registry import plan_judges
-
-        plan_judges(recipe.eval.judges, Path("runs") / recipe.name)
-
-
-def _say(output: Output, label: str, lines: list[str]) -> None:
-    for line in lines:
-        output.say(f"{label}: {line}")
+def _place(name: str) -> str:
+    return name if name == EVAL_PROMPTS else f"data.{name}"

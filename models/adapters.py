@@ -1,7 +1,7 @@
 """One frozen base, many adapters: policy, reference, reward and value share the base's weights in memory."""
 
 import copy
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..errors import UserError
 from . import seams
 from .base import Base
 from .causal import decoder_of, head_of
@@ -31,11 +32,12 @@ from .lora import (
     lora_state,
     read_adapter,
     refused_by_peft,
-    say_experts,
+    say_adapted,
     tensors_sha256,
     write_adapter,
 )
 from .packing import use_packed_forward
+from .plain_lora import adapted_modules, check_layers, check_targets
 
 __all__ = ["DEFAULT", "REF", "REWARD", "VALUE", "VALUE_HEAD", "AdapterSet", "LoraSpec"]
 
@@ -59,6 +61,7 @@ class AdapterSet:
         self.base = base
         self.heads: dict[str, ScalarHead] = {}
         self._layers = lora_layers(model)
+        check_layers(self.causal, self._layers, "the adapter")
         for layer in self._layers.values():
             seams.require(seams.ADAPTER_SWITCH, layer)
         # a model that somebody else has loaded keeps its attention, and is tried over padded rows as any other
@@ -84,9 +87,10 @@ class AdapterSet:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             config = lora.config(model, "CAUSAL_LM")
+            asked = set(config.target_modules or ())
             with refused_by_peft():
                 peft = PeftModelForCausalLM(model, config, adapter_name=DEFAULT)
-        say_experts(peft)
+        say_adapted(peft, asked)
         # PEFT's new dropout layers are in training mode, whatever mode the model is in.
         peft.train(model.training)
         use_fused_lora(peft)
@@ -153,6 +157,7 @@ class AdapterSet:
         """
         check_base(folder, self.base)
         config, tensors = read_adapter(folder)
+        self._check_modules(tensors, folder)
         head = {"weight": tensors.pop(SCORE)} if SCORE in tensors else {}
         config.task_type, config.modules_to_save = "CAUSAL_LM", None
         self._add(name, config, trainable)
@@ -226,6 +231,15 @@ class AdapterSet:
             plain = {key.removeprefix("value_head."): t.detach().cpu().contiguous() for key, t in value.items()}
             check_finite_weights(folder, plain)
             save_file(plain, folder / VALUE_HEAD, metadata={"format": "pt"})
+
+    def _check_modules(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
+        """Refuse an adapter of layers that cannot carry one here, before PEFT has wrapped them."""
+        modules = adapted_modules(tensors)
+        new = [path for path in modules if f"base_model.model.{path}" not in self._layers]
+        known = {path.replace(".base_layer", "") for path, _ in self.causal.named_modules()}
+        if foreign := [path for path in new if path not in known]:
+            raise UserError(str(folder), f"does not fit this base (at {foreign[0]})", "use the base it was trained on")
+        check_targets(self.causal, new, str(folder))
 
     def _config(self, name: str) -> LoraConfig:
         config = self.model.peft_config[name]

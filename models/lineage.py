@@ -18,7 +18,8 @@ from . import seams
 from .base import Base
 from .cache import remembered
 from .loading import resolve_base
-from .lora import VALUE_HEAD, WEIGHTS, read_adapter, tensors_sha256
+from .lora import VALUE_HEAD, WEIGHTS, tensors_sha256
+from .plain_lora import read_config
 
 _FORMAT = 1
 _PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "safetensors")
@@ -168,7 +169,7 @@ def load_adapter_base(folder: Path) -> Base:
         base = resolve_base(entry["spec"], revision if is_commit else None)
         check_base(folder, base)
         return base
-    config, _ = read_adapter(folder)
+    config = read_config(folder)
     if not config.base_model_name_or_path:
         raise UserError(str(folder), "its adapter_config.json names no base", "say which base it belongs to")
     return resolve_base(config.base_model_name_or_path, config.revision)

@@ -12,14 +12,14 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Collection, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -29,6 +29,7 @@ from ..files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from . import seams
 from .base import Base
 from .causal import decoder_of
+from .plain_lora import adapted_modules, check_plain, check_targets, check_tensors, read_config
 
 with seams.importing(seams.LORA_LAYER):
     from peft.tuners.lora.layer import ParamWrapper
@@ -41,9 +42,6 @@ logger = logging.getLogger(__name__)
 WEIGHTS, CONFIG = ADAPTER_WEIGHTS, ADAPTER_CONFIG
 VALUE_HEAD = "value_head.safetensors"
 SCORE = "base_model.model.score.weight"
-
-# What would make an adapter more than W + scaling * B @ A; our exact copies and growth know only that.
-_PLAIN = ("use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "trainable_token_indices", "target_parameters")
 
 
 @dataclass(frozen=True)
@@ -73,13 +71,36 @@ class LoraSpec:
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
             object.__setattr__(self, "target_modules", (self.target_modules,))
 
+    @classmethod
+    def said_by(cls, config: LoraConfig, targets: str | list[str]) -> "LoraSpec":
+        """What a plain config (`check_plain`) says, its modules as `target_names` gives them."""
+        return cls(config.r, config.lora_alpha, config.lora_dropout, targets, config.use_rslora)
+
+    @classmethod
+    def of(cls, folder: Path) -> "LoraSpec":
+        """The settings of a saved adapter; its modules by the names that its config lists, or else by their paths.
+
+        Raises:
+            UserError: as `read_adapter`.
+        """
+        config, tensors = read_adapter(folder)
+        listed = [] if isinstance(config.target_modules, str) else sorted(config.target_modules or ())
+        narrowed = config.exclude_modules or config.layers_to_transform is not None
+        return cls.said_by(config, listed if listed and not narrowed else adapted_modules(tensors))
+
     def scaling(self) -> float:
         """What B @ A is multiplied with."""
         return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     def config(self, model: PreTrainedModel, task_type: str, modules_to_save: list[str] | None = None) -> LoraConfig:
-        """The PEFT config for `model`, its target modules by name."""
+        """The PEFT config for `model` (without adapters), its target modules by name.
+
+        Raises:
+            UserError: a name that is not a linear layer of the decoder.
+        """
         targets = linear_names(model) if self.target_modules == "all-linear" else list(self.target_modules)
+        if self.target_modules != "all-linear":
+            check_targets(model, targets)
         return LoraConfig(
             r=self.r,
             lora_alpha=self.alpha,  # pyright: ignore[reportArgumentType]: PEFT says int and takes any number
@@ -95,8 +116,8 @@ def linear_names(model: PreTrainedModel) -> list[str]:
     """The last name components of every linear layer of the decoder, sorted: `q_proj`, `up_proj`, ...
 
     Names and not paths, so that the same adapter_config.json serves causal models, classifiers and vLLM. Left out, and
-    logged, are layers that an adapter cannot serve: those without a name of their own (in a list), and those whose
-    weights their module also takes by itself (`_taken_past_adapters`).
+    logged, are layers that an adapter cannot serve: those without a name of their own (in a list), those whose weights
+    their module also takes by itself (`_taken_past_adapters`), those that give more than their product.
     """
     heads = {name for name, _ in model.named_children()}
     found: dict[str, bool] = {}
@@ -105,7 +126,8 @@ def linear_names(model: PreTrainedModel) -> list[str]:
         for name, module in parent.named_children():
             if isinstance(module, (nn.Linear, Conv1D)) and name not in heads:
                 shown = f"{path.rpartition('.')[2]}.{name}" if name.isdigit() else name
-                found[shown] = found.get(shown, True) and not name.isdigit() and name not in past
+                served = not name.isdigit() and name not in past and _gives_a_product(module)
+                found[shown] = found.get(shown, True) and served
     left = [name for name, adaptable in found.items() if not adaptable]
     if left:
         logger.info("all-linear leaves out %s: PEFT cannot adapt them in a %s", ", ".join(left), type(model).__name__)
@@ -125,22 +147,35 @@ def refused_by_peft() -> Generator[None]:
         raise UserError("lora", " ".join(str(error).split()), remedy) from error
 
 
-def say_experts(model: nn.Module) -> None:
-    """Log whether an adapter trains the experts of a mixture, whose weights are stacked and no linear layers."""
+def say_adapted(model: nn.Module, asked: Collection[str]) -> None:
+    """Log what of a mixture of experts an adapter trains: its experts' weights are stacked and no linear layers.
+
+    Args:
+        model: PEFT's.
+        asked: the target modules that PEFT was given; for some mixtures it adapts the experts in the place of those
+            that carry their old names.
+    """
+    layers = lora_layers(model)
+    held = {
+        (id(each.get_base_layer()), each.parameter_name) for each in layers.values() if isinstance(each, ParamWrapper)
+    }
     trained, frozen = set[str](), set[str]()
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             # of convolutions, which have three dimensions as well, one is small
             if parameter.dim() == 3 and min(parameter.shape[1:]) > 8:
-                place = path.removesuffix(".base_layer").rpartition(".")[2]
-                wrapped = any(
-                    isinstance(each, ParamWrapper) and each.parameter_name == name and each.get_base_layer() is module
-                    for each in model.modules()
-                )
-                (trained if wrapped else frozen).add(f"{place}.{name}")
-    for names, words in ((trained, "trains"), (frozen, "leaves frozen")):
-        if names:
-            logger.info("the adapter %s the experts' stacked weights %s", words, ", ".join(sorted(names)))
+                place = path.replace(".base_layer", "").rpartition(".")[2]
+                (trained if (id(module), name) in held else frozen).add(f"{place}.{name}")
+    adapted = {path.replace(".base_layer", "").rpartition(".")[2] for path in layers}
+    instead = sorted(set(asked) - adapted) if trained else []
+    if trained:
+        rest = f", and in their place leaves out the layers {', '.join(instead)}" if instead else ""
+        logger.info("the adapter trains the stacked weights %s%s", ", ".join(sorted(trained)), rest)
+    if frozen:
+        logger.info(
+            "the adapter leaves frozen the stacked weights %s (experts or the like, no linear layers)",
+            ", ".join(sorted(frozen)),
+        )
 
 
 def _taken_past_adapters(module: nn.Module) -> frozenset[str]:
@@ -152,6 +187,18 @@ def _taken_past_adapters(module: nn.Module) -> frozenset[str]:
     """
     mixer = any(isinstance(child, nn.Conv1d) for child in module.children())
     return _read_by_itself(type(module), "(?:weight|bias)" if mixer else "weight\\.data")
+
+
+@torch.no_grad()
+def _gives_a_product(layer: nn.Linear | Conv1D) -> bool:
+    """Whether a linear layer with a forward of its own gives one tensor of its size (Llama 4's router gives scores)."""
+    if type(layer).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    try:
+        found = layer(layer.weight.new_zeros(1, layer.weight.shape[1]))
+    except (RuntimeError, AssertionError, TypeError, ValueError):
+        return True  # quantised, or not where it will run: PEFT knows these
+    return isinstance(found, Tensor) and found.shape[-1] == layer.weight.shape[0]
 
 
 @functools.cache
@@ -208,23 +255,17 @@ def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     """A saved adapter's config and tensors (on the CPU).
 
     Raises:
-        UserError: no PEFT adapter there, not in safetensors, or not plain LoRA.
+        UserError: no PEFT adapter there, not in safetensors, not plain LoRA (see `check_plain`), or weights that are no
+            finite numbers.
     """
     where = str(folder)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise UserError(where, f"no {name} there", "give a folder that a stage or PEFT's save_pretrained wrote")
-    config = PeftConfig.from_pretrained(str(folder))
-    if not isinstance(config, LoraConfig):
-        raise UserError(where, f"a {config.peft_type} adapter, expected LoRA", "train a LoRA adapter")
-    # PEFT itself targets a mixture's stacked experts in the place of their layers, with patterns of their own
-    stacked = ("target_parameters", "rank_pattern", "alpha_pattern") if config.target_parameters else ()
-    special = [field for field in _PLAIN if getattr(config, field, None) and field not in stacked]
-    others = [name for name in config.modules_to_save or () if name not in ("score", "classifier")]
-    if special or others or config.bias != "none":
-        what = ", ".join([*special, *(f"modules_to_save {name}" for name in others)]) or f"bias={config.bias}"
-        raise UserError(where, f"not plain LoRA ({what})", "merge it into its base first: preftune merge")
-    return config, load_file(folder / WEIGHTS)
+    config = check_plain(read_config(folder), where)
+    tensors = load_file(folder / WEIGHTS)
+    check_tensors(tensors, where)
+    return config, tensors
 
 
 def write_adapter(folder: Path, base: Base, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
@@ -234,8 +275,14 @@ def write_adapter(folder: Path, base: Base, config: LoraConfig, tensors: Mapping
     config.base_model_name_or_path = base.model_id
     # Only a hub id has a revision that PEFT could ask for; anything else is a path on this machine.
     config.revision = base.revision if base.model_id == base.spec else None
+    if isinstance(config.target_modules, str) or config.exclude_modules or config.layers_to_transform is not None:
+        # what was asked for by a pattern is written as what it matched, which every reader understands alike
+        config.target_modules = adapted_modules(tensors)
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     config.target_modules = sorted(config.target_modules or ())
     check_finite_weights(folder, tensors)
+    # its start is over: a reader must not draw or decompose anything before it fills in the weights
+    config.init_lora_weights = True
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -1,16 +1,22 @@
 """The stages as a graph: what each needs, in which order they run."""
 
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
-from ..errors import nearest
+from ..errors import UserError, nearest
 from ..eval.decoding import beam_problem
+from ..files import DOCTOR, RECIPE, REPORT, RUN_STATE
+from .build import lora_values
 from .problems import problem
 from .schema import BASE, Data, Recipe, Stage
 from .text import Path_, Text
 
 # Names that mean something else in a run folder, or in `from`.
 _RESERVED = (BASE, "eval", "eval-cache")
+_FILES = (RECIPE, RUN_STATE, REPORT, DOCTOR, "votes.jsonl")
+_LONGEST = 100
 _NAME = re.compile(r"\w[\w.-]*")
 
 
@@ -28,6 +34,10 @@ def order(recipe: Recipe) -> list[str]:
     Raises:
         ValueError: the stages need one another in a circle; its argument is that circle.
     """
+    return _ordered({name: parents(recipe, name) for name in recipe.stages})
+
+
+def _ordered(needs: Mapping[str, list[str]]) -> list[str]:
     done: list[str] = []
 
     def visit(name: str, above: tuple[str, ...]) -> None:
@@ -35,11 +45,11 @@ def order(recipe: Recipe) -> list[str]:
             return
         if name in above:
             raise ValueError([*above[above.index(name) :], name])
-        for parent in parents(recipe, name):
+        for parent in needs[name]:
             visit(parent, (*above, name))
         done.append(name)
 
-    for name in recipe.stages:
+    for name in needs:
         visit(name, ())
     return done
 
@@ -61,40 +71,79 @@ def policies(recipe: Recipe) -> list[str]:
     return [name for name in order(recipe) if recipe.stages[name].record.produces == "policy"]
 
 
+def lines_of_descent(recipe: Recipe) -> list[str]:
+    """Each stage in running order with what it starts from: "sft (from base)", "ppo (from sft, rewards: reward)"."""
+    lines = []
+    for name in order(recipe):
+        stage = recipe.stages[name]
+        rewards = [each.stage or each.model or each.function for each in stage.rewards]
+        scored = f", rewards: {' and '.join(map(str, rewards))}" if rewards else ""
+        lines.append(f"{name} (from {stage.parent}{scored})")
+    return lines
+
+
+def unused_stages(recipe: Recipe) -> list[str]:
+    """The stages that come before others by their kind, or judge them, and that no stage and no evaluation uses.
+
+    A policy at the end of the chain is what the chain is for; an SFT stage or a reward model beside it is not.
+    """
+    used = {parent for name in recipe.stages for parent in parents(recipe, name)}
+    if recipe.eval is not None:
+        used |= {str(judge.get("stage")) for judge in recipe.eval.judges} | {recipe.eval.reference}
+    many = len(recipe.stages) > 1
+    return [
+        name
+        for name, stage in recipe.stages.items()
+        if many and name not in used and (stage.record.first or stage.record.produces == "reward")
+    ]
+
+
 def reward_models(recipe: Recipe) -> list[str]:
     """The stages that train a reward model."""
     return [name for name, stage in recipe.stages.items() if stage.record.produces == "reward"]
 
 
-def check_graph(recipe: Recipe, text: Text) -> None:
-    """Every name in the recipe means something.
+def graph_problems(recipe: Recipe, text: Text) -> Iterator[UserError]:
+    """Every name in the recipe means something, and its numbers are within what a seed may be.
 
-    Raises:
-        UserError: an unknown parent, data entry, reward stage or policy, a circle, a word said twice.
+    Yields:
+        An unknown parent, data entry, reward stage or policy, a circle, a word said twice.
     """
-    _check_data(recipe, text)
+    yield from _data_problems(recipe, text)
     for name, stage in recipe.stages.items():
         here: Path_ = ("stages", name)
-        if name in _RESERVED or not _NAME.fullmatch(name):
-            said = f"{name!r} is no name for a stage"
-            raise problem(text, here, said, f"use letters, digits, dashes; not {' or '.join(_RESERVED)}")
+        if (said := _misnamed(name)) is not None:
+            yield problem(text, here, said, f"use letters, digits, dashes; not {' or '.join(_RESERVED)}")
         if stage.parent != BASE and stage.parent not in recipe.stages:
             known = [each for each in (*recipe.stages, BASE) if each != name]
-            raise problem(text, (*here, "from"), f"no stage {stage.parent!r}", nearest(stage.parent, known))
+            yield problem(text, (*here, "from"), f"no stage {stage.parent!r}", nearest(stage.parent, known))
         if stage.data not in recipe.data:
-            raise problem(text, (*here, "data"), f"no data entry {stage.data!r}", nearest(stage.data, recipe.data))
-        _check_rewards(recipe, text, name, stage)
+            yield problem(text, (*here, "data"), f"no data entry {stage.data!r}", nearest(stage.data, recipe.data))
+        yield from _reward_problems(recipe, text, name, stage)
         if stage.parent in reward_models(recipe) and stage.record.produces == "policy":
             said = f"{stage.parent!r} is a reward model, expected a policy"
-            raise problem(text, (*here, "from"), said, "start from a policy, such as the reward model's own parent")
-        _check_said_once(text, here, stage)
+            yield problem(text, (*here, "from"), said, "start from a policy, such as the reward model's own parent")
+        yield from _said_twice(text, here, stage)
+        yield from _growth_problems(recipe, text, name, stage)
+    yield from _circle(recipe, text)
+    yield from _eval_problems(recipe, text)
+
+
+def _misnamed(name: str) -> str | None:
+    """What keeps a stage's name from being that of a folder in the run; None: nothing."""
+    taken = name.casefold() in _RESERVED or name.casefold() in _FILES
+    fits = _NAME.fullmatch(name) and len(name.encode()) <= _LONGEST
+    return f"{name if len(name) <= 60 else name[:57] + '...'!r} is no name for a stage" if taken or not fits else None
+
+
+def _circle(recipe: Recipe, text: Text) -> Iterator[UserError]:
+    known = {name: [each for each in parents(recipe, name) if each in recipe.stages] for name in recipe.stages}
     try:
-        order(recipe)
+        _ordered(known)
     except ValueError as error:
         circle = error.args[0]
         where: Path_ = ("stages", circle[0], "from")
-        raise problem(text, where, f"a circle: {' -> '.join(circle)}", "let one of them start from base") from None
-    _check_eval(recipe, text)
+        yield problem(text, where, f"a circle: {' -> '.join(circle)}", "let one of them start from base")
 
 
 def fill_eval(recipe: Recipe) -> None:
@@ -103,67 +152,95 @@ def fill_eval(recipe: Recipe) -> None:
         recipe.eval.policies = [BASE, *policies(recipe)]
 
 
-def _check_data(recipe: Recipe, text: Text) -> None:
+def _data_problems(recipe: Recipe, text: Text) -> Iterator[UserError]:
     entries: list[tuple[Path_, Data]] = [(("data", name), entry) for name, entry in recipe.data.items()]
-    if recipe.eval is not None:
+    if recipe.eval is not None and ("eval", "prompts") not in text.copied:
         entries.append((("eval", "prompts"), recipe.eval.prompts))
     for path, entry in entries:
         if entry.path is None and not entry.sources:
-            raise problem(text, path, "has neither path nor sources", "give one path, or a list of sources")
+            yield problem(text, path, "has neither path nor sources", "give one path, or a list of sources")
         if entry.path is not None and entry.sources:
-            raise problem(text, (*path, "sources"), "stands beside path", "give one path, or a list of sources")
+            yield problem(text, (*path, "sources"), "stands beside path", "give one path, or a list of sources")
         if entry.sources:
             for key in ("split", "columns", "name", "revision"):
                 if getattr(entry, key) is not None:
-                    raise problem(text, (*path, key), "belongs to one source", "write it into that source")
+                    yield problem(text, (*path, key), "belongs to one source", "write it into that source")
 
 
-def _check_rewards(recipe: Recipe, text: Text, name: str, stage: Stage) -> None:
+def _reward_problems(recipe: Recipe, text: Text, name: str, stage: Stage) -> Iterator[UserError]:
     rewards = reward_models(recipe)
     for index, source in enumerate(stage.rewards):
         path: Path_ = ("stages", name, "reward", index)
         given = [key for key in ("stage", "model", "function") if getattr(source, key) is not None]
         if len(given) != 1:
             said = f"names {' and '.join(given) or 'nothing'}, expected one of stage, model, function"
-            raise problem(text, path, said, "give each source its own entry")
+            yield problem(text, path, said, "give each source its own entry")
+            continue
         if source.stage is not None and source.stage not in rewards:
             known = recipe.stages.get(source.stage)
             said = f"no stage {source.stage!r}" if known is None else f"stage {source.stage!r} is of kind {known.kind}"
             remedy = nearest(source.stage, rewards) if rewards else "add a stage of kind reward"
-            raise problem(text, path, f"{said}, expected a reward stage", remedy)
+            yield problem(text, path, f"{said}, expected a reward stage", remedy)
         if source.function is not None and ":" not in source.function:
-            raise problem(
+            yield problem(
                 text, path, f"is {source.function!r}, expected module:function", "write my_module:my_function"
             )
 
 
-def _check_said_once(text: Text, here: Path_, stage: Stage) -> None:
+def _said_twice(text: Text, here: Path_, stage: Stage) -> Iterator[UserError]:
     for key, value in stage.method().items():
         if key in stage.train:
             said = f"{key} is said twice, as {value!r} beside train and as {stage.train[key]!r} in it"
-            raise problem(text, (*here, "train", key), said, "keep the one beside train")
+            yield problem(text, (*here, "train", key), said, "keep the one beside train")
 
 
-def _check_eval(recipe: Recipe, text: Text) -> None:
+def _growth_problems(recipe: Recipe, text: Text, name: str, stage: Stage) -> Iterator[UserError]:
+    """A child starts as an exact copy of its parent's adapter: its rank may grow, the rest may not change."""
+    if stage.parent not in recipe.stages or stage.parent == name:
+        return
+    ours, theirs = lora_values(recipe, name), lora_values(recipe, stage.parent)
+    here: Path_ = ("stages", name, "lora")
+    if ours["r"] < theirs["r"]:
+        said = f"is {ours['r']}, below {theirs['r']} of {stage.parent}, from which it starts"
+        yield problem(text, (*here, "r"), said, f"use r: {theirs['r']} or more")
+        return
+    scale, wanted = _scaling(ours), _scaling(theirs)
+    if not math.isclose(scale, wanted, rel_tol=1e-9):
+        fitting = ours["alpha"] * wanted / scale
+        said = f"is {ours['alpha']:g} and scales by {scale:g}, {stage.parent}, from which it starts, by {wanted:g}"
+        yield problem(text, (*here, "alpha"), said, f"use alpha: {fitting:g} with r: {ours['r']}")
+    targets, parents_ = ours["target_modules"], theirs["target_modules"]
+    if targets != "all-linear" and (parents_ == "all-linear" or set(parents_) - set(targets)):
+        missing = parents_ if parents_ == "all-linear" else ", ".join(sorted(set(parents_) - set(targets)))
+        said = f"leaves out what {stage.parent}, from which it starts, adapts ({missing})"
+        yield problem(text, (*here, "target_modules"), said, "keep the parent's target modules")
+
+
+def _scaling(lora: Mapping[str, Any]) -> float:
+    return lora["alpha"] / (math.sqrt(lora["r"]) if lora["use_rslora"] else lora["r"])
+
+
+def _eval_problems(recipe: Recipe, text: Text) -> Iterator[UserError]:
     if recipe.eval is None:
         return
     part = recipe.eval
     known = [BASE, *(name for name in recipe.stages if name not in reward_models(recipe))]
     curve = part.over_optimisation is not None
     if found := beam_problem(part.beams or 1, temperature=part.temperature, kl=part.kl, over_optimisation=curve):
-        raise problem(text, ("eval", "beams"), *found)
-    for index, policy in enumerate(recipe.eval.policies):
-        if policy not in known:
+        yield problem(text, ("eval", "beams"), *found)
+    unknown = [policy for policy in part.policies if policy not in known]
+    for index, policy in enumerate(part.policies):
+        if policy in unknown:
             kind = " (a reward model)" if policy in recipe.stages else ""
             said = f"{policy!r} is no policy{kind}"
-            raise problem(text, ("eval", "policies", index), said, nearest(policy, known))
-    if recipe.eval.reference not in (*recipe.eval.policies, BASE) and recipe.eval.policies:
-        said = f"{recipe.eval.reference!r} is not among the policies"
-        raise problem(text, ("eval", "reference"), said, nearest(recipe.eval.reference, recipe.eval.policies))
-    for index, judge in enumerate(recipe.eval.judges):
+            yield problem(text, ("eval", "policies", index), said, nearest(policy, known))
+    if part.reference not in (*part.policies, BASE) and part.policies and not unknown:
+        said = f"{part.reference!r} is not among the policies"
+        yield problem(text, ("eval", "reference"), said, nearest(part.reference, part.policies))
+    for index, judge in enumerate(part.judges):
         named = judge.get("stage")
         rewards = reward_models(recipe)
         if named is not None and named not in rewards:
             said = f"no reward stage {named!r}"
             remedy = nearest(str(named), rewards) if rewards else "add a stage of kind reward"
-            raise problem(text, ("eval", "judges", index, "stage"), said, remedy)
+            yield problem(text, ("eval", "judges", index, "stage"), said, remedy)

@@ -1,25 +1,27 @@
 """From a file, or a shipped recipe's name, and overrides to a checked recipe."""
 
+import copy
+import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from ..data.sources import find
-from ..errors import UserError, nearest
-from ..stages.kinds import KINDS, stage_kind
-from .graph import check_graph, fill_eval
+from ..errors import UserError, gathering, nearest, raise_found
+from ..stages.kinds import KINDS, VARIANTS, stage_kind
+from .graph import fill_eval, graph_problems
 from .over_optimisation import settle_over_optimisation
-from .problems import dotted, first_problem, problem, shown
+from .parents import settle_parents
+from .problems import dotted, places_of, problem, schema_problems, shown
 from .schema import Recipe
 from .text import Path_, Text, parse, parse_value
 
 SHIPPED = Path(__file__).parent
 # Their entries have names of the user's: an override cannot make one up by a slip of the pen.
 _NAMED = ("data", "stages")
-# Methods that are a loss of another kind.
-_VARIANTS = {name: remedy for kind in KINDS.values() for name, remedy in kind.variants.items()}
 
 
 def shipped_recipes() -> list[Path]:
@@ -38,26 +40,76 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
         UserError: whatever is wrong, with file, line and key.
     """
     file = find_recipe(path_or_name)
-    try:
-        text = parse(file.read_text(encoding="utf-8"), str(file))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(str(file), f"cannot be read ({error})", "give a UTF-8 text file") from error
-    if not isinstance(text.values, dict):
-        raise UserError(str(file), f"is {shown(text.values)}, expected a mapping of keys", "see `preftune recipes`")
+    text = _read(file)
+    found: list[UserError] = []
     for override in overrides:
-        _override(text, override)
-    _normalise(text, file.resolve().parent)
-    _read_checks(text, file.resolve().parent)
-    try:
-        recipe = Recipe.model_validate(text.values)
-    except ValidationError as error:
-        raise first_problem(error, text) from None
-    recipe._origin = file.resolve()
-    check_graph(recipe, text)
+        with gathering(found):
+            _override(text, override)
+    complete = _normalise(text, file.resolve().parent, found)
+    with gathering(found):
+        _read_checks(text, file.resolve().parent)
+    recipe = _validated(text, found)
+    if recipe is not None and complete:
+        # what follows from a key that is refused already is not said as well
+        found += [each for each in graph_problems(recipe, text) if not any(map(partial(_same_place, each), found))]
+    if recipe is None or found:
+        raise_found(found)
+    assert recipe is not None  # or something was found
+    for stage in recipe.stages.values():
+        # stated, so that nobody need guess what a stage was trained with
+        method = stage.method()
+        stage.train |= {
+            key: each for key, each in stage.record.defaults.items() if key not in {**stage.train, **method}
+        }
+    recipe._origin, recipe._places = file.resolve(), text.places()
     _place_files(recipe, file.resolve().parent)
     fill_eval(recipe)
     settle_over_optimisation(recipe, text)
     return recipe
+
+
+def _read(file: Path) -> Text:
+    try:
+        text = parse(file.read_text(encoding="utf-8-sig"), str(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(str(file), f"cannot be read ({error})", "give a UTF-8 text file") from error
+    if not isinstance(text.values, dict):
+        raise UserError(str(file), f"is {shown(text.values)}, expected a mapping of keys", "see `preftune recipes`")
+    return text
+
+
+def _validated(text: Text, found: list[UserError]) -> Recipe | None:
+    """The recipe, its problems added to `found`; without the keys that they are about, where it is one without them."""
+    try:
+        return Recipe.model_validate(text.values)
+    except ValidationError as error:
+        found += schema_problems(error, text)
+        values = copy.deepcopy(text.values)
+        pruned = all([_without(values, path) for path in places_of(error, text.values)])
+    try:
+        return Recipe.model_validate(values) if pruned else None
+    except ValidationError:
+        return None
+
+
+def _without(values: Any, path: Path_ | None) -> bool:
+    """Take a key out; False where that is not possible."""
+    for part in path[:-1] if path else ():
+        try:
+            values = values[part]
+        except (KeyError, IndexError, TypeError):
+            return False
+    if path and isinstance(values, dict):
+        values.pop(path[-1], None)
+        return True
+    return False
+
+
+def _same_place(one: UserError, other: UserError) -> bool:
+    """Whether one is about a key of the recipe that the other is about, or holds, or is held by."""
+    ours, theirs = (each.where.rpartition(": ")[2].split(".") for each in (one, other))
+    shared = min(len(ours), len(theirs))
+    return ours[:shared] == theirs[:shared]
 
 
 def find_recipe(path_or_name: str | Path) -> Path:
@@ -78,7 +130,10 @@ def _override(text: Text, override: str) -> None:
     key, equals, raw = override.partition("=")
     if not equals or not key:
         raise UserError(where, "expected key=value", "write for example stages.dpo.beta=0.2")
-    path: Path_ = tuple(int(part) if part.isdigit() else part for part in key.strip().split("."))
+    parts = re.sub(r"\[(\d+)\]", r".\1", key.strip()).split(".")
+    if not all(parts):
+        raise UserError(where, f"{key.strip()!r} has an empty part", "write for example stages.dpo.beta=0.2")
+    path: Path_ = tuple(int(part) if re.fullmatch("[0-9]+", part) else part for part in parts)
     value = parse_value(raw, where)
     values: Any = text.values
     part: Any
@@ -91,6 +146,7 @@ def _override(text: Text, override: str) -> None:
             raise UserError(where, f"{dotted(path[:depth])} is {shown(values)} and has no keys", "correct the key")
         else:
             part = str(part)  # noqa: PLW2901
+            path = (*path[:depth], part, *path[depth + 1 :])
             if depth == 1 and path[0] in _NAMED and part not in values and not (last and isinstance(value, dict)):
                 raise UserError(where, f"no {part!r} in {path[0]}", nearest(part, map(str, values)))
         if last:
@@ -122,27 +178,49 @@ def _take_from_here(text: Text, path: Path_) -> None:
         above[path[-1]] = str(Path(value).expanduser().resolve())
 
 
-def _normalise(text: Text, folder: Path) -> None:
-    """Write out the two abbreviations: a stage's kind by its name, the evaluation's prompts by a data entry's."""
+def _normalise(text: Text, folder: Path, found: list[UserError]) -> bool:
+    """Write out what a recipe may leave out: a stage's kind by its name, its parent, the evaluation's prompts.
+
+    What is wrong is added to `found`; stages that cannot be read are taken out of the values, and the answer is False.
+    """
     stages, data, evaluation = (text.values.get(key) for key in ("stages", "data", "eval"))
+    bad = []
     for name, stage in stages.items() if isinstance(stages, dict) else ():
-        if not isinstance(stage, dict):
-            raise problem(text, ("stages", name), f"is {shown(stage)}, expected a mapping of keys", "write {from: ...}")
-        if "kind" not in stage:
-            if name not in KINDS:
-                remedy = _VARIANTS.get(name) or f"add kind: one of {', '.join(KINDS)}"
-                raise problem(text, ("stages", name), "lacks its kind", remedy)
-            stage["kind"] = name
-        elif not isinstance(stage["kind"], str):
-            said = f"is {shown(stage['kind'])}, expected a name"
-            raise problem(text, ("stages", name, "kind"), said, f"use one of {', '.join(KINDS)}")
-        else:
-            _place_kind(text, name, stage, folder)
+        before = len(found)
+        with gathering(found):
+            _settle_kind(text, name, stage, folder)
+        bad += [name] if len(found) > before else []
+    for name in bad:
+        del stages[name]
+    found += settle_parents(text)
     if isinstance(evaluation, dict) and isinstance(prompts := evaluation.get("prompts"), str):
-        if not isinstance(data, dict) or not isinstance(data.get(prompts), dict):
+        if isinstance(data, dict) and isinstance(data.get(prompts), dict):
+            evaluation["prompts"] = dict(data[prompts])
+            text.copied.add(("eval", "prompts"))
+        else:
             known = data if isinstance(data, dict) else {}
-            raise problem(text, ("eval", "prompts"), f"{prompts!r} is no data entry", nearest(prompts, map(str, known)))
-        evaluation["prompts"] = dict(data[prompts])
+            said = f"{prompts!r} is no data entry"
+            found.append(problem(text, ("eval", "prompts"), said, nearest(prompts, map(str, known))))
+            # something in its place, so that the rest can be looked at
+            evaluation["prompts"] = {"path": prompts}
+    if bad and not stages:
+        raise_found(found)
+    return not bad
+
+
+def _settle_kind(text: Text, name: str, stage: Any, folder: Path) -> None:
+    if not isinstance(stage, dict):
+        raise problem(text, ("stages", name), f"is {shown(stage)}, expected a mapping of keys", "write {from: ...}")
+    if "kind" not in stage:
+        if name not in KINDS:
+            remedy = VARIANTS.get(name) or f"add kind: one of {', '.join(KINDS)}"
+            raise problem(text, ("stages", name), "lacks its kind", remedy)
+        stage["kind"] = name
+    elif not isinstance(stage["kind"], str):
+        said = f"is {shown(stage['kind'])}, expected a name"
+        raise problem(text, ("stages", name, "kind"), said, f"use one of {', '.join(KINDS)}")
+    else:
+        _place_kind(text, name, stage, folder)
 
 
 def _place_kind(text: Text, name: str, stage: dict[str, Any], folder: Path) -> None:
@@ -163,7 +241,10 @@ def _read_checks(text: Text, folder: Path) -> None:
             file = find(named, (folder,))
             if file is None or not file.is_file():
                 raise problem(text, ("eval", "judges", place, "checks"), f"no file {named!r}", "correct the path")
-            judge["checks"] = parse(file.read_text(encoding="utf-8"), str(file)).values
+            try:
+                judge["checks"] = parse(file.read_text(encoding="utf-8-sig"), str(file)).values
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(str(file), f"cannot be read ({error})", "give a UTF-8 text file") from error
 
 
 def _place_files(recipe: Recipe, folder: Path) -> None:

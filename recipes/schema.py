@@ -1,18 +1,23 @@
 """The recipe: every key that a YAML file may hold, with its type and default."""
 
 import functools
+from collections.abc import Generator
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, PrivateAttr, create_model
 
+from ..errors import UserError, UserErrors
 from ..stages.kinds import StageKind, stage_kind
 from ..values import is_number
 
 BASE = "base"
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""What numpy, torch and transformers all take."""
 
 
 class Part(BaseModel):
@@ -84,7 +89,7 @@ class Data(Part):
     overflow: Literal["drop", "truncate", "error"] = "drop"
     held_out: Fraction = 0.0
     system: str | None = None
-    seed: int | None = None
+    seed: Seed | None = None
 
 
 class Reward(Part):
@@ -106,7 +111,7 @@ class Stage(Part):
     parent: str = Field(default=BASE, alias="from")
     data: str
     lora: LoraChange = Field(default_factory=LoraChange)
-    seed: int | None = None
+    seed: Seed | None = None
     train: dict[str, Any] = Field(default_factory=dict)
 
     @property
@@ -195,7 +200,7 @@ class Eval(Part):
     judges: list[dict[str, Any]] = Field(default_factory=list)
     max_new_tokens: Positive = 48
     temperature: float = Field(default=0.7, ge=0)
-    seed: int | None = None
+    seed: Seed | None = None
     kl: bool = True
     batch_size: Positive = 32
     beams: Positive | None = None
@@ -206,7 +211,7 @@ class Recipe(Part):
     """A whole chain. Stages form a graph by `from` (and by `reward`); their order in the file means nothing."""
 
     name: str = Field(pattern=r"^[\w][\w.-]*$")
-    seed: int = 0
+    seed: Seed = 0
     model: Model
     lora: Lora = Field(default_factory=Lora)
     data: dict[str, Data]
@@ -214,11 +219,33 @@ class Recipe(Part):
     eval: Eval | None = None
 
     _origin: Path | None = PrivateAttr(default=None)
+    _places: dict[str, str] = PrivateAttr(default_factory=dict)
 
     @property
     def folder(self) -> Path | None:
         """Where the recipe's file lies; None for one made in code."""
         return self._origin.parent if self._origin is not None else None
+
+    def placed(self, error: UserError) -> UserError:
+        """The same error with file and line before the key that it is about; as it is where it is about none."""
+        if isinstance(error, UserErrors):
+            return UserErrors(self.placed(each) for each in error.errors)
+        key = error.where.replace("[", ".").replace("]", "")
+        # `data` alone might be the beginning of a file's name
+        least = 1 if key.split(".")[0] in ("data", "stages", "eval") and key.count(".") else 0
+        while key and key not in self._places:
+            key = key.rpartition(".")[0]
+        if key.count(".") < least:
+            return error
+        return UserError(f"{self._places[key]}: {error.where}", error.problem, error.remedy) if key else error
+
+    @contextmanager
+    def placing(self) -> Generator[None]:
+        """Within it, errors about a key of the recipe are raised with the key's file and line."""
+        try:
+            yield
+        except UserError as error:
+            raise self.placed(error) from error
 
     def resolved(self) -> dict[str, Any]:
         """The recipe as plain values with its defaults, as written to RUN/recipe.yaml; loads back as the same."""

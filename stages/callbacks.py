@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..files import write_whole
 from ..models.memory import reset_peak_memory
@@ -30,6 +30,13 @@ def keep_rows(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
         if keep(row):
             kept.append(line + "\n")
     write_whole(path, "".join(kept))
+
+
+def keep_event_files(trainer: Trainer, folder: Path) -> None:
+    """Have TensorBoard's event files written there, not among the checkpoints; unless the environment says where."""
+    for each in trainer.callback_handler.callbacks:
+        if type(each).__name__ == "TensorBoardCallback" and getattr(each, "logging_dir", "") is None:
+            each.logging_dir = str(folder)  # pyright: ignore[reportAttributeAccessIssue]: what that callback reads
 
 
 class LogFile(TrainerCallback):

@@ -17,10 +17,10 @@ from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Interval
 
 from ..data.spec import RowKind
-from ..errors import UserError, nearest
+from ..errors import UserError, nearest, user_code
 from .ppo.settings import PPOSettings
 
 
@@ -84,6 +84,10 @@ class StageKind:
         on_policy: for a method that samples its own rows; `passes` then means nothing.
         panels: what the report draws, in the order of interest; other numbers come after them.
         variants: names of methods that are a loss of this kind -> what to write.
+        defaults: fields of its config that a recipe gets where it does not say them: what serves LoRA.
+        check: "module:function", or the function: takes a `StageJob` and its built config, returns a list of
+            `UserError`s: what the config alone accepts and the run would refuse.
+        first: such a stage comes before the others: without `from` it starts from the base, and they start from it.
     """
 
     name: str
@@ -101,6 +105,9 @@ class StageKind:
     on_policy: OnPolicy | None = None
     panels: tuple[Panel, ...] = ()
     variants: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    defaults: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    check: str | Callable[..., list[UserError]] | None = None
+    first: bool = False
 
     def parameter(self, name: str) -> Parameter:
         """One of the parameters. Raises KeyError for another name."""
@@ -117,6 +124,11 @@ class StageKind:
     def config_class(self) -> type:
         """Its config. Imports torch and TRL."""
         return pkgutil.resolve_name(self.config)
+
+    def checker(self) -> Callable[..., list[UserError]]:
+        """Its check function; it must have one. Imports torch and TRL."""
+        assert self.check is not None
+        return pkgutil.resolve_name(self.check) if isinstance(self.check, str) else self.check
 
     def runner(self) -> Callable[..., dict[str, Any]]:
         """Its run function. Imports torch and TRL."""
@@ -146,6 +158,17 @@ _PATIENCE = Parameter(
     of_config=False,
 )
 
+
+def _lora_defaults(learning_rate: float) -> Mapping[str, Any]:
+    """Rates about ten times full fine-tuning's, and a small batch: LoRA loses where batches are large.
+
+    "LoRA without regret" (Schulman et al. 2025). PPO's batches are its minibatches.
+    """
+    return MappingProxyType(
+        {"learning_rate": learning_rate, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+    )
+
+
 _LOSS = Panel("Loss", "", ("loss", "eval_loss"), ("training", "held out"))
 _ENTROPY = Panel("Entropy", "nats per token", ("rollout/entropy_per_token", "entropy"))
 _PAIR_ACCURACY = Panel(
@@ -171,9 +194,11 @@ SFT = StageKind(
     rows="demo",
     config="trl:SFTConfig",
     run="preftune.stages.sft:run_sft",
-    parameters=(Parameter("loss_type", str, "nll", "TRL's loss: nll, dft, chunked_nll."), _PATIENCE),
+    parameters=(Parameter("loss_type", Literal["nll", "dft"], "nll", "TRL's loss: nll, dft."), _PATIENCE),
+    defaults=_lora_defaults(2e-4),
     passes=2,
     panels=(_LOSS, _ENTROPY, _TOKEN_ACCURACY),
+    first=True,
 )
 
 REWARD = StageKind(
@@ -184,9 +209,15 @@ REWARD = StageKind(
     run="preftune.stages.reward:run_reward",
     parameters=(
         # 0.01: what TRL's documentation recommends (R4; arXiv 2312.09244)
-        Parameter("center_rewards_coefficient", float, 0.01, "Weight of the term that keeps scores around 0."),
+        Parameter(
+            "center_rewards_coefficient",
+            Annotated[float, Ge(0)],
+            0.01,
+            "Weight of the term that keeps scores around 0.",
+        ),
         _PATIENCE,
     ),
+    defaults=_lora_defaults(1e-4),
     produces="reward",
     orders_pairs=True,
     passes=2,
@@ -198,24 +229,45 @@ REWARD = StageKind(
     ),
 )
 
+DPOLoss = Literal[
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+]  # fmt: skip
+"""The losses of TRL's DPOTrainer."""
+Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
+
 DPO = StageKind(
     name="dpo",
     title="The DPO (or IPO) stage",
     rows="pair",
     config="trl:DPOConfig",
     run="preftune.stages.dpo:run_dpo",
+    check="preftune.stages.dpo:dpo_problems",
     parameters=(
         Parameter("beta", Annotated[float, Ge(0)], 0.1, "Strength of the pull towards the reference."),
-        Parameter("loss_type", str | list[str], ["sigmoid"], "TRL's loss (sigmoid, ipo, hinge, ...), or several."),
+        Parameter(
+            "loss_type", DPOLoss | list[DPOLoss], ["sigmoid"], "TRL's loss (sigmoid, ipo, hinge, ...), or several."
+        ),
         Parameter("loss_weights", list[float], None, "Weights of several losses."),
-        Parameter("label_smoothing", float, 0.0, "Share of labels that are taken to be wrong, in cdpo and robust."),
-        Parameter("ld_alpha", float, None, "LD-DPO's weight of tokens beyond the shorter reply's length."),
-        Parameter("f_divergence_type", str, "reverse_kl", "Divergence to the reference (f-DPO)."),
+        Parameter(
+            "label_smoothing",
+            Annotated[float, Interval(ge=0, lt=0.5)],
+            0.0,
+            "Share of labels that are taken to be wrong, in cdpo and robust.",
+        ),
+        Parameter(
+            "ld_alpha",
+            Annotated[float, Interval(ge=0, le=1)],
+            None,
+            "LD-DPO's weight of tokens beyond the shorter reply's length.",
+        ),
+        Parameter("f_divergence_type", Divergence, "reverse_kl", "Divergence to the reference (f-DPO)."),
         Parameter("f_alpha_divergence_coef", float, 0.5, "Alpha of the alpha-divergence."),
         Parameter("use_weighting", bool, False, "WPO's weights of the pairs."),
         Parameter("discopop_tau", float, 0.05, "Temperature of discopop's loss."),
         _PATIENCE,
     ),
+    defaults=_lora_defaults(1e-5),
     needs_reference=True,
     orders_pairs=True,
     # the reference's forward comes on top
@@ -230,13 +282,15 @@ KTO = StageKind(
     rows="label",
     config="trl:KTOConfig",
     run="preftune.stages.kto:run_kto",
+    check="preftune.stages.kto:kto_problems",
     parameters=(
         Parameter("beta", Annotated[float, Gt(0)], 0.1, "Strength of the pull towards the reference."),
-        Parameter("loss_type", str, "kto", "TRL's loss: kto, or apo_zero_unpaired."),
-        Parameter("desirable_weight", float, 1.0, "Weight of good replies."),
-        Parameter("undesirable_weight", float, 1.0, "Weight of bad replies."),
+        Parameter("loss_type", Literal["kto", "apo_zero_unpaired"], "kto", "TRL's loss: kto, or apo_zero_unpaired."),
+        Parameter("desirable_weight", Annotated[float, Ge(0)], 1.0, "Weight of good replies."),
+        Parameter("undesirable_weight", Annotated[float, Ge(0)], 1.0, "Weight of bad replies."),
         _PATIENCE,
     ),
+    defaults=_lora_defaults(1e-5),
     needs_reference=True,
     orders_pairs=True,
     passes=3,
@@ -250,6 +304,7 @@ PPO = StageKind(
     rows="prompt",
     config="preftune.stages.ppo.config:PPOConfig",
     run="preftune.stages.ppo.stage:run_ppo",
+    check="preftune.stages.ppo.stage:ppo_problems",
     parameters=parameters_of(PPOSettings),
     groups=MappingProxyType(
         {
@@ -264,6 +319,7 @@ PPO = StageKind(
             )
         }
     ),
+    defaults=MappingProxyType({"learning_rate": 1e-4, "per_device_train_batch_size": 8}),
     needs_reference=True,
     needs_reward=True,
     # generation, reference, reward and value; then policy and value, forward and backward, in each epoch
@@ -280,11 +336,30 @@ PPO = StageKind(
         Panel("KL of one update", "nats per token", ("policy/approxkl_avg",)),
         Panel("Value: explained variance", "share", ("value/explained_variance",)),
         Panel("KL coefficient", "", ("objective/kl_coef",)),
+        Panel(
+            "Sampler against trainer",
+            "nats per token",
+            ("rollout/logprob_mismatch_mean", "rollout/sampler_kl"),
+            ("mean difference of log-probs", "KL"),
+        ),
     ),
 )
 
 KINDS: dict[str, StageKind] = {each.name: each for each in (SFT, REWARD, DPO, KTO, PPO)}
 """The kinds that come with preftune, in the order in which they are listed."""
+
+_NOT_HERE = "not among the methods here: the nearest is {}; a method of your own is kind: FILE.py:RECORD"
+
+VARIANTS: dict[str, str] = {
+    **{name: remedy for kind in KINDS.values() for name, remedy in kind.variants.items()},
+    **dict.fromkeys(("simpo", "cpo"), _NOT_HERE.format("kind: dpo with loss_type: sigmoid_norm")),
+    "orpo": _NOT_HERE.format("kind: sft, then kind: dpo"),
+    **dict.fromkeys(("grpo", "rloo", "reinforce", "online_dpo"), _NOT_HERE.format("kind: ppo")),
+    **dict.fromkeys(("rm", "reward_model", "reward_modeling"), "write kind: reward"),
+    **dict.fromkeys(("finetune", "fine_tune", "ft", "instruct", "pt", "pretrain"), "write kind: sft"),
+    "rlhf": "write kind: ppo",
+}
+"""Names of methods that people write as a kind -> what to write."""
 
 
 def stage_kind(word: str, where: str = "kind") -> StageKind:
@@ -301,13 +376,9 @@ def stage_kind(word: str, where: str = "kind") -> StageKind:
         return KINDS[word]
     home, colon, name = word.rpartition(":")
     if not colon:
-        variants = {name: remedy for kind in KINDS.values() for name, remedy in kind.variants.items()}
-        raise UserError(where, f"{word!r} is no kind of stage", variants.get(word) or nearest(word, KINDS))
-    try:
+        raise UserError(where, f"{word!r} is no kind of stage", VARIANTS.get(word.lower()) or nearest(word, KINDS))
+    with user_code(where, f"{home} cannot be imported", "correct the path, or the file"):
         module = _module(home)
-    except Exception as error:  # a foreign file: it fails in every way there is
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(where, f"{home} cannot be imported ({said})", "correct the path, or the file") from error
     found = getattr(module, name, None)
     if not isinstance(found, StageKind):
         kind = "nothing" if found is None else f"a {type(found).__name__}"

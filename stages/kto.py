@@ -7,7 +7,7 @@ from trl.trainer.kto_config import KTOConfig
 from trl.trainer.kto_trainer import KTOTrainer
 
 from ..data.encode import encode_labels
-from ..errors import UserError
+from ..errors import UserError, gathering
 from .job import StageJob
 from .options import refusals_in_words, stage_config
 from .reference_trainer import ReferenceTrainer
@@ -68,6 +68,18 @@ def build_kto(job: StageJob) -> PolicyStage[KTOStageTrainer]:
             callbacks=stage_callbacks(job),
         )
     return PolicyStage(trainer, adapters, tokenizer, data)
+
+
+def kto_problems(job: StageJob, args: KTOConfig) -> list[UserError]:
+    """What cannot estimate z0 from a batch (D4)."""
+    found: list[UserError] = []
+    if args.loss_type == "kto":
+        with gathering(found):
+            _check_batch(job, args.per_device_train_batch_size, 2)
+        if args.train_sampling_strategy != "sequential":
+            said = f"is {args.train_sampling_strategy!r}; z0 pairs neighbours in an order that is shuffled once"
+            found.append(UserError(f"stages.{job.name}.train.train_sampling_strategy", said, "leave it out"))
+    return found
 
 
 def _check_batch(job: StageJob, batch_size: int, rows: int) -> None:

@@ -3,37 +3,25 @@
 import copy
 import dataclasses
 import sys
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
-from ..errors import UserError, nearest
+from ..errors import UserError, nearest, raise_found
 from ..files import CHECKPOINTS
+from .fields import PARAMETER, Field, fields_of, remedy_for
 from .job import StageJob
-from .kinds import EARLY_STOPPING
+from .kinds import EARLY_STOPPING, Parameter
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 ConfigT = TypeVar("ConfigT", bound="TrainingArguments")
 
-# Fields that TRL's own data preparation or model loading would read. Ours come earlier, so these would do nothing.
-_ELSEWHERE = {
-    "output_dir": "use --output-dir",
-    "max_length": "set max_length of the data entry",
-    "truncation_mode": "set overflow of the data entry",
-    "dataset_text_field": "set columns of the data entry",
-    "dataset_kwargs": "set it in the data entry",
-    "chat_template_path": "set model.chat_template",
-    "eos_token": "set model.chat_template",
-    "pad_token": "leave it out: the tokenizer gets a pad token that is not its EOS",
-    "model_init_kwargs": "set it under model",
-    "completion_only_loss": "leave it out: only assistant tokens train",
-    "assistant_only_loss": "leave it out: only assistant tokens train",
-    "sync_ref_model": "leave it out: the reference is the frozen parent adapter",
-}
+_CHECKPOINTS_ASKED = ("save_strategy", "save_steps", "save_total_limit")
 
 
 def device_defaults(dtype: str = "float32") -> dict[str, Any]:
@@ -75,16 +63,21 @@ def stage_config(config_class: type[ConfigT], job: StageJob, *, held_out: bool, 
         UserError: an unknown key (naming the nearest), one said twice, one that belongs elsewhere, a value that the
             config refuses.
     """
-    check_words(job, config_class)
-    parameters = {each.name: each.default for each in job.record.parameters if each.of_config}
+    raise_found(word_problems(job, config_class))
+    kind, parameters = job.record, {each.name: each.default for each in job.record.parameters if each.of_config}
     method = {key: value for key, value in job.method.items() if key in parameters}
-    given = _with_numbers(config_class, job, {**method, **job.train})
+    fields = fields_of(config_class)
+    given = {key: fields[key].meaning.read(value) if key in fields else value for key, value in job.train.items()}
+    given = {**method, **given}
     values: dict[str, Any] = {
         **device_defaults(job.dtype),
         "seed": job.seed,
+        "run_name": job.name,
         **copy.deepcopy(parameters),
+        **kind.defaults,
         **defaults,
         **evaluation_defaults(job, given, held_out=held_out),
+        **({"save_strategy": "steps"} if keeps_checkpoints(job) else {}),
         **given,
         "output_dir": str(job.output_dir / CHECKPOINTS),
     }
@@ -95,44 +88,99 @@ def stage_config(config_class: type[ConfigT], job: StageJob, *, held_out: bool, 
         return config_class(**values)
 
 
+def keeps_checkpoints(job: StageJob) -> bool:
+    """Whether the recipe asks for checkpoints: those stay in the finished stage's folder."""
+    return any(job.train.get(key) is not None for key in _CHECKPOINTS_ASKED) and job.train.get("save_strategy") != "no"
+
+
 @contextmanager
 def refusals_in_words(job: StageJob) -> Generator[None]:
     """Within it, what a config or a trainer refuses becomes a UserError: wrap their construction, nothing else."""
     try:
         yield
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:
-        raise UserError(f"stages.{job.name}", " ".join(str(error).split()), "correct the value") from error
+        said = " ".join(str(error).split())
+        raise UserError(f"stages.{job.name}{_blamed(job, said)}", said, "correct the value") from error
 
 
-def check_words(job: StageJob, config_class: type | None = None) -> None:
-    """Every key of the job's `method` and `train` is known, stands in its place and is said once.
+def _blamed(job: StageJob, said: str) -> str:
+    """The key that a library's message is about, by its name or its value in it; empty where that is unclear."""
+    places = {**{f".{key}": key for key in job.method}, **{f".train.{key}": key for key in job.train}}
+    values = {**job.method, **job.train}
+    named = [place for place, key in places.items() if key in said]
+    named = named or [place for place, key in places.items() if isinstance(values[key], str) and values[key] in said]
+    return named[0] if named else ""
+
+
+def word_problems(job: StageJob, config_class: type | None = None) -> list[UserError]:
+    """What is wrong with the words and values of the job's `method` and `train`, each by itself.
 
     Args:
         config_class: whose fields `train` may name; None: that of the job's kind.
 
-    Raises:
-        UserError: an unknown key (with the nearest one), one said twice, one that belongs elsewhere.
+    Returns:
+        An error for each unknown key (with the nearest one), one said twice, one that has no effect or belongs
+        elsewhere, and each value that its field does not take.
     """
     kind = job.record
     config_class = kind.config_class() if config_class is None else config_class
-    allowed = [each.name for each in kind.parameters]
-    for key in job.method:
+    allowed, found = [each.name for each in kind.parameters], []
+    for key, value in job.method.items():
+        here = f"stages.{job.name}.{key}"
         if key not in allowed:
-            raise _unknown(f"stages.{job.name}.{key}", key, allowed, f"a parameter of a {kind.name} stage")
-        if key in job.train:
-            raise UserError(
-                f"stages.{job.name}.train.{key}",
-                f"{key} is said twice, as {job.method[key]!r} beside train and as {job.train[key]!r} in it",
-                "keep the one beside train",
-            )
-    known = [field.name for field in dataclasses.fields(config_class) if field.init]
-    for key in job.train:
-        if key in _ELSEWHERE:
-            raise UserError(f"stages.{job.name}.train.{key}", "this key has no effect here", _ELSEWHERE[key])
-        if key == EARLY_STOPPING:
-            raise UserError(f"stages.{job.name}.train.{key}", "this key stands beside train", "move it one level up")
-        if key not in known:
-            raise _unknown(f"stages.{job.name}.train.{key}", key, known, f"a field of {config_class.__name__}")
+            found.append(UserError(here, f"{key!r} is not a parameter of a {kind.name} stage", nearest(key, allowed)))
+        elif key in job.train:
+            said = f"{key} is said twice, as {value!r} beside train and as {job.train[key]!r} in it"
+            found.append(UserError(f"stages.{job.name}.train.{key}", said, "keep the one beside train"))
+        elif (wanted := _unfit(kind.parameter(key), value)) is not None:
+            found.append(UserError(here, f"is {value!r}, expected {wanted}", "correct the value"))
+    fields, defaults = fields_of(config_class), {each.name: each.default for each in dataclasses.fields(config_class)}
+    for key, value in job.train.items():
+        unset = value in (None, False) and key in defaults and defaults[key] == value
+        if key in job.method or (unset and key in fields and fields[key].state != "works"):
+            continue  # said above; or says nothing
+        if (error := _field_problem(job, key, value, fields, config_class)) is not None:
+            found.append(error)
+    return found
+
+
+def _field_problem(
+    job: StageJob, key: str, value: object, fields: Mapping[str, Field], config_class: type
+) -> UserError | None:
+    """What is wrong with one key of `train`."""
+    here, kind = f"stages.{job.name}.train.{key}", job.record
+    if key == EARLY_STOPPING:
+        return UserError(here, "this key stands beside train", "move it one level up")
+    if key not in fields:
+        known = [name for name, field in fields.items() if field.state == "works"]
+        remedy = remedy_for(key) or nearest(key, sorted(known), most=12)
+        return UserError(here, f"{key!r} is not a field of {config_class.__name__}", remedy)
+    field = fields[key]
+    if field.state != "works":
+        return UserError(
+            here, "has no effect here" if field.state == "meaningless" else "belongs elsewhere", field.says
+        )
+    if field is PARAMETER:
+        wanted = _unfit(kind.parameter(key), value) if any(each.name == key for each in kind.parameters) else None
+    elif value is None:
+        wanted = None if field.optional else field.meaning.words
+    else:
+        wanted = None if field.meaning.fits(field.meaning.read(value)) else field.meaning.words
+    if wanted is None:
+        return None
+    said = f"is {value!r}{' (text)' if isinstance(value, str) and field.meaning.number else ''}, expected {wanted}"
+    return UserError(here, said, "leave it out for the default" if value is None else "correct the value")
+
+
+def _unfit(parameter: Parameter, value: object) -> str | None:
+    """What a parameter should be, in words; None where the value is that."""
+    try:
+        if value is not None:
+            TypeAdapter[Any](parameter.type).validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        return f"{first['msg'][0].lower()}{first['msg'][1:]}".removeprefix("input should be ")
+    return None
 
 
 def evaluation_defaults(job: StageJob, given: Mapping[str, Any], *, held_out: bool) -> dict[str, Any]:
@@ -160,28 +208,3 @@ def evaluation_defaults(job: StageJob, given: Mapping[str, Any], *, held_out: bo
         if "eval_steps" in given:
             values["save_steps"] = given["eval_steps"]
     return values
-
-
-def _unknown(where: str, key: str, known: Iterable[str], what: str) -> UserError:
-    return UserError(where, f"{key!r} is not {what}", nearest(key, sorted(known), most=12))
-
-
-def _with_numbers(config_class: type, job: StageJob, given: dict[str, Any]) -> dict[str, Any]:
-    """YAML 1.1 reads `2e-4` as text: make it the number that the field's default is."""
-    kinds = {
-        field.name: type(field.default)
-        for field in dataclasses.fields(config_class)
-        if isinstance(field.default, int | float) and not isinstance(field.default, bool)
-    }
-    numbers = dict(given)
-    for key, value in given.items():
-        if not isinstance(value, str) or key not in kinds:
-            continue
-        try:
-            number = float(value)
-        except ValueError:
-            raise UserError(
-                f"stages.{job.name}.{key}", f"{value!r} is text, expected a number", "write it as 0.0002"
-            ) from None
-        numbers[key] = int(number) if kinds[key] is int and number.is_integer() else number
-    return numbers

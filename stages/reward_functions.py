@@ -10,29 +10,33 @@ completion without any score gets 0.
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from ..data.rows import Message
-from ..errors import UserError
+from ..errors import UserError, user_code
 
-RewardFunction = Callable[..., Sequence[float | None]]
+_LARGEST = 3.4e38
+"""Scores are fp32."""
+
+RewardFunction = Callable[..., Any]
 
 
-def import_function(spec: str) -> RewardFunction:
+def import_function(spec: str, where: str | None = None) -> RewardFunction:
     """The function named "module:function".
 
+    Args:
+        where: its place in the recipe, for errors.
+
     Raises:
-        UserError: no such module or function.
+        UserError: no such module or function, or a module that raises.
     """
+    place = where or f"reward {spec}"
     module, _, name = spec.partition(":")
-    try:
+    with user_code(place, f"{spec} cannot be imported", "write module:function, importable from here"):
         function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"reward {spec}", f"cannot be imported ({error})", "write module:function, importable from here"
-        ) from error
     if not callable(function):
-        raise UserError(f"reward {spec}", f"is a {type(function).__name__}, expected a function", "name a function")
+        raise UserError(place, f"{spec} is a {type(function).__name__}, expected a function", "name a function")
     return function  # pyright: ignore[reportReturnType]: what it returns is checked at each call
 
 
@@ -59,10 +63,20 @@ def call_reward_function(
         UserError: not as many scores as completions, or one that is neither None nor a finite number.
     """
     given = {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
-    parameters = inspect.signature(function).parameters
+    name = getattr(function, "__name__", "the function")
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError as error:  # some that are written in C
+        raise UserError(where, f"{name} does not say what it takes", "wrap it in a function of your own") from error
     if not any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values()):
         given = {name: value for name, value in given.items() if name in parameters}
-    returned = function(**given)
+    with user_code(where, f"{name} raised", "correct the function"):
+        answer: Any = function(**given)
+        # a generator, a tuple or an array will do
+        returned = list(answer) if isinstance(answer, Iterable) and not isinstance(answer, str | Mapping) else None
+    if returned is None:
+        said = f"the function returned {type(answer).__name__} {str(answer)[:40]!r}, expected a list of numbers"
+        raise UserError(where, said, "return one number (or None) for each completion")
     if len(returned) != len(completions):
         raise UserError(
             where,
@@ -72,15 +86,20 @@ def call_reward_function(
     return [_score(each, where, completion) for each, completion in zip(returned, completions, strict=True)]
 
 
-def _score(score: float | None, where: str, completion: str | list[Message]) -> float:
+def _score(score: object, where: str, completion: str | list[Message]) -> float:
     if score is None:
         return math.nan
-    number = float(score)
-    if not math.isfinite(number):
+    try:
+        # also a tensor or an array of one number
+        number = math.inf if isinstance(score, str | bytes) else float(score)  # pyright: ignore[reportArgumentType]
+    except (TypeError, ValueError, RuntimeError):
+        number = math.inf
+    if not math.isfinite(number) or abs(number) > _LARGEST:
         said = completion if isinstance(completion, str) else completion[-1]["content"]
+        shown = str(score) if isinstance(score, float) else repr(score)
         raise UserError(
             where,
-            f"the function returned {number} for completion {said[:80]!r}",
+            f"the function returned {shown[:40]} for completion {said[:80]!r}",
             "return finite numbers, or None where it has no score",
         )
     return number

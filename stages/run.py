@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, se
 from ..data.load import load_rows
 from ..data.spec import DataSpec
 from ..data.split import split_rows
-from ..errors import UserError
-from ..files import CHECKPOINTS, METRICS
+from ..errors import UserError, user_code
+from ..files import CHECKPOINTS, LOGS, METRICS
 from ..models.adapters import AdapterSet
 from ..models.context import check_context
 from ..models.lineage import (
@@ -33,6 +33,8 @@ from ..models.loading import load_model
 from ..models.tokens import load_tokenizer, prepare_model
 from ..values import plain
 from .job import StageJob
+from .kinds import KINDS
+from .options import keeps_checkpoints
 from .trainers import StageTrainer, train
 
 if TYPE_CHECKING:
@@ -58,7 +60,10 @@ def run_stage(job: StageJob) -> dict[str, Any]:
     run = job.record.runner()
     job.output_dir.mkdir(parents=True, exist_ok=True)
     set_seed(job.seed)
-    return run(job)
+    if job.kind in KINDS:
+        return run(job)
+    with user_code(f"stages.{job.name}", f"{job.kind} raised", "correct the method"):
+        return run(job)
 
 
 @dataclass(frozen=True)
@@ -166,7 +171,8 @@ def finish(
     reward: dict[str, float] | None = None,
     parents: tuple[Path, ...] | None = None,
 ) -> dict[str, Any]:
-    """Write what lies beside a saved adapter: tokenizer, metrics.json, lineage.json; remove the checkpoints.
+    """Write what lies beside a saved adapter: tokenizer, metrics.json, lineage.json; remove the checkpoints that
+    nobody asked for.
 
     Args:
         args: the resolved config; `train` in the lineage holds what differs from its class' defaults.
@@ -201,8 +207,19 @@ def finish(
             reward=reward,
         )
         write_lineage(job.output_dir, lineage)
-        shutil.rmtree(job.output_dir / CHECKPOINTS, ignore_errors=True)
+        _clear_checkpoints(job)
     return metrics
+
+
+def _clear_checkpoints(job: StageJob) -> None:
+    """Remove the checkpoints, unless the recipe asks for them; what trackers wrote beside them stays, in `logs`."""
+    folder = job.output_dir / CHECKPOINTS
+    for each in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if not each.name.startswith("checkpoint-"):
+            (job.output_dir / LOGS).mkdir(exist_ok=True)
+            each.replace(job.output_dir / LOGS / each.name)
+    if not keeps_checkpoints(job) or (folder.is_dir() and not any(folder.iterdir())):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _resolved(job: StageJob, args: TrainingArguments) -> dict[str, Any]:

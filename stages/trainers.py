@@ -13,12 +13,12 @@ from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallbac
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import UserError
-from ..files import LOG
+from ..files import LOG, LOGS
 from ..models import seams
 from ..models.causal import head_of
 from ..models.lm_head import use_compact_head
 from ..models.memory import peak_memory_bytes
-from .callbacks import Clock, LogFile, Progress
+from .callbacks import Clock, LogFile, Progress, keep_event_files
 from .finite import not_finite, rows_of
 from .job import StageJob
 from .kinds import EARLY_STOPPING
@@ -67,6 +67,9 @@ class StageTrainer(Trainer):
             "router_aux_loss_coef": getattr(self, "aux_loss_enabled", False),
         }
         more = [name for name, wanted in asked.items() if wanted]
+        if asked["router_aux_loss_coef"] and not hasattr(causal.config.get_text_config(), "num_experts"):
+            problem = f"TRL cannot make the load-balancing loss of a {type(causal).__name__}"
+            raise UserError("train.router_aux_loss_coef", problem, "leave it out")
         odd = head_of(causal).own is not None or causal.base_model is causal
         if odd and more:
             raise UserError(
@@ -127,6 +130,7 @@ def train(trainer: Trainer, rows: int) -> dict[str, float | None]:
         train_seconds (the loop alone, without evaluation), examples_per_second, tokens_per_second,
         peak_memory_bytes, steps, epochs, train_loss (mean over the run), final_loss and the last `eval_*` metrics.
     """
+    keep_event_files(trainer, Path(str(trainer.args.output_dir)).parent / LOGS)
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)
     clock = next(each for each in trainer.callback_handler.callbacks if isinstance(each, Clock))

@@ -56,6 +56,27 @@ def _start(stage: str, gap: float, tolerance: float, unit: str, start: str) -> F
     )
 
 
+def check_sampler(stage: str, means: Sequence[float], kls: Sequence[float], tolerance: float) -> Finding:
+    """Whether PPO's replies were drawn from the policy that trained on them.
+
+    Args:
+        means, kls: [iterations] rollout/logprob_mismatch_mean and rollout/sampler_kl, nats per token.
+        tolerance: of the run (`mismatch_tolerance`, or its precision's).
+    """
+    worst = max((*means, *kls), key=lambda x: math.inf if math.isnan(x) else x)
+    return judge(
+        stage,
+        "ppo sampler",
+        worst,
+        unit=f"nats per token between sampler and training forward, at most, in {len(means)} iterations",
+        threshold=f"look: above {tolerance / 2:.2g}; broken: above {tolerance:.2g}",
+        broken=not worst <= tolerance,
+        look=worst > tolerance / 2,
+        remedy="the replies were drawn from another policy than the one that trained: train in float32, or report the "
+        "base",
+    )
+
+
 def check_kl_trend(stage: str, kls: Sequence[float], lengths: Sequence[float]) -> Finding:
     """Where PPO's KL ends, per token.
 

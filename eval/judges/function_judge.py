@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...errors import UserError
 from ...models.fingerprints import code_sha256
 from ...stages.reward_functions import RewardFunction, call_reward_function, import_function
 from ..samples import Sample
@@ -47,10 +46,7 @@ def plan(entry: dict[str, Any], where: str, run_dir: Path | None) -> JudgePlan:
     """
     del run_dir
     target = entry.get("function")
-    try:
-        function = import_function(str(target or ""))
-    except UserError as error:
-        raise UserError(f"{where}.function", f"{target!r} {error.problem}", error.remedy) from None
+    function = import_function(str(target or ""), f"{where}.function")
     judge = FunctionJudge(judge_name(entry), function, where)
     return JudgePlan(judge.name, lambda adapters, tokenizer: judge)
 

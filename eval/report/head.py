@@ -112,9 +112,20 @@ def facts(run: Run) -> list[str]:
     prompts = max((row["n"] for row in run.results if isinstance(row.get("n"), int)), default=0)
     days = [str(stage.lineage.get("created"))[:10] for stage in run.stages if stage.lineage.get("created")]
     said = [str(base)] if base else []
-    said += [f"{done} stage{'s' if done > 1 else ''} trained"] if done else []
+    said += [f"{done} stage{'s' if done > 1 else ''} trained{_descent(run)}"] if done else []
     said += [f"evaluated on {short(prompts)} prompts"] if prompts else []
     return said + ([max(days)] if days else [])
+
+
+def _descent(run: Run) -> str:
+    """What each finished stage started from: " (sft from base, dpo and ppo from sft)"; empty where nothing says."""
+    children: dict[str, list[str]] = {}
+    for stage in run.stages:
+        if stage.state == "done" and stage.parents:
+            start = next((name for name, scores in stage.parents if not scores), "base")
+            children.setdefault(start, []).append(stage.name)
+    words = [f"{listed(names)} from {start}" for start, names in children.items()]
+    return f" ({', '.join(words)})" if words else ""
 
 
 def cards(run: Run) -> list[dict[str, str]]:

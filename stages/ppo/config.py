@@ -21,7 +21,7 @@ class PPOConfig(PPOSettings, TrainingArguments):
         ValueError: a value out of range, or sizes that do not divide.
     """
 
-    learning_rate: float = field(default=2e-5, metadata={"help": "Learning rate of the policy adapter."})
+    learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the policy adapter."})
     logging_steps: float = field(default=1, metadata={"help": "Log the iteration in which such a step falls."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient norm limit, policy and value each."})
     samples_file: str | None = field(default=None, metadata={"help": "None: rollouts.jsonl in output_dir."})
@@ -50,6 +50,15 @@ class PPOConfig(PPOSettings, TrainingArguments):
             raise ValueError(f"per_device_train_batch_size is {self.per_device_train_batch_size}, expected at least 1")
         if self.missing_eos_penalty is not None and self.missing_eos_score is not None:
             raise ValueError("missing_eos_penalty and missing_eos_score are both given, expected one of them")
+        if self.max_steps > 0 and self.max_steps % self.steps_per_iteration():
+            raise ValueError(
+                f"max_steps is {self.max_steps}, expected a multiple of num_ppo_epochs x num_mini_batches "
+                f"= {self.num_ppo_epochs} x {self.num_mini_batches}, the optimiser steps of one iteration"
+            )
+        if self.max_steps > 0 and self.total_episodes is not None:
+            raise ValueError(
+                f"max_steps is {self.max_steps} and total_episodes {self.total_episodes}, expected one of them"
+            )
         if self.gradient_accumulation_steps != 1:
             raise ValueError(
                 f"gradient_accumulation_steps is {self.gradient_accumulation_steps}, expected 1: in PPO one optimiser "
@@ -79,7 +88,12 @@ class PPOConfig(PPOSettings, TrainingArguments):
         return self.rollout_batch_size // self.world_size
 
     def num_iterations(self, num_prompts: int) -> int:
-        """Iterations of the run. Without `total_episodes`, the last pass over the prompts is filled up."""
+        """Iterations of the run: `total_episodes`, or `max_steps` optimiser steps, or passes over the prompts.
+
+        The last of `num_train_epochs` passes is filled up.
+        """
         if self.total_episodes is not None:
             return self.total_episodes // self.rollout_batch_size
+        if self.max_steps > 0:
+            return self.max_steps // self.steps_per_iteration()
         return max(1, -int(-num_prompts * self.num_train_epochs // self.rollout_batch_size))

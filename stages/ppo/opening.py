@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -13,15 +14,10 @@ from ...models.adapters import AdapterSet
 from ...models.base import Base
 from ...models.lineage import check_lineage, load_adapter_base
 from ...models.loading import load_model, resolve_base
-from ...models.lora import LoraSpec, read_adapter
+from ...models.lora import LoraSpec
+from ...models.plain_lora import check_plain, target_names
 from ...models.tokens import load_tokenizer, prepare_model
 from .rewards import RewardFunc, RewardKind, RewardSource
-
-# what would make an adapter more, or start it elsewhere, than a `LoraSpec` can say
-_PLAIN = (
-    "use_dora", "lora_bias", "bias", "rank_pattern", "alpha_pattern", "layers_to_transform", "modules_to_save",
-    "init_lora_weights",
-)  # fmt: skip
 
 
 def open_policy(
@@ -35,19 +31,22 @@ def open_policy(
     Raises:
         UserError: a tokenizer is missing, both `lora` and `peft_config` are given, or settings that do not fit.
     """
-    if lora is not None and peft_config is not None:
+    asked = [name for name, value in (("lora", lora), ("peft_config", peft_config)) if value is not None]
+    if len(asked) == 2:
         raise UserError("PPOTrainer", "lora and peft_config are both given", "give one of them")
-    lora = lora if peft_config is None else _spec_of(peft_config)
+    if peft_config is not None:
+        check_plain(peft_config, "PPOTrainer, peft_config", fresh=True)
     if isinstance(model, str):
-        return _load(model, tokenizer, lora)
+        return _load(model, tokenizer, lora or peft_config)
     if tokenizer is None:
         raise UserError("PPOTrainer", "processing_class is missing", "pass the model's tokenizer")
-    if isinstance(model, AdapterSet):
-        return model, tokenizer
-    if isinstance(model, PeftModel):
-        return _wrap(model), tokenizer
+    if isinstance(model, AdapterSet | PeftModel):
+        if asked:
+            said = f"{asked[0]} is given, and the model has its adapter already"
+            raise UserError("PPOTrainer", said, f"leave {asked[0]} out, or pass the base model")
+        return model if isinstance(model, AdapterSet) else _wrap(model), tokenizer
     model.requires_grad_(False)
-    return AdapterSet.create(model, _base_of(model), lora or LoraSpec()), tokenizer
+    return AdapterSet.create(model, _base_of(model), _spec(lora or peft_config, model)), tokenizer
 
 
 def reward_sources(
@@ -73,7 +72,7 @@ def reward_sources(
 
 
 def _load(
-    spec: str, tokenizer: PreTrainedTokenizerBase | None, lora: LoraSpec | None
+    spec: str, tokenizer: PreTrainedTokenizerBase | None, lora: LoraSpec | LoraConfig | None
 ) -> tuple[AdapterSet, PreTrainedTokenizerBase]:
     """A base with a fresh adapter, or a stage's folder: its base, its adapter's settings and its chat template."""
     parent = Path(spec) if _is_adapter(spec) else None
@@ -84,10 +83,10 @@ def _load(
     if parent is not None:
         if (parent / LINEAGE).is_file():
             check_lineage(parent, base, tokenizer)
-        lora = lora or _spec_of(read_adapter(parent)[0])
+        lora = lora or LoraSpec.of(parent)
     causal = load_model(base, dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32)
     prepare_model(causal, tokenizer)
-    return AdapterSet.create(causal, base, lora or LoraSpec(), parent), tokenizer
+    return AdapterSet.create(causal, base, _spec(lora, causal), parent), tokenizer
 
 
 def _is_adapter(spec: str) -> bool:
@@ -110,6 +109,11 @@ def _wrap(model: PeftModel) -> AdapterSet:
             f"the PeftModel has the adapters {', '.join(model.peft_config)}, expected one LoRA named 'default'",
             "load it with PeftModel.from_pretrained and no adapter_name",
         )
+    check_plain(config, "PPOTrainer, the PeftModel")
+    inner: Any = model.get_base_model()
+    if inner.get_output_embeddings() is None:
+        kind = type(inner).__name__
+        raise UserError("PPOTrainer", f"the PeftModel is a {kind}, expected a causal model", "pass what generates")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".default." in name)
     return AdapterSet(model, _base_of(model))  # pyright: ignore[reportArgumentType]: any PeftModel that is causal will do
@@ -124,21 +128,8 @@ def _base_of(model: PreTrainedModel | PeftModel) -> Base:
         return Base(name or "unsaved", Path(name or "."), None, "")
 
 
-def _spec_of(config: LoraConfig) -> LoraSpec:
-    """Rank, scaling, dropout and modules.
-
-    Raises:
-        UserError: the config asks for more than a plain LoRA.
-    """
-    plain = LoraConfig()
-    for name in _PLAIN:
-        if getattr(config, name) != getattr(plain, name):
-            raise UserError("PPOTrainer", f"peft_config has {name}={getattr(config, name)!r}", "use a plain LoRA")
-    targets = config.target_modules or "all-linear"
-    return LoraSpec(
-        r=config.r,
-        alpha=config.lora_alpha,
-        dropout=config.lora_dropout,
-        target_modules=targets if isinstance(targets, str) else sorted(targets),
-        use_rslora=config.use_rslora,
-    )
+def _spec(lora: LoraSpec | LoraConfig | None, model: PreTrainedModel) -> LoraSpec:
+    """What was asked for, as a `LoraSpec` for this model."""
+    if isinstance(lora, LoraConfig):
+        return LoraSpec.said_by(lora, target_names(model, lora))
+    return lora or LoraSpec()

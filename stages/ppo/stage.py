@@ -5,11 +5,12 @@ from typing import Any
 
 from ...data.encode import encode_prompts
 from ...errors import UserError
+from ...files import LOGS
 from ...models.lineage import check_lineage
 from ...models.memory import peak_memory_bytes
-from ..callbacks import Clock
+from ..callbacks import Clock, keep_event_files
 from ..job import StageJob
-from ..options import stage_config
+from ..options import keeps_checkpoints, stage_config
 from ..run import finish, load_data, open_adapters, open_tokenizer
 from ..trainers import stage_callbacks
 from .config import PPOConfig
@@ -18,8 +19,24 @@ from .trainer import PPOTrainer
 
 _LAST = (
     "objective/kl", "objective/scores", "objective/rlhf_reward", "objective/entropy", "objective/kl_coef",
-    "rollout/length", "rollout/eos_rate", "rollout/logprob_mismatch", "value/explained_variance",
+    "rollout/length", "rollout/eos_rate", "rollout/logprob_mismatch", "rollout/logprob_mismatch_mean",
+    "rollout/sampler_kl", "value/explained_variance",
 )  # fmt: skip
+
+
+def ppo_problems(job: StageJob, args: PPOConfig) -> list[UserError]:
+    """What the config takes and a run would refuse: no reward, two lengths of the run."""
+    found = []
+    if not job.rewards:
+        found.append(_no_reward(job))
+    if args.total_episodes is not None and "num_train_epochs" in job.train:
+        said = f"has no effect beside total_episodes, which is {args.total_episodes}"
+        found.append(UserError(f"stages.{job.name}.train.num_train_epochs", said, "keep one of them"))
+    return found
+
+
+def _no_reward(job: StageJob) -> UserError:
+    return UserError(f"stages.{job.name}.reward", "no reward is given", "name a reward stage, a model or a function")
 
 
 def run_ppo(job: StageJob) -> dict[str, Any]:
@@ -29,7 +46,7 @@ def run_ppo(job: StageJob) -> dict[str, Any]:
     """
     # 1. tokenizer, data, config
     if not job.rewards:
-        raise UserError(f"stages.{job.name}.reward", "no reward is given", "name a reward stage, a model or a function")
+        raise _no_reward(job)
     tokenizer = open_tokenizer(job)
     stages = [Path(str(source.target)) for source in job.rewards if source.kind == "stage"]
     for folder in stages:
@@ -39,9 +56,8 @@ def run_ppo(job: StageJob) -> dict[str, Any]:
         PPOConfig,
         job,
         held_out=False,
-        save_strategy="steps",
-        save_steps=0.1,
-        save_total_limit=1,
+        # unless the recipe says which: one, to continue from
+        **({} if keeps_checkpoints(job) else {"save_strategy": "steps", "save_steps": 0.1, "save_total_limit": 1}),
         logging_steps=1,
         samples_file=str(job.output_dir / "rollouts.jsonl"),
         policies_dir=str(job.output_dir / POLICIES),
@@ -51,6 +67,7 @@ def run_ppo(job: StageJob) -> dict[str, Any]:
     trainer = PPOTrainer(
         adapters, args, tokenizer, data.train, rewards=job.rewards, callbacks=stage_callbacks(job), quiet=True
     )
+    keep_event_files(trainer, job.output_dir / LOGS)
     # 3. train, save
     newest = last_complete(Path(str(args.output_dir)))
     trainer.train(None if newest is None else str(newest))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from preftune.errors import UserError
+from preftune.errors import UserError, UserErrors
 from preftune.recipes.build import data_spec, eval_spec, stage_job
 from preftune.recipes.graph import needed_for, order, parents
 from preftune.recipes.load import load_recipe, shipped_recipes
@@ -52,7 +52,7 @@ def refused(file: Path, *overrides: str) -> str:
 
 def test_numbers_and_words_are_read_as_meant(recipe_file: Path):
     recipe = load_recipe(recipe_file)
-    assert recipe.stages["sft"].train == {"learning_rate": 2e-4, "eval_strategy": "no"}
+    assert recipe.stages["sft"].train.items() >= {"learning_rate": 2e-4, "eval_strategy": "no"}.items()
     assert recipe.data["pairs"].held_out == 0.1
     assert parse_value("[1e3, 010, off, true, null, -.5, 1.5e+2, 1:30, 2024-01-02]", "x") == [
         1000.0, 10, "off", True, None, -0.5, 150.0, "1:30", "2024-01-02"
@@ -89,7 +89,7 @@ def test_overrides(recipe_file: Path):
         ["stages.ipo.beta=2e-1", "stages.ipo.train.max_steps=3", "eval.judges.0.name=rm", "stages.ppo=null", "seed=7"],
     )
     assert recipe.stages["ipo"].method()["beta"] == 0.2
-    assert recipe.stages["ipo"].train == {"max_steps": 3}
+    assert recipe.stages["ipo"].train["max_steps"] == 3
     assert recipe.eval is not None and recipe.eval.judges[0] == {"kind": "reward", "stage": "reward", "name": "rm"}
     assert "ppo" not in recipe.stages and recipe.seed == 7
 
@@ -116,14 +116,14 @@ def test_overrides(recipe_file: Path):
         ("data.demos.sources=[{path: x}]", ["data.demos.sources: stands beside path"]),
         ("model.dtype=fp32", ["'fp32'", "'bfloat16'"]),
         ("lora.r=0", ["lora.r", "at least 1"]),
-        ("lora.rank=8", ["lora.rank", "use one of r, alpha"]),
+        ("lora.rank=8", ["lora.rank", "did you mean 'r'?"]),
         ("eval.policies=[bse]", ["'bse' is no policy", "did you mean 'base'?"]),
         ("eval.policies=[reward]", ["'reward' is no policy"]),
         ("eval.prompts=demo", ["no data entry", "did you mean 'demos'?"]),
         ("eval.judges.0.stage=rewrd", ["no reward stage 'rewrd'", "did you mean 'reward'?"]),
         ("sed=1", ["'sed' is no key of a recipe", "did you mean 'seed'?"]),
         ("seed", ["expected key=value"]),
-        ("stages.eval={kind: sft, data: demos}", ["'eval' is no name for a stage"]),
+        ("stages.eval={kind: dpo, data: pairs}", ["'eval' is no name for a stage"]),
     ],
 )
 def test_what_is_wrong_is_said_with_its_place_and_remedy(recipe_file: Path, override: str, parts: list[str]):
@@ -179,13 +179,13 @@ def test_every_shipped_recipe_is_right(file: Path, tmp_path: Path):
     """Every word of it, the fields in `train` included, is one that its config knows."""
     from preftune.eval.judges.registry import plan_judges
     from preftune.models.base import Base
-    from preftune.stages.options import check_words
+    from preftune.stages.check import stage_problems
 
     recipe = load_recipe(file.stem)
     assert recipe.name == file.stem
     base = Base("random:llama", tmp_path, None, "")
     for name in order(recipe):
-        check_words(stage_job(recipe, name, base, tmp_path, tmp_path / name))
+        assert stage_problems(stage_job(recipe, name, base, tmp_path, tmp_path / name)) == []
     assert recipe.eval is not None
     eval_spec(recipe, base, tmp_path)
     plan_judges(recipe.eval.judges, tmp_path)
@@ -223,3 +223,137 @@ def test_a_job_holds_what_the_recipe_says(tmp_path: Path):
     assert [(s.path, s.weight, s.limit) for s in dpo.data.sources] == [("a", 2, None), ("b", 1, 5)]
     assert dpo.data.seed == 9
     assert {f.name for f in dataclasses.fields(data_spec(recipe.data["mix"], 0))} >= {"max_length", "overflow"}
+
+
+STAGES = """\
+name: t
+model: {base: "random:llama"}
+data: {demos: {path: d.jsonl}, pairs: {path: p.jsonl}}
+stages:
+"""
+
+
+def parents_of(tmp_path: Path, *stages: str) -> dict[str, str]:
+    file = tmp_path / "t.yaml"
+    file.write_text(STAGES + "".join(f"  {each}\n" for each in stages))
+    recipe = load_recipe(file)
+    assert recipe.resolved()["stages"].keys() == recipe.stages.keys()
+    written = {name: stage["from"] for name, stage in recipe.resolved()["stages"].items()}
+    assert written == {name: stage.parent for name, stage in recipe.stages.items()}
+    return written
+
+
+def test_a_stage_without_from_starts_from_the_sft_stage(tmp_path: Path):
+    chain = ["dpo: {data: pairs}", "warm: {kind: sft, data: demos}", "reward: {data: pairs, from: null}"]
+    assert parents_of(tmp_path, *chain) == {"dpo": "warm", "warm": "base", "reward": "warm"}
+    assert parents_of(tmp_path, "dpo: {data: pairs, from: base}", chain[1]) == {"dpo": "base", "warm": "base"}
+    assert parents_of(tmp_path, "dpo: {data: pairs}") == {"dpo": "base"}
+
+
+def test_an_sft_stage_that_comes_from_a_stage_is_not_what_that_starts_from(tmp_path: Path):
+    after = ["dpo: {data: pairs}", "sft: {data: demos, from: dpo}"]
+    assert parents_of(tmp_path, *after) == {"dpo": "base", "sft": "dpo"}
+    both = ["sft: {data: demos}", "polish: {kind: sft, data: demos, from: dpo}", "dpo: {data: pairs}"]
+    assert parents_of(tmp_path, *both) == {"sft": "base", "polish": "dpo", "dpo": "sft"}
+
+
+def test_where_the_chain_leaves_a_doubt_the_line_to_write_is_said(tmp_path: Path):
+    two = ["one: {kind: sft, data: demos, from: base}", "two: {kind: sft, data: demos, from: base}"]
+    with pytest.raises(UserError, match=r"t\.yaml:7: stages\.dpo: .*write from: one or from: two or from: base"):
+        parents_of(tmp_path, *two, "dpo: {data: pairs}")
+    with pytest.raises(UserError, match=r"stages\.two: .*there is one too; write from: one or from: base"):
+        parents_of(tmp_path, two[0], "two: {kind: sft, data: demos}")
+
+
+def test_all_problems_are_said_at_once_each_with_its_line(tmp_path: Path):
+    file = tmp_path / "t.yaml"
+    lines = ["sft: {data: demo, from: base}", "reward: {data: pairs, bta: 1}", "dpo: {data: pairs, beta: -1}"]
+    lines += ["ppo: {data: pairs, reward: rewrd}", "odd: {data: pairs}"]
+    file.write_text(
+        "sead: 3\n" + STAGES.replace("data: {", "data: {d: {pth: x}, ") + "".join(f"  {s}\n" for s in lines)
+    )
+    with pytest.raises(UserErrors) as caught:
+        load_recipe(file, ["stages.sft.lora.rank=3"])
+    said = str(caught.value).splitlines()
+    assert said[0].startswith(f"{file}:10: stages.odd: lacks its kind")
+    for place, part in (
+        (f"{file}:1: sead", "did you mean 'seed'"),
+        (f"{file}:4: data.d.pth", "did you mean 'path'"),
+        (f"{file}:7: stages.reward.bta", ""),
+        (f"{file}:8: stages.dpo.beta", "at least 0"),
+        ("command line (stages.sft.lora.rank=3): stages.sft.lora.rank", "did you mean 'r'"),
+    ):
+        assert any(line.startswith(place) and part in line for line in said), (place, said)
+    # what the names mean is looked at where every stage could be read
+    file.write_text(file.read_text().replace("  odd: {data: pairs}\n", "").replace("d: {pth: x}, ", ""))
+    with pytest.raises(UserErrors) as caught:
+        load_recipe(file)
+    said = str(caught.value).splitlines()
+    assert any(line.startswith(f"{file}:6: stages.sft.data: no data entry 'demo'") for line in said)
+    assert any(line.startswith(f"{file}:9: stages.ppo.reward.0: no stage 'rewrd'") for line in said)
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("base=x", "write it in model: {base: ...}"),
+        ("learning_rate=1", "stages.NAME.train"),
+        ("stages.ipo.lr=1", "write learning_rate in stages.ipo.train"),
+        ("stages.ipo.batch_size=1", "write per_device_train_batch_size in stages.ipo.train"),
+        ("stages.ipo.epochs=1", "write num_train_epochs in stages.ipo.train"),
+        ("stages.ipo.warmup=1", "write warmup_steps in stages.ipo.train"),
+        ("gpus=2", "--launch"),
+        ("model.r=2", "write it in lora: {r: ...}"),
+        ("data.demos.file=x", "did you mean 'path'?"),
+        ("stages.ipo.kind=simpo", "kind: dpo with loss_type: sigmoid_norm"),
+    ],
+)
+def test_hints_go_by_meaning(recipe_file: Path, override: str, part: str):
+    assert part in refused(recipe_file, override)
+
+
+BILLIONS = "a: &a [1]\nb: &c0 [*a, *a]\n" + "".join(
+    f"c{i}: &c{i} [{', '.join([f'*c{i - 1}'] * 9)}]\n" for i in range(1, 8)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        (BILLIONS, "aliases"),
+        ("a: &a [*a]\n", "itself"),
+        ("a: " + "[" * 3000 + "]" * 3000 + "\n", "nested too deeply"),
+        ("name: !!binary aGVsbG8=\n", "broken YAML"),
+        ("lora: !!set {r, alpha}\n", "broken YAML"),
+        ("name: 'a\x00b'\n", "broken YAML"),
+    ],
+    ids=["billions", "itself", "deep", "binary", "set", "nul"],
+)
+def test_yaml_that_is_no_recipe_is_refused_at_once(tmp_path: Path, text: str, part: str):
+    file = tmp_path / "t.yaml"
+    file.write_text(text)
+    assert part in refused(file)
+
+
+@pytest.mark.parametrize("override", ["stages[0]=1", ".=5", "stages..sft=1", "stages.²=1", "stages.ipo.lora[0]=1"])
+def test_overrides_that_name_no_key_are_refused(recipe_file: Path, override: str):
+    assert refused(recipe_file, override).startswith(f"command line ({override})")
+
+
+def test_an_override_may_write_a_place_in_a_list_with_brackets(recipe_file: Path):
+    recipe = load_recipe(recipe_file, ["eval.judges[0].name=rm"])
+    assert recipe.eval is not None and recipe.eval.judges[0]["name"] == "rm"
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("stages.ipo.lora={r: 8}", "is 8, below 16 of sft"),
+        ("stages.ipo.lora={r: 32}", "use alpha: 64 with r: 32"),
+        ("stages.ipo.lora={target_modules: [q_proj]}", "keep the parent's target modules"),
+        ("seed=-1", "at least 0"),
+        ("stages.ipo.seed=4294967296", "less than"),
+    ],
+)
+def test_what_a_child_or_a_seed_cannot_be_is_said_with_its_line(recipe_file: Path, override: str, part: str):
+    assert part in refused(recipe_file, override)

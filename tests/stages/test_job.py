@@ -55,7 +55,7 @@ def test_runs_repeat_bit_for_bit(make_job, sft_folder, kind):
         ({}, {"max_length": 3}, "set max_length of the data entry"),
         ({}, {"eval_strategy": "steps"}, "set data.pair.held_out"),
         ({"early_stopping_patience": 2}, {}, "set data.pair.held_out"),
-        ({}, {"learning_rate": "fast"}, "'fast' is text, expected a number"),
+        ({}, {"learning_rate": "fast"}, r"learning_rate: is 'fast' \(text\), expected a number"),
         ({}, {"lr_scheduler_type": "wavy"}, "wavy is not a valid SchedulerType"),
     ],
 )

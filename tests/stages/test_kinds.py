@@ -80,7 +80,7 @@ def test_what_is_no_kind_is_said(word: str, parts: list[str]) -> None:
 def test_a_method_that_does_not_import_says_why(tmp_path: Path) -> None:
     file = tmp_path / "broken.py"
     file.write_text("import there_is_no_such_module\n")
-    with pytest.raises(UserError, match=r"broken.py cannot be imported \(No module named 'there_is_no_such_module'\)"):
+    with pytest.raises(UserError, match=r"broken.py cannot be imported: .*broken.py:1 .*No module named 'there_is_no"):
         stage_kind(f"{file}:KIND")
 
 
