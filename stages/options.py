@@ -135,12 +135,21 @@ def word_problems(job: StageJob, config_class: type | None = None) -> list[UserE
         elif (wanted := _unfit(kind.parameter(key), value)) is not None:
             found.append(UserError(here, f"is {value!r}, expected {wanted}", "correct the value"))
     fields, defaults = fields_of(config_class), {each.name: each.default for each in dataclasses.fields(config_class)}
+    refused: dict[str, UserError] = {}
     for key, value in job.train.items():
         unset = value in (None, False) and key in defaults and defaults[key] == value
         if key in job.method or (unset and key in fields and fields[key].state != "works"):
             continue  # said above; or says nothing
-        if (error := _field_problem(job, key, value, fields, config_class)) is not None:
-            found.append(error)
+        if (error := _field_problem(job, key, value, fields, config_class)) is None:
+            continue
+        # fields that are refused for one reason are said together
+        if key in fields and fields[key].state != "works" and (first := refused.get(error.remedy)) is not None:
+            found[found.index(first)] = refused[error.remedy] = UserError(
+                first.where, f"{first.problem}, and so does {key}", first.remedy
+            )
+            continue
+        refused[error.remedy] = error
+        found.append(error)
     return found
 
 
