@@ -197,6 +197,10 @@ class Chain:
         if (skipped := self._unchanged(EVALUATION, key, parts)) is not None:
             return skipped
         began, started = time.monotonic(), _now()
+        if self.options.force:
+            from ..eval.drawn import DrawnReplies
+
+            DrawnReplies(self.path, keeps=True).forget()
         run_eval = self._run_eval or _run_eval
         spec = eval_spec(self.recipe, self.base, self.path)
         rows = self._recorded(EVALUATION, key, started, lambda: run_eval(spec, self.path))

@@ -12,6 +12,7 @@ from ...data.load import load_rows
 from ...data.rows import Row
 from ...errors import UserError
 from ...files import DOCTOR, write_whole
+from ...models.fingerprints import content
 from ...models.tokens import load_tokenizer
 from ...stages.job import StageJob
 from ..spec import BASE, EvalSpec
@@ -68,7 +69,9 @@ def examine(checkup: Checkup) -> Examination:
         UserError: the run holds no stage at all; data or a base cannot be read.
     """
     run = _Run(checkup)
-    findings = list(run.findings())
+    # what is said of a stage is said of the adapter that lies there now, and not of one trained later
+    adapters = {name: content(record.folder) for name, record in run.records.items() if record.lineage is not None}
+    findings = [replace(each, adapter=adapters.get(each.stage)) for each in run.findings()]
     places = {job.name: place for place, job in enumerate(checkup.jobs)}
     return Examination(sorted(findings, key=lambda each: places[each.stage]), run.left_out)
 

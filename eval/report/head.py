@@ -7,7 +7,7 @@ from markupsafe import Markup
 
 from ..results import silence_words
 from . import winrates
-from .doctor import worst
+from .doctor import gaps, worst
 from .read import Run, number
 from .reward_models import accuracy_words, reward_rows
 from .text import duration, fixed, listed, percent, percents, plus_minus, short, size
@@ -39,6 +39,7 @@ def verdict(run: Run) -> list[str]:
     found = worst(run)
     if found is not None:
         sentences.append(found)
+    sentences.append(gaps(run))
     return [sentence for sentence in sentences if sentence]
 
 
