@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import re
 import sys
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -107,7 +108,9 @@ def _blamed(job: StageJob, said: str) -> str:
     """The key that a library's message is about, by its name or its value in it; empty where that is unclear."""
     places = {**{f".{key}": key for key in job.method}, **{f".train.{key}": key for key in job.train}}
     values = {**job.method, **job.train}
-    named = [place for place, key in places.items() if key in said]
+    # the one that comes first: a message begins with what is wrong, and goes on with what it must fit
+    found = {place: where.start() for place, key in places.items() if (where := re.search(rf"\b{key}\b", said))}
+    named = sorted(found, key=lambda place: found[place])
     named = named or [place for place, key in places.items() if isinstance(values[key], str) and values[key] in said]
     return named[0] if named else ""
 
