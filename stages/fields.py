@@ -309,7 +309,9 @@ FIELDS: Mapping[str, Mapping[str, Field]] = {
             "rollout_batch_size num_ppo_epochs num_mini_batches total_episodes max_new_tokens temperature", PARAMETER
         ),
         **_each("top_k top_p rollout_micro_batch_size kl_coef kl_in kl_estimator kl_target kl_horizon", PARAMETER),
-        **_each("gamma lam cliprange cliprange_value vf_coef entropy_coef whiten_advantages", PARAMETER),
+        **_each(
+            "gamma lam cliprange cliprange_value vf_coef entropy_coef whiten_advantages mismatch_tolerance", PARAMETER
+        ),
         **_each("whiten_rewards target_approx_kl max_ratio missing_eos_penalty missing_eos_score", PARAMETER),
         **_each("normalize_rewards reward_scale reward_clip reward_combination ensemble_penalty", PARAMETER),
         **_each("value value_learning_rate log_samples_every num_log_samples keep_every", PARAMETER),
