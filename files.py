@@ -26,6 +26,9 @@ EVALUATION, RESULTS, SAMPLES, REWARDS, OVER_OPTIMISATION = (
 )
 """The evaluation's folder in that of the run, and what lies in it."""
 
+EVAL_CACHE = "eval-cache"
+"""Beside it: what an evaluation need not ask or draw again."""
+
 
 def partial_folder(run_dir: Path, stage: str) -> Path:
     """Where a stage of a run is written until it is finished, and lies after it was interrupted."""

@@ -111,7 +111,7 @@ class Chain:
             fix_date(self.recipe, self.base, self.path)
             write_recipe(self.path, self.recipe)
             self.parts = Keys(self.recipe, self.base, self.path)
-            evaluates = self.recipe.eval is not None and self.options.only is None and self.options.until is None
+            evaluates = self.evaluates = self._evaluates()
             self.parts.read_data(selected, evaluation=evaluates)
             for words in self.parts.evaluated_in_training():
                 self.output.say(f"eval.prompts: {words}")
@@ -123,6 +123,9 @@ class Chain:
             if any(each.state == "ran" for each in done) or not (self.path / REPORT).is_file():
                 self._report()
         return done
+
+    def _evaluates(self) -> bool:
+        return self.recipe.eval is not None and self.options.only is None and self.options.until is None
 
     def _selected(self) -> list[str]:
         recipe, options = self.recipe, self.options
@@ -143,13 +146,12 @@ class Chain:
         from ..models.tokens import load_tokenizer
         from .validate import DataCheck, check_settings, data_uses
 
-        found: list[UserError] = []
+        model, found = self.recipe.model, list[UserError]()
         with gathering(found):
-            check_settings(self.recipe, self.base, self.selected, self.path)
-        model = self.recipe.model
+            check_settings(self.recipe, self.base, self.selected, self.path, judges=self.evaluates)
         tokenizer = load_tokenizer(self.base, model.chat_template, model.template_date)
         check = DataCheck(self.recipe, self.base, tokenizer)
-        for name, entry, kind in data_uses(self.recipe, self.selected):
+        for name, entry, kind in data_uses(self.recipe, self.selected, evaluation=self.evaluates):
             with gathering(found):
                 list(check.rows(name, entry, kind))
         raise_found(found)
@@ -195,6 +197,10 @@ class Chain:
         if (skipped := self._unchanged(EVALUATION, key, parts)) is not None:
             return skipped
         began, started = time.monotonic(), _now()
+        if self.options.force:
+            from ..eval.drawn import DrawnReplies
+
+            DrawnReplies(self.path, keeps=True).forget()
         run_eval = self._run_eval or _run_eval
         spec = eval_spec(self.recipe, self.base, self.path)
         rows = self._recorded(EVALUATION, key, started, lambda: run_eval(spec, self.path))

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..recipes.build import stage_job
-from ..recipes.graph import order
+from ..recipes.graph import order, unused_stages
 from ..recipes.schema import Recipe
 from .folder import RunFolder
 from .output import Output
@@ -49,6 +49,7 @@ def checkup(recipe: Recipe, base: "Base", run: Path, samples: int) -> "Checkup":
         jobs=tuple(stage_job(recipe, name, base, run, run / name) for name in order(recipe)),
         evaluation=sampling_spec(recipe, base, run),
         elsewhere={name for name, stamp in stamps.items() if stamp is not None and "from_adapter" in stamp.parts},
+        unused=unused_stages(recipe),
         samples=samples,
     )
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 """Raise it when the same recipe must give another result: every stage of every run is then run again."""
 
-EVAL_FORMAT = 2
+EVAL_FORMAT = 3
 """The same for the evaluation alone: raise it when the same recipe must write more or other numbers."""
 
 _SHOWN = 3

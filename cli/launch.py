@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..files import METRICS
+from ..models import seams
 from .launched import MODULE, read_error
 from .process import StageFailed
 
@@ -27,6 +28,7 @@ def check_launch(config: Path) -> None:
     remedy = "write one with `accelerate config --config_file FILE`"
     if not config.is_file():
         raise UserError("--launch", f"no file {str(config)!r}", remedy)
+    seams.require(seams.LAUNCHER)
     from accelerate.commands.config.config_args import load_config_from_file
 
     try:

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..files import RECIPE, write_whole
+from ..models import seams
 from .folder import RunFolder
 from .process import ignore_library_warnings, make_functions_importable
 
@@ -24,6 +25,7 @@ MODULE = f"{__package__}.launched"
 
 def _launcher(config: str, said: str, *stage: str) -> int:
     """Run accelerate's launcher on the config."""
+    seams.require(seams.LAUNCHER)
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

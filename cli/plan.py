@@ -43,7 +43,7 @@ def _stage(
     Args:
         weights: parameters of the base.
     """
-    from ..models.cost import activation_bytes, adapter_parameters, training_bytes, training_flops
+    from ..models.cost import activation_bytes, adapter_parameters, training_bytes, training_flops, weight_bytes
 
     stage = recipe.stages[name]
     rows, tokens, longest = _lengths(recipe, name, tokenizer)
@@ -53,8 +53,11 @@ def _stage(
     if (on_policy := kind.on_policy) is not None:
         method = {each.name: each.default for each in kind.parameters} | stage.method()
         rollout, longest_reply = method["rollout_batch_size"], method["max_new_tokens"]
+        each = method[on_policy.epochs] * method[on_policy.mini_batches]
         episodes = method["total_episodes"] or rollout * math.ceil(rows * epochs / rollout)
-        steps = episodes // rollout * method[on_policy.epochs] * method[on_policy.mini_batches]
+        if (given := train.get("max_steps", -1)) > 0:
+            episodes = given // each * rollout
+        steps = episodes // rollout * each
         longest += longest_reply
         seen = episodes * (tokens / max(rows, 1) + longest_reply)
         passes = on_policy.rollout_passes + on_policy.epoch_passes * method[on_policy.epochs]
@@ -73,7 +76,8 @@ def _stage(
         dtype=recipe.model.dtype,
         gradient_checkpointing=bool(train.get("gradient_checkpointing")),
     )
-    memory = training_bytes(parameters=weights, dtype=recipe.model.dtype, adapter=adapter, activations=activations)
+    base = weight_bytes(config, weights, recipe.model.dtype, recipe.model.quantization)
+    memory = training_bytes(base=base, adapter=adapter, activations=activations)
     return {
         "stage": name,
         "from": stage.parent,

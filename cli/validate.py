@@ -55,12 +55,15 @@ def validate_recipe(recipe: str, overrides: Sequence[str], output: Output) -> No
     output.say("nothing wrong found")
 
 
-def check_settings(recipe: Recipe, base: "Base | None", stages: Sequence[str], run_dir: Path) -> None:
+def check_settings(
+    recipe: Recipe, base: "Base | None", stages: Sequence[str], run_dir: Path, *, judges: bool = True
+) -> None:
     """Build the real config of each of these stages, with its rewards, and plan the judges: nothing is trained.
 
     Args:
         base: None where it cannot be reached: what depends on it is not looked at.
         run_dir: the run folder, whether it is there or not.
+        judges: whether the evaluation's judges are looked at.
 
     Raises:
         UserError: everything that the run would refuse.
@@ -73,7 +76,7 @@ def check_settings(recipe: Recipe, base: "Base | None", stages: Sequence[str], r
     for name in stages:
         with gathering(found):
             found += stage_problems(stage_job(recipe, name, stand_in, run_dir, run_dir / name))
-    if recipe.eval is not None:
+    if recipe.eval is not None and judges:
         from ..eval.judges.registry import plan_judges
 
         with gathering(found):
@@ -81,7 +84,9 @@ def check_settings(recipe: Recipe, base: "Base | None", stages: Sequence[str], r
     raise_found(found)
 
 
-def data_uses(recipe: Recipe, stages: Sequence[str] | None = None) -> Iterator[tuple[str, Data, RowKind]]:
+def data_uses(
+    recipe: Recipe, stages: Sequence[str] | None = None, *, evaluation: bool = True
+) -> Iterator[tuple[str, Data, RowKind]]:
     """(name, entry, kind of rows) for each distinct way in which an entry is read: by these stages, by the evaluation.
 
     Args:
@@ -94,7 +99,7 @@ def data_uses(recipe: Recipe, stages: Sequence[str] | None = None) -> Iterator[t
         if use not in seen:
             seen.add(use)
             yield stage.data, recipe.data[stage.data], stage.record.rows
-    if recipe.eval is not None:
+    if recipe.eval is not None and evaluation:
         yield EVAL_PROMPTS, recipe.eval.prompts, "prompt"
 
 

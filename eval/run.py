@@ -7,6 +7,7 @@ from typing import Any
 
 from ..progress import say
 from ..values import plain
+from .drawn import DrawnReplies
 from .judges.endpoint_client import Metered
 from .judges.judge import Judge, PairJudge, PlacingJudge
 from .judges.registry import plan_judges
@@ -38,19 +39,25 @@ def run_eval(spec: EvalSpec, run_dir: Path | None = None) -> list[ResultRow]:
     root = run_dir or spec.output_dir
     if root is None:
         raise ValueError("no run folder: give run_dir or the spec's output_dir")
-    evaluation = evaluate(spec, root)
+    drawn = DrawnReplies(root, keeps=True)
+    evaluation = evaluate(spec, root, drawn)
     write_evaluation(root, evaluation)
     return evaluation.rows
 
 
-def evaluate(spec: EvalSpec, run_dir: Path | None = None) -> Evaluation:
-    """Samples, scores and measures without writing anything; arguments and errors as in `run_eval`."""
+def evaluate(spec: EvalSpec, run_dir: Path | None = None, drawn: DrawnReplies | None = None) -> Evaluation:
+    """Samples, scores and measures without writing results; arguments and errors as in `run_eval`.
+
+    Args:
+        drawn: where replies are kept; None: those of earlier evaluations in the run folder are read, none are written.
+    """
     plans = plan_judges(spec.judges, run_dir)
     check_over_optimisation(spec)
-    bench = Workbench.open(spec)
+    bench = Workbench.open(spec, drawn or DrawnReplies(run_dir or spec.output_dir))
     judges = [plan.open(bench.adapters, bench.tokenizer) for plan in plans]
     prompts = bench.prompts()
     samples = {policy: bench.samples(policy, prompts) for policy in bench.roles}
+    bench.drawn.forget(but=[bench.drawn_key(policy, prompts) for policy in bench.roles])
     lengths = {policy: [len(reply.tokens) for reply in replies] for policy, replies in samples.items()}
     scores, outcomes, judged, extras = {}, {}, {}, {}
     for judge in judges:
@@ -69,9 +76,9 @@ def evaluate(spec: EvalSpec, run_dir: Path | None = None) -> Evaluation:
             names = {"policy": policy, "reference": spec.reference, "judge": judge}
             # Without a judge: how many replies there are and nothing else.
             said = judged[judge][policy] if judge else dict.fromkeys(COLUMNS) | {"n": len(prompts)}
-            drawn = {"temperature": spec.temperature, "seed": spec.seed}
-            drawn |= {"beams": spec.beams} if spec.beams > 1 else {}
-            row = plain({**names, **said, **_reply_columns(replies, kls[policy]), **drawn, **extras.get(judge, {})})
+            how = {"temperature": spec.temperature, "seed": spec.seed}
+            how |= {"beams": spec.beams} if spec.beams > 1 else {}
+            row = plain({**names, **said, **_reply_columns(replies, kls[policy]), **how, **extras.get(judge, {})})
             rows.append(row)
     return Evaluation(rows, samples, scores, outcomes, rewards, over)
 
@@ -92,8 +99,7 @@ def _of_judge(judge: Judge | PairJudge) -> dict[str, Any]:
 
 def measure_kl(bench: Workbench, replies: Sequence[Sample]) -> KL:
     """KL of the replies' policy to the evaluation's reference."""
-    policy, reference = replies[0].policy, bench.spec.reference
-    return bench.kl(bench.roles[policy], bench.roles[reference], replies, f"{policy}: KL to {reference}")
+    return bench.policy_kl(replies)
 
 
 def _reply_columns(replies: Sequence[Sample], kl: KL | None) -> dict[str, Any]:

@@ -54,6 +54,7 @@ class Sample:
             "prompt": self.prompt.messages,
             "completion": self.completion,
             "tokens": len(self.tokens),
+            "token_ids": self.tokens,
             "finished": self.finished,
         }
 

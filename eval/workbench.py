@@ -1,8 +1,9 @@
 """The base, loaded once, with every policy as an adapter on it."""
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,15 @@ import torch
 from ..data.encode import encode_prompts
 from ..data.load import load_rows
 from ..errors import UserError
+from ..files import ADAPTER_CONFIG
 from ..models.adapters import AdapterSet
 from ..models.context import check_context
+from ..models.lineage import adapter_sha256, tokenizer_info
 from ..models.loading import load_model
 from ..models.lora import LoraSpec
-from ..models.tokens import load_tokenizer, prepare_model
-from ..progress import meter
+from ..models.tokens import end_token_ids, load_tokenizer, prepare_model
+from ..progress import meter, say
+from .drawn import Drawn, DrawnReplies, drawn_key
 from .kl import KL, sequence_kls, summarise
 from .samples import EncodedPrompt, Sample, generate_samples, read_prompts
 from .spec import EvalSpec, check_adapter
@@ -32,6 +36,7 @@ class Workbench:
         tokenizer: the base's, with the spec's chat template.
         roles: policy name -> adapter name, None for the base.
         loaded: folder -> adapter name, of the policies and of what `load` put beside them.
+        drawn: replies that were drawn before.
     """
 
     spec: EvalSpec
@@ -39,10 +44,14 @@ class Workbench:
     tokenizer: Any
     roles: dict[str, str | None]
     loaded: dict[Path, str] = field(default_factory=dict)
+    drawn: DrawnReplies = field(default_factory=lambda: DrawnReplies(None))
 
     @classmethod
-    def open(cls, spec: EvalSpec) -> "Workbench":
+    def open(cls, spec: EvalSpec, drawn: DrawnReplies | None = None) -> "Workbench":
         """Loads the base once and every policy's adapter beside the others.
+
+        Args:
+            drawn: where replies are kept; None: those of the spec's `output_dir` are read, and none written.
 
         Raises:
             UserError: a policy's folder holds no adapter, or one of another base or tokenizer.
@@ -68,7 +77,7 @@ class Workbench:
             # PEFT uses the name as a module's, which may hold no dot.
             role = roles[name] = loaded[folder.resolve()] = f"policy_{name.replace('.', '_')}"
             adapters.load(role, folder)
-        return cls(spec, adapters, tokenizer, roles, loaded)
+        return cls(spec, adapters, tokenizer, roles, loaded, drawn or DrawnReplies(spec.output_dir))
 
     def load(self, folder: Path | None) -> str | None:
         """The adapter name of a folder's adapter, loaded where it is not there yet; None is the base.
@@ -105,8 +114,56 @@ class Workbench:
         return read_prompts(dataset)
 
     def samples(self, policy: str, prompts: list[EncodedPrompt]) -> list[Sample]:
-        """One reply of the policy to each prompt."""
-        return self.replies(self.roles[policy], policy, prompts)
+        """One reply of the policy to each prompt, those that were drawn before for the same adapter and settings."""
+        key = self.drawn_key(policy, prompts)
+        kept = self.drawn.get(key, len(prompts))
+        if kept is None:
+            replies = self.replies(self.roles[policy], policy, prompts)
+            tokens, finished = [reply.tokens for reply in replies], [reply.finished for reply in replies]
+            self.drawn.put(key, Drawn(tokens, finished, [reply.completion for reply in replies]))
+            return replies
+        say(f"eval {policy}: {len(prompts)} samples as drawn before")
+        rows = enumerate(zip(prompts, kept.completions, kept.tokens, kept.finished, strict=True))
+        return [Sample(policy, place, prompt, text, ids, ended) for place, (prompt, text, ids, ended) in rows]
+
+    def drawn_key(self, policy: str, prompts: Sequence[EncodedPrompt]) -> str:
+        """The hash of everything that shapes a policy's replies to these prompts."""
+        spec, tokenizer = self.spec, self.tokenizer
+        parts = {
+            "base": spec.base.sha256,
+            "dtype": [spec.dtype, spec.quantization, spec.packed],
+            "device": next(self.adapters.model.parameters()).device.type,
+            "adapter": self._content(policy),
+            "prompts": [prompt.ids for prompt in prompts],
+            "ends": [end_token_ids(tokenizer, self.adapters.model), tokenizer.pad_token_id],
+            "tokenizer": tokenizer_info(tokenizer),
+            "sampling": [spec.max_new_tokens, spec.temperature, spec.seed, spec.beams],
+        }
+        return drawn_key(parts)
+
+    def _content(self, policy: str) -> str | None:
+        """The hash of a policy's adapter; None for the base."""
+        folder = self.spec.all_policies()[policy]
+        if folder is None:
+            return None
+        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        # PEFT writes sets of names in any order
+        plain = {name: sorted(value, key=str) if isinstance(value, list) else value for name, value in config.items()}
+        return f"{adapter_sha256(folder)} {json.dumps(plain, sort_keys=True)}"
+
+    def policy_kl(self, replies: Sequence[Sample]) -> KL:
+        """KL of the policy that drew the replies to the evaluation's reference, measured once for each pair of both."""
+        policy, reference = replies[0].policy, self.spec.reference
+        key = self.drawn_key(policy, [reply.prompt for reply in replies])
+        against = str(self._content(reference))
+        kept = self.drawn.get(key, len(replies))
+        if kept is not None and against in kept.kls and kept.tokens == [reply.tokens for reply in replies]:
+            return summarise(kept.kls[against], [len(reply.tokens) for reply in replies], self.spec.temperature)
+        label = f"{policy}: KL to {reference}"
+        kls = self.kls(self.roles[policy], self.roles[reference], replies, label)
+        if kept is not None and kept.tokens == [reply.tokens for reply in replies]:
+            self.drawn.put(key, replace(kept, kls=kept.kls | {against: kls}))
+        return summarise(kls, [len(reply.tokens) for reply in replies], self.spec.temperature)
 
     def replies(
         self, role: str | None, policy: str, prompts: Sequence[EncodedPrompt], what: str = "samples"
@@ -135,11 +192,16 @@ class Workbench:
 
     def kl(self, role: str | None, reference: str | None, replies: Sequence[Sample], label: str) -> KL:
         """KL(role || reference) on replies drawn from `role`, at the sampling temperature (E4); adapter names."""
-        temperature, lengths = self.spec.temperature, [len(reply.tokens) for reply in replies]
+        lengths = [len(reply.tokens) for reply in replies]
+        return summarise(self.kls(role, reference, replies, label), lengths, self.spec.temperature)
+
+    def kls(self, role: str | None, reference: str | None, replies: Sequence[Sample], label: str) -> list[float]:
+        """The KL of each reply, in nats."""
+        temperature = self.spec.temperature
         if role == reference:
-            return summarise([0.0] * len(replies), lengths, temperature)
+            return [0.0] * len(replies)
         with meter(f"eval {label}", len(replies)) as done:
-            kls = sequence_kls(
+            return sequence_kls(
                 self.adapters,
                 role,
                 reference,
@@ -149,7 +211,6 @@ class Workbench:
                 pad_token_id=self.tokenizer.pad_token_id,
                 on_batch=done,
             )
-        return summarise(kls, lengths, temperature)
 
 
 def _dtype(name: str) -> torch.dtype:

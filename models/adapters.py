@@ -32,7 +32,7 @@ from .lora import (
     lora_state,
     read_adapter,
     refused_by_peft,
-    say_experts,
+    say_adapted,
     tensors_sha256,
     write_adapter,
 )
@@ -87,9 +87,10 @@ class AdapterSet:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             config = lora.config(model, "CAUSAL_LM")
+            asked = set(config.target_modules or ())
             with refused_by_peft():
                 peft = PeftModelForCausalLM(model, config, adapter_name=DEFAULT)
-        say_experts(peft)
+        say_adapted(peft, asked)
         # PEFT's new dropout layers are in training mode, whatever mode the model is in.
         peft.train(model.training)
         use_fused_lora(peft)

@@ -9,7 +9,8 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from .adapters import AdapterSet
 from .batching import TokenIds, left_pad
-from .generate import Generation, check_request, merged
+from .decoder import LibraryDecoder
+from .generate import Generation, check_request, decoder_for, merged
 
 
 @torch.no_grad()
@@ -31,10 +32,9 @@ def beam_search(
 
     Args:
         role: the adapter that speaks; None is the base.
-        num_beams: width of the search.
         eos_token_id: a beam ends with this token, or with the first of these.
         length_penalty: beams are compared by log-probability / length ** length_penalty.
-        batch_size: prompts searched at once; each takes `num_beams` rows.
+        num_beams, batch_size: width of the search, prompts searched at once; each takes `num_beams` rows.
         on_batch: called with the number of prompts done so far.
         on_step: called after every token; what it raises ends the search.
 
@@ -57,6 +57,7 @@ def beam_search(
     }
     model: Any = adapters.model.get_base_model()
     was_training = model.training
+    batch_size = 1 if issubclass(decoder_for(adapters), LibraryDecoder) else batch_size  # no padding, then
     model.eval()
     found = Generation()
     try:

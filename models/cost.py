@@ -9,17 +9,40 @@ from peft import PeftModelForCausalLM
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from . import seams
 from .lora import LoraSpec
 from .quiet import quiet_transformers
 
+with seams.importing(seams.CONV1D):
+    from transformers.pytorch_utils import Conv1D
+
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Of one number of that dtype."""
+
+_QUANTIZED = {"4bit": 0.5, "8bit": 1.0}
+"""Bytes of a quantised weight; the scales of its blocks are some hundredths of that."""
 
 _ADAPTER_BYTES = 16
 """Of one trained parameter: fp32 weight, gradient, and AdamW's two moments."""
 
 _KEPT = 16
 """Vectors of the hidden size that the backward pass keeps of each token and block, the residual stream included."""
+
+
+def weight_bytes(config: PreTrainedConfig, parameters: int, dtype: str, quantization: str | None) -> int:
+    """Bytes of a frozen base: quantised linear layers, and embeddings, norms and head in `dtype`.
+
+    Args:
+        parameters: of the base.
+    """
+    if quantization is None:
+        return parameters * BYTES[dtype]
+    with torch.device("meta"), quiet_transformers():
+        model = AutoModelForCausalLM.from_config(config)
+    head = model.get_output_embeddings()
+    linear = (each for each in model.modules() if isinstance(each, (torch.nn.Linear, Conv1D)) and each is not head)
+    small = min(sum(each.weight.numel() for each in linear), parameters)
+    return round(small * _QUANTIZED[quantization]) + (parameters - small) * BYTES[dtype]
 
 
 def parameters_in(files: Iterable[Path]) -> int:
@@ -67,12 +90,12 @@ def activation_bytes(
     return kept // 10 if gradient_checkpointing else kept
 
 
-def training_bytes(*, parameters: int, dtype: str, adapter: int, activations: int) -> int:
+def training_bytes(*, base: int, adapter: int, activations: int) -> int:
     """Bytes in use while an adapter is trained: the frozen base, the adapter with its optimiser, the activations.
 
     Args:
-        parameters: of the base, held in `dtype`.
+        base: its bytes (`weight_bytes`).
         adapter: its parameters, held in fp32 with gradient and AdamW's state.
         activations: see `activation_bytes`.
     """
-    return parameters * BYTES[dtype] + adapter * _ADAPTER_BYTES + activations
+    return base + adapter * _ADAPTER_BYTES + activations

@@ -287,9 +287,9 @@ class _Chosen(LogitsProcessor):
     def __init__(self, choose: Callable[[Tensor], Tensor]) -> None:
         self._choose = choose
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        # torch's annotations type a tensor by its content
-        return self._choose(scores)  # pyright: ignore[reportReturnType]
+    # torch's annotations type a tensor by its content, and transformers' differ from what they call it with
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self._choose(scores)
 
 
 class _Ended(StoppingCriteria):

@@ -12,7 +12,7 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Collection, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,8 +117,8 @@ def linear_names(model: PreTrainedModel) -> list[str]:
     """The last name components of every linear layer of the decoder, sorted: `q_proj`, `up_proj`, ...
 
     Names and not paths, so that the same adapter_config.json serves causal models, classifiers and vLLM. Left out, and
-    logged, are layers that an adapter cannot serve: those without a name of their own (in a list), and those whose
-    weights their module also takes by itself (`_taken_past_adapters`).
+    logged, are layers that an adapter cannot serve: those without a name of their own (in a list), those whose weights
+    their module also takes by itself (`_taken_past_adapters`), those that give more than their product.
     """
     heads = {name for name, _ in model.named_children()}
     found: dict[str, bool] = {}
@@ -127,7 +127,8 @@ def linear_names(model: PreTrainedModel) -> list[str]:
         for name, module in parent.named_children():
             if isinstance(module, (nn.Linear, Conv1D)) and name not in heads:
                 shown = f"{path.rpartition('.')[2]}.{name}" if name.isdigit() else name
-                found[shown] = found.get(shown, True) and not name.isdigit() and name not in past
+                served = not name.isdigit() and name not in past and _gives_a_product(module)
+                found[shown] = found.get(shown, True) and served
     left = [name for name, adaptable in found.items() if not adaptable]
     if left:
         logger.info("all-linear leaves out %s: PEFT cannot adapt them in a %s", ", ".join(left), type(model).__name__)
@@ -147,22 +148,35 @@ def refused_by_peft() -> Generator[None]:
         raise UserError("lora", " ".join(str(error).split()), remedy) from error
 
 
-def say_experts(model: nn.Module) -> None:
-    """Log whether an adapter trains the experts of a mixture, whose weights are stacked and no linear layers."""
+def say_adapted(model: nn.Module, asked: Collection[str]) -> None:
+    """Log what of a mixture of experts an adapter trains: its experts' weights are stacked and no linear layers.
+
+    Args:
+        model: PEFT's.
+        asked: the target modules that PEFT was given; for some mixtures it adapts the experts in the place of those
+            that carry their old names.
+    """
+    layers = lora_layers(model)
+    held = {
+        (id(each.get_base_layer()), each.parameter_name) for each in layers.values() if isinstance(each, ParamWrapper)
+    }
     trained, frozen = set[str](), set[str]()
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             # of convolutions, which have three dimensions as well, one is small
             if parameter.dim() == 3 and min(parameter.shape[1:]) > 8:
-                place = path.removesuffix(".base_layer").rpartition(".")[2]
-                wrapped = any(
-                    isinstance(each, ParamWrapper) and each.parameter_name == name and each.get_base_layer() is module
-                    for each in model.modules()
-                )
-                (trained if wrapped else frozen).add(f"{place}.{name}")
-    for names, words in ((trained, "trains"), (frozen, "leaves frozen")):
-        if names:
-            logger.info("the adapter %s the experts' stacked weights %s", words, ", ".join(sorted(names)))
+                place = path.replace(".base_layer", "").rpartition(".")[2]
+                (trained if (id(module), name) in held else frozen).add(f"{place}.{name}")
+    adapted = {path.replace(".base_layer", "").rpartition(".")[2] for path in layers}
+    instead = sorted(set(asked) - adapted) if trained else []
+    if trained:
+        rest = f", and in their place leaves out the layers {', '.join(instead)}" if instead else ""
+        logger.info("the adapter trains the stacked weights %s%s", ", ".join(sorted(trained)), rest)
+    if frozen:
+        logger.info(
+            "the adapter leaves frozen the stacked weights %s (experts or the like, no linear layers)",
+            ", ".join(sorted(frozen)),
+        )
 
 
 def _taken_past_adapters(module: nn.Module) -> frozenset[str]:
@@ -174,6 +188,18 @@ def _taken_past_adapters(module: nn.Module) -> frozenset[str]:
     """
     mixer = any(isinstance(child, nn.Conv1d) for child in module.children())
     return _read_by_itself(type(module), "(?:weight|bias)" if mixer else "weight\\.data")
+
+
+@torch.no_grad()
+def _gives_a_product(layer: nn.Linear | Conv1D) -> bool:
+    """Whether a linear layer with a forward of its own gives one tensor of its size (Llama 4's router gives scores)."""
+    if type(layer).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    try:
+        found = layer(layer.weight.new_zeros(1, layer.weight.shape[1]))
+    except (RuntimeError, AssertionError, TypeError, ValueError):
+        return True  # quantised, or not where it will run: PEFT knows these
+    return isinstance(found, Tensor) and found.shape[-1] == layer.weight.shape[0]
 
 
 @functools.cache

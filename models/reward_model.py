@@ -22,7 +22,7 @@ from .lora import (
     lora_state,
     read_adapter,
     refused_by_peft,
-    say_experts,
+    say_adapted,
     write_adapter,
 )
 from .tokens import prepare_model
@@ -71,9 +71,10 @@ def create_reward_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = lora.config(model, "SEQ_CLS", modules_to_save=["score"])
+        asked = set(config.target_modules or ())
         with refused_by_peft():
             peft = PeftModelForSequenceClassification(model, config, adapter_name=DEFAULT)
-    say_experts(peft)
+    say_adapted(peft, asked)
     use_fused_lora(peft)
     # PEFT's new dropout layers are in training mode, whatever mode the model is in.
     peft.eval()

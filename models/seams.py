@@ -656,6 +656,23 @@ HOOK_MARK = Seam(
     _hook_mark,
 )
 
+_LAUNCHER = (
+    "accelerate.commands.launch:launch_command",
+    "accelerate.commands.launch:launch_command_parser",
+    "accelerate.commands.config.config_args:load_config_from_file",
+    "torch.distributed.elastic.multiprocessing:SignalException",
+    "torch.distributed.elastic.multiprocessing.errors:ChildFailedError",
+)
+
+LAUNCHER = Seam(
+    "launcher",
+    "accelerate",
+    _LAUNCHER,
+    "`--launch` runs accelerate's own launcher on the config, and reads the config before",
+    "a launched stage would end in a traceback",
+    _found(*_LAUNCHER),
+)
+
 
 @functools.cache
 def declared() -> tuple[Seam, ...]:

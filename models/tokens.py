@@ -11,12 +11,15 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from ..data.template import DEFAULT_CHAT_TEMPLATE, set_date
 from ..errors import UserError
+from ..patience import within
 from .base import Base
 from .quiet import quiet_transformers
 
 logger = logging.getLogger(__name__)
 
 _MARK = "THE-REPLY"
+_PATIENCE = 10.0
+"""Seconds for a template on a short dialogue, which takes a thousandth of one."""
 _KNOWN_PADS = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>", "<|endoftext|>")
 _SPARE = re.compile(r"pad|reserved|unused|extra|placeholder", re.IGNORECASE)
 
@@ -41,7 +44,9 @@ def load_tokenizer(
     tokenizer.padding_side = "right"
     tokenizer.chat_template = _template(tokenizer, chat_template)
     set_date(tokenizer, template_date)
-    set_eos(tokenizer)
+    what = "the chat template, which loops over and over on a dialogue of two words,"
+    with within(_PATIENCE, "model.chat_template", what, "correct the template"):
+        set_eos(tokenizer)
     size = vocabulary_size(base)
     if tokenizer.eos_token_id >= size:
         said = f"its EOS {tokenizer.eos_token!r} (id {tokenizer.eos_token_id}) is beyond the embedding's {size} rows"
@@ -87,6 +92,8 @@ def set_eos(tokenizer: PreTrainedTokenizerBase) -> None:
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _MARK}]
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except UserError:
+        raise
     except Exception as error:
         logger.warning("the chat template does not render a short dialogue (%s); EOS is left as it is", error)
         return

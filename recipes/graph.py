@@ -203,6 +203,7 @@ def _growth_problems(recipe: Recipe, text: Text, name: str, stage: Stage) -> Ite
     if ours["r"] < theirs["r"]:
         said = f"is {ours['r']}, below {theirs['r']} of {stage.parent}, from which it starts"
         yield problem(text, (*here, "r"), said, f"use r: {theirs['r']} or more")
+        return
     scale, wanted = _scaling(ours), _scaling(theirs)
     if not math.isclose(scale, wanted, rel_tol=1e-9):
         fitting = ours["alpha"] * wanted / scale

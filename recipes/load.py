@@ -1,6 +1,7 @@
 """From a file, or a shipped recipe's name, and overrides to a checked recipe."""
 
 import copy
+import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -84,7 +85,7 @@ def _validated(text: Text, found: list[UserError]) -> Recipe | None:
     except ValidationError as error:
         found += schema_problems(error, text)
         values = copy.deepcopy(text.values)
-        pruned = all([_without(values, path) for path in places_of(error)])
+        pruned = all([_without(values, path) for path in places_of(error, text.values)])
     try:
         return Recipe.model_validate(values) if pruned else None
     except ValidationError:
@@ -129,7 +130,10 @@ def _override(text: Text, override: str) -> None:
     key, equals, raw = override.partition("=")
     if not equals or not key:
         raise UserError(where, "expected key=value", "write for example stages.dpo.beta=0.2")
-    path: Path_ = tuple(int(part) if part.isdigit() else part for part in key.strip().split("."))
+    parts = re.sub(r"\[(\d+)\]", r".\1", key.strip()).split(".")
+    if not all(parts):
+        raise UserError(where, f"{key.strip()!r} has an empty part", "write for example stages.dpo.beta=0.2")
+    path: Path_ = tuple(int(part) if re.fullmatch("[0-9]+", part) else part for part in parts)
     value = parse_value(raw, where)
     values: Any = text.values
     part: Any
@@ -142,6 +146,7 @@ def _override(text: Text, override: str) -> None:
             raise UserError(where, f"{dotted(path[:depth])} is {shown(values)} and has no keys", "correct the key")
         else:
             part = str(part)  # noqa: PLW2901
+            path = (*path[:depth], part, *path[depth + 1 :])
             if depth == 1 and path[0] in _NAMED and part not in values and not (last and isinstance(value, dict)):
                 raise UserError(where, f"no {part!r} in {path[0]}", nearest(part, map(str, values)))
         if last:
@@ -236,7 +241,10 @@ def _read_checks(text: Text, folder: Path) -> None:
             file = find(named, (folder,))
             if file is None or not file.is_file():
                 raise problem(text, ("eval", "judges", place, "checks"), f"no file {named!r}", "correct the path")
-            judge["checks"] = parse(file.read_text(encoding="utf-8"), str(file)).values
+            try:
+                judge["checks"] = parse(file.read_text(encoding="utf-8-sig"), str(file)).values
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(str(file), f"cannot be read ({error})", "give a UTF-8 text file") from error
 
 
 def _place_files(recipe: Recipe, folder: Path) -> None:

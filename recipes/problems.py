@@ -89,10 +89,10 @@ def problem(text: Text, path: Path_, what: str, remedy: str) -> UserError:
 def schema_problems(error: ValidationError, text: Text) -> list[UserError]:
     """What pydantic found, unknown keys before missing ones (an unknown one is often why another is missing)."""
     found = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
-    above = {_path(each["loc"])[:-1] for each in found if each["type"] == "extra_forbidden"}
+    above = {_path(each["loc"], text.values)[:-1] for each in found if each["type"] == "extra_forbidden"}
     said: dict[str, UserError] = {}
     for entry in found:
-        path = _path(entry["loc"])
+        path = _path(entry["loc"], text.values)
         copied = any(path[: len(each)] == each and len(path) > len(each) for each in text.copied)
         if copied or (entry["type"] == "missing" and path[:-1] in above):
             continue
@@ -101,9 +101,9 @@ def schema_problems(error: ValidationError, text: Text) -> list[UserError]:
     return list(said.values())
 
 
-def places_of(error: ValidationError) -> list[Path_ | None]:
+def places_of(error: ValidationError, values: Any) -> list[Path_ | None]:
     """The keys that pydantic's findings are about; None for one that is missing."""
-    return [None if each["type"] == "missing" else _path(each["loc"]) for each in error.errors()]
+    return [None if each["type"] == "missing" else _path(each["loc"], values) for each in error.errors()]
 
 
 def _problem_of(entry: ErrorDetails, path: Path_, text: Text) -> UserError:
@@ -119,12 +119,14 @@ def _problem_of(entry: ErrorDetails, path: Path_, text: Text) -> UserError:
     return problem(text, path, said, f"did you mean {near!r}?" if near else "correct the value")
 
 
-def _path(loc: tuple[str | int, ...]) -> Path_:
-    """Pydantic's location without the branch of a union, which it adds."""
-    path = list(loc)
-    while path and isinstance(path[-1], str) and ("[" in path[-1] or path[-1] in ("str", "literal")):
-        path.pop()
-    return tuple(path)
+def _path(loc: tuple[str | int, ...], values: Any) -> Path_:
+    """Pydantic's location without the branch of a union, which it adds behind the key: that is no key of the values."""
+    for length, part in enumerate(loc):
+        union = isinstance(part, str) and ("[" in part or part in ("str", "literal"))
+        if union and not (isinstance(values, dict) and part in values):
+            return loc[:length]
+        values = _below(values, part)
+    return loc
 
 
 def _unknown(text: Text, path: Path_) -> UserError:

@@ -37,7 +37,17 @@ _anchored = {
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", _anchored["bool"], list("tTfF"))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", _anchored["int"], list("-+0123456789"))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _anchored["float"], list("-+.0123456789"))
+# What a recipe has no use for, and what would come out as something else than it looks like (bytes for text, say).
+_Loader.yaml_constructors = {
+    tag: construct
+    for tag, construct in _Loader.yaml_constructors.items()
+    if tag is None or tag.rpartition(":")[2] in ("null", "bool", "int", "float", "str", "seq", "map")
+}
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value.replace("_", "")))
+
+
+_MOST_VALUES = 20_000
+"""A recipe has hundreds; aliases of aliases can make billions of a few lines."""
 
 
 @dataclass
@@ -78,18 +88,26 @@ def parse(text: str, name: str) -> Text:
     Raises:
         UserError: broken YAML, or a key given twice.
     """
-    loader = _Loader(text)
     result = Text(name)
+    try:
+        loader = _Loader(text)
+    except yaml.YAMLError as error:  # characters that YAML does not allow
+        raise UserError(name, f"broken YAML ({' '.join(str(error).split())})", "correct the file") from error
     try:
         node = loader.get_single_node()
         if node is not None:
             for path, each in _nodes(node, (), loader, name):
                 result.lines[path] = each.start_mark.line + 1
+                if len(result.lines) > _MOST_VALUES:
+                    said = f"has more than {_MOST_VALUES:,} values, aliases (*name) counted as often as they stand"
+                    raise UserError(f"{name}:{result.lines[path]}", said, "write what is meant without them")
             result.values = loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = name if mark is None else f"{name}:{mark.line + 1}"
         raise UserError(where, f"broken YAML ({error.problem})", "correct the indentation or quotes") from error
+    except RecursionError as error:
+        raise UserError(name, "is nested too deeply, or in itself", "write what is meant without aliases") from error
     except yaml.YAMLError as error:
         raise UserError(name, f"broken YAML ({' '.join(str(error).split())})", "correct the file") from error
     except ValueError as error:

@@ -336,6 +336,12 @@ PPO = StageKind(
         Panel("KL of one update", "nats per token", ("policy/approxkl_avg",)),
         Panel("Value: explained variance", "share", ("value/explained_variance",)),
         Panel("KL coefficient", "", ("objective/kl_coef",)),
+        Panel(
+            "Sampler against trainer",
+            "nats per token",
+            ("rollout/logprob_mismatch_mean", "rollout/sampler_kl"),
+            ("mean difference of log-probs", "KL"),
+        ),
     ),
 )
 

@@ -175,8 +175,8 @@ def _field_problem(
 def _unfit(parameter: Parameter, value: object) -> str | None:
     """What a parameter should be, in words; None where the value is that."""
     try:
-        wanted: Any = parameter.type | None
-        TypeAdapter[Any](wanted).validate_python(value)
+        if value is not None:
+            TypeAdapter[Any](parameter.type).validate_python(value)
     except ValidationError as error:
         first = error.errors()[0]
         return f"{first['msg'][0].lower()}{first['msg'][1:]}".removeprefix("input should be ")

@@ -24,7 +24,7 @@ from ..errors import UserError, user_code
 _LARGEST = 3.4e38
 """Scores are fp32."""
 
-RewardFunction = Callable[..., Sequence[float | None]]
+RewardFunction = Callable[..., Any]
 
 
 def import_function(spec: str, where: str | None = None) -> RewardFunction:

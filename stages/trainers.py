@@ -70,6 +70,9 @@ class StageTrainer(Trainer):
             "router_aux_loss_coef": getattr(self, "aux_loss_enabled", False),
         }
         more = [name for name, wanted in asked.items() if wanted]
+        if asked["router_aux_loss_coef"] and not hasattr(causal.config.get_text_config(), "num_experts"):
+            problem = f"TRL cannot make the load-balancing loss of a {type(causal).__name__}"
+            raise UserError("train.router_aux_loss_coef", problem, "leave it out")
         odd = head_of(causal).own is not None or causal.base_model is causal
         if odd and more:
             raise UserError(

@@ -12,12 +12,13 @@ from ...data.load import load_rows
 from ...data.rows import Row
 from ...errors import UserError
 from ...files import DOCTOR, write_whole
+from ...models.fingerprints import content
 from ...models.tokens import load_tokenizer
 from ...stages.job import StageJob
 from ..spec import BASE, EvalSpec
 from ..workbench import Workbench
 from .finding import Finding
-from .identity_checks import check_data
+from .identity_checks import check_data, check_use
 from .measure_files import file_findings
 from .measure_policies import policy_findings
 from .measure_reward_models import Demos, read_demos, reward_role, score_findings, sft_findings
@@ -37,6 +38,7 @@ class Checkup:
         jobs: the recipe's stages in running order, each with its folder in the run as `output_dir`.
         evaluation: base, prompts, budget, temperature and seed of the samples; its policies and judges are not read.
         elsewhere: stages that were started from an adapter outside the run.
+        unused: stages that the others are made to come from, or to be scored by, and that nothing uses.
         samples: replies drawn from each policy at most.
     """
 
@@ -44,6 +46,7 @@ class Checkup:
     jobs: tuple[StageJob, ...]
     evaluation: EvalSpec
     elsewhere: Collection[str] = ()
+    unused: Collection[str] = ()
     samples: int = 64
 
     def __post_init__(self) -> None:
@@ -66,7 +69,9 @@ def examine(checkup: Checkup) -> Examination:
         UserError: the run holds no stage at all; data or a base cannot be read.
     """
     run = _Run(checkup)
-    findings = list(run.findings())
+    # what is said of a stage is said of the adapter that lies there now, and not of one trained later
+    adapters = {name: content(record.folder) for name, record in run.records.items() if record.lineage is not None}
+    findings = [replace(each, adapter=adapters.get(each.stage)) for each in run.findings()]
     places = {job.name: place for place, job in enumerate(checkup.jobs)}
     return Examination(sorted(findings, key=lambda each: places[each.stage]), run.left_out)
 
@@ -113,6 +118,8 @@ class _Run:
                     ill.add(name)
                 yield found
             yield from self._data(record)
+            if name in self.checkup.unused:
+                yield check_use(name)
         # 2. what needs one
         sound = [record for name, record in self.records.items() if record.lineage is not None and name not in ill]
         self.left_out += [f"{name}: not measured, for what is broken in it" for name in self.records if name in ill]

@@ -19,6 +19,7 @@ class Finding:
         threshold: when it would be worse, in words.
         remedy: what to do; empty where the level is OK.
         low, high: 95% confidence interval of the number, where it is a rate or a mean over samples.
+        adapter: hash of the stage's adapter that was looked at; None where there was none yet.
     """
 
     stage: str
@@ -30,6 +31,7 @@ class Finding:
     remedy: str = ""
     low: float | None = None
     high: float | None = None
+    adapter: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: what is not finite is None."""

@@ -38,6 +38,19 @@ def check_tokenizer(stage: str, ours: Mapping[str, Any], others: Mapping[str, Ma
     return found
 
 
+def check_use(stage: str) -> Finding:
+    """A stage that others are made to start from, or to be scored by, and that nothing uses."""
+    return judge(
+        stage,
+        "use",
+        0,
+        unit="stages start from it or are scored by it",
+        threshold="look: 0",
+        look=True,
+        remedy=f"write from: {stage} (or reward: {stage}) in the stages that come after it, or leave it out",
+    )
+
+
 def check_bos(stage: str, leading: int, *, token: str | None, base_token: str | None) -> Finding:
     """One BOS at most before a prompt, and the base's (D9).
 

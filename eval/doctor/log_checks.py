@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from scipy.stats import linregress, t
 
 from ...stages.ppo.update import FULL_TOLERANCE
 from ..statistics.intervals import wilson_interval
@@ -54,6 +56,27 @@ def _start(stage: str, gap: float, tolerance: float, unit: str, start: str) -> F
     )
 
 
+def check_sampler(stage: str, means: Sequence[float], kls: Sequence[float], tolerance: float) -> Finding:
+    """Whether PPO's replies were drawn from the policy that trained on them.
+
+    Args:
+        means, kls: [iterations] rollout/logprob_mismatch_mean and rollout/sampler_kl, nats per token.
+        tolerance: of the run (`mismatch_tolerance`, or its precision's).
+    """
+    worst = max((*means, *kls), key=lambda x: math.inf if math.isnan(x) else x)
+    return judge(
+        stage,
+        "ppo sampler",
+        worst,
+        unit=f"nats per token between sampler and training forward, at most, in {len(means)} iterations",
+        threshold=f"look: above {tolerance / 2:.2g}; broken: above {tolerance:.2g}",
+        broken=not worst <= tolerance,
+        look=worst > tolerance / 2,
+        remedy="the replies were drawn from another policy than the one that trained: train in float32, or report the "
+        "base",
+    )
+
+
 def check_kl_trend(stage: str, kls: Sequence[float], lengths: Sequence[float]) -> Finding:
     """Where PPO's KL ends, per token.
 
@@ -95,6 +118,18 @@ def check_entropy_trend(stage: str, entropies: Sequence[float]) -> Finding:
         look=left < ENTROPY_LOOK,
         remedy="the policy says one thing only: raise kl.coef or entropy_coef, lower the learning rate, stop earlier",
     )
+
+
+def score_gain(scores: Sequence[float]) -> tuple[float, float, float] | None:
+    """By how much the mean score rose from the first to the last iteration on a straight line through all of them, with
+    its 95% interval; None with too few iterations for a trend."""
+    n = len(scores)
+    if n < TREND_ITERATIONS:
+        return None
+    fit: Any = linregress(np.arange(n), np.asarray(scores))
+    half = float(t.ppf(0.975, n - 2)) * float(fit.stderr)
+    gain, spread = float(fit.slope) * (n - 1), half * (n - 1)
+    return gain, gain - spread, gain + spread
 
 
 def check_rows(stage: str, read: int, lost: int) -> Finding:

@@ -13,6 +13,7 @@ from ...models.base import Base
 from ...models.lineage import adapter_sha256, read_lineage, tokenizer_info
 from ...models.lora import WEIGHTS
 from ...models.quiet import quiet_transformers
+from ...stages.ppo.update import sampler_tolerance
 from ..spec import BASE
 from .finding import Finding
 from .identity_checks import check_base, check_bos, check_parent, check_tokenizer
@@ -23,6 +24,7 @@ from .log_checks import (
     check_kl_trend,
     check_ppo_start,
     check_rows,
+    check_sampler,
     first_step_tolerance,
 )
 from .policy_checks import check_parent_kept, check_trained
@@ -98,6 +100,11 @@ def _ppo(record: Record, left_out: list[str]) -> Iterator[Finding]:
         yield check_ppo_start(name, kls[0], lengths[0], start=record.start(), low_precision=low)
     else:
         left_out.append(f"{name}, first step: its log does not begin at the first iteration")
+    means, sampler_kls = series(record.log, "rollout/logprob_mismatch_mean", "rollout/sampler_kl")
+    if means:
+        asked = record.setting("mismatch_tolerance", None)
+        tolerance = sampler_tolerance(asked, low_precision=record.low_precision())
+        yield check_sampler(name, means, sampler_kls, tolerance)
     (entropies,) = series(record.log, "rollout/entropy_per_token")
     if len(kls) < TREND_ITERATIONS or len(entropies) < TREND_ITERATIONS:
         left_out.append(f"{name}, trends of KL and entropy: {len(kls)} iterations, fewer than {TREND_ITERATIONS}")

@@ -1,5 +1,6 @@
 """Fresh samples of the policies: do they end, how far are they from their start, does merging change them?"""
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -13,8 +14,9 @@ from ..samples import Sample
 from ..statistics.intervals import mean_se
 from ..workbench import Workbench
 from .finding import Finding
-from .policy_checks import EOS_JUDGED_FROM, check_drift, check_eos, check_merged
-from .records import Record
+from .log_checks import score_gain
+from .policy_checks import EOS_JUDGED_FROM, check_drift, check_eos, check_learned, check_merged
+from .records import Record, series
 
 MERGED_REPLIES = 8
 """Replies on which adapter and merged weights are compared: some hundred tokens, and each has a whole vocabulary."""
@@ -39,21 +41,20 @@ def policy_findings(
         )
     else:
         yield check_eos(name, finished, len(replies), expected=expected, budget=spec.max_new_tokens)
-    if (found := _drift(bench, record, replies, left_out)) is not None:
-        yield found
+    yield from _drift(bench, record, replies, left_out)
     low = bench.adapters.model.dtype != torch.float32
     yield check_merged(name, merge_gap(bench, name, replies[:MERGED_REPLIES]), low_precision=low)
 
 
-def _drift(bench: Workbench, record: Record, replies: list[Sample], left_out: list[str]) -> Finding | None:
-    """KL to what the policy started from; an SFT stage is meant to leave its start."""
+def _drift(bench: Workbench, record: Record, replies: list[Sample], left_out: list[str]) -> Iterator[Finding]:
+    """KL to what the policy started from: not too far, and not nothing; an SFT stage is meant to leave its start."""
     if record.job.record.rows == "demo":
-        return None
+        return
     start = "base" if record.job.parent is None else record.job.parent.name
     if start not in bench.roles or bench.spec.temperature == 0:
         why = "greedy replies have no KL" if start in bench.roles else f"{start} cannot be loaded"
-        left_out.append(f"{record.name}, kl to reference: {why}")
-        return None
+        left_out.append(f"{record.name}, kl to reference, learned: {why}")
+        return
     with meter(f"doctor {record.name}: KL to {start}", len(replies)) as done:
         kls = sequence_kls(
             bench.adapters,
@@ -66,7 +67,10 @@ def _drift(bench: Workbench, record: Record, replies: list[Sample], left_out: li
             on_batch=done,
         )
     kl = summarise(kls, [len(reply.tokens) for reply in replies], bench.spec.temperature)
-    return check_drift(record.name, kl.per_token, kl.per_token_se, reference=start, n=len(replies))
+    yield check_drift(record.name, kl.per_token, kl.per_token_se, reference=start, n=len(replies))
+    gain = score_gain(*series(record.log, "objective/scores")) if record.job.record.on_policy is not None else None
+    rate = float(record.setting("learning_rate", math.nan))
+    yield check_learned(record.name, kl.per_token, kl.per_token_se, reference=start, gain=gain, rate=rate)
 
 
 @torch.no_grad()

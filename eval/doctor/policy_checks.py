@@ -13,6 +13,9 @@ one that learned it a little late is worth a look."""
 KL_LOOK, KL_BROKEN = 0.5, 1.0
 """Nats per token. A language model's own uncertainty is 1 to 2 nats per token: a KL of that size means text that the
 reference practically never writes. Runs that end well stay within some 0.2."""
+LEARNED_LOOK = 0.01
+"""Nats per token. A policy this near to its start says the same in practice: runs that gain anything are at 0.05 and
+more, and one of 192 episodes at a tenth of the right rate ended at 0.006."""
 KL_NEGATIVE = -0.1
 """Nats per token. The expectation cannot be negative; a mean over all iterations below this is no noise."""
 PARENT_BROKEN, PARENT_LOOK = 0.25, 0.75
@@ -63,6 +66,34 @@ def check_drift(stage: str, kl: float, se: float, *, reference: str, n: int) -> 
         broken=not kl <= KL_BROKEN,
         look=kl > KL_LOOK,
         remedy="raise the KL coefficient (or beta), lower the learning rate, or stop earlier",
+    )
+
+
+def check_learned(
+    stage: str, kl: float, se: float, *, reference: str, gain: tuple[float, float, float] | None, rate: float
+) -> Finding:
+    """Whether the policy is another one than its start: its distance from it, or a gain in reward that is no chance.
+
+    Args:
+        kl, se: KL(policy || start) in nats per token on fresh samples, with its standard error.
+        gain: of the mean score over an on-policy stage's iterations, with its 95% interval; None: none is logged.
+        rate: the learning rate it was trained with.
+    """
+    gained = gain is not None and gain[1] > 0
+    reward = "" if gain is None else f", score {gain[0]:+.3g} ({gain[1]:+.3g} to {gain[2]:+.3g}) from first to last"
+    still = kl + Z95 * (0.0 if math.isnan(se) else se) < LEARNED_LOOK and not gained
+    longer = "more episodes, " if gain is not None else "more steps, "
+    weaker = "a lower KL coefficient" if gain is not None else "a lower beta"
+    return judge(
+        stage,
+        "learned",
+        kl,
+        unit=f"nats per token from {reference}{reward}",
+        threshold=f"look: below {LEARNED_LOOK:g}"
+        + (" without a gain in reward that is more than chance" if gain is not None else ""),
+        look=still,
+        remedy=f"it did not learn: a higher learning rate (it was {rate:g}; for LoRA about ten times that of full "
+        f"fine-tuning), {longer}or {weaker}",
     )
 
 

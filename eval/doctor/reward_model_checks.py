@@ -9,6 +9,8 @@ LENGTH_LOOK = 0.5
 """Rank correlation of score and length from which on length explains a quarter of the ranking."""
 LENGTH_BROKEN = 0.9
 """From here on length explains four fifths of it: the policy will learn to write long (or short), nothing else."""
+LENGTH_SEPARATES = 0.6
+"""Accuracy of the better length rule from which on length, and no swapped pairs, is the likely reason."""
 SFT_BELOW_LOOK = -2.0
 """Deviations of the demonstrations' scores. A sample of a well-fitted SFT policy is one of them, at about 0; below -2
 the policy does not say what it was shown."""
@@ -26,6 +28,8 @@ def check_accuracy(
     """Against a coin and the two rules that read no text (R6); the rules' own rates are uncertain on few pairs too."""
     rule, best = max(("longer wins", longer_wins), ("shorter wins", 1 - longer_wins), key=lambda each: each[1])
     floor, surely = max(best, 0.5), max(wilson_interval(best * n, n)[0], 0.5)
+    swapped = "check that chosen and rejected are not swapped; train on more pairs or longer; hold out more pairs"
+    remedy = length_remedy(rule, best) if length_separates(accuracy, best) else swapped
     where = "held-out pairs" if held_out else "TRAINING pairs (none are held out, so this flatters)"
     return judge(
         stage,
@@ -37,7 +41,20 @@ def check_accuracy(
         f"{surely:.3g}, which a coin or that rule surely has",
         broken=interval[1] < surely,
         look=interval[0] <= floor,
-        remedy="check that chosen and rejected are not swapped; train on more pairs or longer; hold out more pairs",
+        remedy=remedy,
+    )
+
+
+def length_separates(accuracy: float, best: float) -> bool:
+    """Whether a rule that only looks at length tells the pairs apart better than a coin and no worse than the model."""
+    return best >= LENGTH_SEPARATES and best >= accuracy
+
+
+def length_remedy(rule: str, best: float) -> str:
+    """What to do where length alone separates the pairs."""
+    return (
+        f"length alone separates these pairs ({rule}: {best:.3g}), so that their accuracy cannot show anything else: "
+        "give pairs whose replies are of like length, or balance which is longer; cap length where the reward is used"
     )
 
 

@@ -32,6 +32,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ...errors import UserError
+from ...files import EVAL_CACHE
 from ...models.adapters import AdapterSet
 from ...progress import meter
 from ...values import is_finite
@@ -44,7 +45,7 @@ from .endpoint_prompts import CRITERIA, comparison, rating, read_choice, read_ra
 from .judge import Judge, JudgePlan, PairJudge
 from .names import judge_name
 
-CACHE_FOLDER = "eval-cache"
+CACHE_FOLDER = EVAL_CACHE
 _PARAMETERS = {"temperature": 0, "max_tokens": 512}
 # Ours to say, or of no use to a judge that reads one whole answer.
 _RESERVED = ("model", "messages", "stream", "n")

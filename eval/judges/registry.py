@@ -12,6 +12,9 @@ from ...errors import UserError
 from .judge import JudgePlan
 from .kinds import KINDS
 
+_TEXT = ("name", "stage", "adapter", "function", "votes")
+"""Fields that hold text in every kind of judge; the kinds check their own."""
+
 
 def plan_judges(raw: Sequence[Mapping[str, Any]], run_dir: Path | None, where: str = "eval.judges") -> list[JudgePlan]:
     """Checks a recipe's judges.
@@ -38,7 +41,9 @@ def _plan(entry: dict[str, Any], where: str, run_dir: Path | None) -> JudgePlan:
     kind = KINDS.get(name) if isinstance(name, str) else None
     if kind is None:
         raise UserError(where, f"kind is {name!r}, expected one of {', '.join(KINDS)}", "correct the kind")
-    for key in entry:
+    for key, value in entry.items():
         if key not in {"kind", "name", *kind.fields}:
             raise UserError(where, f"a {name} judge takes no {key!r}", f"it takes name, {', '.join(kind.fields)}")
-    return kind.plan({key: value for key, value in entry.items() if value is not None}, where, run_dir)
+        if key in _TEXT and not (isinstance(value, str | None) and value != ""):
+            raise UserError(f"{where}.{key}", f"is {value!r}, expected text", "correct the value, or quote it")
+    return kind.plan({key: each for key, each in entry.items() if each is not None}, where, run_dir)

@@ -19,9 +19,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import regex
+
 from ...errors import UserError, nearest
 
 Predicate = Callable[[str], bool]
+_PATIENCE = 5.0
+"""Seconds for one pattern on one reply: a good one needs a thousandth of one."""
 _SENTENCE_END = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s|$)|\n+")
 
 
@@ -136,12 +140,22 @@ def _none(found: Any) -> bool:
 
 def _regex(fields: Mapping[str, Any], where: str) -> Predicate:
     try:
-        pattern = re.compile(fields["pattern"])
-    except (re.error, TypeError) as error:
+        # re says what a pattern means; regex, which reads the same patterns, can give up on one
+        re.compile(fields["pattern"])
+        pattern = regex.compile(fields["pattern"])
+    except (re.error, regex.error, TypeError) as error:
         raise UserError(
             f"{where}.pattern", f"{fields['pattern']!r} is no regular expression ({error})", "correct the pattern"
         ) from None
-    return lambda text: pattern.search(text) is not None
+
+    def passes(text: str) -> bool:
+        try:
+            return pattern.search(text, timeout=_PATIENCE) is not None
+        except TimeoutError:
+            said = f"{fields['pattern']!r} takes more than {_PATIENCE:g} s on one reply (repeats within repeats)"
+            raise UserError(f"{where}.pattern", said, "write it without one quantifier inside another") from None
+
+    return passes
 
 
 def _ends_with(fields: Mapping[str, Any], where: str) -> Predicate:

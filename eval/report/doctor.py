@@ -4,8 +4,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from ...models.fingerprints import content
 from ..doctor.finding import Finding
 from .read import Run, number
+from .text import listed
 
 LEVELS = ("broken", "look", "OK")
 
@@ -41,6 +43,32 @@ def counted(run: Run) -> str:
     )
 
 
+def stale(run: Run) -> list[str]:
+    """The stages whose adapter is no longer the one that the doctor looked at."""
+    looked = {each.stage: each.adapter for each in findings(run) if each.adapter is not None}
+    folders = {stage.name: stage.folder for stage in run.stages if stage.folder is not None}
+    return [stage for stage, adapter in looked.items() if stage in folders and content(folders[stage]) != adapter]
+
+
+def unexamined(run: Run) -> list[str]:
+    """Finished stages of which the doctor says nothing: trained after it was there, or left out."""
+    seen = {each.stage for each in findings(run)}
+    return [stage.name for stage in run.stages if stage.state == "done" and stage.record and stage.name not in seen]
+
+
+def gaps(run: Run) -> str:
+    """What of the run no finding is about, in a sentence; empty where the doctor saw everything, or never was there."""
+    if run.doctor is None:
+        return ""
+    left_out = len(run.doctor.get("left_out") or [])
+    said = [f"{left_out} check{'s' if left_out > 1 else ''} could not be made"] if left_out else []
+    if never := unexamined(run):
+        said.append(f"{listed(never)} {'was' if len(never) == 1 else 'were'} not examined")
+    if old := stale(run):
+        said.append(f"{listed(old)} {'was' if len(old) == 1 else 'were'} trained again since")
+    return f"Of the doctor's examination: {'; '.join(said)}." if said else ""
+
+
 def worst(run: Run) -> str | None:
     """One sentence of the doctor's worst finding; None where no doctor was there."""
     found = findings(run)
@@ -73,4 +101,5 @@ def _finding(row: Mapping[str, Any]) -> Finding:
         remedy=str(row.get("remedy") or ""),
         low=number(row.get("low")),
         high=number(row.get("high")),
+        adapter=str(row["adapter"]) if row.get("adapter") else None,
     )

@@ -7,7 +7,7 @@ from markupsafe import Markup
 
 from ..results import silence_words
 from . import winrates
-from .doctor import worst
+from .doctor import gaps, worst
 from .read import Run, number
 from .reward_models import accuracy_words, reward_rows
 from .text import duration, fixed, listed, percent, percents, plus_minus, short, size
@@ -39,6 +39,7 @@ def verdict(run: Run) -> list[str]:
     found = worst(run)
     if found is not None:
         sentences.append(found)
+    sentences.append(gaps(run))
     return [sentence for sentence in sentences if sentence]
 
 
@@ -111,9 +112,20 @@ def facts(run: Run) -> list[str]:
     prompts = max((row["n"] for row in run.results if isinstance(row.get("n"), int)), default=0)
     days = [str(stage.lineage.get("created"))[:10] for stage in run.stages if stage.lineage.get("created")]
     said = [str(base)] if base else []
-    said += [f"{done} stage{'s' if done > 1 else ''} trained"] if done else []
+    said += [f"{done} stage{'s' if done > 1 else ''} trained{_descent(run)}"] if done else []
     said += [f"evaluated on {short(prompts)} prompts"] if prompts else []
     return said + ([max(days)] if days else [])
+
+
+def _descent(run: Run) -> str:
+    """What each finished stage started from: " (sft from base, dpo and ppo from sft)"; empty where nothing says."""
+    children: dict[str, list[str]] = {}
+    for stage in run.stages:
+        if stage.state == "done" and stage.parents:
+            start = next((name for name, scores in stage.parents if not scores), "base")
+            children.setdefault(start, []).append(stage.name)
+    words = [f"{listed(names)} from {start}" for start, names in children.items()]
+    return f" ({', '.join(words)})" if words else ""
 
 
 def cards(run: Run) -> list[dict[str, str]]:

@@ -88,7 +88,13 @@ def _sections(run: Run) -> list[Section]:
         Section(
             "doctor",
             "The doctor's findings",
-            {"groups": doctor.by_stage(run), "counts": doctor.counted(run), "run": run},
+            {
+                "groups": doctor.by_stage(run),
+                "counts": doctor.counted(run),
+                "run": run,
+                "stale": doctor.stale(run),
+                "unexamined": doctor.unexamined(run),
+            },
         ),
         Section("recipe", "Recipe and versions", _recipe(run)),
     ]

@@ -5,6 +5,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from ..doctor.reward_model_checks import length_remedy, length_separates
 from . import svg
 from .axes import Axis, frame
 from .read import Run, number
@@ -28,10 +29,23 @@ def reward_rows(run: Run) -> list[dict[str, Any]]:
                 "title": f"{row['stage']} (implicit reward)" if row.get("kind") == "implicit" else row["stage"],
                 "place": place,
                 "bar": accuracy_bar(row, place),
+                "length": length_words(row),
                 "figure": calibration(str(row["stage"]), bins, place) if bins else None,
             }
         )
     return shown
+
+
+def length_words(row: Mapping[str, Any]) -> str:
+    """What to think where length alone does as well as the model; empty where it does not."""
+    rules = {name: rate for name in ("longer_wins", "shorter_wins") if (rate := number(row.get(name))) is not None}
+    accuracy = number(row.get("accuracy"))
+    if not rules or accuracy is None:
+        return ""
+    rule, best = max(rules.items(), key=lambda each: each[1])
+    if not length_separates(accuracy, best):
+        return ""
+    return f"{row['stage']}: {length_remedy(rule.replace('_', ' '), best)}."
 
 
 def accuracy_bar(row: Mapping[str, Any], place: int) -> Markup:

@@ -52,6 +52,9 @@ def bootstrap_interval(
     sums, counts = unit_totals(values, units)
     if len(sums) < 2:
         return math.nan, math.nan
+    # in an order of their own: the draws are of places, and the interval must not depend on how the rows came
+    order = np.lexsort((counts, sums))
+    sums, counts = sums[order], counts[order]
     if np.ptp(sums / counts) == 0:
         only = float(sums[0] / counts[0])
         return only, only

@@ -83,6 +83,10 @@ def rate_policies(
     if not _joined(pairs, len(policies)):
         return dict.fromkeys(policies, Rating(math.nan, math.nan, math.nan))
     outcome_NP = np.stack([outcomes[pair] for pair in named], axis=1)
+    # in an order of their own: the draws are of places, and an interval must not depend on how the prompts came
+    ordered = sorted(named, key=sorted)
+    columns = [outcomes[pair] if pair[0] < pair[1] else 1 - outcomes[pair] for pair in ordered]
+    outcome_NP = outcome_NP[np.lexsort(columns)]
     usable_NP = ~np.isnan(outcome_NP)
     wins_NP = np.where(usable_NP, outcome_NP, 0.0)
     n = len(outcome_NP)

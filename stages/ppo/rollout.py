@@ -318,9 +318,24 @@ def rollout_metrics(
     variance = metrics.pop("scores_squared") - metrics["objective/scores"] ** 2
     metrics["objective/scores_std"] = max(variance, 0) ** 0.5
     metrics["val/num_eos_tokens"] = metrics["rollout/eos_rate"] * n
-    gap = torch.where(mask_BR, rollout.logps_BR - episodes.sampler_logps_BR, 0.0).abs().max()
-    metrics["rollout/logprob_mismatch"] = float(reduce(gap, "max"))
-    return metrics
+    return metrics | sampler_metrics(rollout, reduce)
+
+
+def sampler_metrics(rollout: Rollout, reduce: Reduce) -> dict[str, float]:
+    """How far the sampler's log-probs are from the training forward's, over the tokens of all processes, in nats.
+
+    The largest gap and the mean one; and KL(sampler || trainer) per token by the estimator k3, exp(d) - 1 - d with d =
+    log pi_trainer - log pi_sampler, which is never negative (http://joschu.net/blog/kl-approx.html).
+    """
+    mask_BR = rollout.episodes.mask_BR
+    gap_BR = torch.where(mask_BR, rollout.logps_BR - rollout.episodes.sampler_logps_BR, 0.0)
+    sums = torch.stack([gap_BR.abs().double().sum(), (gap_BR.double().expm1() - gap_BR).sum(), mask_BR.double().sum()])
+    mean, kl, tokens = reduce(sums, "sum").tolist()
+    return {
+        "rollout/logprob_mismatch": float(reduce(gap_BR.abs().max(), "max")),
+        "rollout/logprob_mismatch_mean": mean / tokens,
+        "rollout/sampler_kl": kl / tokens,
+    }
 
 
 def sample_rows(prompts: Prompts, texts: Sequence[str], rollout: Rollout, count: int) -> list[dict[str, object]]:

@@ -19,7 +19,8 @@ from .trainer import PPOTrainer
 
 _LAST = (
     "objective/kl", "objective/scores", "objective/rlhf_reward", "objective/entropy", "objective/kl_coef",
-    "rollout/length", "rollout/eos_rate", "rollout/logprob_mismatch", "value/explained_variance",
+    "rollout/length", "rollout/eos_rate", "rollout/logprob_mismatch", "rollout/logprob_mismatch_mean",
+    "rollout/sampler_kl", "value/explained_variance",
 )  # fmt: skip
 
 

@@ -71,7 +71,18 @@ from .rollout import (
     stream_rows,
 )
 from .trl_names import TRAINER, refuse_names
-from .update import Updater, add_report, check_ratio, check_reference, minibatches, tolerance, update_metrics
+from .update import (
+    FULL_TOLERANCE,
+    Updater,
+    add_report,
+    check_ratio,
+    check_reference,
+    check_sampler,
+    minibatches,
+    sampler_tolerance,
+    tolerance,
+    update_metrics,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -263,6 +274,8 @@ class OnPolicyTrainer(Trainer):
         loop.slot, loop.stopped, loop.log_due = 0, False, False
         self.session_episodes += args.rollout_batch_size
         self.session_tokens += tokens
+        asked, low = args.mismatch_tolerance, self._tolerance() != FULL_TOLERANCE
+        check_sampler(metrics, loop.iteration, sampler_tolerance(asked, low_precision=low))
         if loop.iteration == 0 and self.own_reference:
             check_reference(rollout, self._tolerance())
             self.own_reference = False  # a second `train` starts where the first one ended

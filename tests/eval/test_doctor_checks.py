@@ -7,7 +7,15 @@ import pytest
 
 from preftune.eval.doctor.finding import Finding, first_broken, judge
 from preftune.eval.doctor.identity_checks import check_bos, check_parent, check_tokenizer
-from preftune.eval.doctor.policy_checks import check_drift, check_eos, check_merged, check_parent_kept, check_trained
+from preftune.eval.doctor.log_checks import score_gain
+from preftune.eval.doctor.policy_checks import (
+    check_drift,
+    check_eos,
+    check_learned,
+    check_merged,
+    check_parent_kept,
+    check_trained,
+)
 from preftune.eval.doctor.reward_model_checks import (
     check_accuracy,
     check_length,
@@ -40,6 +48,31 @@ def test_accuracy(accuracy, interval, longer, expected):
 def test_few_pairs_cannot_damn_a_reward_model():
     found = check_accuracy("r", 2 / 7, (0.082, 0.641), 7, longer_wins=1 / 7, held_out=False)
     assert found.level == "look" and "TRAINING" in found.unit
+
+
+@pytest.mark.parametrize(
+    ("kl", "gain", "expected"),
+    [
+        (0.006, (0.0, -0.1, 0.1), "look"),  # neither moved nor gained
+        (0.006, (0.3, 0.1, 0.5), "OK"),  # a small step in the right direction
+        (0.006, None, "look"),
+        (0.0, None, "look"),
+        (0.05, (0.0, -0.1, 0.1), "OK"),
+    ],
+)
+def test_a_policy_that_did_not_learn_is_named_with_what_to_do(kl, gain, expected):
+    found = check_learned("ppo", kl, 0.001, reference="sft", gain=gain, rate=2e-5)
+    assert found.level == expected
+    if expected == "look":
+        assert all(word in found.remedy for word in ("2e-05", "KL coefficient" if gain else "beta"))
+
+
+def test_a_gain_in_score_is_told_from_noise():
+    rising = score_gain([0.1 * i for i in range(6)])
+    assert rising == pytest.approx((0.5, 0.5, 0.5))
+    gain, low, high = score_gain([0.0, 0.2, -0.1, 0.1, 0.0, 0.1]) or (0.0, 0.0, 0.0)
+    assert low < 0 < high and low < gain < high
+    assert score_gain([0.0, 1.0]) is None
 
 
 @pytest.mark.parametrize(

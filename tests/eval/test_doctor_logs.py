@@ -15,6 +15,7 @@ from preftune.eval.doctor.log_checks import (
     check_kl_trend,
     check_ppo_start,
     check_rows,
+    check_sampler,
     first_step_tolerance,
 )
 from preftune.eval.doctor.measure_files import log_findings
@@ -82,6 +83,12 @@ def test_rounding_in_16_bits_is_allowed_for():
     assert level(check_ppo_start("p", 0.1, 40, start="sft", low_precision=True)) == "OK"
     assert level(check_ppo_start("p", 0.1, 40, start="sft", low_precision=False)) == "broken"
     assert level(check_ppo_start("p", -4.0, 40, start="sft", low_precision=True)) == "broken"
+
+
+def test_the_samplers_distance_is_judged_by_mean_and_kl():
+    assert level(check_sampler("p", [1e-5, 2e-5], [0, 1e-9], 2e-3)) == "OK"
+    assert level(check_sampler("p", [1e-5, 1.5e-3], [0, 1e-9], 2e-3)) == "look"
+    assert level(check_sampler("p", [1e-5, 1e-5], [0, 3e-3], 2e-3)) == "broken"
 
 
 @pytest.mark.parametrize(

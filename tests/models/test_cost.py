@@ -6,7 +6,14 @@ import pytest
 from transformers import AutoConfig, GPT2Config
 
 from preftune.models.base import Base
-from preftune.models.cost import activation_bytes, adapter_parameters, parameters_in, training_bytes, training_flops
+from preftune.models.cost import (
+    activation_bytes,
+    adapter_parameters,
+    parameters_in,
+    training_bytes,
+    training_flops,
+    weight_bytes,
+)
 from preftune.models.lora import LoraSpec
 
 
@@ -45,4 +52,13 @@ def test_flops_and_bytes_by_hand():
     assert activation_bytes(**shape, dtype="bfloat16") == 2 * 10 * 8 * 3 * 16 * 2
     assert activation_bytes(**shape, dtype="bfloat16", gradient_checkpointing=True) == 1536
     # the base in 16 bits, and fp32 weight, gradient and two moments of each trained parameter
-    assert training_bytes(parameters=1_000, dtype="float16", adapter=10, activations=7) == 2_000 + 160 + 7
+    assert training_bytes(base=2_000, adapter=10, activations=7) == 2_000 + 160 + 7
+
+
+def test_a_quantised_base_keeps_its_embedding_norms_and_head(base: Base):
+    config = AutoConfig.from_pretrained(base.path)
+    linear = 4 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 384)
+    rest = 264 * 128 + 4 * 2 * 128 + 128
+    assert weight_bytes(config, linear + rest, "bfloat16", None) == 2 * (linear + rest)
+    assert weight_bytes(config, linear + rest, "bfloat16", "8bit") == linear + 2 * rest
+    assert weight_bytes(config, linear + rest, "float32", "4bit") == linear // 2 + 4 * rest

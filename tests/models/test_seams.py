@@ -60,7 +60,7 @@ def collator(*names: str) -> SimpleNamespace:
 
 NO_SUBJECT = {
     *("SOFTMAX_BACKWARD", "ONEDNN_LINEAR", "ONEDNN_BF16", "FLEX_ATTENTION", "ATTENTION_FUNCTIONS", "DECODER_FIELDS"),
-    *("LOGIT_FIELDS", "CONV1D", "TOKENIZER_CORE", "QUANTIZER_MARKS", "FUSED_HEAD", "HOOK_MARK"),
+    *("LOGIT_FIELDS", "CONV1D", "TOKENIZER_CORE", "QUANTIZER_MARKS", "FUSED_HEAD", "HOOK_MARK", "LAUNCHER"),
 }
 SUBJECTS = {
     "MODULE_HOOKS": lambda _: [torch.nn.Linear(2, 2)],
@@ -201,6 +201,7 @@ MOVES = {
     "TRAINED_TOKENS": (None, SimpleNamespace, "_total_train_tokens"),
     "FUSED_HEAD": (lambda p: p.setattr(trl.trainer.utils, "add_fused_lm_head", lambda m: m), None, "fused_lm_head"),
     "HOOK_MARK": (lambda p: p.setattr(accelerate.hooks, "add_hook_to_module", lambda m, hook: m), None, "_hf_hook"),
+    "LAUNCHER": (lambda p: p.delattr(accelerate.commands.launch, "launch_command"), None, "launch:launch_command"),
 }  # fmt: skip
 
 

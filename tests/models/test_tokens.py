@@ -168,3 +168,10 @@ def test_rows_longer_than_the_context_are_refused(rope, length, tmp_path):
 def test_positions_without_a_limit_have_no_context(tmp_path):
     BloomConfig(vocab_size=9, hidden_size=8, n_head=2, n_layer=1).save_pretrained(tmp_path)
     assert context_length(Base("here", tmp_path, None, "")) is None
+
+
+def test_a_template_that_does_not_end_is_refused(base: Base, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("preftune.models.tokens._PATIENCE", 0.2)
+    loops = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
+    with pytest.raises(UserError, match=r"model\.chat_template: .* takes more than 0\.2 s; correct the template"):
+        load_tokenizer(base, loops + "{{ messages }}")

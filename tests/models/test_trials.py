@@ -87,7 +87,7 @@ class OddHead(LlamaForCausalLM):
     """Its logits are more than a product of its states."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().forward(*args, **kwargs)
+        output: Any = super().forward(*args, **kwargs)
         output.logits = 4 * torch.tanh(output.logits / 3) - output.logits.square() / 20
         return output
 
@@ -231,7 +231,8 @@ def test_all_linear_is_what_an_adapter_can_serve():
     assert linear_names(small(MambaConfig(vocab_size=60, hidden_size=32, num_hidden_layers=1, state_size=4))) == [
         "in_proj"
     ]
-    hybrid = Zamba2Config(
+    config: Any = Zamba2Config  # whose fields the decorator of transformers hides from type checkers
+    hybrid = config(
         **SMALL, layers_block_type=["mamba", "hybrid"], mamba_d_state=4, n_mamba_heads=4, mamba_headdim=16,
         mamba_ngroups=1, num_mem_blocks=1, attention_head_dim=16, max_position_embeddings=64,
     )  # fmt: skip
@@ -240,9 +241,13 @@ def test_all_linear_is_what_an_adapter_can_serve():
     adapted(small(hybrid))
 
 
-def test_experts_that_are_adapted_sample_merge_and_chain(tmp_path):
-    adapters = adapted(small(DeepseekV3Config(**LATENT)))
-    assert adapters.model.peft_config["default"].target_parameters  # PEFT's own choice for "all-linear" here
+def test_experts_that_are_adapted_sample_merge_and_chain(tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        adapters = adapted(small(DeepseekV3Config(**LATENT)))
+    assert "trains the stacked weights experts.down_proj, experts.gate_up_proj" in caplog.text
+    assert "leaves out the layers down_proj, gate_proj, up_proj" in caplog.text
+    config: Any = adapters.model.peft_config["default"]
+    assert config.target_parameters  # PEFT's own choice for "all-linear" here
     ids = torch.tensor([PROMPTS[0]])
     with torch.no_grad(), adapters.using("default"):
         beside = adapters.model(input_ids=ids).logits
@@ -254,3 +259,14 @@ def test_experts_that_are_adapted_sample_merge_and_chain(tmp_path):
     child.load("ref", tmp_path)
     with torch.no_grad(), child.using("ref"):
         torch.testing.assert_close(child.model(input_ids=ids).logits, beside)
+
+
+def test_a_weight_that_layers_share_is_not_merged():
+    """Each of its layers has a change of its own: one matrix cannot hold them all."""
+    model: Any = small()
+    decoder: Any = decoder_of(model)
+    decoder.layers[1].mlp.up_proj.weight = decoder.layers[0].mlp.up_proj.weight
+    adapters = adapted(model)
+    out = drawn(adapters)
+    for prompt, reply, logps in zip(PROMPTS, out.tokens, out.logprobs, strict=True):
+        torch.testing.assert_close(torch.tensor(logps), own_logprobs(adapters, prompt, reply), atol=1e-5, rtol=0)

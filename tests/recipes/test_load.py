@@ -310,3 +310,50 @@ def test_all_problems_are_said_at_once_each_with_its_line(tmp_path: Path):
 )
 def test_hints_go_by_meaning(recipe_file: Path, override: str, part: str):
     assert part in refused(recipe_file, override)
+
+
+BILLIONS = "a: &a [1]\nb: &c0 [*a, *a]\n" + "".join(
+    f"c{i}: &c{i} [{', '.join([f'*c{i - 1}'] * 9)}]\n" for i in range(1, 8)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        (BILLIONS, "aliases"),
+        ("a: &a [*a]\n", "itself"),
+        ("a: " + "[" * 3000 + "]" * 3000 + "\n", "nested too deeply"),
+        ("name: !!binary aGVsbG8=\n", "broken YAML"),
+        ("lora: !!set {r, alpha}\n", "broken YAML"),
+        ("name: 'a\x00b'\n", "broken YAML"),
+    ],
+    ids=["billions", "itself", "deep", "binary", "set", "nul"],
+)
+def test_yaml_that_is_no_recipe_is_refused_at_once(tmp_path: Path, text: str, part: str):
+    file = tmp_path / "t.yaml"
+    file.write_text(text)
+    assert part in refused(file)
+
+
+@pytest.mark.parametrize("override", ["stages[0]=1", ".=5", "stages..sft=1", "stages.²=1", "stages.ipo.lora[0]=1"])
+def test_overrides_that_name_no_key_are_refused(recipe_file: Path, override: str):
+    assert refused(recipe_file, override).startswith(f"command line ({override})")
+
+
+def test_an_override_may_write_a_place_in_a_list_with_brackets(recipe_file: Path):
+    recipe = load_recipe(recipe_file, ["eval.judges[0].name=rm"])
+    assert recipe.eval is not None and recipe.eval.judges[0]["name"] == "rm"
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("stages.ipo.lora={r: 8}", "is 8, below 16 of sft"),
+        ("stages.ipo.lora={r: 32}", "use alpha: 64 with r: 32"),
+        ("stages.ipo.lora={target_modules: [q_proj]}", "keep the parent's target modules"),
+        ("seed=-1", "at least 0"),
+        ("stages.ipo.seed=4294967296", "less than"),
+    ],
+)
+def test_what_a_child_or_a_seed_cannot_be_is_said_with_its_line(recipe_file: Path, override: str, part: str):
+    assert part in refused(recipe_file, override)

@@ -1,5 +1,6 @@
 """What a rollout samples and what is computed about it: temperature, padding, the end of a response, the seeds."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,9 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from preftune.models.generate import Generation, sample
+from preftune.errors import UserError
+from preftune.models.decoder import Decoder
+from preftune.models.generate import Generation, decoder_for, sample
 from preftune.models.masked import masked_sum
 from preftune.models.tiny import byte_tokenizer
 from preftune.stages.ppo import rollout as rollout_file
@@ -16,6 +19,7 @@ from preftune.stages.ppo.config import PPOConfig
 from preftune.stages.ppo.network import Trunk
 from preftune.stages.ppo.rollout import Episodes, Prompts, Rollout, make_episodes, rollout_metrics, stream_rows
 from preftune.stages.ppo.trainer import PPOTrainer
+from preftune.stages.ppo.update import check_sampler, sampler_tolerance
 
 from .collecting import collect, ppo_of
 from .tiny_ppo import SPECIAL, TOKENIZER, UNEVEN, eager_tokenizer, move_policy, rollout_of, tiny, trainer, with_reward
@@ -81,9 +85,37 @@ def test_p02_old_log_probs_are_the_training_forwards_and_the_mismatch_is_logged(
 
     plain = collect(trainer(tmp_path), 0, 0.05)
     monkeypatch.setattr(rollout_file, "sample", off_by_a_quarter)
-    shifted = collect(trainer(tmp_path), 0, 0.05)
+    shifted = collect(trainer(tmp_path, mismatch_tolerance=0.3), 0, 0.05)
     assert torch.equal(plain.rollout.logps_BR, shifted.rollout.logps_BR)
     assert shifted.metrics["rollout/logprob_mismatch"] == pytest.approx(0.25, abs=1e-4)
+    assert shifted.metrics["rollout/logprob_mismatch_mean"] == pytest.approx(0.25, abs=1e-4)
+    assert shifted.metrics["rollout/sampler_kl"] == pytest.approx(math.exp(-0.25) - 1 + 0.25, abs=1e-4)
+    # and it is an alarm: before anything trains, with iteration, value, tolerance and the key that raises it
+    made = trainer(tmp_path)
+    before = made.adapters.digest("default")
+    with pytest.raises(UserError, match=r"mismatch_tolerance: iteration 0: .* 0\.25 nats per token .* 0\.002 at most"):
+        made.train()
+    assert made.adapters.digest("default") == before
+
+
+@pytest.mark.checklist("P2")
+def test_p02_single_tokens_ring_no_alarm_but_means_and_kl_do() -> None:
+    one_in_a_hundred = {
+        "rollout/logprob_mismatch": 0.7,
+        "rollout/logprob_mismatch_mean": 0.02,
+        "rollout/sampler_kl": 4e-3,
+    }
+    check_sampler(one_in_a_hundred, 3, sampler_tolerance(None, low_precision=True))
+    for metrics in (
+        {"rollout/logprob_mismatch_mean": 0.2},
+        {"rollout/sampler_kl": 0.2},
+        {"rollout/sampler_kl": math.nan},
+    ):
+        with pytest.raises(UserError, match="iteration 3"):
+            check_sampler(one_in_a_hundred | metrics, 3, sampler_tolerance(None, low_precision=True))
+    with pytest.raises(UserError, match=r"0\.002 at most"):
+        check_sampler(one_in_a_hundred, 3, sampler_tolerance(None, low_precision=False))
+    check_sampler(one_in_a_hundred, 3, sampler_tolerance(0.05, low_precision=False))
 
 
 @pytest.mark.checklist("P2")
@@ -97,6 +129,7 @@ def test_p02_cached_decode_equals_the_full_forward_merged_or_not(tmp_path: Path,
         merge=merge,
     )  # fmt: skip
     episodes = make_episodes(prompts, generation, 0, CPU)
+    assert decoder_for(made.adapters) is Decoder  # no other way had to step in
     assert episodes.length_B.max() == 24
     logps_BR = made.method.forwards(episodes).logps_BR
     torch.testing.assert_close(logps_BR, episodes.sampler_logps_BR, rtol=1e-5, atol=1e-5)
@@ -124,6 +157,7 @@ def test_p05_left_padding_in_the_sampler_changes_no_number(tmp_path: Path) -> No
     collected = collect(made, 0, 0.05)
     assert len(set(collected.rollout.episodes.start_B.tolist())) > 1
     assert collected.metrics["rollout/logprob_mismatch"] < 5e-6
+    assert decoder_for(made.adapters) is Decoder  # no other way had to step in
 
 
 @pytest.mark.checklist("P6")
