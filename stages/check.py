@@ -41,6 +41,8 @@ def stage_problems(job: StageJob) -> list[UserError]:
         args = stage_config(kind.config_class(), job, held_out=job.data.held_out > 0 and kind.on_policy is None)
         found += _setting_problems(job, args)
         found += _package_problems(job, args)
+        found += _device_problems(job, args)
+        found += _expert_problems(job, args)
         found += [] if kind.check is None else kind.checker()(job, args)
     found += _adapter_problems(job)
     for index, source in enumerate(job.rewards):
@@ -81,6 +83,15 @@ def _setting_problems(job: StageJob, args: TrainingArguments) -> Iterator[UserEr
         yield UserError(f"{here}.train_sampling_strategy", said, "leave it out")
 
 
+def _device_problems(job: StageJob, args: TrainingArguments) -> Iterator[UserError]:
+    """What has no effect, or fails, without a GPU."""
+    if torch.cuda.is_available():
+        return
+    for key in ("fp16", "activation_offloading"):
+        if getattr(args, key, False):
+            yield UserError(f"stages.{job.name}.train.{key}", "needs a GPU, and there is none", "leave it out")
+
+
 def _package_problems(job: StageJob, args: TrainingArguments) -> Iterator[UserError]:
     """What is asked for and not installed."""
     here = f"stages.{job.name}.train"
@@ -91,6 +102,15 @@ def _package_problems(job: StageJob, args: TrainingArguments) -> Iterator[UserEr
             yield UserError(f"{here}.report_to", f"{name} is not installed", f"pip install {_PACKAGES[name]}")
     if args.use_liger_kernel and not _installed("liger_kernel"):
         yield UserError(f"{here}.use_liger_kernel", "liger-kernel is not installed", "pip install liger-kernel")
+
+
+def _expert_problems(job: StageJob, args: TrainingArguments) -> Iterator[UserError]:
+    """A router's loss where there is no router."""
+    if getattr(args, "router_aux_loss_coef", None) and (job.base.path / "config.json").is_file():
+        config = AutoConfig.from_pretrained(job.base.path).get_text_config()
+        if not hasattr(config, "output_router_logits"):
+            here = f"stages.{job.name}.train.router_aux_loss_coef"
+            yield UserError(here, f"{job.base.spec} is no mixture of experts", "leave it out")
 
 
 def _adapter_problems(job: StageJob) -> Iterator[UserError]:

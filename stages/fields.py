@@ -66,6 +66,7 @@ TEXTS = Meaning(
 SETTINGS = Meaning("a mapping", lambda value: isinstance(value, dict), number=False)
 TEXT_OR_SETTINGS = Meaning("text or a mapping", lambda value: isinstance(value, str | dict), number=False)
 MULTIPLE = Meaning("auto, or a whole number of 1 or more", lambda value: value == "auto" or COUNT.fits(value))
+PACKING = Meaning("bfd or bfd_split", lambda value: value in ("bfd", "bfd_split"), number=False)
 OPEN = Meaning("what the library takes", lambda value: True, number=False)
 """The library says by itself whether a value is one."""
 
@@ -133,7 +134,8 @@ TRAINING: Mapping[str, Field] = {
     ),
     "neftune_noise_alpha": _works(ABOVE_0, "with model: {packed: false}", optional=True),
     # precision and memory
-    **_each("bf16 fp16", _works(FLAG, "autocast; the base's own dtype is model.dtype")),
+    "bf16": _works(FLAG, "autocast; the base's own dtype is model.dtype"),
+    "fp16": _works(FLAG, "autocast, on a GPU"),
     "tf32": _works(FLAG, optional=True),
     **_each(
         "bf16_full_eval fp16_full_eval", _meaningless("it would round the adapter before it is saved: leave it out")
@@ -189,7 +191,7 @@ TRAINING: Mapping[str, Field] = {
     "accelerator_config": _works(TEXT_OR_SETTINGS, optional=True),
     **_each("parallelism_config fsdp fsdp_config deepspeed", _LAUNCH),
     "local_rank": _meaningless("the launcher sets it: leave it out"),
-    "ddp_backend": _works(TEXT, optional=True),
+    "ddp_backend": _LAUNCH,
     "ddp_timeout": _works(COUNT),
     **_each("ddp_find_unused_parameters ddp_broadcast_buffers ddp_static_graph", _works(FLAG, optional=True)),
     "ddp_bucket_cap_mb": _works(COUNT, optional=True),
@@ -249,11 +251,11 @@ FIELDS: Mapping[str, Mapping[str, Field]] = {
         "dataset_text_field": _elsewhere("set columns of the data entry"),
         "dataset_kwargs": _ENCODED,
         **_each("completion_only_loss assistant_only_loss", _meaningless("only assistant tokens train: leave it out")),
-        "shuffle_dataset": _works(FLAG),
+        "shuffle_dataset": _meaningless("rows are shuffled in each epoch (train_sampling_strategy): leave it out"),
         "packing": _works(FLAG, "a forward leaves out padding already; this puts several rows into one"),
-        "packing_strategy": _works(TEXT, "with packing"),
+        "packing_strategy": _works(PACKING, "with packing"),
         "eval_packing": _works(FLAG, optional=True),
-        "padding_free": _works(FLAG),
+        "padding_free": _meaningless("a forward leaves out padding already: leave it out"),
     },
     "RewardConfig": {
         **TRAINING,
@@ -307,7 +309,9 @@ FIELDS: Mapping[str, Mapping[str, Field]] = {
             "rollout_batch_size num_ppo_epochs num_mini_batches total_episodes max_new_tokens temperature", PARAMETER
         ),
         **_each("top_k top_p rollout_micro_batch_size kl_coef kl_in kl_estimator kl_target kl_horizon", PARAMETER),
-        **_each("gamma lam cliprange cliprange_value vf_coef entropy_coef whiten_advantages", PARAMETER),
+        **_each(
+            "gamma lam cliprange cliprange_value vf_coef entropy_coef whiten_advantages mismatch_tolerance", PARAMETER
+        ),
         **_each("whiten_rewards target_approx_kl max_ratio missing_eos_penalty missing_eos_score", PARAMETER),
         **_each("normalize_rewards reward_scale reward_clip reward_combination ensemble_penalty", PARAMETER),
         **_each("value value_learning_rate log_samples_every num_log_samples keep_every", PARAMETER),

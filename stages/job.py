@@ -64,6 +64,10 @@ class StageJob:
         default = next((each.default for each in self.record.parameters if each.name == name), None)
         return self.method.get(name, default)
 
+    def says(self, key: str) -> Any:
+        """What the recipe says for a field or parameter, beside `train` or in it; None where it says nothing."""
+        return self.method.get(key, self.train.get(key))
+
     def torch_dtype(self) -> torch.dtype:
         """The dtype of the base. Raises UserError for one that nothing trains in."""
         if self.dtype not in DTYPES:

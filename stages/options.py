@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import re
 import sys
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -107,7 +108,9 @@ def _blamed(job: StageJob, said: str) -> str:
     """The key that a library's message is about, by its name or its value in it; empty where that is unclear."""
     places = {**{f".{key}": key for key in job.method}, **{f".train.{key}": key for key in job.train}}
     values = {**job.method, **job.train}
-    named = [place for place, key in places.items() if key in said]
+    # the one that comes first: a message begins with what is wrong, and goes on with what it must fit
+    found = {place: where.start() for place, key in places.items() if (where := re.search(rf"\b{key}\b", said))}
+    named = sorted(found, key=lambda place: found[place])
     named = named or [place for place, key in places.items() if isinstance(values[key], str) and values[key] in said]
     return named[0] if named else ""
 
@@ -135,12 +138,21 @@ def word_problems(job: StageJob, config_class: type | None = None) -> list[UserE
         elif (wanted := _unfit(kind.parameter(key), value)) is not None:
             found.append(UserError(here, f"is {value!r}, expected {wanted}", "correct the value"))
     fields, defaults = fields_of(config_class), {each.name: each.default for each in dataclasses.fields(config_class)}
+    refused: dict[str, UserError] = {}
     for key, value in job.train.items():
         unset = value in (None, False) and key in defaults and defaults[key] == value
         if key in job.method or (unset and key in fields and fields[key].state != "works"):
             continue  # said above; or says nothing
-        if (error := _field_problem(job, key, value, fields, config_class)) is not None:
-            found.append(error)
+        if (error := _field_problem(job, key, value, fields, config_class)) is None:
+            continue
+        # fields that are refused for one reason are said together
+        if key in fields and fields[key].state != "works" and (first := refused.get(error.remedy)) is not None:
+            found[found.index(first)] = refused[error.remedy] = UserError(
+                first.where, f"{first.problem}, and so does {key}", first.remedy
+            )
+            continue
+        refused[error.remedy] = error
+        found.append(error)
     return found
 
 

@@ -225,7 +225,9 @@ def _clear_checkpoints(job: StageJob) -> None:
     """Remove the checkpoints, unless the recipe asks for them; what trackers wrote beside them stays, in `logs`."""
     folder = job.output_dir / CHECKPOINTS
     for each in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if not each.name.startswith("checkpoint-"):
+        if each.name == "README.md":
+            each.unlink()  # a card of TRL's that every saving writes
+        elif not each.name.startswith("checkpoint-"):
             (job.output_dir / LOGS).mkdir(exist_ok=True)
             each.replace(job.output_dir / LOGS / each.name)
     if not keeps_checkpoints(job) or (folder.is_dir() and not any(folder.iterdir())):

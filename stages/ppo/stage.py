@@ -32,6 +32,19 @@ def ppo_problems(job: StageJob, args: PPOConfig) -> list[UserError]:
     if args.total_episodes is not None and "num_train_epochs" in job.train:
         said = f"has no effect beside total_episodes, which is {args.total_episodes}"
         found.append(UserError(f"stages.{job.name}.train.num_train_epochs", said, "keep one of them"))
+    idle = {
+        "kl_horizon": (args.kl_target is not None, "kl.target"),
+        "ensemble_penalty": (args.reward_combination == "ensemble", "reward_combination: ensemble"),
+        "num_log_samples": (args.log_samples_every > 0, "log_samples_every"),
+    }
+    found += [
+        UserError(f"stages.{job.name}.{key}", f"has no effect without {needs}", "leave it out, or set that")
+        for key, (used, needs) in idle.items()
+        if not used and job.says(key) is not None
+    ]
+    if args.reward_combination == "ensemble" and any(each.weight != 1 for each in job.rewards):
+        said = "an ensemble takes the mean of its rewards, whatever their weights"
+        found.append(UserError(f"stages.{job.name}.reward", said, "leave the weights out, or write sum"))
     return found
 
 

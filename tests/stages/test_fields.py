@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import TrainerCallback, TrainingArguments
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.kto_config import KTOConfig
@@ -18,6 +19,7 @@ from preftune.stages.fields import FIELDS, PARAMETER, fields_of
 from preftune.stages.kinds import KINDS
 from preftune.stages.options import stage_config, word_problems
 from preftune.stages.ppo.config import PPOConfig
+from preftune.stages.ppo.rewards import RewardSource
 from preftune.stages.run import run_stage
 from preftune.stages.trainers import stage_callbacks
 
@@ -92,6 +94,9 @@ def test_a_method_of_ones_own_may_add_fields():
         ("sft", {"logging_dir": "x"}, "RUN/<stage>/logs"),
         ("sft", {"lr": 1}, "write learning_rate"),
         ("sft", {"learning_rate": None}, "leave it out for the default"),
+        ("sft", {"router_aux_loss_coef": 0.1}, "no mixture of experts"),
+        ("sft", {"packing": True, "packing_strategy": "wrapped"}, "bfd or bfd_split"),
+        ("sft", {"push_to_hub": True, "hub_model_id": "x/y"}, "and so does hub_model_id"),
         ("reward", {"train_sampling_strategy": "group_by_length"}, "a reward stage cannot do"),
         ("kto", {"per_device_train_batch_size": 1}, "use a batch of 2 or more"),
         ("kto", {"train_sampling_strategy": "random"}, "z0 pairs neighbours"),
@@ -105,6 +110,32 @@ def test_what_the_run_would_refuse_is_found_before(make_job, monkeypatch, kind, 
     assert problems[0].where.startswith(f"stages.{kind}.train")
 
 
+@pytest.mark.parametrize(
+    ("kind", "method", "said"),
+    [
+        ("dpo", {"label_smoothing": 0.1}, "has no effect without loss_type"),
+        ("dpo", {"discopop_tau": 0.1}, "has no effect without loss_type discopop"),
+        ("dpo", {"f_alpha_divergence_coef": 0.2}, "has no effect without f_divergence_type"),
+        ("dpo", {"f_divergence_type": "js_divergence", "loss_type": "nca_pair"}, "nca_pair has no form of"),
+        ("dpo", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "same length"),
+        ("ppo", {"kl_horizon": 50}, "has no effect without kl.target"),
+        ("ppo", {"ensemble_penalty": 2.0}, "has no effect without reward_combination"),
+    ],
+)
+def test_a_parameter_that_would_do_nothing_is_refused(make_job, kind, method, said):
+    job = dataclasses.replace(job_with(make_job, kind, {}), method=method)
+    job = dataclasses.replace(job, rewards=(RewardSource("function", len),)) if kind == "ppo" else job
+    (error,) = stage_problems(job)
+    assert said in str(error)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what a CPU cannot do")
+@pytest.mark.parametrize("key", ["fp16", "activation_offloading"])
+def test_what_needs_a_gpu_is_refused_without_one(make_job, key):
+    (error,) = stage_problems(job_with(make_job, "sft", {key: True}))
+    assert error.where == f"stages.sft.train.{key}" and "needs a GPU" in error.problem
+
+
 def test_targets_that_no_layer_has_are_found_before(make_job):
     from preftune.models.lora import LoraSpec
 
@@ -116,6 +147,7 @@ def test_asked_for_checkpoints_stay(make_job):
     job = make_job("sft", train={"max_steps": 4, "save_steps": 2, "save_total_limit": 1})
     run_stage(job)
     assert [each.name for each in (job.output_dir / "checkpoints").iterdir()] == ["checkpoint-4"]
+    assert not (job.output_dir / "logs").exists()
 
 
 def test_event_files_stay(make_job, monkeypatch):
