@@ -1,6 +1,7 @@
 """Reward models of architectures for which transformers has no sequence classifier."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import AutoPeftModelForSequenceClassification, PeftModel
@@ -15,7 +16,7 @@ from preftune.models.tokens import load_tokenizer, prepare_model
 
 
 def test_a_decoder_without_a_classifier_gets_one_that_plain_peft_loads(tmp_path: Path):
-    tokenizer = byte_tokenizer()
+    tokenizer: Any = byte_tokenizer()
     config = CohereConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
