@@ -6,7 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
+from transformers.modeling_layers import GenericForSequenceClassification
 
 from ..errors import UserError
 
@@ -68,13 +75,42 @@ def init_score(linear: nn.Linear, generator: torch.Generator | None = None) -> N
             bias.zero_()
 
 
+def add_classifier(folder: Path) -> None:
+    """Teach `AutoModelForSequenceClassification` the base's architecture, where transformers has no classifier for it:
+    its decoder under transformers' general head, `score` on the last token. Plain PEFT then loads a reward adapter of
+    such a base as of any other (in a process that has called this).
+    """
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    kind = type(config)
+    known: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    if kind in known or kind not in causal:
+        return
+    speaker = causal[kind]
+    family = next(each for each in speaker.__mro__[1:] if each.__name__.endswith("PreTrainedModel"))
+    if family is PreTrainedModel:
+        return
+    name = speaker.__name__.replace("ForCausalLM", "").replace("LMHeadModel", "") + "ForSequenceClassification"
+    made = type(
+        name,
+        (GenericForSequenceClassification, family),
+        {"base_model_prefix": speaker.base_model_prefix, "config_class": kind, "__module__": __name__},
+    )
+    # without `exist_ok` transformers passes over its own configs; there is nothing yet that this could replace
+    AutoModelForSequenceClassification.register(kind, made, exist_ok=True)
+
+
 def load_classifier(folder: Path, seed: int, options: dict[str, Any]) -> PreTrainedModel:
     """The sequence classifier of a base with one label and a fresh fp32 `score` head drawn from `seed`.
+
+    Where transformers has no classifier for the architecture, its decoder gets transformers' general one
+    (`add_classifier`).
 
     Raises:
         UserError: the architecture has none, or one without a linear `score` on its decoder.
     """
     try:
+        add_classifier(folder)
         model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, **options)
     except ValueError as error:
         first = str(error).strip().splitlines()[0]

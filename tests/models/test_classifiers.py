@@ -1,0 +1,45 @@
+"""Reward models of architectures for which transformers has no sequence classifier."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import AutoPeftModelForSequenceClassification, PeftModel
+from transformers import AutoModelForSequenceClassification, CohereConfig, CohereForCausalLM
+
+from preftune.models.adapters import AdapterSet
+from preftune.models.loading import load_model, resolve_base
+from preftune.models.lora import LoraSpec, lora_layers, lora_state
+from preftune.models.reward_model import create_reward_model, save_reward_model
+from preftune.models.tiny import byte_tokenizer
+from preftune.models.tokens import load_tokenizer, prepare_model
+
+
+def test_a_decoder_without_a_classifier_gets_one_that_plain_peft_loads(tmp_path: Path):
+    tokenizer: Any = byte_tokenizer()
+    config = CohereConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    CohereForCausalLM(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    base = resolve_base(str(tmp_path / "base"))
+    tokenizer = load_tokenizer(base)
+    made = create_reward_model(base, tokenizer, LoraSpec(r=2, alpha=4)).eval()
+    for name, parameter in lora_state(lora_layers(made), "default").items():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    save_reward_model(made, base, tmp_path / "reward")
+    ids = torch.tensor([[20, 21, 22, 23]])
+    plain = AutoModelForSequenceClassification.from_pretrained(base.path, num_labels=1, dtype=torch.float32)
+    prepare_model(plain, tokenizer)
+    alone = AutoPeftModelForSequenceClassification.from_pretrained(str(tmp_path / "reward"), num_labels=1)
+    beside = AdapterSet.create(load_model(base), base, LoraSpec(r=2, alpha=4))
+    beside.load("reward", tmp_path / "reward")
+    with torch.no_grad():
+        wanted = PeftModel.from_pretrained(plain, str(tmp_path / "reward")).eval()(ids).logits
+        torch.testing.assert_close(made(ids).logits, wanted, rtol=0, atol=1e-5)
+        torch.testing.assert_close(alone.eval()(ids).logits, wanted, rtol=0, atol=1e-5)
+        found = beside.heads["reward"](beside.hidden("reward", ids, torch.ones_like(ids)))[:, -1:]
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
