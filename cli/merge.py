@@ -1,15 +1,24 @@
 """`preftune merge`: a stage's adapter merged into its base."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import UserError
+from ..files import RECIPE
 from .folder import holds_adapter
 
+if TYPE_CHECKING:
+    from ..models.merging import Merged, Rows
+
 _DTYPES = ("float32", "bfloat16", "float16")
+_ROWS, _TOKENS = 32, 2048
+"""On so much of the stage's own data the cost is measured."""
+_COSTLY = 0.01
+"""Nats a token from which float32 is advised."""
 
 
 def merge_stage(adapter: Path, out: Path, dtype: str | None = None) -> None:
-    """Write the base with the adapter merged into it, and print where.
+    """Write the base with the adapter merged into it; print where, and what the merge costs.
 
     Args:
         adapter: a finished stage's folder.
@@ -27,5 +36,65 @@ def merge_stage(adapter: Path, out: Path, dtype: str | None = None) -> None:
         raise UserError("--dtype", f"{dtype!r} is unknown", f"use one of {', '.join(_DTYPES)}")
     from ..models.merging import merge_adapter
 
-    merged = merge_adapter(adapter, out, dtype)
+    merged = merge_adapter(adapter, out, dtype, stage_rows(adapter))
     print(f"{out}: {merged.base.spec} with {adapter} merged into it, {merged.dtype}")
+    print(cost_in_words(merged))
+
+
+def cost_in_words(merged: "Merged") -> str:
+    """One line: the numbers, and what to do where they differ."""
+    cost, dtype = merged.cost, merged.dtype
+    if cost is None:
+        return "not measured: there is no run with the stage's data beside the adapter; in fp32 both say the same"
+    if merged.reward:
+        said = f"mean score {cost.exact:.4f} in float32 with the adapter beside, {cost.merged:.4f} merged in {dtype}"
+        return f"{cost.tokens} rows of its own data: {said}; {cost.difference:.2g} apart a row"
+    numbers = [f"{cost.exact:.4f} nats a token in float32 with the adapter beside"]
+    numbers += [] if cost.beside is None else [f"{cost.beside:.4f} in training's dtype"]
+    said = f"{cost.tokens} tokens of its own data: {', '.join(numbers)}, {cost.merged:.4f} merged in {dtype}"
+    lost = cost.merged - cost.exact
+    advised = dtype != "float32" and lost > _COSTLY
+    return f"{said}: the merge costs {lost:.3f} nats a token; --dtype float32 keeps them" if advised else said
+
+
+def stage_rows(adapter: Path) -> "Rows":
+    """Some rows of the stage's own data, or of the nearest stage above whose data have replies; none where the run's
+    recipe or its data are not at hand."""
+    run, name = adapter.resolve().parent, adapter.resolve().name
+    if not (run / RECIPE).is_file():
+        return ()
+    from transformers import AutoTokenizer
+
+    from ..data.encode import encode_rows
+    from ..data.load import load_rows
+    from ..recipes.build import data_spec, folders
+    from .policies import run_recipe
+
+    try:
+        recipe = run_recipe(run)
+        while recipe.stages[name].record.rows == "prompt":
+            name = recipe.stages[name].parent
+        stage = recipe.stages[name]
+        spec = data_spec(recipe.data[stage.data], recipe.seed)
+        rows = list(load_rows(spec, stage.record.rows, folders(recipe)).rows)[:_ROWS]
+        tokenizer = AutoTokenizer.from_pretrained(adapter)
+        encoded = encode_rows(stage.record.rows, rows, tokenizer, spec)[0]
+    except (UserError, KeyError, OSError):
+        return ()
+    return _labelled(encoded)
+
+
+def _labelled(encoded: object) -> "Rows":
+    """Encoded rows of any kind as ids and labels, up to so many tokens; a pair counts by its chosen reply."""
+    from ..data.encode import IGNORED
+
+    found: list[tuple[list[int], list[int]]] = []
+    for row in encoded:  # pyright: ignore[reportGeneralTypeIssues]: a Dataset, which is not typed as iterable
+        reply = row.get("chosen_ids") or (row.get("completion_ids") if row.get("label", True) else None)
+        if "input_ids" in row:
+            found.append((row["input_ids"], row["labels"]))
+        elif reply:
+            found.append(([*row["prompt_ids"], *reply], [IGNORED] * len(row["prompt_ids"]) + list(reply)))
+        if sum(len(ids) for ids, _ in found) > _TOKENS:
+            break
+    return found

@@ -185,10 +185,12 @@ class DataCheck:
     def _encoded(self, name: str, kind: RowKind, rows: "list[Row]", spec: "DataSpec", label: str) -> dict[str, Any]:
         from ..data.encode import encode_rows
         from ..models.context import check_context
+        from ..stages.run import check_ids
 
         assert self.base is not None and self.tokenizer is not None
         dataset, encoded = encode_rows(kind, rows, self.tokenizer, spec)
         self._say(f"{label}, in tokens", encoded.lines())
+        check_ids(dataset, self.tokenizer, self.base, _place(name))
         check_context(dataset, self.base, _place(name), self._new_tokens(name, kind))
         if not encoded.used:
             why = "; ".join(encoded.lines()[1:])

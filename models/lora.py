@@ -30,6 +30,7 @@ from . import seams
 from .base import Base
 from .causal import decoder_of
 from .plain_lora import adapted_modules, check_plain, check_targets, check_tensors, read_config
+from .rounding import rounded
 
 with seams.importing(seams.LORA_LAYER):
     from peft.tuners.lora.layer import ParamWrapper
@@ -216,9 +217,10 @@ def adapted_weight(layer: Any) -> Any:
 
 
 def merged_weight(layer: Any, role: str) -> Tensor:
-    """The base's weight with that adapter's change in it: summed in fp32, rounded once to the weight's dtype."""
+    """The base's weight with that adapter's change in it: summed in fp32, rounded once and without a bias to the
+    weight's dtype (see `rounding`)."""
     weight: Tensor = adapted_weight(layer).data
-    return layer.get_delta_weight(role).float().add_(weight).to(weight.dtype)
+    return rounded(layer.get_delta_weight(role).float().add_(weight), weight.dtype)
 
 
 def lora_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:

@@ -1,57 +1,186 @@
-"""A LoRA adapter merged into its base, as one ordinary model."""
+"""A LoRA adapter merged into its base, as one ordinary model, and what the merge costs."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoTokenizer
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from ..data.encode import IGNORED
+from ..errors import UserError
 from ..files import ADAPTER_CONFIG, LINEAGE
+from . import seams
 from .base import Base
 from .lineage import load_adapter_base, read_lineage
 from .loading import load_model
+from .lora import lora_layers
 from .quiet import quiet_transformers
+from .rounding import rounded
+
+with seams.importing(seams.LORA_LAYER):
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+Rows = Sequence[tuple[Sequence[int], Sequence[int]]]
+"""Token ids with their labels, `IGNORED` where a token is not counted."""
+
+_EXACT = 1e-3
+"""What log-probabilities (or a reward) may differ by between adapter and merged weights, both in fp32."""
+_PROBE: Rows = (([5, 9, 17, 4, 31, 8, 2, 40, 6, 12], [5, 9, 17, 4, 31, 8, 2, 40, 6, 12]),)
+"""Where no rows are at hand: any tokens will do to see whether two models are one."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Mean negative log-probability of the counted tokens, in nats a token (of a reward model: its mean score).
+
+    Attributes:
+        tokens: how many are counted (of a reward model: rows).
+        exact: in fp32, the adapter beside the base. beside: in the dtype that it was trained in; None: that is fp32.
+        merged: as written.
+        difference: mean absolute difference between `merged` and `exact`, a token.
+    """
+
+    tokens: int
+    exact: float
+    beside: float | None
+    merged: float
+    difference: float
 
 
 @dataclass(frozen=True)
 class Merged:
-    """What was written: the base that the adapter belongs to, and the dtype of the weights."""
+    """What was written: the base that the adapter belongs to, the dtype of the weights, what it cost (None: no rows to
+    measure it on), and whether it is a reward model."""
 
     base: Base
     dtype: str
+    cost: Cost | None = None
+    reward: bool = False
 
 
-def merge_adapter(adapter: Path, out: Path, dtype: str | None = None) -> Merged:
+def merge_adapter(adapter: Path, out: Path, dtype: str | None = None, rows: Rows = ()) -> Merged:
     """Write base + adapter as safetensors, with the tokenizer beside them.
 
-    The sum is taken in fp32 and rounded once: sums in bf16 would lose what a small adapter says. A reward adapter
-    becomes a sequence classifier with its score head.
+    Any adapter that PEFT can merge will do, plain LoRA or not. The sum is taken in fp32, held against the adapter
+    beside its base, and rounded once, without a bias (see `rounding`). Where an adapted embedding is tied to the output
+    head, they are written as two. A reward adapter becomes a sequence classifier with its score head.
 
     Args:
         adapter: a finished stage's folder, or any of PEFT's; its base is found by its lineage, wherever it was trained.
         out: a folder; files of the same names in it are overwritten.
         dtype: float32, bfloat16 or float16; None: the one that the stage was trained in, or else float32.
+        rows: on which the cost is measured.
 
     Raises:
-        UserError: its base cannot be found, or is another model now.
+        UserError: its base cannot be found, or is another model now; or the adapter cannot be merged exactly.
     """
     base = load_adapter_base(adapter)
     config = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     trained = read_lineage(adapter).config.get("dtype") if (adapter / LINEAGE).is_file() else None
     target = dtype or trained or "float32"
-    reward = config.get("task_type") == "SEQ_CLS"
-    model = load_model(base, dtype=torch.float32, task="reward" if reward else "causal")
+    task = "reward" if config.get("task_type") == "SEQ_CLS" else "causal"
+    counted = rows or _PROBE
+    beside = None
+    if rows and trained not in (None, "float32"):
+        low = getattr(torch, trained)
+        with torch.autocast("cpu", dtype=low):
+            model = PeftModel.from_pretrained(load_model(base, dtype=low, task=task), str(adapter)).eval()
+            beside = float(_outcome(model, rows).mean())
+        del model
     has_tokenizer = (adapter / "tokenizer_config.json").is_file()
     tokenizer = AutoTokenizer.from_pretrained(adapter if has_tokenizer else base.path)
-    # PEFT hands methods that it has not itself to the model within, whatever type that is
-    merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()  # pyright: ignore[reportCallIssue]
+    peft = PeftModel.from_pretrained(load_model(base, dtype=torch.float32, task=task), str(adapter)).eval()
+    exact = _outcome(peft, counted)
+    adapted, untied = list(lora_layers(peft)), _untie(peft)
+    merged = _merge(peft, str(adapter))
+    _check_same(exact, _outcome(merged, counted), str(adapter))
+    for path in adapted:
+        layer: Any = merged.get_submodule(path.removeprefix("base_model.model."))
+        if isinstance(getattr(layer, "weight", None), nn.Parameter):
+            layer.weight.data = rounded(layer.weight.data, getattr(torch, target))
+    merged.to(getattr(torch, target))
     merged.config.pad_token_id = tokenizer.pad_token_id
     merged.config.eos_token_id = tokenizer.eos_token_id
-    merged.to(getattr(torch, target))
+    found = _outcome(merged, rows) if rows else None
     merged.config.name_or_path = ""
     with quiet_transformers():
         merged.save_pretrained(out, safe_serialization=True)
+        if untied and target == "float32":
+            again = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+            _check_same(exact, _outcome(again, counted), str(adapter))
     tokenizer.save_pretrained(out)
-    return Merged(base, target)
+    if found is None:
+        return Merged(base, target, reward=task == "reward")
+    difference = float((found - exact).abs().mean())
+    cost = Cost(len(exact), float(exact.mean()), beside, float(found.mean()), difference)
+    return Merged(base, target, cost, reward=task == "reward")
+
+
+@torch.no_grad()
+def _outcome(model: nn.Module, rows: Rows) -> Tensor:
+    """-log p of every counted token of the rows (of a classifier: the score of every row), fp32."""
+    parts = []
+    for ids, labels in rows:
+        logits = model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits.float()
+        if logits.dim() == 2:
+            parts.append(logits[0, :1])
+            continue
+        target = torch.tensor(list(labels)[1:])
+        keep = target != IGNORED
+        logps = logits[0, :-1][keep].log_softmax(-1)
+        parts.append(-logps.gather(-1, target[keep][:, None]).squeeze(-1))
+    return torch.cat(parts)
+
+
+def _check_same(exact: Tensor, merged: Tensor, where: str) -> None:
+    gap = float((exact - merged).abs().max())
+    if not gap <= _EXACT * max(1.0, float(exact.abs().max())):
+        raise UserError(
+            where,
+            f"merged it would say something else than beside its base (by up to {gap:.2g} in fp32)",
+            "use it unmerged",
+        )
+
+
+def _merge(peft: PeftModel, where: str) -> PreTrainedModel:
+    tuner: Any = peft
+    try:
+        return tuner.merge_and_unload()
+    except (AttributeError, NotImplementedError, ValueError, TypeError) as error:
+        kind = getattr(peft.active_peft_config.peft_type, "value", peft.active_peft_config.peft_type)
+        raise UserError(where, f"a {kind} adapter, which PEFT cannot merge", "use it unmerged") from error
+
+
+def _untie(peft: PeftModel) -> bool:
+    """Give the output head a weight of its own where the adapter changes it or the embedding that it is tied to: merged
+    into the shared weight, a change of one would be a change of both. Whether that was needed."""
+    model: Any = peft.get_base_model()
+    both = [model.get_input_embeddings(), model.get_output_embeddings()]
+    wraps = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    if both[1] is None or not any(isinstance(each, wraps) for each in both):
+        return False
+    inner: list[Any] = [_innermost(each) for each in both]
+    if inner[0].weight is inner[1].weight or inner[0].weight.data_ptr() == inner[1].weight.data_ptr():
+        inner[1].weight = nn.Parameter(inner[1].weight.detach().clone(), requires_grad=False)
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+    for name in ("_tied_weights_keys", "all_tied_weights_keys"):
+        if hasattr(model, name):
+            setattr(model, name, {})
+    return True
+
+
+def _innermost(module: Any) -> Any:
+    while True:
+        if isinstance(module, BaseTunerLayer):
+            module = module.get_base_layer()
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            module = module.original_module
+        else:
+            return module

@@ -66,7 +66,8 @@ def check_plain(config: PeftConfig, where: str, *, fresh: bool = False) -> LoraC
         raise UserError(where, f"a {kind} adapter, expected plain LoRA", remedy)
     plain = LoraConfig()
     # PEFT targets a mixture's stacked experts in the place of their layers, with patterns of its own
-    stacked = {"target_parameters", "rank_pattern", "alpha_pattern"} if config.target_parameters else set()
+    taken = config.target_parameters and not fresh
+    stacked = {"target_parameters", "rank_pattern", "alpha_pattern"} if taken else set()
     allowed = _OBEYED | _ELSEWHERE | stacked
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

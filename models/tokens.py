@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def load_tokenizer(
         template_date: the day that templates write which write today's; None: the day on which the process started.
 
     Raises:
-        UserError: an unknown template, or no token that can serve as PAD.
+        UserError: an unknown template, an EOS that the model cannot say, or no token that can serve as PAD.
     """
     with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(base.path, trust_remote_code=False)
@@ -46,7 +47,11 @@ def load_tokenizer(
     what = "the chat template, which loops over and over on a dialogue of two words,"
     with within(_PATIENCE, "model.chat_template", what, "correct the template"):
         set_eos(tokenizer)
-    set_pad(tokenizer, _vocab_size(base))
+    size = vocabulary_size(base)
+    if tokenizer.eos_token_id >= size:
+        said = f"its EOS {tokenizer.eos_token!r} (id {tokenizer.eos_token_id}) is beyond the embedding's {size} rows"
+        raise UserError("model.base", said, "take a template that ends turns with a token which the base has")
+    set_pad(tokenizer, size)
     return tokenizer
 
 
@@ -138,6 +143,33 @@ def special_tokens(tokenizer: Any) -> dict[str, int]:
     return marked | named
 
 
+def check_vocabulary(rows: Sequence[Sequence[int]], tokenizer: Any, size: int, where: str) -> None:
+    """Every token has its row in the base's embedding: tokens that were added later may have none.
+
+    Args:
+        rows: token ids.
+        size: rows of the embedding.
+        where: whose rows they are, for the message.
+
+    Raises:
+        UserError: the first row with a token beyond it, and which token that is.
+    """
+    for number, row in enumerate(rows, start=1):
+        if len(row) and (highest := max(row)) >= size:
+            token = tokenizer.convert_ids_to_tokens([highest])[0]
+            raise UserError(
+                where,
+                f"row {number} holds the token {token!r} (id {highest}), and the base's embedding has {size} rows",
+                "take that token out of the tokenizer or the template, or let the base's embedding grow first "
+                "(model.resize_token_embeddings, train it, save it as a base of its own)",
+            )
+
+
+def vocabulary_size(base: Base) -> int:
+    """Rows of the base's embedding."""
+    return AutoConfig.from_pretrained(base.path, trust_remote_code=False).get_text_config().vocab_size
+
+
 def _template(tokenizer: PreTrainedTokenizerBase, wanted: str | None) -> str:
     own = tokenizer.chat_template
     if wanted is None:
@@ -155,7 +187,3 @@ def _template(tokenizer: PreTrainedTokenizerBase, wanted: str | None) -> str:
     raise UserError(
         "model.chat_template", f"{wanted!r} is neither a file, nor Jinja text, nor a name", "give one, or `default`"
     )
-
-
-def _vocab_size(base: Base) -> int:
-    return AutoConfig.from_pretrained(base.path, trust_remote_code=False).get_text_config().vocab_size

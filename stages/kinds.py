@@ -253,7 +253,7 @@ DPO = StageKind(
             "label_smoothing",
             Annotated[float, Interval(ge=0, lt=0.5)],
             0.0,
-            "Share of labels that are taken to be wrong, in cdpo and robust.",
+            "Share of labels that are taken to be wrong, in robust, exo_pair, aot and aot_unpaired.",
         ),
         Parameter(
             "ld_alpha",

@@ -12,7 +12,7 @@ from .job import StageJob
 from .options import refusals_in_words, stage_config
 from .reference_trainer import ReferenceTrainer
 from .run import PolicyStage, load_data, open_adapters, open_tokenizer, train_policy
-from .trainers import NO_AUX, stage_callbacks
+from .trainers import NO_AUX, settle_dropout, stage_callbacks
 
 
 class KTOStageTrainer(ReferenceTrainer, KTOTrainer):
@@ -58,6 +58,7 @@ def build_kto(job: StageJob) -> PolicyStage[KTOStageTrainer]:
             held_rows = with_kl_completions(held_rows.shuffle(seed=job.seed), args.per_device_eval_batch_size)
     # 2. the base, the adapter that trains, its frozen copy as the reference
     adapters = open_adapters(job, tokenizer)
+    settle_dropout(job, args, adapters.model, reference=True)
     with refusals_in_words(job):
         trainer = KTOStageTrainer(
             model=adapters.model,

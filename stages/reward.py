@@ -17,7 +17,7 @@ from .job import StageJob
 from .metrics import length_baselines, mean_std, pair_accuracy
 from .options import refusals_in_words, stage_config
 from .run import StageData, finish, load_data, open_tokenizer
-from .trainers import StageTrainer, stage_callbacks, train
+from .trainers import StageTrainer, settle_dropout, stage_callbacks, train
 
 REFERENCE_RESPONSES = 128
 """How many chosen responses the stored mean and deviation are taken over at most: the mean's error is std / 11."""
@@ -71,6 +71,7 @@ def build_reward(job: StageJob) -> RewardStage:
         device="cuda" if job.quantization else None,
         packed=job.packed,
     )
+    settle_dropout(job, args, model, reference=False)
     with refusals_in_words(job):
         trainer = RewardStageTrainer(
             model=model,

@@ -2,15 +2,20 @@
 
     function(prompts, completions, completion_ids, **columns) -> list[float | None]
 
+It may be `async`, and may return an array, a tensor or a generator.
+
 As in TRL, None says that the function does not apply to that completion: it has no score there, and where several
 rewards are added up it is left out of that completion's sum (TRL takes the `nansum` over the functions), so that a
 completion without any score gets 0.
 """
 
+import asyncio
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import numbers
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ..data.rows import Message
@@ -60,46 +65,87 @@ def call_reward_function(
         columns: every other column of the data, a list with an element for each completion.
 
     Raises:
-        UserError: not as many scores as completions, or one that is neither None nor a finite number.
+        UserError: a parameter that nothing fills; not a list, array, tensor or generator of scores, not as many as
+            completions, or one that is neither None nor a finite number.
     """
     given = {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
-    name = getattr(function, "__name__", "the function")
-    try:
-        parameters = inspect.signature(function).parameters
-    except ValueError as error:  # some that are written in C
-        raise UserError(where, f"{name} does not say what it takes", "wrap it in a function of your own") from error
-    if not any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values()):
-        given = {name: value for name, value in given.items() if name in parameters}
+    name = getattr(function, "__name__", type(function).__name__)
+    given = _taken(function, given, where)
     with user_code(where, f"{name} raised", "correct the function"):
-        answer: Any = function(**given)
-        # a generator, a tuple or an array will do
-        returned = list(answer) if isinstance(answer, Iterable) and not isinstance(answer, str | Mapping) else None
-    if returned is None:
-        said = f"the function returned {type(answer).__name__} {str(answer)[:40]!r}, expected a list of numbers"
-        raise UserError(where, said, "return one number (or None) for each completion")
-    if len(returned) != len(completions):
+        returned = _called(function, given)
+        scores = _listed(returned)
+    if scores is None:
+        said = "None" if returned is None else f"a {type(returned).__name__}"
         raise UserError(
             where,
-            f"the function returned {len(returned)} scores for {len(completions)} completions",
+            f"{name} returned {said}, expected a list of {len(completions)} scores",
+            "it is called once with all completions: return one number (or None) for each",
+        )
+    if len(scores) != len(completions):
+        raise UserError(
+            where,
+            f"{name} returned {len(scores)} scores for {len(completions)} completions",
             "return one number (or None) for each completion",
         )
-    return [_score(each, where, completion) for each, completion in zip(returned, completions, strict=True)]
+    return [_score(each, where, name, completion) for each, completion in zip(scores, completions, strict=True)]
 
 
-def _score(score: object, where: str, completion: str | list[Message]) -> float:
+def _taken(function: RewardFunction, given: dict[str, Any], where: str) -> dict[str, Any]:
+    """Those of the arguments that the function has parameters for; every one that it needs is among them."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some built-in callables do not say
+        return given
+    if not any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters):
+        given = {name: value for name, value in given.items() if name in {each.name for each in parameters}}
+    unnamed = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    for each in parameters:
+        if each.kind is inspect.Parameter.POSITIONAL_ONLY:
+            raise UserError(where, f"its parameter {each.name!r} has no name to be called by", "take away the `/`")
+        if each.kind not in unnamed and each.default is inspect.Parameter.empty and each.name not in given:
+            raise UserError(
+                where,
+                f"it needs {each.name!r}, which is no column of the data",
+                "name a column, prompts, completions or completion_ids; or give the parameter a default",
+            )
+    return given
+
+
+def _called(function: RewardFunction, given: dict[str, Any]) -> Any:
+    """What the function returns; one that is `async` is run to its end, as in TRL, in a loop of its own thread (a
+    notebook's thread has one running already)."""
+    returned: Any = function(**given)
+    if not inspect.iscoroutine(returned):
+        return returned
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, returned).result()
+
+
+def _listed(returned: Any) -> list[Any] | None:
+    """The scores as a list; None where that is nothing with one element a completion."""
+    if hasattr(returned, "tolist"):  # a tensor, an array, a series
+        returned = returned.tolist()
+    if isinstance(returned, Sequence | Generator) and not isinstance(returned, str | bytes):
+        return list(returned)
+    return None
+
+
+def _score(score: Any, where: str, name: str, completion: str | list[Message]) -> float:
     if score is None:
         return math.nan
-    try:
-        # also a tensor or an array of one number
-        number = math.inf if isinstance(score, str | bytes) else float(score)  # pyright: ignore[reportArgumentType]
-    except (TypeError, ValueError, RuntimeError):
-        number = math.inf
-    if not math.isfinite(number) or abs(number) > _LARGEST:
-        said = completion if isinstance(completion, str) else completion[-1]["content"]
-        shown = str(score) if isinstance(score, float) else repr(score)
+    if hasattr(score, "item") and getattr(score, "size", None) is not None and _elements(score) == 1:
+        score = score.item()
+    if not isinstance(score, numbers.Real) or not abs(float(score)) <= _LARGEST:
+        text = completion if isinstance(completion, str) else completion[-1]["content"]
+        shown = repr(score) if len(repr(score)) <= 40 else f"a {type(score).__name__}"
         raise UserError(
             where,
-            f"the function returned {shown[:40]} for completion {said[:80]!r}",
+            f"{name} returned {shown} for completion {text[:80]!r}",
             "return finite numbers, or None where it has no score",
         )
-    return number
+    return float(score)
+
+
+def _elements(score: Any) -> int:
+    """How many numbers a tensor or an array holds."""
+    return int(score.numel()) if hasattr(score, "numel") else int(score.size)

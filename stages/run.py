@@ -18,6 +18,7 @@ from ..data.split import split_rows
 from ..errors import UserError, user_code
 from ..files import CHECKPOINTS, LOGS, METRICS
 from ..models.adapters import AdapterSet
+from ..models.base import Base
 from ..models.context import check_context
 from ..models.lineage import (
     Lineage,
@@ -30,7 +31,7 @@ from ..models.lineage import (
     write_lineage,
 )
 from ..models.loading import load_model
-from ..models.tokens import load_tokenizer, prepare_model
+from ..models.tokens import check_vocabulary, load_tokenizer, prepare_model, vocabulary_size
 from ..values import plain
 from .job import StageJob
 from .kinds import KINDS
@@ -119,6 +120,7 @@ def load_data(job: StageJob, encode: Encode, tokenizer: PreTrainedTokenizerBase)
     for name, rows in (("train", train_rows), ("held_out", held_rows)):
         if rows:
             encoded[name], part = encode(list(rows), tokenizer, job.data)
+            check_ids(encoded[name], tokenizer, job.base, f"data.{job.data_name}")
             origins = tuple(part.origins) if name == "train" else origins
             report[name] = part.as_dict()
             logger.info("%s, %s rows of %s: %s", job.name, name, job.data_name, "; ".join(part.lines()))
@@ -134,6 +136,15 @@ def load_data(job: StageJob, encode: Encode, tokenizer: PreTrainedTokenizerBase)
         check_context(part, job.base, f"data.{job.data_name}", new_tokens or 0)
     held = encoded.get("held_out")
     return StageData(train, held if held is not None and len(held) else None, loaded.fingerprint, report, origins)
+
+
+def check_ids(rows: "Dataset", tokenizer: PreTrainedTokenizerBase, base: Base, where: str) -> None:
+    """Every token of the encoded rows has its row in the base's embedding (see `check_vocabulary`)."""
+    if len(tokenizer) <= (size := vocabulary_size(base)):
+        return  # no token is beyond it
+    for column in rows.column_names:
+        if column.endswith("_ids"):
+            check_vocabulary(rows[column][:], tokenizer, size, where)
 
 
 def open_tokenizer(job: StageJob) -> PreTrainedTokenizerBase:

@@ -1,5 +1,6 @@
 """What the SFT, reward, DPO and KTO stages share: token ids in, one training loop, one set of measures."""
 
+import logging
 import math
 import time
 import warnings
@@ -16,6 +17,7 @@ from ..errors import UserError
 from ..files import LOG, LOGS
 from ..models import seams
 from ..models.causal import head_of
+from ..models.dropout import dropout_rate, no_dropout
 from ..models.lm_head import use_compact_head
 from ..models.memory import peak_memory_bytes
 from .callbacks import Clock, LogFile, Progress, keep_event_files
@@ -23,6 +25,7 @@ from .finite import not_finite, rows_of
 from .job import StageJob
 from .kinds import EARLY_STOPPING
 
+logger = logging.getLogger(__name__)
 NO_AUX: dict[str, Any] = {"router_aux_loss_coef": 0.0}
 """Defaults of SFT, DPO and KTO: a frozen router has nothing to balance, so the loss of a mixture of experts is that of
 any other model. Who sets the coefficient finds the load-balancing loss in the log as `aux_loss`."""
@@ -169,13 +172,12 @@ def check_identity(trainer: Any, beta: float) -> None:
     """At step 0 the policy IS the reference, so every log-ratio is 0 (D1): look at the first batch's metrics.
 
     Both sides are one computation on equal weights, so they agree far better than the tolerance: 1e-3 nats in the
-    summed log-probability, or in bf16 what rounding may do to a sum of that size. With dropout on nothing is checked.
+    summed log-probability, or in bf16 what rounding may do to a sum of that size. Nothing is dropped
+    (`settle_dropout`).
 
     Raises:
         RuntimeError: the reference is not what the policy started from.
     """
-    if any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in trainer.model.modules()):
-        return
     seams.require(seams.METRICS, trainer)
     metrics = trainer._metrics["train"]
     if not (metrics.get("rewards/chosen") or metrics.get("rewards/rejected")):
@@ -193,6 +195,32 @@ def check_identity(trainer: Any, beta: float) -> None:
                 f"step 0: log pi - log pi_ref of the {side} responses is {ratio:.4g} nats, expected 0 within "
                 f"{tolerance:.2g}: the reference is not the adapter that this stage started from"
             )
+
+
+def settle_dropout(job: StageJob, args: Any, model: torch.nn.Module, *, reference: bool) -> None:
+    """Do what `disable_dropout` says, for every rate of the model: TRL switches off `nn.Dropout` alone, and some
+    attention keeps its rate elsewhere. That the adapter's own dropout is off is said.
+
+    Args:
+        reference: the stage compares with a frozen reference. It shares the policy's modules, so dropout would reach it
+            as well: then the rates have to be off.
+
+    Raises:
+        UserError: `disable_dropout: false` in such a stage, and something would be dropped.
+    """
+    rate = dropout_rate(model)
+    if not rate:
+        return
+    if args.disable_dropout:
+        if job.lora.dropout:
+            logger.warning("%s: lora.dropout %g is off here (disable_dropout)", job.name, job.lora.dropout)
+        no_dropout(model)
+    elif reference:
+        raise UserError(
+            f"stages.{job.name}.train.disable_dropout",
+            f"false, and the model drops at a rate of {rate:g}: its reference would be noisy, and no longer its start",
+            "leave it out (dropout is off in this stage)",
+        )
 
 
 @contextmanager

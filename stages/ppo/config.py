@@ -1,12 +1,13 @@
 """PPO's config: TrainingArguments plus the method. Derived values are methods; what does not divide is an error."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import get_type_hints
 
 from transformers import TrainingArguments
 
 from ..losses import KL_ESTIMATORS
 from .settings import PPOSettings, expected
+from .trl_names import CONFIG, refuse_names
 
 
 @dataclass
@@ -26,6 +27,16 @@ class PPOConfig(PPOSettings, TrainingArguments):
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient norm limit, policy and value each."})
     samples_file: str | None = field(default=None, metadata={"help": "None: rollouts.jsonl in output_dir."})
     policies_dir: str | None = field(default=None, metadata={"help": "Of kept policies. None: in output_dir."})
+
+    def __new__(cls, *args: object, **given: object) -> "PPOConfig":
+        """Names of TRL's and other PPO configs are refused with what says the same here.
+
+        Raises:
+            UserError: a name that is no field.
+        """
+        known = [each.name for each in fields(cls) if each.init]
+        refuse_names(cls.__name__, [name for name in given if name not in known], CONFIG, known)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -5,6 +5,8 @@ minibatch epochs. What makes it PPO (the value, the advantages, the losses) is h
 Sources: Ouyang et al. 2022 (arXiv 2203.02155), Huang et al. 2024 (arXiv 2403.17031).
 """
 
+import inspect
+import logging
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -22,6 +24,7 @@ from transformers import (
     ProgressCallback,
     Trainer,
     TrainerCallback,
+    TrainingArguments,
 )
 from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import TrainOutput, speed_metrics
@@ -32,6 +35,7 @@ from ...models.adapters import DEFAULT, REF, AdapterSet
 from ...models.dropout import no_dropout
 from ...models.lora import LoraSpec
 from ...models.memory import release_free_memory
+from ...models.tokens import check_vocabulary
 from ..finite import not_finite
 from ..kl_control import kl_controller
 from ..losses import token_rewards
@@ -66,6 +70,7 @@ from .rollout import (
     seed_of,
     stream_rows,
 )
+from .trl_names import TRAINER, refuse_names
 from .update import (
     FULL_TOLERANCE,
     Updater,
@@ -78,6 +83,8 @@ from .update import (
     tolerance,
     update_metrics,
 )
+
+logger = logging.getLogger(__name__)
 
 
 class OnPolicyTrainer(Trainer):
@@ -126,13 +133,17 @@ class OnPolicyTrainer(Trainer):
         lora: LoraSpec | None = None,
         peft_config: LoraConfig | None = None,
         quiet: bool = False,
+        **others: object,
     ) -> None:
+        _refuse_others(type(self), model, args, others)
         for seam in (seams.TRAINER_CHECKPOINT, seams.TRAINER_RESUME):
             seams.require(seam, type(self))
         args = PPOConfig("ppo_output") if args is None else args
         sources = reward_sources(reward_funcs, reward_adapter, rewards)
         self.adapters, self.tokenizer = open_policy(model, processing_class, lora, peft_config)
         self.prompts = Prompts.of(train_dataset if train_dataset is not None else (), self.tokenizer)
+        size = self.adapters.causal.config.get_text_config().vocab_size
+        check_vocabulary(self.prompts.ids, self.tokenizer, size, "train_dataset")
         super().__init__(
             model=self.adapters.model,
             args=args,
@@ -176,6 +187,7 @@ class OnPolicyTrainer(Trainer):
         no_dropout(adapters.model)
         adapters.model.train(bool(args.activation_checkpointing))
         self._share_start()
+        self._complete_optimizer()
         self.updater = Updater(args, self.method, self.reduce)
         self.samples = SampleLog(
             Path(args.samples_file or Path(str(args.output_dir)) / "rollouts.jsonl"),
@@ -440,6 +452,29 @@ class OnPolicyTrainer(Trainer):
             self.optimizer = cls(groups, **kwargs)
         return self.optimizer
 
+    def _complete_optimizer(self) -> None:
+        """A caller's optimiser was made before the method had its own parameters (the value's): they join it here.
+
+        Raises:
+            UserError: it holds none of the policy's, or only some.
+        """
+        if self.optimizer is None:
+            return
+        held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+        policy = self.adapters.parameters(DEFAULT)
+        without = sum(id(parameter) not in held for parameter in policy)
+        if without:
+            raise UserError(
+                f"{type(self).__name__}, optimizers",
+                f"{without} of the policy's {len(policy)} weights are not in the optimizer, and would not train",
+                "build it over every parameter of the model that requires a gradient, or leave it out",
+            )
+        for parameters, rate in self.method.learning_rates():
+            missing = [parameter for parameter in parameters if id(parameter) not in held]
+            if missing:
+                logger.warning("%d weights of the value join your optimizer, at a rate of %g", len(missing), rate)
+                self.optimizer.add_param_group({"params": missing, "lr": rate, "initial_lr": rate})
+
     def _keep_policy(self) -> None:
         """At the end of every `keep_every`-th iteration but the last, whose policy is the run's result."""
         args, state = self.args, self.state
@@ -502,6 +537,24 @@ class PPOTrainer(OnPolicyTrainer):
     def build_method(self, sources: Sequence[RewardSource], scorers: Sequence[Scorer]) -> Method:
         """The clipped losses, and generalised advantages from a value that starts as the first reward stage."""
         return PPO(self.args, self.trunk, value_start(self.args, sources, scorers), self.reduce)
+
+
+def _refuse_others(cls: type[OnPolicyTrainer], model: object, args: object, others: dict[str, object]) -> None:
+    """Say what stands here in the place of other trainers' arguments.
+
+    Raises:
+        UserError: one of those, or a config where the model belongs.
+    """
+    known = [name for name in inspect.signature(OnPolicyTrainer.__init__).parameters if name not in ("self", "others")]
+    refuse_names(cls.__name__, others, TRAINER, known)
+    wrong: list[tuple[str, object, str]] = []
+    if isinstance(model, TrainingArguments):
+        wrong.append(("model", model, "a model, or a string"))
+    if args is not None and not isinstance(args, PPOConfig):
+        wrong.append(("args", args, "a PPOConfig"))
+    for name, value, wanted in wrong:
+        remedy = "the order is model, args, processing_class, train_dataset"
+        raise UserError(cls.__name__, f"{name} is a {type(value).__name__}, expected {wanted}", remedy)
 
 
 def _no_collator(rows: list[Any]) -> Any:

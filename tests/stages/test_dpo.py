@@ -1,12 +1,20 @@
 """The DPO stage on a tiny random model: where it starts, what changes, what its reference is."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from trl.trainer.dpo_config import DPOConfig
 
+from preftune.errors import UserError
+from preftune.models.dropout import dropout_rate
 from preftune.models.lineage import read_lineage
-from preftune.stages.dpo import build_dpo
+from preftune.models.loading import load_model
+from preftune.models.lora import LoraSpec
+from preftune.stages.dpo import build_dpo, dpo_problems
+from preftune.stages.kto import build_kto
+from preftune.stages.options import stage_config
 from preftune.stages.run import run_stage
 
 BETA = 0.2
@@ -106,6 +114,56 @@ def test_d03_ipo_averages_over_tokens_where_dpo_sums(make_job, sft_folder):
     gap = chosen / lengths[0][row].item() - rejected / lengths[1][row].item()
     ipo = trainer.compute_loss(model, one).item()
     assert math.sqrt(ipo) == pytest.approx(abs(gap - 2.5), rel=1e-4)  # 1 / (2 beta) = 2.5
+
+
+def test_dropout_would_reach_the_reference_so_it_is_off_or_refused(make_job, sft_folder, caplog):
+    lora = LoraSpec(r=4, alpha=8, dropout=0.3)
+    stage = build_dpo(make_job("dpo", "off", parent=sft_folder, lora=lora))
+    assert dropout_rate(stage.adapters.model) == 0 and "lora.dropout 0.3 is off here" in caplog.text
+    with pytest.raises(UserError, match=r"dpo.train.disable_dropout: false, and the model drops at a rate of 0.3"):
+        build_dpo(make_job("dpo", parent=sft_folder, lora=lora, train={"disable_dropout": False}))
+    with pytest.raises(UserError, match="disable_dropout"):
+        build_kto(make_job("kto", parent=sft_folder, lora=lora, train={"disable_dropout": False}))
+    build_dpo(make_job("dpo", "nothing_to_drop", parent=sft_folder, train={"disable_dropout": False}))
+
+
+def test_attention_that_keeps_its_rate_elsewhere_is_without_dropout_too(make_job, sft_folder, monkeypatch):
+    def with_rate(*args, **kwargs):
+        model = load_model(*args, **kwargs)
+        model.config.attention_dropout = 0.2
+        layer: Any
+        for layer in model.modules():
+            if hasattr(layer, "attention_dropout"):
+                layer.attention_dropout = 0.2
+        return model
+
+    monkeypatch.setattr("preftune.stages.run.load_model", with_rate)
+    stage = build_dpo(make_job("dpo", parent=sft_folder))
+    assert dropout_rate(stage.adapters.model) == 0
+    with pytest.raises(UserError, match="disable_dropout"):
+        build_dpo(make_job("dpo", "on", parent=sft_folder, train={"disable_dropout": False}))
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", ["sigmoid", "sft"]])
+def test_label_smoothing_that_no_loss_looks_at_is_refused(make_job, sft_folder, loss_type):
+    method = {"beta": BETA, "loss_type": loss_type, "label_smoothing": 0.1}
+    job = make_job("dpo", parent=sft_folder, method=method)
+    (found,) = dpo_problems(job, stage_config(DPOConfig, job, held_out=False))
+    assert str(found).startswith("stages.dpo.label_smoothing: 0.1 has no effect with loss_type")
+
+
+@pytest.mark.parametrize("loss_type", ["aot", "aot_unpaired", "robust", "exo_pair"])
+def test_label_smoothing_changes_the_losses_that_take_it(make_job, sft_folder, loss_type):
+    losses = []
+    for smoothing in (0.1, 0.3):
+        method = {"beta": BETA, "loss_type": loss_type, "label_smoothing": smoothing}
+        stage = build_dpo(make_job("dpo", f"at{smoothing}", parent=sft_folder, method=method))
+        with torch.no_grad():
+            for number, parameter in enumerate(stage.adapters.parameters("default")):
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
+        stage.trainer._identity_checked = True
+        losses.append(first_batch(stage)[0])
+    assert abs(losses[0] - losses[1]) > 1e-4
 
 
 @pytest.mark.checklist("D8")

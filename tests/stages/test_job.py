@@ -5,9 +5,11 @@ import shutil
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from preftune.errors import UserError
 from preftune.models.lineage import read_lineage
+from preftune.models.loading import resolve_base
 from preftune.stages.job import StageJob
 from preftune.stages.options import device_defaults
 from preftune.stages.run import run_stage
@@ -33,6 +35,24 @@ def test_every_kind_writes_its_folder(make_job, sft_folder, kind):
     assert lineage.data["rows"] > 0
     assert lineage.config["train"]["learning_rate"] == 1e-3
     assert len(lineage.parents) == (kind != "sft")
+
+
+def test_a_token_beyond_the_embedding_is_refused_before_anything_loads(make_job, base, tmp_path):
+    folder = tmp_path / "grown"
+    shutil.copytree(base.path, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<tool>"])
+    tokenizer.save_pretrained(folder)
+    grown = resolve_base(str(folder))
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "use <tool> now"}]
+    with pytest.raises(UserError, match=r"data.demo: row 2 holds the token '<tool>' .* has 264 rows"):
+        build_sft(make_job("sft", base=grown, rows=rows))
+    build_sft(make_job("sft", base=grown, rows=rows[:1]))  # a token that nobody says does no harm
+    tokenizer.eos_token = "<tool>"
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<tool>")
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(UserError, match="its EOS '<tool>'"):
+        build_sft(make_job("sft", base=grown, rows=rows[:1]))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,17 +1,22 @@
 """What `PPOTrainer` is handed: taken as it is meant, or refused in words."""
 
+import inspect
 import json
+import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from transformers import TrainingArguments
 
-from preftune import PPOTrainer
+from preftune import PPOConfig, PPOTrainer
 from preftune.errors import UserError
 from preftune.files import ADAPTER_CONFIG
 from preftune.models.lora import LoraSpec
+from preftune.stages.ppo.trl_names import CONFIG, TRAINER
 
 from .tiny_ppo import PROMPTS, TOKENIZER, letters, settings, tiny, tiny_model
 
@@ -78,3 +83,60 @@ def test_settings_of_an_adapter_that_is_there_already_are_refused(tmp_path: Path
         opened(tmp_path, get_peft_model(tiny_model(), LoraConfig(**LORA)), peft_config=LoraConfig(**LORA))
     with pytest.raises(UserError, match="'v_porj' matches no module"):
         opened(tmp_path, tiny_model(), peft_config=LoraConfig(**{**LORA, "target_modules": ["q_proj", "v_porj"]}))
+
+
+def test_an_optimizer_over_the_policy_gets_the_value_as_well(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    adapters = tiny()
+    given = torch.optim.SGD(adapters.parameters("default"), lr=0.05)
+    made = opened(tmp_path, adapters, optimizers=(given, None))
+    assert "weights of the value join your optimizer" in caplog.text
+    before = {name: each.detach().clone() for name, each in made.trainables.items()}
+    made.train()
+    changed = {name.partition(".")[0] for name, each in made.trainables.items() if not torch.equal(each, before[name])}
+    assert changed == {"policy", "value"} and made.optimizer is given
+
+
+def test_an_optimizer_that_leaves_the_policy_out_is_refused(tmp_path: Path) -> None:
+    adapters = tiny()
+    given = torch.optim.SGD(adapters.parameters("default")[2:], lr=0.05)
+    with pytest.raises(UserError, match=r"2 of the policy's \d+ weights are not in the optimizer"):
+        opened(tmp_path, adapters, optimizers=(given, None))
+
+
+@pytest.mark.parametrize("name", [*TRAINER, "train_datset"])
+def test_names_of_other_trainers_are_refused_with_what_to_write(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError) as error:
+        opened(tmp_path, tiny(), **{name: None})
+    assert name in error.value.problem and error.value.remedy == TRAINER.get(name, "did you mean 'train_dataset'?")
+
+
+@pytest.mark.parametrize("name", [*CONFIG, "kl_coeff"])
+def test_names_of_other_configs_are_refused_with_what_to_write(tmp_path: Path, name: str) -> None:
+    given: dict[str, Any] = {name: 1}
+    with pytest.raises(UserError) as error:
+        PPOConfig(str(tmp_path), **given)
+    assert name in error.value.problem and error.value.remedy == CONFIG.get(name, "did you mean 'kl_coef'?")
+    assert name not in {each.name for each in fields(PPOConfig)}
+
+
+def test_what_the_remedies_name_is_there(tmp_path: Path) -> None:
+    """A field that a remedy tells to write is one."""
+    known = {each.name for each in fields(PPOConfig)} | set(inspect.signature(PPOTrainer.__init__).parameters)
+    told = {
+        word for table in (TRAINER, CONFIG) for line in table.values() for word in re.findall(r"[a-z]+_[a-z_]+", line)
+    }
+    foreign = {"on_log", "max_prompt_length"}  # a callback's method, a word of a recipe's data entry
+    assert told - known - foreign == set()
+
+
+def test_a_config_in_the_models_place_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="model is a PPOConfig, expected a model"):
+        PPOTrainer(settings(tmp_path), TOKENIZER, tiny())  # pyright: ignore[reportArgumentType]: TRL's order
+    with pytest.raises(UserError, match="args is a TrainingArguments"):
+        PPOTrainer(tiny(), TrainingArguments(str(tmp_path), use_cpu=True))  # pyright: ignore[reportArgumentType]
+
+
+def test_a_prompt_beyond_the_embedding_is_refused(tmp_path: Path) -> None:
+    rows = [{"prompt": "a"}, {"prompt_ids": [20, 21, len(TOKENIZER) + 3]}]
+    with pytest.raises(UserError, match=r"row 2 holds the token .*the base's embedding has 264 rows"):
+        PPOTrainer(tiny(), settings(tmp_path), TOKENIZER, rows, reward_funcs=letters)

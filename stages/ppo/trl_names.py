@@ -1,0 +1,116 @@
+"""What users of TRL's trainers write, and what says it here: one line for each name. Imports no torch."""
+
+from collections.abc import Iterable
+
+from ...errors import UserError, nearest
+
+_ONE_BASE = "leave it out: it is a frozen adapter on the policy's own base"
+_PROMPTS = "leave it out: the prompts are train_dataset, and held-out prompts are evaluated by `preftune eval`"
+_SAMPLING = "say it in PPOConfig: max_new_tokens, temperature, top_k, top_p"
+_RATES = "write RewardSource(kind, target, weight) in rewards=[...], one for each source"
+_KL = "write kl_coef (with kl_target and kl_horizon where it is to adapt)"
+
+TRAINER: dict[str, str] = {
+    "config": "write args=PPOConfig(...)",
+    "ppo_config": "write args=PPOConfig(...)",
+    "tokenizer": "write processing_class",
+    "policy": "write model",
+    "policy_model": "write model",
+    "dataset": "write train_dataset",
+    "ref_model": _ONE_BASE + ", a copy of what the policy starts from",
+    "ref_policy": _ONE_BASE + ", a copy of what the policy starts from",
+    "model_adapter_name": "leave it out: the policy's adapter is `default`",
+    "ref_adapter_name": "leave it out: the reference is the adapter `ref`, a copy of what the policy starts from",
+    "reward_model": "write reward_adapter=FOLDER (a reward stage on the same base), or reward_funcs='MODEL'",
+    "reward_func": "write reward_funcs",
+    "reward_function": "write reward_funcs",
+    "reward_processing_classes": "leave it out: a reward model reads with its own tokenizer",
+    "reward_weights": _RATES,
+    "value_model": "leave it out: the value is an adapter here (PPOConfig(value='separate' or 'shared'))",
+    "critic": "leave it out: the value is an adapter here (PPOConfig(value='separate' or 'shared'))",
+    "eval_dataset": _PROMPTS,
+    "data_collator": "leave it out: prompts are kept as token ids, and padded nowhere but in the rollout",
+    "generation_kwargs": _SAMPLING,
+    "generation_config": _SAMPLING,
+    "response_length": "write PPOConfig(max_new_tokens=...)",
+    "stop_token": "leave it out: a response ends at the tokenizer's EOS",
+    "num_shared_layers": "leave it out: policy and reference share the whole base",
+    "compute_metrics": "use a callback's on_log: every metric is logged",
+    "compute_loss_func": "subclass OnPolicyTrainer and hand in a Method (stages/ppo/method.py)",
+    "preprocess_logits_for_metrics": "leave it out: no logits are kept",
+    "model_init": "pass the model",
+    "optimizer_cls_and_kwargs": "write PPOConfig(optim=..., optim_args=...), or pass optimizers",
+}
+"""Arguments of PPOTrainer and its neighbours."""
+
+CONFIG: dict[str, str] = {
+    "response_length": "write max_new_tokens",
+    "max_completion_length": "write max_new_tokens",
+    "max_length": "write max_new_tokens for the response; cut prompts in the data (max_prompt_length)",
+    "max_prompt_length": "cut the prompts in train_dataset (in a recipe: max_prompt_length of the data entry)",
+    "stop_token": "leave it out: a response ends at the tokenizer's EOS",
+    "stop_token_id": "leave it out: a response ends at the tokenizer's EOS",
+    "generation_kwargs": "write max_new_tokens, temperature, top_k, top_p",
+    "min_p": "write top_p or top_k, or better neither: a cut biases the ratio",
+    "repetition_penalty": "leave it out: the policy would not be what is sampled",
+    "reward_weights": _RATES + " of PPOTrainer",
+    "reward_model_path": "pass reward_adapter=FOLDER or reward_funcs='MODEL' to PPOTrainer",
+    "sft_model_path": "pass the SFT stage's folder as PPOTrainer's model",
+    "reward_adapter": "pass it to PPOTrainer",
+    "num_sample_generations": "write log_samples_every (iterations) and num_log_samples",
+    "log_completions": "write log_samples_every (iterations) and num_log_samples",
+    "num_completions_to_print": "write num_log_samples",
+    "local_rollout_forward_batch_size": "write per_device_train_batch_size; forwards take some times as many rows",
+    "batch_size": "write rollout_batch_size (episodes an iteration, over all processes)",
+    "local_batch_size": "write rollout_batch_size (episodes an iteration, over all processes)",
+    "mini_batch_size": "write num_mini_batches (optimiser steps a pass)",
+    "local_mini_batch_size": "write num_mini_batches (optimiser steps a pass)",
+    "ppo_epochs": "write num_ppo_epochs",
+    "num_iterations": "write num_ppo_epochs",
+    "num_total_batches": "write total_episodes",
+    "num_updates": "write total_episodes",
+    "steps": "write total_episodes",
+    "backward_batch_size": "write per_device_train_batch_size",
+    "init_kl_coef": _KL,
+    "adap_kl_ctrl": _KL,
+    "beta": "write kl_coef",
+    "target": "write kl_target",
+    "target_kl": "write kl_target (the controller's), or target_approx_kl (stops an iteration's epochs)",
+    "early_stopping": "write target_approx_kl",
+    "horizon": "write kl_horizon",
+    "kl_penalty": "write kl_estimator",
+    "epsilon": "write cliprange",
+    "ratio_threshold": "write max_ratio",
+    "use_score_scaling": "write reward_scale='std' or 'running'",
+    "use_score_norm": "write normalize_rewards",
+    "score_clip": "write reward_clip",
+    "scale_rewards": "write reward_scale",
+    "exp_name": "write run_name",
+    "log_with": "write report_to",
+    "model_adapter_name": TRAINER["model_adapter_name"],
+    "ref_adapter_name": TRAINER["ref_adapter_name"],
+    "sync_ref_model": "leave it out: the reference is what the policy starts from, frozen",
+    "num_generations": "leave it out: PPO draws one response a prompt",
+    "use_vllm": "leave it out: rollouts run on the policy's own base",
+    "disable_dropout": "leave it out: nothing is dropped in PPO",
+    "dataset_num_proc": "leave it out: prompts are encoded once, in one process",
+    "missing_eos_reward": "write missing_eos_penalty (subtracted) or missing_eos_score (in the score's place)",
+}
+"""Fields of PPOConfig's predecessors and neighbours."""
+
+
+def refuse_names(where: str, given: Iterable[str], table: dict[str, str], known: Iterable[str]) -> None:
+    """Refuse the first argument that is nobody's here, with what to write.
+
+    Args:
+        where: whose arguments they are.
+        given: names that are not known here.
+        table: `TRAINER` or `CONFIG`.
+        known: the names that are, for what stands in neither.
+
+    Raises:
+        UserError: there is one.
+    """
+    for name in given:
+        remedy = table.get(name) or nearest(name, sorted(known), most=12)
+        raise UserError(where, f"{name!r} is no argument of it", remedy)
