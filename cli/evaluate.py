@@ -229,7 +229,7 @@ def _open(
         UserError: a policy in it is unknown or not finished.
     """
     recipe = _recipe(run, overrides, without_eval=without_eval)
-    from ..recipes.build import eval_spec
+    from ..recipes.build import eval_spec, policy_folder
     from ..recipes.schema import BASE
     from .policies import check_policy, finished_policies, first_reference, recipe_base, sampling_spec
 
@@ -244,7 +244,7 @@ def _open(
     base = recipe_base(recipe)
     if part is not None:
         return recipe, eval_spec(recipe, base, run, chosen)
-    folders = {name: None if name == BASE else run / name for name in chosen}
+    folders = {name: None if name == BASE else policy_folder(recipe, run, name) for name in chosen}
     return recipe, replace(sampling_spec(recipe, base, run), policies=folders, reference=reference)
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import UserError, nearest
 from ..files import RECIPE
-from ..recipes.build import data_spec, eval_spec, folders
+from ..recipes.build import data_spec, eval_spec, folders, policy_folder
 from ..recipes.graph import policies
 from ..recipes.load import load_recipe
 from ..recipes.schema import BASE, Recipe
@@ -48,7 +48,7 @@ def check_policy(recipe: Recipe, run: Path, name: str, where: str) -> None:
     known = [BASE, *policies(recipe)]
     if name not in known:
         raise UserError(where, f"no policy {name!r}", nearest(name, known))
-    if name != BASE and not holds_adapter(run / name):
+    if name != BASE and not holds_adapter(policy_folder(recipe, run, name)):
         remedy = f"train it: preftune run {run / RECIPE} --until {name}"
         raise UserError(str(run / name), "holds no adapter", remedy)
 

@@ -256,8 +256,9 @@ _TRIED = "_preftune_decoders"
 def decoder_for(adapters: AdapterSet) -> type[Decoder]:
     """The fastest way of decoding whose log-probs are those of the model's own forward over the whole row.
 
-    Each way draws a few tokens after two prompts that begin alike and one of a single token, beyond a sliding window
-    where there is one. Once for a base, on a device, in a precision; where it is not the first way, the log says so.
+    Each way draws a few tokens after four prompts, two of which begin alike, two have one length and one is a single
+    token; beyond a sliding window where there is one. Once for a base, on a device, in a precision; where it is not the
+    first way, the log says so.
 
     Raises:
         UserError: none is.
@@ -312,7 +313,7 @@ def _trial(adapters: AdapterSet, kind: type[Decoder], device: torch.device) -> t
     steps = 4 if kind is Decoder else 16
     (row, _), limit = trial_rows(adapters.backbone, device), rotary_limit(adapters.backbone)
     ids = row.tolist()
-    prompts = [ids[:9], [*ids[:3], *ids[9:]], ids[5:6]]
+    prompts = [ids[:9], [*ids[:3], *ids[9:]], ids[2:8], ids[5:6]]
     if limit is not None:
         steps = min(steps, limit.length // 2)
         prompts = [prompt[: limit.length - steps] for prompt in prompts]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import platform
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -18,8 +19,13 @@ from . import seams
 from .base import Base
 from .cache import remembered
 from .loading import resolve_base
-from .lora import VALUE_HEAD, WEIGHTS, tensors_sha256
+from .lora import VALUE_HEAD, WEIGHTS, read_adapter, tensors_sha256
 from .plain_lora import read_config
+
+logger = logging.getLogger(__name__)
+
+IMPORTED = "imported, unverified"
+"""The stage's name of a parent that has no lineage."""
 
 _FORMAT = 1
 _PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "safetensors")
@@ -33,7 +39,8 @@ class Lineage:
         stage: its name in the run; `kind`: sft, reward, dpo, kto or ppo.
         base: spec, revision, sha256 (see `base_info`).
         tokenizer: sha256, chat_template_sha256, pad_token, eos_token (see `tokenizer_info`).
-        parents: stage and sha256 (see `adapter_sha256`) of each adapter that went in.
+        parents: stage and sha256 (see `adapter_sha256`) of each adapter that went in, and the folder of one from
+            outside the run (see `parent_entry`).
         config: the stage's resolved config.
         data: spec, fingerprint, rows.
         created: UTC, ISO 8601; `seconds`: how long the stage took.
@@ -153,6 +160,43 @@ def check_lineage(folder: Path, base: Base, tokenizer: PreTrainedTokenizerBase) 
                 f"tokenizer.{key} differs: {_short(theirs)} there, {_short(ours)} here",
                 "use the tokenizer and chat template that it was trained with, or train it again",
             )
+
+
+def check_parent(folder: Path, base: Base, tokenizer: PreTrainedTokenizerBase) -> None:
+    """`check_lineage`; of an adapter from elsewhere, which has no lineage, what can be checked: that it is plain LoRA,
+    and that its config names this base, as far as that lies on this machine. Shapes follow when it is filled in.
+
+    Raises:
+        UserError: it does not belong to this base, tokenizer or template.
+    """
+    if (folder / LINEAGE).is_file():
+        check_lineage(folder, base, tokenizer)
+        return
+    named = read_adapter(folder)[0].base_model_name_or_path
+    if named and named not in (base.spec, base.model_id, str(base.path)):
+        theirs = resolve_base(named) if Path(named).is_dir() else None
+        if theirs is not None and theirs.sha256 != base.sha256:
+            raise UserError(
+                str(folder),
+                f"its adapter_config.json names {named}, which is another model than {base.spec}",
+                "use the base that it was trained on",
+            )
+        if theirs is None:
+            logger.warning("%s names the base %s and is used on %s: unverified", folder, named, base.spec)
+    logger.warning("%s has no %s: imported, its tokenizer and template are unverified", folder, LINEAGE)
+
+
+def parent_entry(folder: Path, run: Path) -> dict[str, Any]:
+    """What a child's lineage says of an adapter that went in: the stage and the hash of its weights; of one from
+    outside the run also its folder.
+
+    Args:
+        run: the child's own folder, beside those of the other stages of its run.
+    """
+    known = (folder / LINEAGE).is_file()
+    entry = {"stage": read_lineage(folder).stage if known else IMPORTED, "sha256": adapter_sha256(folder)}
+    outside = folder.resolve().parent != run.resolve().parent
+    return entry | ({"adapter": str(folder.resolve())} if outside else {})
 
 
 def load_adapter_base(folder: Path) -> Base:

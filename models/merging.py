@@ -18,7 +18,7 @@ from . import seams
 from .base import Base
 from .lineage import load_adapter_base, read_lineage
 from .loading import load_model
-from .lora import lora_layers
+from .lora import lora_layers, refused_by_peft
 from .quiet import quiet_transformers
 from .rounding import rounded
 
@@ -90,20 +90,20 @@ def merge_adapter(adapter: Path, out: Path, dtype: str | None = None, rows: Rows
     if rows and trained not in (None, "float32"):
         low = getattr(torch, trained)
         with torch.autocast("cpu", dtype=low):
-            model = PeftModel.from_pretrained(load_model(base, dtype=low, task=task), str(adapter)).eval()
+            model = _beside(load_model(base, dtype=low, task=task), adapter)
             beside = float(_outcome(model, rows).mean())
         del model
     has_tokenizer = (adapter / "tokenizer_config.json").is_file()
     tokenizer = AutoTokenizer.from_pretrained(adapter if has_tokenizer else base.path)
-    peft = PeftModel.from_pretrained(load_model(base, dtype=torch.float32, task=task), str(adapter)).eval()
+    peft = _beside(load_model(base, dtype=torch.float32, task=task), adapter)
     exact = _outcome(peft, counted)
-    adapted, untied = list(lora_layers(peft)), _untie(peft)
+    adapted, untied = _adapted(peft), _untie(peft)
     merged = _merge(peft, str(adapter))
     _check_same(exact, _outcome(merged, counted), str(adapter))
-    for path in adapted:
-        layer: Any = merged.get_submodule(path.removeprefix("base_model.model."))
-        if isinstance(getattr(layer, "weight", None), nn.Parameter):
-            layer.weight.data = rounded(layer.weight.data, getattr(torch, target))
+    for path, name in adapted:
+        weight = getattr(merged.get_submodule(path), name, None)
+        if isinstance(weight, nn.Parameter):
+            weight.data = rounded(weight.data, getattr(torch, target))
     merged.to(getattr(torch, target))
     merged.config.pad_token_id = tokenizer.pad_token_id
     merged.config.eos_token_id = tokenizer.eos_token_id
@@ -120,6 +120,20 @@ def merge_adapter(adapter: Path, out: Path, dtype: str | None = None, rows: Rows
     difference = float((found - exact).abs().mean())
     cost = Cost(len(exact), float(exact.mean()), beside, float(found.mean()), difference)
     return Merged(base, target, cost, reward=task == "reward")
+
+
+def _beside(model: PreTrainedModel, adapter: Path) -> PeftModel:
+    with refused_by_peft():
+        return PeftModel.from_pretrained(model, str(adapter)).eval()
+
+
+def _adapted(peft: PeftModel) -> list[tuple[str, str]]:
+    """Where the weights that the adapter changes lie once it is merged: module and name, of a mixture's experts several
+    in one module, whose wrappers stand within one another."""
+    return [
+        (path.removeprefix("base_model.model.").replace(".base_layer", ""), getattr(layer, "parameter_name", "weight"))
+        for path, layer in lora_layers(peft).items()
+    ]
 
 
 @torch.no_grad()

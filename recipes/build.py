@@ -1,9 +1,11 @@
 """From the recipe to what the stages and the evaluation take."""
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files import ADAPTER_CONFIG, LINEAGE
 from .schema import BASE, Data, Recipe, Stage
 
 if TYPE_CHECKING:
@@ -109,6 +111,26 @@ def stage_job(
     )
 
 
+def policy_folder(recipe: Recipe, run_dir: Path, name: str) -> Path:
+    """Where a policy's adapter lies: in the run, or, where a stage was started with `--from-adapter` in its place,
+    where that stage's lineage says."""
+    own = run_dir / name
+    if (own / ADAPTER_CONFIG).is_file():
+        return own
+    for child, stage in recipe.stages.items():
+        file = run_dir / child / LINEAGE
+        if stage.parent != name or not file.is_file():
+            continue
+        first = next(iter(json.loads(file.read_text(encoding="utf-8")).get("parents") or []), {})
+        folder = Path(first.get("adapter") or own)
+        if (folder / ADAPTER_CONFIG).is_file():
+            from ..models.lineage import adapter_sha256
+
+            if adapter_sha256(folder) == first["sha256"]:
+                return folder
+    return own
+
+
 def eval_spec(recipe: Recipe, base: "Base", run_dir: Path, policies: list[str] | None = None) -> "EvalSpec":
     """The recipe's evaluation (it must have one), of all its policies or of some."""
     from ..eval.spec import EvalSpec
@@ -117,7 +139,9 @@ def eval_spec(recipe: Recipe, base: "Base", run_dir: Path, policies: list[str] |
     assert part is not None
     return EvalSpec(
         base=base,
-        policies={name: None if name == BASE else run_dir / name for name in policies or part.policies},
+        policies={
+            name: None if name == BASE else policy_folder(recipe, run_dir, name) for name in policies or part.policies
+        },
         reference=part.reference,
         prompts=data_spec(part.prompts, recipe.seed),
         folders=folders(recipe),

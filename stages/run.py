@@ -22,11 +22,10 @@ from ..models.base import Base
 from ..models.context import check_context
 from ..models.lineage import (
     Lineage,
-    adapter_sha256,
     base_info,
-    check_lineage,
+    check_parent,
     library_versions,
-    read_lineage,
+    parent_entry,
     tokenizer_info,
     write_lineage,
 )
@@ -155,7 +154,7 @@ def open_tokenizer(job: StageJob) -> PreTrainedTokenizerBase:
     """
     tokenizer = load_tokenizer(job.base, job.chat_template, job.template_date)
     if job.parent is not None:
-        check_lineage(job.parent, job.base, tokenizer)
+        check_parent(job.parent, job.base, tokenizer)
     return tokenizer
 
 
@@ -204,7 +203,7 @@ def finish(
             kind=job.record.name,
             base=base_info(job.base),
             tokenizer=tokenizer_info(tokenizer),
-            parents=[{"stage": read_lineage(each).stage, "sha256": adapter_sha256(each)} for each in folders],
+            parents=[parent_entry(each, job.output_dir) for each in folders],
             config=_resolved(job, args),
             data={
                 "spec": plain(dataclasses.asdict(job.data)),

@@ -4,6 +4,7 @@ A recipe lists judges as mappings (*entries*) with a `kind`, the fields of that 
 """
 
 import importlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ class JudgeKind:
             `JudgePlan`, and where `fingerprinted` is True `key_parts(entry, run_dir)`.
         called: the name of a judge whose entry has none.
         only_compares: whether such a judge says which of two replies is better and has no score for one.
+        bounds: the lowest and the highest score that it can give.
         fingerprinted: whether its verdicts depend on files or code besides its words in the recipe.
     """
 
@@ -34,6 +36,7 @@ class JudgeKind:
     module: str
     called: Callable[[Entry], object]
     only_compares: Callable[[Entry], bool] = lambda entry: False
+    bounds: Callable[[Entry], tuple[float, float]] = lambda entry: (-math.inf, math.inf)
     fingerprinted: bool = False
 
     def plan(self, entry: dict[str, Any], where: str, run_dir: Path | None) -> "JudgePlan":
@@ -51,7 +54,13 @@ class JudgeKind:
 KINDS: dict[str, JudgeKind] = {
     kind.name: kind
     for kind in (
-        JudgeKind("rubric", ("checks",), "rubric_judge", called=lambda entry: "rubric"),
+        JudgeKind(
+            "rubric",
+            ("checks",),
+            "rubric_judge",
+            called=lambda entry: "rubric",
+            bounds=lambda entry: (0.0, 1.0),
+        ),
         JudgeKind(
             "reward",
             ("stage", "adapter"),
@@ -90,6 +99,7 @@ KINDS: dict[str, JudgeKind] = {
             "endpoint_judge",
             called=lambda entry: entry.get("model"),
             only_compares=lambda entry: entry.get("mode", "pairwise") == "pairwise",
+            bounds=lambda entry: (1.0, 10.0),
         ),
     )
 }

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -69,7 +70,8 @@ def frontiers(run: Run) -> list[tuple[str, Markup]]:
                 points[row["policy"]] = Point(row["policy"], kl, score, number(row.get("kl_se")), number(se))
         if points and any(point.kl > 0 for point in points.values()):
             ways = _ways(run.overoptimisation or {}, judge)
-            drawn.append((judge, _frontier(judge, points, places, ways, run.reference() or "the reference")))
+            reference = run.reference() or "the reference"
+            drawn.append((judge, _frontier(judge, points, places, ways, reference, run.bounds(judge))))
     return drawn
 
 
@@ -100,11 +102,16 @@ def _points(method: Mapping[str, Any], side: str) -> list[Point]:
 
 
 def _frontier(
-    judge: str, points: Mapping[str, Point], places: Mapping[str, int], ways: Mapping[str, list[Point]], reference: str
+    judge: str,
+    points: Mapping[str, Point],
+    places: Mapping[str, int],
+    ways: Mapping[str, list[Point]],
+    reference: str,
+    bounds: tuple[float, float],
 ) -> Markup:
     everything = [*points.values(), *(point for way in ways.values() for point in way)]
     floor, top = HEIGHT - 42.0, 30.0
-    y = axis([v for p in everything for v in _ends(p.score, p.score_se)], floor, top)
+    y = axis([v for p in everything for v in _ends(p.score, p.score_se, bounds)], floor, top)
     x = root_axis([_ends(p.kl, p.kl_se)[1] for p in everything], left_margin(y), WIDTH - 14.0)
     parts = frame(x, y, f"KL to {reference}, nats per reply (square-root scale)", f"mean score, {judge}")
     labels: list[tuple[float, float, str]] = []
@@ -119,7 +126,7 @@ def _frontier(
         if method not in points:
             labels.append((*corners[-1], words(method)))
     for policy, point in points.items():
-        parts += _cross(point, x, y, places[policy])
+        parts += _cross(point, x, y, places[policy], bounds)
         labels.append((x.at(point.kl), y.at(point.score), policy))
     spots = place_labels(labels, WIDTH, floor)
     parts += [
@@ -129,15 +136,15 @@ def _frontier(
     return svg.figure(WIDTH, HEIGHT, f"Mean score by {judge} against KL", f"{said}.", parts)
 
 
-def _cross(point: Point, x: Axis, y: Axis, place: int) -> list[Markup]:
-    """A policy's marker with the 95% intervals of both numbers."""
+def _cross(point: Point, x: Axis, y: Axis, place: int, bounds: tuple[float, float]) -> list[Markup]:
+    """A policy's marker with the 95% intervals of both numbers, that of the score within what the judge can give."""
     cx, cy, colour = x.at(point.kl), y.at(point.score), svg.series(place)
     parts = []
     if point.kl_se:
         low, high = _ends(point.kl, point.kl_se)
         parts.append(svg.line(x.at(max(low, 0.0)), cy, x.at(high), cy, f"error {colour}"))
     if point.score_se:
-        low, high = _ends(point.score, point.score_se)
+        low, high = _ends(point.score, point.score_se, bounds)
         parts.append(svg.line(cx, y.at(low), cx, y.at(high), f"error {colour}"))
     return [*parts, svg.marker(place, cx, cy, 5, title=point.said())]
 
@@ -154,19 +161,27 @@ def overoptimisation(run: Run) -> dict[str, Any] | None:
         "proxy": sides[0][1],
         "gold": sides[1][1],
         "prompts": content.get("prompts"),
-        "figures": [(side, judge, _gains(side, judge, methods, places)) for side, judge in sides],
+        "figures": [(side, judge, _gains(side, judge, methods, places, run.bounds(judge))) for side, judge in sides],
         "methods": [{"name": m["method"], "words": words(m["method"]), "place": places[m["method"]]} for m in methods],
         "peaks": [_peak_words(m, side, judge, fit) for m in methods for side, judge in sides if (fit := _fit(m, side))],
     }
 
 
-def _gains(side: str, judge: str, methods: Sequence[Mapping[str, Any]], places: Mapping[str, int]) -> Markup:
+def _gains(
+    side: str,
+    judge: str,
+    methods: Sequence[Mapping[str, Any]],
+    places: Mapping[str, int],
+    bounds: tuple[float, float],
+) -> Markup:
+    """Points with their intervals and the fitted lines, each as far as the judge's scores can go."""
+    limits = {m["method"]: _limits(_points(m, side), bounds) for m in methods if _points(m, side)}
     lines = {m["method"]: _relative(_points(m, side)) for m in methods if _points(m, side)}
     furthest = max((math.sqrt(p.kl) for line in lines.values() for p in line), default=1.0) * 1.05 or 1.0
     fits = {m["method"]: fit for m in methods if m["method"] in lines and (fit := _fit(m, side))}
-    curves = {name: _curve(fit, lines[name]) for name, fit in fits.items()}
+    curves = {name: _curve(fit, lines[name], limits[name]) for name, fit in fits.items()}
     floor, top = HEIGHT - 42.0, 30.0
-    values = [v for line in lines.values() for p in line for v in _ends(p.score, p.score_se)]
+    values = [v for name, line in lines.items() for p in line for v in _ends(p.score, p.score_se, limits[name])]
     y = axis([*values, 0.0, *(v for curve in curves.values() for _, v in curve)], floor, top)
     x = axis([0.0, furthest], left_margin(y), WIDTH - 14.0)
     x = Axis(0.0, furthest, x.start, x.end, tuple(t for t in x.ticks if 0 <= t <= furthest))
@@ -180,20 +195,26 @@ def _gains(side: str, judge: str, methods: Sequence[Mapping[str, Any]], places: 
             drawn = svg.path_points([(x.at(d), y.at(v)) for d, v in curves[name]])
             parts.append(svg.tag("polyline", points=drawn, class_=f"line {colour} dash{places[name] % 3}"))
             peak = fits[name].peak()
-            if peak is not None and peak <= furthest:
+            if peak is not None and peak <= furthest and float(fits[name].gain(peak)) <= limits[name][1]:
                 at, height = x.at(peak), y.at(float(fits[name].gain(peak)))
                 parts += [svg.line(at, height, at, floor, f"peak {colour}")]
                 parts.append(svg.text(at + 5, floor - 6, f"peak, KL {fixed(peak**2, 1)}", class_="peak-label"))
         for p in lines.get(name, []):
             at, height = x.at(math.sqrt(p.kl)), y.at(p.score)
             if p.score_se:
-                low, high = _ends(p.score, p.score_se)
+                low, high = _ends(p.score, p.score_se, limits[name])
                 parts.append(svg.line(at, y.at(low), at, y.at(high), f"error {colour}"))
             parts.append(svg.marker(places[name], at, height, 4, title=f"{name}, {p.label}: gain {short(p.score)}"))
     said = "; ".join(
         f"{words(name)} gains {short(line[-1].score)} at KL {fixed(line[-1].kl, 1)}" for name, line in lines.items()
     )
     return svg.figure(WIDTH, HEIGHT, f"Gain of the {side} score ({judge}) against √KL", f"{said}.", parts)
+
+
+def _limits(points: list[Point], bounds: tuple[float, float]) -> tuple[float, float]:
+    """The lowest and the highest gain that the judge's scores leave room for."""
+    start = points[0].score
+    return bounds[0] - start, bounds[1] - start
 
 
 def _relative(points: list[Point]) -> list[Point]:
@@ -212,10 +233,12 @@ def _fit(method: Mapping[str, Any], side: str) -> Fit | None:
     return Fit(fit["form"], alpha, beta)
 
 
-def _curve(fit: Fit, line: list[Point]) -> list[tuple[float, float]]:
+def _curve(fit: Fit, line: list[Point], limits: tuple[float, float]) -> list[tuple[float, float]]:
+    """The fitted gain up to where it leaves what the judge can give."""
     furthest = math.sqrt(max(p.kl for p in line)) * 1.04 or 1.0
     ds = np.linspace(furthest / 400, furthest, 80)
-    return [(0.0, 0.0), *zip(ds.tolist(), fit.gain(ds).tolist(), strict=True)]
+    inside = takewhile(lambda at: limits[0] <= at[1] <= limits[1], zip(ds.tolist(), fit.gain(ds).tolist(), strict=True))
+    return [(0.0, 0.0), *inside]
 
 
 def _peak_words(method: Mapping[str, Any], side: str, judge: str, fit: Fit) -> str:
@@ -231,5 +254,9 @@ def words(method: str) -> str:
     return "best of n" if method == "best_of_n" else method
 
 
-def _ends(value: float, error: float | None) -> tuple[float, float]:
-    return value - Z95 * (error or 0.0), value + Z95 * (error or 0.0)
+def _ends(
+    value: float, error: float | None, bounds: tuple[float, float] = (-math.inf, math.inf)
+) -> tuple[float, float]:
+    """The 95% interval, as far as the bounds let it reach."""
+    low, high = value - Z95 * (error or 0.0), value + Z95 * (error or 0.0)
+    return max(low, min(bounds[0], value)), min(high, max(bounds[1], value))

@@ -1,6 +1,7 @@
 """What a run folder holds, read as it lies there."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ from ...files import (
 )
 from ...stages.kinds import StageKind, stage_kind
 from ...values import is_finite
+from ..judges.names import judge_name, score_bounds
 
 _STAGE_FILES = (METRICS, LOG, LINEAGE)
 _NO_STAGES = (EVALUATION, CHECKPOINTS)
@@ -97,6 +99,13 @@ class Run:
         for row in self.results:
             rows.setdefault(row["policy"], row)
         return rows
+
+    def bounds(self, judge: str) -> tuple[float, float]:
+        """The lowest and the highest score that a judge can give, infinite where nothing bounds it."""
+        for entry in _object(self.plan.get("eval")).get("judges") or []:
+            if isinstance(entry, Mapping) and judge_name(entry) == judge:
+                return score_bounds(entry)
+        return -math.inf, math.inf
 
     def pleased(self) -> dict[str, str]:
         """Reward stage -> the stage that trains on its scores."""

@@ -9,10 +9,10 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ...errors import UserError
-from ...files import ADAPTER_CONFIG, LINEAGE
+from ...files import ADAPTER_CONFIG
 from ...models.adapters import AdapterSet
 from ...models.base import Base
-from ...models.lineage import check_lineage, load_adapter_base
+from ...models.lineage import check_parent, load_adapter_base
 from ...models.loading import load_model, resolve_base
 from ...models.lora import LoraSpec
 from ...models.plain_lora import check_plain, target_names
@@ -81,8 +81,7 @@ def _load(
         saved = parent is not None and (parent / "tokenizer_config.json").is_file()
         tokenizer = load_tokenizer(base, AutoTokenizer.from_pretrained(parent).chat_template if saved else None)
     if parent is not None:
-        if (parent / LINEAGE).is_file():
-            check_lineage(parent, base, tokenizer)
+        check_parent(parent, base, tokenizer)
         lora = lora or LoraSpec.of(parent)
     causal = load_model(base, dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32)
     prepare_model(causal, tokenizer)

@@ -33,7 +33,7 @@ stages:
   reward: {{from: sft, data: pairs, {TRAIN}}}
   dpo: {{from: sft, data: pairs, beta: 0.3, {TRAIN}}}
   ipo: {{kind: dpo, from: sft, data: pairs, loss_type: ipo, ld_alpha: 0.5, {TRAIN}}}
-  kto: {{data: pairs, beta: 0.2, {TRAIN}}}
+  kto: {{from: base, data: pairs, beta: 0.2, {TRAIN}}}
   unheld: {{kind: dpo, from: sft, data: all, {TRAIN}}}
   labelled: {{kind: kto, from: sft, data: labels, {TRAIN}}}
 eval: {{prompts: {{path: pairs.jsonl, limit: 4}}, policies: [sft, dpo], reference: sft, max_new_tokens: 4}}

@@ -300,5 +300,9 @@ stages:
   dpo: {kind: dpo, from: sft, data: pairs, beta: 0.1}
   ppo: {kind: ppo, from: sft, data: prompts, reward: [{stage: reward, weight: 1.0}]}
   kto: {kind: kto, from: sft, data: pairs}
-eval: {policies: [base, sft, dpo, ppo], reference: sft, max_new_tokens: 64}
+eval:
+  policies: [base, sft, dpo, ppo]
+  reference: sft
+  max_new_tokens: 64
+  judges: [{kind: rubric, checks: [{kind: max_words, value: 60}]}, {kind: reward, stage: reward}]
 """

@@ -102,7 +102,7 @@ def test_a_good_run_has_nothing_broken(good_run: Path, capsys):
     assert {check for _, check in checks} == {
         *("base", "template", "tokenizer", "pad and eos", "bos", "parent sft", "parent reward", "data", "rows lost"),
         *("trained", "starts from parent", "first step", "ppo kl", "ppo entropy"),
-        *("eos rate", "kl to reference", "adapter against merged"),
+        *("eos rate", "kl to reference", "learned", "adapter against merged"),
         *("reward accuracy", "reward length", "reward of SFT samples", "score head"),
         *("score reload, accuracy", "score reload, mean"),
     }

@@ -22,8 +22,11 @@ from preftune.models.base import Base
 from preftune.models.causal import decoder_of, head_of
 from preftune.models.decoder import Decoder, LibraryDecoder
 from preftune.models.generate import decoder_for, merged, sample
+from preftune.models.loading import resolve_base
 from preftune.models.lora import LoraSpec, linear_names
+from preftune.models.merging import merge_adapter
 from preftune.models.packing import use_packed_forward
+from preftune.models.tiny import byte_tokenizer
 
 SMALL: dict[str, Any] = {
     "vocab_size": 60,
@@ -270,3 +273,21 @@ def test_a_weight_that_layers_share_is_not_merged():
     out = drawn(adapters)
     for prompt, reply, logps in zip(PROMPTS, out.tokens, out.logprobs, strict=True):
         torch.testing.assert_close(torch.tensor(logps), own_logprobs(adapters, prompt, reply), atol=1e-5, rtol=0)
+
+
+def test_experts_that_are_adapted_merge_into_a_model(tmp_path):
+    tokenizer = byte_tokenizer()
+    model = small(DeepseekV3Config(**LATENT | {"vocab_size": len(tokenizer)}))
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    base = resolve_base(str(tmp_path / "base"))
+    adapters = AdapterSet.create(model, base, LoraSpec(r=2, alpha=4))
+    with torch.no_grad():
+        for parameter in adapters.parameters("default"):
+            parameter.add_(0.1)
+    adapters.save("default", tmp_path / "adapter")
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged", "bfloat16")
+    merged_model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    ids = torch.tensor([PROMPTS[0]])
+    with torch.no_grad(), adapters.using("default"):
+        torch.testing.assert_close(merged_model(ids).logits, adapters.model(ids).logits, atol=0.15, rtol=0)

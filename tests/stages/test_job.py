@@ -2,14 +2,18 @@
 
 import json
 import shutil
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from preftune.errors import UserError
-from preftune.models.lineage import read_lineage
+from preftune.files import ADAPTER_CONFIG
+from preftune.models.lineage import IMPORTED, adapter_sha256, read_lineage
 from preftune.models.loading import resolve_base
+from preftune.stages.dpo import build_dpo
 from preftune.stages.job import StageJob
 from preftune.stages.options import device_defaults
 from preftune.stages.run import run_stage
@@ -35,6 +39,34 @@ def test_every_kind_writes_its_folder(make_job, sft_folder, kind):
     assert lineage.data["rows"] > 0
     assert lineage.config["train"]["learning_rate"] == 1e-3
     assert len(lineage.parents) == (kind != "sft")
+
+
+def test_any_plain_adapter_can_be_a_parent_and_the_lineage_says_that_it_is_unverified(make_job, base, tmp_path, caplog):
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(base.path), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    folder = tmp_path / "elsewhere"
+    model.save_pretrained(str(folder))
+    stage = build_dpo(make_job("dpo", parent=folder))
+    ids = torch.tensor([[20, 21, 22, 23]])
+    with torch.no_grad(), stage.adapters.using("default"):
+        torch.testing.assert_close(stage.adapters.causal(ids).logits, model.eval()(ids).logits, rtol=0, atol=1e-5)
+    job = make_job("dpo", parent=folder)
+    run_stage(job)
+    (entry,) = read_lineage(job.output_dir).parents
+    assert entry == {"stage": IMPORTED, "sha256": adapter_sha256(folder), "adapter": str(folder.resolve())}
+    assert "imported, its tokenizer and template are unverified" in caplog.text
+    # its config names another model that lies here, or it is more than plain LoRA
+    file = folder / ADAPTER_CONFIG
+    whole = json.loads(file.read_text())
+    other = resolve_base("random:llama?seed=1")
+    foreign = {"base_model_name_or_path": str(other.path)}
+    for changes, words in ((foreign, "another model"), ({"use_dora": True}, "dora")):
+        file.write_text(json.dumps(whole | changes))
+        with pytest.raises(UserError, match=words):
+            build_dpo(make_job("dpo", parent=folder))
 
 
 def test_a_token_beyond_the_embedding_is_refused_before_anything_loads(make_job, base, tmp_path):

@@ -16,6 +16,24 @@
   system.addEventListener("change", label);
   label();
 
+  // What is wider than the screen says so: a line above it, and an edge that fades where there is more.
+  for (const box of document.querySelectorAll(".scroll")) {
+    const hint = document.createElement("p");
+    hint.className = "more";
+    hint.textContent = "more to the right →";
+    hint.setAttribute("aria-hidden", "true");
+    box.before(hint);
+    const look = () => {
+      const left = box.scrollLeft > 2, right = box.scrollWidth - box.clientWidth - box.scrollLeft > 2;
+      hint.classList.toggle("on", right);
+      if (left || right) box.dataset.more = left && right ? "both" : left ? "left" : "right";
+      else delete box.dataset.more;
+    };
+    box.addEventListener("scroll", look, { passive: true });
+    if ("ResizeObserver" in window) new ResizeObserver(look).observe(box);
+    look();
+  }
+
   // Where the reader is, in the contents.
   const links = new Map([...document.querySelectorAll(".contents a")].map((a) => [a.hash.slice(1), a]));
   if ("IntersectionObserver" in window) {
