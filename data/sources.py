@@ -10,6 +10,7 @@ import io
 import itertools
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, TextIO, cast
@@ -109,7 +110,7 @@ def read_file(path: Path, shown: str, note: Note = _unsaid) -> Iterator[Placed]:
         like = ", but perhaps Windows-1252 (cp1252) as spreadsheets save" if suffix in (".csv", ".tsv") else ""
         problem = f"not UTF-8 ({error.reason}){like}"
         raise UserError(shown, problem, "save it as UTF-8") from error
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(shown, f"cannot be read ({error})", "check the file") from error
 
 
@@ -128,6 +129,8 @@ def _read_lines(text: TextIO, shown: str) -> Iterator[Placed]:
         except json.JSONDecodeError as error:
             problem = f"broken JSON ({error.msg} at column {error.colno})"
             raise UserError(origin, problem, "put one whole JSON object on each line") from error
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets within brackets
+            raise UserError(origin, f"cannot be read ({error})", "correct the row") from error
         yield origin, _object(row, origin, bool(_SURROGATE.search(line)))
 
 
@@ -141,6 +144,8 @@ def _read_json(text: str, shown: str) -> Iterator[Placed]:
             return
         problem = f"broken JSON ({error.msg} at column {error.colno})"
         raise UserError(f"{shown}:{error.lineno}", problem, "correct the file") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(shown, f"cannot be read ({error})", "correct the file") from error
     if isinstance(content, dict):
         content = content["data"] if isinstance(content.get("data"), list) else [content]
     if not isinstance(content, list):

@@ -15,8 +15,8 @@ from .trainers import NO_AUX, settle_dropout, stage_callbacks
 
 _WITH_DIVERGENCE = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
 """The losses that TRL has with every f-divergence."""
-_SMOOTHED = {"robust", "exo_pair", "aot", "aot_unpaired"}
-"""The losses in which TRL reads `label_smoothing`; in sigmoid it would do nothing."""
+_SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")
+"""The losses of TRL's DPOTrainer that look at `label_smoothing`."""
 
 
 class DPOStageTrainer(ReferenceTrainer, DPOTrainer):
@@ -34,15 +34,20 @@ def dpo_problems(job: StageJob, args: DPOConfig) -> list[UserError]:
     if "exo_pair" in losses and args.label_smoothing == 0:
         said = "is 0, and exo_pair needs label smoothing. Label smoothing must be greater than 0.0"
         found.append(UserError(f"{here}.label_smoothing", said, "set label_smoothing: 1e-3"))
+    if args.label_smoothing and not losses & set(_SMOOTHED):
+        said = f"{args.label_smoothing} has no effect with loss_type {', '.join(sorted(losses))}"
+        remedy = (
+            f"use a loss_type that smooths labels ({', '.join(_SMOOTHED)}; robust is the usual one), or leave it out"
+        )
+        found.append(UserError(f"{here}.label_smoothing", said, remedy))
     idle = {
-        "label_smoothing": (losses & _SMOOTHED, f"loss_type {' or '.join(sorted(_SMOOTHED))}"),
         "discopop_tau": ("discopop" in losses, "loss_type discopop"),
         "f_alpha_divergence_coef": (args.f_divergence_type == "alpha_divergence", "f_divergence_type alpha_divergence"),
     }
     found += [
         UserError(f"{here}.{key}", f"has no effect without {needs}", "leave it out, or set that")
         for key, (used, needs) in idle.items()
-        if not used and job.says(key) not in (None, 0)
+        if not used and job.says(key) is not None
     ]
     return found
 

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+from pathlib import Path
 
 import datasets
 import pyarrow as pa
@@ -176,3 +177,14 @@ def test_hub_id_offline_says_what_to_do() -> None:
 def test_unknown_column_name_in_a_mapping() -> None:
     with pytest.raises(UserError, match="did you mean 'chosen'"):
         SourceSpec("rows.jsonl", columns={"choosen": "better"})
+
+
+def test_what_no_reader_can_take_is_refused_in_one_line(tmp_path: Path):
+    whole = gzip.compress(b"".join(b'{"prompt": "%d?", "completion": "yes"}\n' % n for n in range(2000)))
+    (tmp_path / "cut.jsonl.gz").write_bytes(whole[:200] + b"\xff" * 50 + whole[250:])
+    (tmp_path / "long.jsonl").write_text('{"prompt": "a", "completion": "b", "n": ' + "9" * 5000 + "}\n")
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000 + "]" * 100_000 + "\n")
+    for name in ("cut.jsonl.gz", "long.jsonl", "deep.jsonl"):
+        with pytest.raises(UserError, match=name) as caught:
+            list(read_source(SourceSpec(str(tmp_path / name)), ()))
+        assert "\n" not in str(caught.value)

@@ -113,7 +113,7 @@ def test_what_the_run_would_refuse_is_found_before(make_job, monkeypatch, kind, 
 @pytest.mark.parametrize(
     ("kind", "method", "said"),
     [
-        ("dpo", {"label_smoothing": 0.1}, "has no effect without loss_type"),
+        ("dpo", {"label_smoothing": 0.1}, "has no effect with loss_type"),
         ("dpo", {"discopop_tau": 0.1}, "has no effect without loss_type discopop"),
         ("dpo", {"f_alpha_divergence_coef": 0.2}, "has no effect without f_divergence_type"),
         ("dpo", {"f_divergence_type": "js_divergence", "loss_type": "nca_pair"}, "nca_pair has no form of"),
