@@ -91,8 +91,8 @@ class Keys:
         for parent in parents(recipe, name):
             if not (from_adapter is not None and parent == stage.parent):
                 parts |= {f"stage {parent}": known[parent], f"adapter {parent}": content(self.run_dir / parent)}
-        if from_adapter is not None:
-            parts["from_adapter"] = content(from_adapter)
+        if (outside := from_adapter or stage.imports) is not None:
+            parts["from_adapter"] = content(outside)
         elif stage.parent == BASE:
             parts["from"] = BASE
         for index, source in enumerate(stage.rewards):

@@ -73,6 +73,13 @@ def reward_sources(stage: Stage, run_dir: Path) -> "tuple[RewardSource, ...]":
     return tuple(made)
 
 
+def start_folder(stage: Stage, run_dir: Path) -> Path | None:
+    """The folder of the adapter that a stage starts from; None for the base."""
+    if stage.imports is not None or stage.parent == BASE:
+        return stage.imports
+    return run_dir / stage.parent
+
+
 def stage_job(
     recipe: Recipe, name: str, base: "Base", run_dir: Path, output_dir: Path, parent: Path | None = None
 ) -> "StageJob":
@@ -86,8 +93,8 @@ def stage_job(
     from ..stages.job import StageJob
 
     stage = recipe.stages[name]
-    if parent is None and stage.parent != BASE:
-        parent = run_dir / stage.parent
+    if parent is None:
+        parent = start_folder(stage, run_dir)
     seed = recipe.seed if stage.seed is None else stage.seed
     return StageJob(
         name=name,
@@ -170,13 +177,12 @@ def over_optimisation(recipe: Recipe, run_dir: Path) -> "OverOptimisation":
     assert recipe.eval is not None and recipe.eval.over_optimisation is not None
     part = recipe.eval.over_optimisation
     assert part.policy is not None and part.proxy is not None
-    parent = recipe.stages[part.policy].parent
     return OverOptimisation(
         gold=part.gold,
         proxy=part.proxy,
         stage=part.policy,
         folder=run_dir / part.policy,
-        start=None if parent == BASE else run_dir / parent,
+        start=start_folder(recipe.stages[part.policy], run_dir),
         best_of=part.best_of,
         prompts=part.prompts,
     )
@@ -203,7 +209,7 @@ def reward_model(recipe: Recipe, name: str, run_dir: Path, data: "DataSpec | Non
         kind="implicit" if implicit else "reward",
         folder=run_dir / name,
         data=data_spec(recipe.data[stage.data], recipe.seed) if data is None else data,
-        parent=run_dir / stage.parent if implicit and stage.parent != BASE else None,
+        parent=start_folder(stage, run_dir) if implicit else None,
     )
 
 

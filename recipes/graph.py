@@ -3,11 +3,12 @@
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, nearest
 from ..eval.decoding import beam_problem
-from ..files import DOCTOR, RECIPE, REPORT, RUN_STATE
+from ..files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DOCTOR, RECIPE, REPORT, RUN_STATE
 from .build import lora_values
 from .problems import problem
 from .schema import BASE, Data, Recipe, Stage
@@ -23,7 +24,7 @@ _NAME = re.compile(r"\w[\w.-]*")
 def parents(recipe: Recipe, name: str) -> list[str]:
     """The stages that this one needs: the one it starts from first, then the reward stages that score it."""
     stage = recipe.stages[name]
-    needed = [] if stage.parent == BASE else [stage.parent]
+    needed = [] if stage.parent == BASE or stage.imports else [stage.parent]
     needed += [each.stage for each in stage.rewards if each.stage is not None]
     return list(dict.fromkeys(needed))
 
@@ -78,7 +79,7 @@ def lines_of_descent(recipe: Recipe) -> list[str]:
         stage = recipe.stages[name]
         rewards = [each.stage or each.model or each.function for each in stage.rewards]
         scored = f", rewards: {' and '.join(map(str, rewards))}" if rewards else ""
-        lines.append(f"{name} (from {stage.parent}{scored})")
+        lines.append(f"{name} (from {'the adapter ' if stage.imports else ''}{stage.parent}{scored})")
     return lines
 
 
@@ -114,7 +115,9 @@ def graph_problems(recipe: Recipe, text: Text) -> Iterator[UserError]:
         here: Path_ = ("stages", name)
         if (said := _misnamed(name)) is not None:
             yield problem(text, here, said, f"use letters, digits, dashes; not {' or '.join(_RESERVED)}")
-        if stage.parent != BASE and stage.parent not in recipe.stages:
+        if stage.imports is not None:
+            yield from _import_problems(text, (*here, "from", "adapter"), stage.imports)
+        elif stage.parent != BASE and stage.parent not in recipe.stages:
             known = [each for each in (*recipe.stages, BASE) if each != name]
             yield problem(text, (*here, "from"), f"no stage {stage.parent!r}", nearest(stage.parent, known))
         if stage.data not in recipe.data:
@@ -127,6 +130,12 @@ def graph_problems(recipe: Recipe, text: Text) -> Iterator[UserError]:
         yield from _growth_problems(recipe, text, name, stage)
     yield from _circle(recipe, text)
     yield from _eval_problems(recipe, text)
+
+
+def _import_problems(text: Text, path: Path_, folder: Path) -> Iterator[UserError]:
+    if not all((folder / name).is_file() for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)):
+        said = f"no adapter in {str(folder)!r} ({ADAPTER_CONFIG} and {ADAPTER_WEIGHTS})"
+        yield problem(text, path, said, "give a folder that a stage or PEFT's save_pretrained wrote")
 
 
 def _misnamed(name: str) -> str | None:

@@ -168,7 +168,7 @@ def _set(values: Any, key: str | int, value: Any) -> None:
 
 def _take_from_here(text: Text, path: Path_) -> None:
     """A path on the command line is meant from the current folder, one in the recipe from the recipe's."""
-    if path[-1] not in ("path", "base", "chat_template"):
+    if path[-1] not in ("path", "base", "chat_template", "adapter"):
         return
     above: Any = text.values
     for part in path[:-1]:
@@ -189,6 +189,7 @@ def _normalise(text: Text, folder: Path, found: list[UserError]) -> bool:
         before = len(found)
         with gathering(found):
             _settle_kind(text, name, stage, folder)
+            _place_adapter(stage, folder)
         bad += [name] if len(found) > before else []
     for name in bad:
         del stages[name]
@@ -221,6 +222,13 @@ def _settle_kind(text: Text, name: str, stage: Any, folder: Path) -> None:
         raise problem(text, ("stages", name, "kind"), said, f"use one of {', '.join(KINDS)}")
     else:
         _place_kind(text, name, stage, folder)
+
+
+def _place_adapter(stage: dict[str, Any], folder: Path) -> None:
+    """An adapter from outside the run lies beside the recipe, or where its path says."""
+    parent = stage.get("from")
+    if isinstance(parent, dict) and isinstance(named := parent.get("adapter"), str):
+        parent["adapter"] = str((folder / Path(named).expanduser()).resolve())
 
 
 def _place_kind(text: Text, name: str, stage: dict[str, Any], folder: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, PrivateAttr, create_model
+from pydantic_core import PydanticCustomError
 
 from ..errors import UserError, UserErrors
 from ..stages.kinds import StageKind, stage_kind
@@ -92,6 +93,20 @@ class Data(Part):
     seed: Seed | None = None
 
 
+class Imported(str):
+    """`from: {adapter: PATH}`: the folder of an adapter from outside the run, of a stage or of plain PEFT."""
+
+
+def _as_parent(value: object) -> object:
+    """A stage's name, `base`, or the folder of an adapter."""
+    if isinstance(value, dict) and list(value) == ["adapter"] and isinstance(value["adapter"], str):
+        return Imported(value["adapter"])
+    if not isinstance(value, str):
+        wanted = {"wanted": "a stage's name, base, or {adapter: PATH}"}
+        raise PydanticCustomError("parent", "{wanted}", wanted)
+    return value
+
+
 class Reward(Part):
     """One source of scores: exactly one of `stage`, `model` and `function`, with its weight in the sum."""
 
@@ -108,11 +123,16 @@ class Stage(Part):
     """
 
     kind: str
-    parent: str = Field(default=BASE, alias="from")
+    parent: Annotated[str, PlainValidator(_as_parent)] = Field(default=BASE, alias="from")
     data: str
     lora: LoraChange = Field(default_factory=LoraChange)
     seed: Seed | None = None
     train: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def imports(self) -> Path | None:
+        """The folder of the adapter from outside the run that it starts from; None for a stage or the base."""
+        return Path(self.parent) if isinstance(self.parent, Imported) else None
 
     @property
     def record(self) -> StageKind:
@@ -258,6 +278,8 @@ def _written(part: Any) -> Any:
         return {key: _written(value) for key, value in part.items()}
     if isinstance(part, list):
         return [_written(value) for value in part]
+    if isinstance(part, Imported):
+        return {"adapter": str(part)}
     if not isinstance(part, Part):
         return part
     values = {}

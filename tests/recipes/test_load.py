@@ -7,8 +7,9 @@ import pytest
 import yaml
 
 from preftune.errors import UserError, UserErrors
+from preftune.models.base import Base
 from preftune.recipes.build import data_spec, eval_spec, stage_job
-from preftune.recipes.graph import needed_for, order, parents
+from preftune.recipes.graph import lines_of_descent, needed_for, order, parents
 from preftune.recipes.load import load_recipe, shipped_recipes
 from preftune.recipes.schema import Recipe, stage_model
 from preftune.recipes.text import parse, parse_value
@@ -357,3 +358,27 @@ def test_an_override_may_write_a_place_in_a_list_with_brackets(recipe_file: Path
 )
 def test_what_a_child_or_a_seed_cannot_be_is_said_with_its_line(recipe_file: Path, override: str, part: str):
     assert part in refused(recipe_file, override)
+
+
+def test_an_adapter_from_outside_the_run_is_a_parent(tmp_path: Path):
+    """`from: {adapter: PATH}`, beside the recipe or anywhere: resolved, written out again, and no stage of the run."""
+    outside = tmp_path / "mine"
+    outside.mkdir()
+    (tmp_path / "t.yaml").write_text(
+        'name: t\nmodel: {base: "random:llama"}\ndata: {d: {path: d.jsonl}}\n'
+        "stages:\n  dpo: {from: {adapter: mine}, data: d}\n"
+    )
+    with pytest.raises(UserError, match=r"t\.yaml:5: stages\.dpo\.from\.adapter: no adapter in '.*mine'"):
+        load_recipe(tmp_path / "t.yaml")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (outside / name).write_bytes(b"")
+    recipe = load_recipe(tmp_path / "t.yaml")
+    assert recipe.stages["dpo"].imports == outside and parents(recipe, "dpo") == []
+    assert recipe.resolved()["stages"]["dpo"]["from"] == {"adapter": str(outside)}
+    assert lines_of_descent(recipe) == [f"dpo (from the adapter {outside})"]
+    assert stage_job(recipe, "dpo", Base("b", tmp_path, None, ""), tmp_path / "run", tmp_path / "out").parent == outside
+    again = tmp_path / "run.yaml"
+    again.write_text(yaml.safe_dump(recipe.resolved()))
+    assert load_recipe(again).stages["dpo"].imports == outside
+    with pytest.raises(UserError, match=r"stages\.dpo\.from: is .*expected a stage's name, base, or \{adapter: PATH\}"):
+        load_recipe(tmp_path / "t.yaml", ["stages.dpo.from={folder: mine}"])
