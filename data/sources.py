@@ -92,8 +92,10 @@ def read_file(path: Path, shown: str, note: Note = _unsaid) -> Iterator[Placed]:
             yield from _read_parquet(path, shown)
             return
         opener = gzip.open if path.name.lower().endswith(".gz") else open
+        # tables come from spreadsheets, some of which save UTF-16; JSON is UTF-8 by its standard (RFC 8259)
         with opener(path, "rb") as raw:
-            encoding = _encoding(cast(IO[bytes], raw))
+            table = suffix in (".csv", ".tsv")
+            encoding = _encoding(cast(IO[bytes], raw)) if table else "utf-8-sig"
         if encoding != "utf-8-sig":
             note(f"read as {encoding}, as it is not UTF-8", shown)
         with (

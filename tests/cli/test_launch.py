@@ -78,12 +78,13 @@ def test_a_mistake_that_one_process_meets_is_one_line_and_exit_code_2(
     code, err = ppo(folder, "noted_but_the_second_fails", capfd)
     assert code == 2, err
     assert err.strip() == (
-        "reward launched_rewards:noted_but_the_second_fails: the function returned 1 scores for 2 completions; "
+        "reward launched_rewards:noted_but_the_second_fails: noted_but_the_second_fails returned 1 scores for "
+        "2 completions; "
         "return one number (or None) for each completion"
     )
     assert sorted(os.listdir(folder / "seen")) == ["0", "1"]
     entry = json.loads((folder / "run" / "run.json").read_text())["stages"]["ppo"]
-    assert entry["state"] == "failed" and "the function returned 1 scores" in entry["error"]
+    assert entry["state"] == "failed" and "returned 1 scores" in entry["error"]
 
 
 @pytest.mark.parametrize(

@@ -188,3 +188,10 @@ def test_what_no_reader_can_take_is_refused_in_one_line(tmp_path: Path):
         with pytest.raises(UserError, match=name) as caught:
             list(read_source(SourceSpec(str(tmp_path / name)), ()))
         assert "\n" not in str(caught.value)
+
+
+def test_json_in_utf_16_is_refused(tmp_path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes('{"prompt": "x"}\n'.encode("utf-16"))
+    with pytest.raises(UserError, match=r"rows\.jsonl: not UTF-8 .*; save it as UTF-8"):
+        read(path)

@@ -101,7 +101,7 @@ def test_a_good_run_has_nothing_broken(good_run: Path, capsys):
     checks = {(each["stage"], each["check"]): each for each in findings}
     assert {check for _, check in checks} == {
         *("base", "template", "tokenizer", "pad and eos", "bos", "parent sft", "parent reward", "data", "rows lost"),
-        *("trained", "starts from parent", "first step", "ppo kl", "ppo entropy"),
+        *("trained", "starts from parent", "first step", "ppo kl", "ppo entropy", "ppo sampler"),
         *("eos rate", "kl to reference", "learned", "adapter against merged"),
         *("reward accuracy", "reward length", "reward of SFT samples", "score head"),
         *("score reload, accuracy", "score reload, mean"),
@@ -182,7 +182,7 @@ def test_another_chat_template_is_named(copy: Path, capsys, monkeypatch):
     recipe = (copy / "recipe.yaml").read_text()
     with monkeypatch.context() as patch:
         # the stage itself refuses such a parent
-        patch.setattr("preftune.stages.run.check_lineage", lambda *_: None)
+        patch.setattr("preftune.stages.run.check_parent", lambda *_: None)
         train(copy / "recipe.yaml", copy, f"model.chat_template={json.dumps(PARTED)}", only="reward")
     (copy / "recipe.yaml").write_text(recipe)
     code, findings, said = doctor(capsys, copy, "--samples", "8")

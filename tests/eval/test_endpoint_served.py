@@ -94,4 +94,5 @@ def test_a_served_model_is_asked_and_its_nonsense_is_no_verdict(served, tmp_path
     assert 0 < usage.completion_tokens <= 8 * usage.requests
     again, free = verdicts()
     assert all(map(math.isnan, again))
-    assert (free.requests, free.cached) == (0, usage.requests)
+    # what holds no verdict is not kept: it is asked again
+    assert (free.requests, free.cached) == (usage.requests, 0)

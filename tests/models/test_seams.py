@@ -72,6 +72,7 @@ SUBJECTS = {
     "TRAINER_CHECKPOINT": lambda _: [PPOTrainer],
     "TRAINER_RESUME": lambda _: [PPOTrainer],
     "PREPARE_DATASET": lambda _: [SFTStageTrainer, RewardStageTrainer, DPOStageTrainer, KTOStageTrainer],
+    "GRAD_NORM": lambda _: [SFTStageTrainer, RewardStageTrainer, DPOStageTrainer, KTOStageTrainer],
     "COMPUTE_LOSS": lambda _: [DPOStageTrainer, KTOStageTrainer],
     "REFERENCE_LOGPS": lambda _: [DPOStageTrainer, KTOStageTrainer],
     "COLLATOR": lambda _: [
@@ -178,6 +179,9 @@ MOVES = {
     "TRAINER_RESUME": (lambda p: p.delattr(Trainer, "_load_rng_state"), lambda: PPOTrainer, "_load_rng_state"),
     "PREPARE_DATASET": (
         lambda p: p.delattr(SFTTrainer, "_prepare_dataset"), lambda: SFTStageTrainer, "SFTStageTrainer._prepare_dataset"
+    ),
+    "GRAD_NORM": (
+        lambda p: p.delattr(Trainer, "_get_grad_norm"), lambda: SFTStageTrainer, "SFTStageTrainer._get_grad_norm"
     ),
     "COMPUTE_LOSS": (
         lambda p: p.delattr(KTOTrainer, "_compute_loss"), lambda: KTOStageTrainer, "KTOStageTrainer._compute_loss"

@@ -56,7 +56,8 @@ def make(out: Path, prompts: Sequence[dict[str, Any]] = PROMPTS, model: Any = No
     values = {
         "use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "rollout_batch_size": 8,
         "num_ppo_epochs": 2, "num_mini_batches": 2, "total_episodes": 16, "max_new_tokens": 6, "learning_rate": 1e-3,
-        "per_device_train_batch_size": 3, "seed": 1,
+        # many of these rollouts are given, not drawn: no sampler has to agree with them
+        "per_device_train_batch_size": 3, "seed": 1, "mismatch_tolerance": 100.0,
     } | options  # fmt: skip
     callbacks = values.pop("callbacks", [])
     return PPOTrainer(

@@ -149,7 +149,7 @@ def test_label_smoothing_that_no_loss_looks_at_is_refused(make_job, sft_folder, 
     method = {"beta": BETA, "loss_type": loss_type, "label_smoothing": 0.1}
     job = make_job("dpo", parent=sft_folder, method=method)
     (found,) = dpo_problems(job, stage_config(DPOConfig, job, held_out=False))
-    assert str(found).startswith("stages.dpo.label_smoothing: has no effect without loss_type")
+    assert str(found).startswith("stages.dpo.label_smoothing: 0.1 has no effect with loss_type")
 
 
 @pytest.mark.parametrize("loss_type", ["aot", "aot_unpaired", "robust", "exo_pair"])
