@@ -5,20 +5,21 @@ from transformers import PreTrainedConfig
 
 from . import seams
 
-RATES = ("attention_dropout", "activation_dropout", "dropout", "hidden_dropout", "embd_pdrop", "resid_pdrop")
-"""Under these names transformers' modules and configs keep a rate that is no `nn.Dropout`."""
+RATES = (
+    "attention_dropout",
+    "activation_dropout",
+    "dropout",
+    "hidden_dropout",
+    "embd_pdrop",
+    "resid_pdrop",
+    "attn_pdrop",
+)
+"""Under these names transformers' configs keep a rate that some attention reads at every forward."""
 
 
 def dropout_rate(model: nn.Module) -> float:
     """The highest rate at which anything of the model is dropped in train mode; 0: it computes the same in both."""
-    rates = [0.0]
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):  # pyright: ignore[reportPrivateUsage]  # seam dropout
-            rates.append(module.p)
-        for holder in (module, getattr(module, "config", None)):
-            if isinstance(holder, nn.Module | PreTrainedConfig):
-                rates += [rate for name in RATES if isinstance(rate := getattr(holder, name, None), float)]
-    return max(rates)
+    return max((getattr(holder, name) for holder, name in _rates(model)), default=0.0)
 
 
 def no_dropout(model: nn.Module) -> None:
@@ -27,13 +28,21 @@ def no_dropout(model: nn.Module) -> None:
     Raises:
         SeamMoved: something is left that would still be dropped.
     """
+    for holder, name in _rates(model):
+        setattr(holder, name, 0.0)
+    seams.check(seams.DROPOUT, model)
+
+
+def _rates(model: nn.Module) -> list[tuple[nn.Module | PreTrainedConfig, str]]:
+    """Every place that holds a rate: (module or config, name of its attribute).
+
+    A module's own is any number with "drop" in its name: attention modules have many names for it.
+    """
+    found: list[tuple[nn.Module | PreTrainedConfig, str]] = []
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):  # pyright: ignore[reportPrivateUsage]  # seam dropout
-            module.p = 0.0
-        # some attention modules read their rate from the config at every forward
-        for holder in (module, getattr(module, "config", None)):
-            if isinstance(holder, nn.Module | PreTrainedConfig):
-                for name in RATES:
-                    if isinstance(getattr(holder, name, None), float):
-                        setattr(holder, name, 0.0)
-    seams.check(seams.DROPOUT, model)
+            found.append((module, "p"))
+        found += [(module, name) for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]
+        if isinstance(config := getattr(module, "config", None), PreTrainedConfig):
+            found += [(config, name) for name in RATES if isinstance(getattr(config, name, None), float)]
+    return found

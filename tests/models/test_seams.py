@@ -294,6 +294,14 @@ def test_no_dropout_is_left_anywhere():
     no_dropout(model)
     assert model.layers[0].self_attn.attention_dropout == model.config.attention_dropout == 0
     assert model.layers[0].mlp.extra.p == 0 and model.training
+    # a module's own rate has many names
     model.layers[0].self_attn.score_dropout = 0.1
-    with pytest.raises(seams.SeamMoved, match=r"layers\.0\.self_attn\.score_dropout"):
+    no_dropout(model)
+    assert model.layers[0].self_attn.score_dropout == 0
+
+    class StableDropout(torch.nn.Module):
+        p = 0.1
+
+    model.layers[0].mlp.other = StableDropout()
+    with pytest.raises(seams.SeamMoved, match=r"layers\.0\.mlp\.other\.p"):
         no_dropout(model)
