@@ -205,7 +205,7 @@ MOVES = {
     "TRAINED_TOKENS": (None, SimpleNamespace, "_total_train_tokens"),
     "FUSED_HEAD": (lambda p: p.setattr(trl.trainer.utils, "add_fused_lm_head", lambda m: m), None, "fused_lm_head"),
     "HOOK_MARK": (lambda p: p.setattr(accelerate.hooks, "add_hook_to_module", lambda m, hook: m), None, "_hf_hook"),
-    "LAUNCHER": (lambda p: p.delattr(accelerate.commands.launch, "launch_command"), None, "launch:launch_command"),
+    "LAUNCHER": (lambda p: p.delattr("accelerate.commands.launch.launch_command"), None, "launch:launch_command"),
 }  # fmt: skip
 
 
