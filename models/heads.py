@@ -11,6 +11,7 @@ from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForSequenceClassification,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.modeling_layers import GenericForSequenceClassification
@@ -75,6 +76,33 @@ def init_score(linear: nn.Linear, generator: torch.Generator | None = None) -> N
             bias.zero_()
 
 
+def _decoder_name(speaker: type[PreTrainedModel], config: PreTrainedConfig) -> str:
+    """Under which name the causal model holds its decoder: an adapter's tensors are named by it.
+
+    Where the class says the name that another class of its family uses (Llama 4), it is that of its one inner model.
+    """
+    with torch.device("meta"):
+        parts = dict(speaker(config).named_children())
+    named = [speaker.base_model_prefix] if speaker.base_model_prefix in parts else []
+    inner = [name for name, part in parts.items() if isinstance(part, PreTrainedModel)]
+    return (named or inner)[0]
+
+
+class _GeneralClassifier(GenericForSequenceClassification):
+    """transformers' general head, over decoders too whose output lacks fields that it hands on (state-space models)."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        getattr(self, self.base_model_prefix).register_forward_hook(_with_all_fields)
+
+
+def _with_all_fields(_module: nn.Module, _inputs: object, output: Any) -> Any:
+    for name in ("past_key_values", "hidden_states", "attentions"):
+        if not hasattr(output, name):
+            setattr(output, name, None)
+    return output
+
+
 def add_classifier(folder: Path) -> None:
     """Teach `AutoModelForSequenceClassification` the base's architecture, where transformers has no classifier for it:
     its decoder under transformers' general head, `score` on the last token. Plain PEFT then loads a reward adapter of
@@ -93,8 +121,8 @@ def add_classifier(folder: Path) -> None:
     name = speaker.__name__.replace("ForCausalLM", "").replace("LMHeadModel", "") + "ForSequenceClassification"
     made = type(
         name,
-        (GenericForSequenceClassification, family),
-        {"base_model_prefix": speaker.base_model_prefix, "config_class": kind, "__module__": __name__},
+        (_GeneralClassifier, family),
+        {"base_model_prefix": _decoder_name(speaker, config), "config_class": kind, "__module__": __name__},
     )
     # without `exist_ok` transformers passes over its own configs; there is nothing yet that this could replace
     AutoModelForSequenceClassification.register(kind, made, exist_ok=True)

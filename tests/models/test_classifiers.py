@@ -3,9 +3,16 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification, PeftModel
-from transformers import AutoModelForSequenceClassification, CohereConfig, CohereForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    CohereConfig,
+    Llama4TextConfig,
+    MambaConfig,
+)
 
 from preftune.models.adapters import AdapterSet
 from preftune.models.loading import load_model, resolve_base
@@ -14,15 +21,26 @@ from preftune.models.reward_model import create_reward_model, save_reward_model
 from preftune.models.tiny import byte_tokenizer
 from preftune.models.tokens import load_tokenizer, prepare_model
 
+HEADS = {"intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1}
 
-def test_a_decoder_without_a_classifier_gets_one_that_plain_peft_loads(tmp_path: Path):
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (CohereConfig, HEADS),
+        # its output has no field for a cache that the general head would know
+        (MambaConfig, {"state_size": 4}),
+        # it names its decoder by a prefix that is another class'
+        (Llama4TextConfig, HEADS | {"intermediate_size_mlp": 48, "num_local_experts": 2, "head_dim": 16}),
+    ],
+)
+def test_a_decoder_without_a_classifier_gets_one_that_plain_peft_loads(kind: Any, settings: Any, tmp_path: Path):
     tokenizer: Any = byte_tokenizer()
-    config = CohereConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+    config = kind(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **settings,
     )  # fmt: skip
-    CohereForCausalLM(config).save_pretrained(tmp_path / "base")
+    AutoModelForCausalLM.from_config(config).float().save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     base = resolve_base(str(tmp_path / "base"))
     tokenizer = load_tokenizer(base)
