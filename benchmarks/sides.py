@@ -33,6 +33,7 @@ TUNED: dict[str, dict[str, Any]] = {
 
 def our_trainer(kind: str, rows: Path, train: dict[str, Any], output: Path, *, packed: bool) -> Any:
     """The trainer that the stage runs."""
+    train = dict(train)
     job = StageJob(
         name=kind,
         kind=kind,
@@ -40,6 +41,7 @@ def our_trainer(kind: str, rows: Path, train: dict[str, Any], output: Path, *, p
         dtype="bfloat16",
         lora=LORA,
         data=DataSpec((SourceSpec(str(rows)),), max_length=None),
+        seed=train.pop("seed"),
         train=train,
         output_dir=output,
         packed=packed,
