@@ -9,12 +9,14 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from .. import stopping
 from ..data.template import writes_date
 from ..errors import UserError, gathering, nearest, raise_found
-from ..files import CHECKPOINTS, EVALUATION, RECIPE, REPORT, write_whole
+from ..files import EVALUATION, RECIPE, REPORT, write_whole
 from ..recipes.build import eval_spec, stage_job
 from ..recipes.graph import needed_for, order, parents
 from ..recipes.schema import Recipe
+from ..stopping import Stopped
 from ..values import is_number
 from .folder import RunFolder, Stamp, write_stamp
 from .keys import Keys, difference, key_of
@@ -169,13 +171,19 @@ class Chain:
         self._check_settings()
         began, started = time.monotonic(), _now()
         partial = self.folder.begin(name, Stamp(key, parts, started), fresh=self.options.force)
-        if any((partial / CHECKPOINTS).glob("checkpoint-*")):
-            self.output.say(f"{name}: continues from a checkpoint of the interrupted run")
         job = stage_job(self.recipe, name, self.base, self.path, partial, adapter)
-        metrics = self._recorded(name, key, started, lambda: self._work(job))
-        seconds = time.monotonic() - began
-        self.folder.promote(name, Stamp(key, parts, started, seconds))
-        self.folder.record(name, state="done", key=key, seconds=round(seconds, 3), started=started)
+        metrics: Mapping[str, Any] | None = None
+        seconds = 0.0
+        try:
+            with stopping.deferred():
+                metrics = self._recorded(name, key, started, lambda: self._work(job))
+                seconds = time.monotonic() - began
+                self.folder.promote(name, Stamp(key, parts, started, seconds))
+                self.folder.record(name, state="done", key=key, seconds=round(seconds, 3), started=started)
+        except Stopped as stopped:
+            if metrics is None:
+                raise
+            raise Stopped(stopped.number, f"{name}: done, {stopped}") from None
         self.output.say(f"{name}: done in {duration(seconds)}{_highlights(metrics)}")
         _free_memory()
         return Done(name, "ran", seconds, metrics or {})
@@ -231,7 +239,12 @@ class Chain:
             self.output.say(f"{name}: runs again, forced")
         else:
             before = self.folder.stages.get(name, {}).get("state")
-            why = {"failed": ", it failed before", "running": ", it was interrupted", "done": ", its folder is gone"}
+            why = {
+                "failed": ", it failed before",
+                "running": ", it was interrupted",
+                "stopped": ", it was stopped",
+                "done": ", its folder is gone",
+            }
             self.output.say(f"{name}: runs{why.get(str(before), '')}")
         return None
 
@@ -260,7 +273,8 @@ class Chain:
         except BaseException as error:
             said = " ".join(str(error).split())[:300] or type(error).__name__
             seconds = round(time.monotonic() - began, 3)
-            self.folder.record(name, state="failed", key=key, seconds=seconds, started=started, error=said)
+            state = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
+            self.folder.record(name, state=state, key=key, seconds=seconds, started=started, error=said)
             raise
 
     def _report(self) -> None:

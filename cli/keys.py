@@ -84,6 +84,7 @@ class Keys:
             "seed": recipe.seed if stage.seed is None else stage.seed,
             **_flat("lora", lora_values(recipe, name)),
             **stage.method(),
+            **({} if stage.on_nonfinite in (None, "stop") else {"on_nonfinite": stage.on_nonfinite}),
             **_flat("train", stage.train),
             **_flat("data", data_values(spec)),
             f"data {stage.data}": self.fingerprint(spec, stage.record.rows),
@@ -157,6 +158,7 @@ class Keys:
             "model.chat_template": template,
             **({} if model.template_date is None else {"model.template_date": str(model.template_date)}),
             "model.packed": model.packed,
+            **({"deterministic": True} if self.recipe.deterministic else {}),
         }
 
 

@@ -11,9 +11,14 @@ from typing import TYPE_CHECKING, Protocol, TypeGuard
 import typer
 
 from ..errors import UserError, UserErrors
+from ..stopping import Stopped
 
 if TYPE_CHECKING:
     from ..recipes.schema import Recipe
+
+
+_INTERRUPTED = 130
+"""128 + SIGINT."""
 
 
 class StageFailed(Exception):
@@ -30,15 +35,21 @@ class _ParserError(Protocol):
     def show(self) -> None: ...
 
 
-def exit_code_of(work: Callable[[], object]) -> int:
+def exit_code_of(work: Callable[[], object], again: str = "the same command") -> int:
     """Run a command, say on standard error what went wrong, and return the exit code.
+
+    Args:
+        again: the command that continues, where a signal stops this one.
 
     Returns:
         What the command returns where that is a number, else 0; 2 for a user's mistake, which is one line without a
-        traceback (several, found together: a line each); 1 for anything else.
+        traceback (several, found together: a line each); 128 and the number of a signal that stopped it; 1 for
+        anything else.
     """
     try:
         code = work()
+        if code == _INTERRUPTED:
+            raise KeyboardInterrupt  # which typer turns into that
         return code if isinstance(code, int) else 0
     except UserError as error:
         several = error.errors if isinstance(error, UserErrors) else ()
@@ -47,8 +58,12 @@ def exit_code_of(work: Callable[[], object]) -> int:
         return 2
     except StageFailed as error:
         print(error, file=sys.stderr)
+    except Stopped as stopped:
+        print(f"{stopped}; continue with: {again}", file=sys.stderr)
+        return stopped.exit_code
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted; the same command continues", file=sys.stderr)
+        return _INTERRUPTED
     except BrokenPipeError:
         # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

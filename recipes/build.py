@@ -80,6 +80,12 @@ def start_folder(stage: Stage, run_dir: Path) -> Path | None:
     return run_dir / stage.parent
 
 
+def nonfinite_skips(stage: Stage) -> int:
+    """The N of `on_nonfinite: skip(N)`; 0 for `stop`."""
+    word = stage.on_nonfinite or "stop"
+    return 0 if word == "stop" else int(word.removeprefix("skip(").removesuffix(")"))
+
+
 def stage_job(
     recipe: Recipe, name: str, base: "Base", run_dir: Path, output_dir: Path, parent: Path | None = None
 ) -> "StageJob":
@@ -90,6 +96,7 @@ def stage_job(
         output_dir: where it writes.
         parent: an adapter folder to start from instead of the recipe's `from`.
     """
+    from ..stages.checkpoints import CheckpointPlan
     from ..stages.job import StageJob
 
     stage = recipe.stages[name]
@@ -115,6 +122,9 @@ def stage_job(
         template_date=recipe.model.template_date,
         packed=recipe.model.packed,
         data_name=stage.data,
+        checkpoints=CheckpointPlan(recipe.checkpoints.share, recipe.checkpoints.minutes),
+        nonfinite_skips=nonfinite_skips(stage),
+        deterministic=recipe.deterministic,
     )
 
 
