@@ -204,7 +204,10 @@ def test_what_killed_processes_left_is_cleared_and_nothing_else(shop: Workshop) 
 
 
 def test_half_written_files_do_not_come_along_into_a_finished_stage(shop: Workshop) -> None:
-    shop.during = lambda name, output: (output / ".lineage.json.4711").write_text("half") and None
+    def write_half(name: str, output: Path) -> None:
+        (output / ".lineage.json.4711").write_text("half")
+
+    shop.during = write_half
     shop.run(until="sft")
     assert ".lineage.json.4711" not in {each.name for each in (shop.path / "sft").iterdir()}
 
