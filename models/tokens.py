@@ -7,11 +7,12 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.template import DEFAULT_CHAT_TEMPLATE, set_date
 from ..errors import UserError
 from ..patience import within
+from .auto import open_config, open_tokenizer
 from .base import Base
 from .quiet import quiet_transformers
 from .sound import AGAIN, first_line
@@ -66,8 +67,10 @@ def _read_tokenizer(base: Base) -> PreTrainedTokenizerBase:
         raise UserError(where, f"{base.spec!r} has no tokenizer.json, nor another vocabulary", AGAIN)
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(base.path, trust_remote_code=False)
+            tokenizer = open_tokenizer(base.path)
         said = tokenizer(_HELLO, add_special_tokens=False)["input_ids"]
+    except UserError:
+        raise
     except Exception as error:  # a foreign file: its reader fails in every way there is
         said = f"the tokenizer of {base.spec!r} cannot be read ({first_line(error)})"
         raise UserError(where, said, AGAIN) from error
@@ -188,7 +191,7 @@ def check_vocabulary(rows: Sequence[Sequence[int]], tokenizer: Any, size: int, w
 
 def vocabulary_size(base: Base) -> int:
     """Rows of the base's embedding."""
-    return AutoConfig.from_pretrained(base.path, trust_remote_code=False).get_text_config().vocab_size
+    return open_config(base.path).get_text_config().vocab_size
 
 
 def _template(tokenizer: PreTrainedTokenizerBase, wanted: str | None) -> str:

@@ -20,6 +20,7 @@ from ..models.causal import head_of
 from ..models.dropout import dropout_rate, no_dropout
 from ..models.lm_head import use_compact_head
 from ..models.memory import peak_memory_bytes
+from ..models.pickles import check_pickles
 from .callbacks import Clock, LogFile, Progress, keep_event_files
 from .finite import not_finite, rows_of
 from .job import StageJob
@@ -165,7 +166,10 @@ def train(trainer: Trainer, rows: int) -> dict[str, float | None]:
 
 def latest_checkpoint(folder: Path) -> str | None:
     """The checkpoint that an interrupted run of the same stage left in its folder, or None."""
-    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if found is not None:
+        check_pickles(Path(found))
+    return found
 
 
 def check_identity(trainer: Any, beta: float) -> None:

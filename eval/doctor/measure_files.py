@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
 
 from ...data.template import Templater
 from ...files import LINEAGE
+from ...models.auto import open_tokenizer
 from ...models.base import Base
 from ...models.lineage import adapter_sha256, read_lineage, tokenizer_info
 from ...models.lora import WEIGHTS
@@ -125,7 +125,7 @@ def _tokenizers(record: Record, tokenizer: Any, left_out: list[str]) -> Iterator
         left_out.append(f"{record.name}, bos: no tokenizer lies beside its adapter")
         return
     with quiet_transformers():
-        saved = AutoTokenizer.from_pretrained(record.folder, trust_remote_code=False)
+        saved = open_tokenizer(record.folder, str(record.folder))
     others["the tokenizer beside its adapter"] = _saved_info(saved, tokenizer)
     yield from check_tokenizer(record.name, record.lineage.tokenizer, others)
     yield check_bos(record.name, _leading_bos(saved), token=saved.bos_token, base_token=tokenizer.bos_token)
