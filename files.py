@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from .errors import UserError
+
 RECIPE, RUN_STATE, REPORT, DOCTOR = "recipe.yaml", "run.json", "report.html", "doctor.json"
 """In a run's folder."""
 
@@ -71,7 +73,7 @@ def whole_folder(final: Path, ours: "Callable[[Path], bool] | None" = None) -> G
         ours: whether a folder that lies there may be replaced; None: `is_ours`.
 
     Raises:
-        FileExistsError: something lies there that we did not write.
+        UserError: something lies there that we did not write.
     """
     beside = _free(final.with_name(f".{final.name}.{os.getpid()}"))
     beside.mkdir(parents=True)
@@ -92,7 +94,7 @@ def replace_folder(new: Path, final: Path, ours: Callable[[Path], bool] | None =
         _remove(old, ours)
     if _lies(final):
         if not ours(final):
-            raise FileExistsError(f"{final} is not ours to replace")
+            raise UserError(str(final), "is not ours to replace", "move it away")
         _set_aside(final)
         final.rename(old)
     new.rename(final)
@@ -183,7 +185,7 @@ def _remove(folder: Path, ours: Callable[[Path], bool]) -> None:
     elif ours(folder):
         shutil.rmtree(folder, ignore_errors=True)
     else:
-        raise FileExistsError(f"{folder} is not ours to remove")
+        raise UserError(str(folder), "is not ours to remove", "move it away")
 
 
 def _free(wanted: Path) -> Path:

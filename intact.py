@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from .errors import UserError
 from .files import CHECKPOINTS, LOG, LOGS, RECIPE, ROLLOUTS, STAMP
@@ -59,6 +60,30 @@ def check_intact(folder: Path) -> None:
         command = f"preftune run {recipe} --output-dir {folder.parent} --until {folder.name}"
         remedy = f"run it again: {command}" if recipe.is_file() else "train it again, or take it from a copy"
         raise UserError(str(folder), f"is damaged, {found}", remedy)
+
+
+def read_json(file: Path) -> Any:
+    """What a JSON file of a run holds; None where there is no file.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        said = " ".join(str(error).split())[:120]
+        remedy = "run the recipe again, which makes what is damaged anew; or delete it"
+        raise UserError(str(file), f"cannot be read ({said})", remedy) from error
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """The same, of a file that holds an object; empty where there is no file."""
+    found = read_json(file)
+    if found is not None and not isinstance(found, dict):
+        raise UserError(str(file), "holds no object", "run the recipe again, which makes what is damaged anew")
+    return found or {}
 
 
 def _sha256(file: Path) -> str:

@@ -4,6 +4,7 @@ import gc
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -291,7 +292,8 @@ class Chain:
         except BaseException as error:
             said = " ".join(str(error).split())[:300] or type(error).__name__
             seconds = round(time.monotonic() - began, 3)
-            self.folder.record(name, state="failed", key=key, seconds=seconds, started=started, error=said)
+            with suppress(OSError):  # a full disk may be what this is about
+                self.folder.record(name, state="failed", key=key, seconds=seconds, started=started, error=said)
             raise
 
     def _report_is_old(self) -> bool:

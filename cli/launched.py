@@ -16,6 +16,7 @@ from typing import Any
 from ..errors import UserError
 from ..files import RECIPE, write_whole
 from ..models import seams
+from .faults import system_words
 from .folder import RunFolder
 from .process import ignore_library_warnings, make_functions_importable
 
@@ -85,8 +86,8 @@ def _process(said: str, run_dir: str, name: str, from_adapter: str | None = None
         raise
     except KeyboardInterrupt:
         return 1
-    except Exception:
-        return _say_once(Path(said), traceback.format_exc())
+    except Exception as error:
+        return _say_once(Path(said), system_words(error) or traceback.format_exc())
     return 0
 
 

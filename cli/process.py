@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol, TypeGuard
 import typer
 
 from ..errors import UserError, UserErrors
+from .faults import system_words
 
 if TYPE_CHECKING:
     from ..recipes.schema import Recipe
@@ -55,7 +56,10 @@ def exit_code_of(work: Callable[[], object]) -> int:
     except Exception as error:
         if _is_parser_error(error):
             return _wrong_command(error)
-        traceback.print_exc()
+        if (said := system_words(error)) is not None:
+            print(said, file=sys.stderr)
+        else:
+            traceback.print_exc()
     return 1
 
 

@@ -14,7 +14,7 @@ from ..files import ADAPTER_CONFIG
 from . import seams
 from .auto import open_model
 from .base import Base, content_sha256, is_hub
-from .cache import remembered
+from .cache import cache_dir, remembered
 from .causal import decoder_of
 from .described import check_complete, check_config
 from .gguf import convert_gguf
@@ -66,6 +66,16 @@ def resolve_base(spec: str, revision: str | None = None) -> Base:
         if not folder.is_dir():
             raise UserError(_WHERE, f"{spec!r} is no folder", "give an existing folder, a hub id or a .gguf file")
         spec = str(folder)
+    try:
+        return Base(spec, folder, source, _sound_sha256(folder, spec))
+    except UserError as error:
+        if folder.parent != cache_dir():
+            raise
+        raise UserError(error.where, error.problem, f"delete {folder}: it is made again") from error
+
+
+def _sound_sha256(folder: Path, spec: str) -> str:
+    """The base's hash, of a folder in which nothing is damaged."""
     check_files(folder, spec)
     if not (folder / CONFIG).is_file():
         if (folder / ADAPTER_CONFIG).is_file():
@@ -73,8 +83,7 @@ def resolve_base(spec: str, revision: str | None = None) -> Base:
         raise UserError(_WHERE, f"{spec!r} has no config.json", "give a folder that save_pretrained wrote")
     check_config(folder, spec)
     weights = weight_files(folder, spec)
-    sha256 = remembered("sound base", [folder / CONFIG, *weights], lambda: content_sha256(folder, weights, spec))
-    return Base(spec, folder, source, sha256)
+    return remembered("sound base", [folder / CONFIG, *weights], lambda: content_sha256(folder, weights, spec))
 
 
 def check_base_complete(base: Base) -> None:
@@ -89,7 +98,7 @@ def check_base_complete(base: Base) -> None:
 
 def _complete(base: Base) -> str:
     check_complete(base.path, base.spec)
-    return "yes"
+    return base.sha256
 
 
 def _placed(path: str) -> Path:

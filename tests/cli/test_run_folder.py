@@ -99,7 +99,7 @@ def test_folders_of_others_are_not_replaced_by_the_helper_either(tmp_path: Path)
     for name in ("new", "final"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(name)
-    with pytest.raises(FileExistsError, match="not ours"):
+    with pytest.raises(UserError, match="not ours"):
         replace_folder(tmp_path / "new", tmp_path / "final")
     assert (tmp_path / "final" / "file").read_text() == "final"
 
