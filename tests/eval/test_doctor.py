@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from preftune.cli import main as cli
 from preftune.cli.chain import Chain, Options, write_recipe
@@ -155,7 +156,7 @@ def test_the_base_as_reference_is_named(copy: Path, capsys, monkeypatch, stage: 
     assert f"{stage} is broken (first step)" in said and "frozen copy of sft" in said
 
 
-def saved_so(file: Path, tensors: dict[str, torch.Tensor]) -> None:
+def saved_so(file: Path, tensors: dict[str, Tensor]) -> None:
     """An adapter that its stage saved like that: the hash beside it fits."""
     save_file(tensors, file, metadata={"format": "pt"})
     stamp = file.parent / ".key.json"
