@@ -18,6 +18,7 @@ from ..errors import UserError
 from ..files import RECIPE, write_whole
 from ..models import seams
 from ..stopping import Stopped
+from .faults import system_words
 from .folder import RunFolder
 from .process import ignore_library_warnings, make_functions_importable
 
@@ -92,8 +93,8 @@ def _process(said: str, run_dir: str, name: str, from_adapter: str | None = None
     except Stopped as stopped:
         write_whole(Path(said) / _STOPPED, json.dumps([stopped.number, str(stopped)]))
         _leave_group()
-    except Exception:
-        return _say_once(Path(said), traceback.format_exc())
+    except Exception as error:
+        return _say_once(Path(said), system_words(error) or traceback.format_exc())
     return 0
 
 

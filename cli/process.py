@@ -12,6 +12,7 @@ import typer
 
 from ..errors import UserError, UserErrors
 from ..stopping import Stopped
+from .faults import system_words
 
 if TYPE_CHECKING:
     from ..recipes.schema import Recipe
@@ -70,7 +71,10 @@ def exit_code_of(work: Callable[[], object], again: str = "the same command") ->
     except Exception as error:
         if _is_parser_error(error):
             return _wrong_command(error)
-        traceback.print_exc()
+        if (said := system_words(error)) is not None:
+            print(said, file=sys.stderr)
+        else:
+            traceback.print_exc()
     return 1
 
 

@@ -1,11 +1,11 @@
 """From the recipe to what the stages and the evaluation take."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import ADAPTER_CONFIG, LINEAGE
+from ..intact import read_json_object
 from .schema import BASE, Data, Recipe, Stage
 
 if TYPE_CHECKING:
@@ -138,12 +138,13 @@ def policy_folder(recipe: Recipe, run_dir: Path, name: str) -> Path:
         file = run_dir / child / LINEAGE
         if stage.parent != name or not file.is_file():
             continue
-        first = next(iter(json.loads(file.read_text(encoding="utf-8")).get("parents") or []), {})
-        folder = Path(first.get("adapter") or own)
+        above = read_json_object(file).get("parents")
+        first = above[0] if isinstance(above, list) and above and isinstance(above[0], dict) else {}
+        folder = Path(str(first.get("adapter") or own))
         if (folder / ADAPTER_CONFIG).is_file():
             from ..models.lineage import adapter_sha256
 
-            if adapter_sha256(folder) == first["sha256"]:
+            if adapter_sha256(folder) == first.get("sha256"):
                 return folder
     return own
 

@@ -2,12 +2,14 @@
 
 import importlib.util
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, Trainer, TrainingArguments, get_scheduler
+from transformers import Trainer, TrainingArguments, get_scheduler
 
 from ..errors import UserError, gathering, nearest
+from ..models.auto import check_model, open_config
 from ..models.cost import adapter_parameters
 from .job import StageJob
 from .options import stage_config, word_problems
@@ -46,9 +48,13 @@ def stage_problems(job: StageJob) -> list[UserError]:
         found += [] if kind.check is None else kind.checker()(job, args)
     found += _adapter_problems(job)
     for index, source in enumerate(job.rewards):
-        if isinstance(source.target, str) and source.kind == "function":
-            with gathering(found):
-                import_function(source.target, f"stages.{job.name}.reward.{index}")
+        where = f"stages.{job.name}.reward.{index}"
+        with gathering(found):
+            if isinstance(source.target, str) and source.kind == "function":
+                import_function(source.target, where)
+            elif source.kind == "model" and (folder := Path(str(source.target)).expanduser()).is_dir():
+                check_model(folder, where)
+                open_config(folder, where)
     return found
 
 
@@ -107,7 +113,7 @@ def _package_problems(job: StageJob, args: TrainingArguments) -> Iterator[UserEr
 def _expert_problems(job: StageJob, args: TrainingArguments) -> Iterator[UserError]:
     """A router's loss where there is no router."""
     if getattr(args, "router_aux_loss_coef", None) and (job.base.path / "config.json").is_file():
-        config = AutoConfig.from_pretrained(job.base.path).get_text_config()
+        config = open_config(job.base.path).get_text_config()
         if not hasattr(config, "output_router_logits"):
             here = f"stages.{job.name}.train.router_aux_loss_coef"
             yield UserError(here, f"{job.base.spec} is no mixture of experts", "leave it out")
@@ -117,7 +123,7 @@ def _adapter_problems(job: StageJob) -> Iterator[UserError]:
     """Target modules that no layer has, by PEFT itself on a model without memory."""
     if not (job.base.path / "config.json").is_file():
         return
-    config = AutoConfig.from_pretrained(job.base.path)
+    config = open_config(job.base.path)
     if job.lora.r > (width := config.get_text_config().hidden_size):
         said = f"is {job.lora.r}, more than the base's width, {width}"
         yield UserError("lora.r", said, f"use at most {width}, with which an adapter can say anything")

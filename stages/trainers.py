@@ -21,6 +21,7 @@ from ..models.causal import head_of
 from ..models.dropout import dropout_rate, no_dropout
 from ..models.lm_head import use_compact_head
 from ..models.memory import peak_memory_bytes
+from ..models.pickles import check_pickles
 from ..progress import say
 from .callbacks import Clock, LogFile, ProgressBar, clock_of, keep_event_files
 from .checkpoints import (
@@ -293,6 +294,7 @@ def take_up(trainer: Trainer) -> str | None:
     checkpoint = newest(folder, own.name, args.world_size)
     if checkpoint is None:
         return None
+    check_pickles(checkpoint)
     done = trainer.resumed = read_progress(checkpoint, args.process_index)
     clock_of(trainer).seconds = done.seconds
     log = folder.parent / LOG

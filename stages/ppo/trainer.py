@@ -37,6 +37,7 @@ from ...models.adapters import DEFAULT, REF, AdapterSet
 from ...models.dropout import no_dropout
 from ...models.lora import LoraSpec
 from ...models.memory import release_free_memory
+from ...models.pickles import check_pickles
 from ...models.tokens import check_vocabulary
 from ..callbacks import Clock
 from ..checkpoints import Progress, Resumable, checkpoints, continuing, log_bytes, newest, read_progress
@@ -455,6 +456,7 @@ class OnPolicyTrainer(Resumable):
             self.optimizer = self.lr_scheduler = None
         self.loop = LoopState(kl_coef=args.kl_coef, world_size=args.world_size)
         if resume is not None:
+            check_pickles(Path(resume))
             self.state = TrainerState.load_from_json(str(Path(resume) / "trainer_state.json"))
             self._load_callback_state()
             self.loop = load_state(Path(resume), args.world_size)
