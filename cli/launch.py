@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import own_code
 from ..errors import UserError
 from ..files import METRICS
 from ..models import seams
@@ -50,8 +51,9 @@ def launch_stage(config: Path, run_dir: Path, job: "StageJob", from_adapter: Pat
         StageFailed: the stage failed in another way.
     """
     stage = [str(run_dir), job.name, *([str(from_adapter)] if from_adapter else [])]
-    # functions beside the recipe must be found in there too
+    # what is importable here, and functions beside the recipe, must be found in there too
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(each for each in sys.path if each)}
+    environment |= own_code.environment()
     with tempfile.TemporaryDirectory(prefix="preftune-launch-") as said:
         command = [sys.executable, "-m", MODULE, "launcher", str(config), said, *stage]
         code = subprocess.run(command, check=False, env=environment).returncode
