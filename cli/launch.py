@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import stopping
+from .. import own_code, stopping
 from ..errors import UserError
 from ..files import METRICS
 from ..models import seams
@@ -52,8 +52,9 @@ def launch_stage(config: Path, run_dir: Path, job: "StageJob", from_adapter: Pat
         StageFailed: the stage failed in another way.
     """
     stage = [str(run_dir), job.name, *([str(from_adapter)] if from_adapter else [])]
-    # functions beside the recipe must be found in there too
+    # what is importable here, and functions beside the recipe, must be found in there too
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(each for each in sys.path if each)}
+    environment |= own_code.environment()
     with tempfile.TemporaryDirectory(prefix="preftune-launch-") as said:
         command = [sys.executable, "-m", MODULE, "launcher", str(config), said, *stage]
         # they hear of a signal through a file: a terminal's Ctrl-C reaches them too, and should not be heard twice

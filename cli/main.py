@@ -14,7 +14,7 @@ from ..stages.kinds import KINDS
 from ..version import __version__
 from . import evaluate
 from .arguments import AsJson, Force, Launch, OutputDir, RecipeArgument, RecipeOverrides, RunArgument
-from .process import exit_code_of, ignore_library_warnings
+from .process import exit_code_of, ignore_library_warnings, leave_working_folder
 
 app = typer.Typer(
     name="preftune",
@@ -29,6 +29,7 @@ app.add_typer(evaluate.app, name="eval")
 
 def main() -> None:
     """The console script."""
+    leave_working_folder()
     ignore_library_warnings()
     sys.exit(run_command())
 

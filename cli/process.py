@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol, TypeGuard
 
 import typer
 
+from .. import own_code
 from ..errors import UserError, UserErrors
 from ..stopping import Stopped
 from .faults import system_words
@@ -93,6 +94,12 @@ def _wrong_command(error: _ParserError) -> int:
     return int(error.exit_code)
 
 
+def leave_working_folder() -> None:
+    """Take the working folder off `sys.path`, where `python -m` puts it first: a file in it is no library."""
+    if not sys.flags.safe_path and sys.path[:1] in ([""], [str(Path.cwd())]):
+        del sys.path[0]
+
+
 def ignore_library_warnings() -> None:
     """Hide warnings about libraries' future versions, which a user can do nothing about."""
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -112,7 +119,5 @@ def quiet_libraries() -> None:
 
 
 def make_functions_importable(recipe: "Recipe") -> None:
-    """Put the recipe's folder and the current one on `sys.path`, where its reward and judge functions may lie."""
-    for folder in (recipe.folder, Path.cwd()):
-        if folder is not None and str(folder) not in sys.path:
-            sys.path.append(str(folder))
+    """Have its reward and judge functions found in the recipe's folder and the current one."""
+    own_code.look_in(folder for folder in (recipe.folder, Path.cwd()) if folder is not None)
