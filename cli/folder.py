@@ -188,6 +188,8 @@ class RunFolder:
 
         holder = self.path / _HOLDER
         try:
+            if self.path.is_file():
+                raise UserError(str(self.path), "is a file, and no folder", _REMEDY)
             self.path.mkdir(parents=True, exist_ok=True)
             if not existing:
                 self._check_ours()

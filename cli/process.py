@@ -56,10 +56,11 @@ def exit_code_of(work: Callable[[], object]) -> int:
     except Exception as error:
         if _is_parser_error(error):
             return _wrong_command(error)
-        if (said := system_words(error)) is not None:
+        if (refused := system_words(error)) is not None:
+            code, said = refused
             print(said, file=sys.stderr)
-        else:
-            traceback.print_exc()
+            return code
+        traceback.print_exc()
     return 1
 
 
