@@ -10,12 +10,14 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from .. import stopping
 from ..data.template import writes_date
 from ..errors import UserError, gathering, nearest, raise_found
-from ..files import CHECKPOINTS, EVALUATION, LINEAGE, RECIPE, STAMP, write_whole
+from ..files import EVALUATION, LINEAGE, RECIPE, STAMP, write_whole
 from ..recipes.build import eval_spec, stage_job
 from ..recipes.graph import needed_for, order, parents
 from ..recipes.schema import Recipe
+from ..stopping import Stopped
 from ..values import is_number
 from .folder import RunFolder, Stamp, finished_entry, seal
 from .keys import Keys, counted, difference, idle_settings, key_of
@@ -184,15 +186,21 @@ class Chain:
         began, started = time.monotonic(), _now()
         stamp = Stamp(key, parts, started, idle=idle_settings(self.recipe, name))
         partial = self.folder.begin(name, stamp, fresh=self.options.force)
-        if any((partial / CHECKPOINTS).glob("checkpoint-*")):
-            self.output.say(f"{name}: continues from a checkpoint of the interrupted run")
         job = stage_job(self.recipe, name, self.base, self.path, partial, adapter)
-        metrics = self._recorded(name, key, started, lambda: self._work(job))
-        seconds = time.monotonic() - began
-        stamp = replace(stamp, seconds=seconds)
-        if kept := self.folder.promote(name, stamp):
+        metrics: Mapping[str, Any] | None = None
+        try:
+            with stopping.deferred():
+                metrics = self._recorded(name, key, started, lambda: self._work(job))
+                stamp = replace(stamp, seconds=time.monotonic() - began)
+                kept = self.folder.promote(name, stamp)
+                self.folder.record(name, **finished_entry(stamp))
+        except Stopped as stopped:
+            if metrics is None:
+                raise
+            raise Stopped(stopped.number, f"{name}: done, {stopped}") from None
+        if kept:
             self.output.say(f"{name}: {kept}")
-        self.folder.record(name, **finished_entry(stamp))
+        seconds = stamp.seconds
         self.output.say(f"{name}: done in {duration(seconds)}{_highlights(metrics)}")
         _free_memory()
         return Done(name, "ran", seconds, metrics or {})
@@ -259,7 +267,12 @@ class Chain:
             )
         else:
             before = self.folder.stages.get(name, {}).get("state")
-            why = {"failed": ", it failed before", "running": ", it was interrupted", "done": ", its folder is gone"}
+            why = {
+                "failed": ", it failed before",
+                "running": ", it was interrupted",
+                "stopped": ", it was stopped",
+                "done": ", its folder is gone",
+            }
             self.output.say(f"{name}: runs{why.get(str(before), '')}")
         return None
 
@@ -292,8 +305,9 @@ class Chain:
         except BaseException as error:
             said = " ".join(str(error).split())[:300] or type(error).__name__
             seconds = round(time.monotonic() - began, 3)
+            state = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
             with suppress(OSError):  # a full disk may be what this is about
-                self.folder.record(name, state="failed", key=key, seconds=seconds, started=started, error=said)
+                self.folder.record(name, state=state, key=key, seconds=seconds, started=started, error=said)
             raise
 
     def _report_is_old(self) -> bool:

@@ -40,9 +40,14 @@ from .lora import (
 from .packing import use_packed_forward
 from .plain_lora import adapted_modules, check_layers, check_targets
 
-__all__ = ["DEFAULT", "REF", "REWARD", "VALUE", "VALUE_HEAD", "AdapterSet", "LoraSpec"]
+__all__ = ["DEFAULT", "REF", "REWARD", "VALUE", "VALUE_HEAD", "AdapterSet", "LoraSpec", "module_name"]
 
 DEFAULT, REF, REWARD, VALUE = "default", "ref", "reward", "value"
+
+
+def module_name(name: str) -> str:
+    """A name as part of an adapter's, of which PEFT makes a module, that may hold no dot; each name has its own."""
+    return name.replace("_", "__").replace(".", "_0")
 
 
 class AdapterSet:

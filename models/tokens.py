@@ -9,9 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.template import DEFAULT_CHAT_TEMPLATE, set_date
+from ..data.template import DEFAULT_CHAT_TEMPLATE, rendered, set_date
 from ..errors import UserError
-from ..patience import within
 from .auto import open_config, open_tokenizer
 from .base import Base
 from .quiet import quiet_transformers
@@ -20,8 +19,6 @@ from .sound import AGAIN
 logger = logging.getLogger(__name__)
 
 _MARK = "THE-REPLY"
-_PATIENCE = 10.0
-"""Seconds for a template on a short dialogue, which takes a thousandth of one."""
 _KNOWN_PADS = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>", "<|endoftext|>")
 _VOCABULARIES = {"tokenizer.json", "vocab.json", "vocab.txt", "tokenizer_object.pt"}
 _VOCABULARY_ENDS = (".model", ".tiktoken", "merges.txt", "tekken.json", "bpe.codes")
@@ -49,9 +46,7 @@ def load_tokenizer(
     tokenizer.padding_side = "right"
     tokenizer.chat_template = _template(tokenizer, chat_template)
     set_date(tokenizer, template_date)
-    what = "the chat template, which loops over and over on a dialogue of two words,"
-    with within(_PATIENCE, "model.chat_template", what, "correct the template"):
-        set_eos(tokenizer)
+    set_eos(tokenizer)
     size = vocabulary_size(base)
     if tokenizer.eos_token_id >= size:
         said = f"its EOS {tokenizer.eos_token!r} (id {tokenizer.eos_token_id}) is beyond the embedding's {size} rows"
@@ -108,7 +103,7 @@ def set_eos(tokenizer: PreTrainedTokenizerBase) -> None:
     """Make EOS the special token with which the chat template ends an assistant's turn, where it names one."""
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _MARK}]
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        text = rendered(tokenizer, turns, "model.chat_template")
     except UserError:
         raise
     except Exception as error:

@@ -21,6 +21,7 @@ from annotated_types import Ge, Gt, Interval
 
 from ..data.spec import RowKind
 from ..errors import UserError, nearest, user_code
+from ..own_code import FILE_MODULE, import_named, look_in
 from .ppo.settings import PPOSettings
 
 
@@ -242,7 +243,7 @@ DPO = StageKind(
     rows="pair",
     config="trl:DPOConfig",
     run="preftune.stages.dpo:run_dpo",
-    check="preftune.stages.dpo:dpo_problems",
+    check="preftune.stages.method_problems:dpo_problems",
     parameters=(
         Parameter("beta", Annotated[float, Ge(0)], 0.1, "Strength of the pull towards the reference."),
         Parameter(
@@ -282,7 +283,7 @@ KTO = StageKind(
     rows="label",
     config="trl:KTOConfig",
     run="preftune.stages.kto:run_kto",
-    check="preftune.stages.kto:kto_problems",
+    check="preftune.stages.method_problems:kto_problems",
     parameters=(
         Parameter("beta", Annotated[float, Gt(0)], 0.1, "Strength of the pull towards the reference."),
         Parameter("loss_type", Literal["kto", "apo_zero_unpaired"], "kto", "TRL's loss: kto, or apo_zero_unpaired."),
@@ -304,7 +305,7 @@ PPO = StageKind(
     rows="prompt",
     config="preftune.stages.ppo.config:PPOConfig",
     run="preftune.stages.ppo.stage:run_ppo",
-    check="preftune.stages.ppo.stage:ppo_problems",
+    check="preftune.stages.method_problems:ppo_problems",
     parameters=parameters_of(PPOSettings),
     groups=MappingProxyType(
         {
@@ -397,10 +398,12 @@ def source_file(word: str) -> Path | None:
 def _module(home: str) -> ModuleType:
     """The module of that name, or from that file; run once in a process."""
     if not home.endswith(".py"):
-        return importlib.import_module(home)
+        return import_named(home)
     file = Path(home).expanduser().resolve()
     # under a name of its own, so that a method called `random.py` hides nothing
-    name = f"preftune_kind_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
+    name = f"{FILE_MODULE}{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
+    # it may import what lies beside it
+    look_in([file.parent])
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise ImportError("not a Python file")

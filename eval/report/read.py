@@ -26,7 +26,7 @@ from ...files import (
     partial_folder,
 )
 from ...intact import check_intact, read_json
-from ...stages.kinds import StageKind, stage_kind
+from ...stages.kinds import KINDS, StageKind, stage_kind
 from ...values import is_finite
 from ..judges.names import judge_name, score_bounds
 
@@ -210,8 +210,9 @@ def _read_stage(run_dir: Path, name: str, folder: Path | None, planned: Mapping[
     lineage = _object(read_json(folder / LINEAGE)) if folder else {}
     metrics = _object(read_json(folder / METRICS)) if folder else {}
     # the recipe names a method outside the package by its file, the lineage by its name
-    words = [str(word) for word in (planned.get("kind"), lineage.get("kind"), name) if word]
-    record = next((found for word in words if (found := _known_kind(word)) is not None), None)
+    own = _known_kind(str(planned["kind"])) if planned.get("kind") else None
+    # a folder's files name no code: only the recipe does
+    record = own or next((KINDS[word] for word in (str(lineage.get("kind")), name) if word in KINDS), None)
     return StageRecord(
         name=name,
         kind=str(lineage.get("kind") or (record.name if record is not None else planned.get("kind") or "")),

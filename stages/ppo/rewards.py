@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from ...data.rows import Message
+from ...data.template import rendered
 from ...errors import UserError
 from ...models.adapters import REWARD, AdapterSet
 from ...models.auto import open_model, open_tokenizer
@@ -251,7 +252,7 @@ class ModelScorer:
                 "use a reward model with a template, or wrap it in a function",
             )
         turns = [*prompt, {"role": "assistant", "content": text}]
-        return str(self.tokenizer.apply_chat_template(turns, tokenize=False))
+        return rendered(self.tokenizer, turns, self.where)
 
     def _batch(self, texts: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         """Right-padded. A decoder's classifier reads its score at the last token that is not its config's PAD; where

@@ -4,17 +4,17 @@ from pathlib import Path
 from typing import Any
 
 from ...data.encode import encode_prompts
-from ...errors import UserError
 from ...files import LOGS
 from ...models.lineage import check_lineage
 from ...models.memory import peak_memory_bytes
-from ..callbacks import Clock, keep_event_files
+from ..callbacks import clock_of, keep_event_files
 from ..job import StageJob
-from ..options import keeps_checkpoints, stage_config
+from ..method_problems import no_reward
+from ..options import stage_config
 from ..run import finish, load_data, open_adapters, open_tokenizer
-from ..trainers import stage_callbacks
+from ..trainers import stage_callbacks, take_up
 from .config import PPOConfig
-from .files import POLICIES, last_complete
+from .files import POLICIES
 from .trainer import PPOTrainer
 
 _LAST = (
@@ -24,34 +24,6 @@ _LAST = (
 )  # fmt: skip
 
 
-def ppo_problems(job: StageJob, args: PPOConfig) -> list[UserError]:
-    """What the config takes and a run would refuse: no reward, two lengths of the run."""
-    found = []
-    if not job.rewards:
-        found.append(_no_reward(job))
-    if args.total_episodes is not None and "num_train_epochs" in job.train:
-        said = f"has no effect beside total_episodes, which is {args.total_episodes}"
-        found.append(UserError(f"stages.{job.name}.train.num_train_epochs", said, "keep one of them"))
-    idle = {
-        "kl_horizon": (args.kl_target is not None, "kl.target"),
-        "ensemble_penalty": (args.reward_combination == "ensemble", "reward_combination: ensemble"),
-        "num_log_samples": (args.log_samples_every > 0, "log_samples_every"),
-    }
-    found += [
-        UserError(f"stages.{job.name}.{key}", f"has no effect without {needs}", "leave it out, or set that")
-        for key, (used, needs) in idle.items()
-        if not used and job.says(key) is not None
-    ]
-    if args.reward_combination == "ensemble" and any(each.weight != 1 for each in job.rewards):
-        said = "an ensemble takes the mean of its rewards, whatever their weights"
-        found.append(UserError(f"stages.{job.name}.reward", said, "leave the weights out, or write sum"))
-    return found
-
-
-def _no_reward(job: StageJob) -> UserError:
-    return UserError(f"stages.{job.name}.reward", "no reward is given", "name a reward stage, a model or a function")
-
-
 def run_ppo(job: StageJob) -> dict[str, Any]:
     """Run a PPO stage (see `run_stage`): the parent's adapter is policy and reference, `job.rewards` score.
 
@@ -59,7 +31,7 @@ def run_ppo(job: StageJob) -> dict[str, Any]:
     """
     # 1. tokenizer, data, config
     if not job.rewards:
-        raise _no_reward(job)
+        raise no_reward(job)
     tokenizer = open_tokenizer(job)
     stages = [Path(str(source.target)) for source in job.rewards if source.kind == "stage"]
     for folder in stages:
@@ -69,8 +41,6 @@ def run_ppo(job: StageJob) -> dict[str, Any]:
         PPOConfig,
         job,
         held_out=False,
-        # unless the recipe says which: one, to continue from
-        **({} if keeps_checkpoints(job) else {"save_strategy": "steps", "save_steps": 0.1, "save_total_limit": 1}),
         logging_steps=1,
         samples_file=str(job.output_dir / "rollouts.jsonl"),
         policies_dir=str(job.output_dir / POLICIES),
@@ -82,8 +52,8 @@ def run_ppo(job: StageJob) -> dict[str, Any]:
     )
     keep_event_files(trainer, job.output_dir / LOGS)
     # 3. train, save
-    newest = last_complete(Path(str(args.output_dir)))
-    trainer.train(None if newest is None else str(newest))
+    trainer.skips.allowed = job.nonfinite_skips
+    trainer.train(take_up(trainer))
     if trainer.is_world_process_zero():
         adapters.save("default", job.output_dir)
     parents = tuple(folder for folder in (job.parent, *stages) if folder is not None)
@@ -92,15 +62,14 @@ def run_ppo(job: StageJob) -> dict[str, Any]:
 
 def _metrics(trainer: PPOTrainer) -> dict[str, float | None]:
     """The required measures and the last iteration's numbers."""
-    clock = next(each for each in trainer.callback_handler.callbacks if isinstance(each, Clock))
-    seconds = max(clock.seconds, 1e-9)
+    seconds = max(clock_of(trainer).seconds, 1e-9)
     iterations = [entry for entry in trainer.state.log_history if "objective/kl" in entry]
     last = iterations[-1] if iterations else {}
     episodes = trainer.loop.iteration * trainer.args.rollout_batch_size
     return {
         "train_seconds": seconds,
-        "examples_per_second": trainer.session_episodes / seconds,
-        "tokens_per_second": trainer.session_tokens / seconds,
+        "examples_per_second": trainer.episodes / seconds,
+        "tokens_per_second": trainer.tokens / seconds,
         "peak_memory_bytes": peak_memory_bytes(),
         "steps": trainer.state.global_step,
         "episodes": episodes,
