@@ -222,7 +222,7 @@ class RunFolder:
             return
         except (OSError, ValueError, RecursionError):
             pass
-        if any((self.path / name / STAMP).is_file() for name in held):
+        if RUN_STATE in held and any((self.path / name / STAMP).is_file() for name in held):
             return
         said = f"holds {_listed(held)}, and is no run's folder"
         raise UserError(str(self.path), said, "give a new or empty folder as --output-dir: nothing in it was touched")
