@@ -87,7 +87,7 @@ class Chain:
         resolve: "Callable[[str, str | None], Base] | None" = None,
     ) -> None:
         self.recipe, self.options, self.output = recipe, options, output
-        self.path = (options.output_dir or default_folder(recipe)).expanduser()
+        self.path = _at_home(options.output_dir or default_folder(recipe))
         self._run_stage, self._run_eval, self._resolve = run_stage, run_eval, resolve
         self.keys: dict[str, str] = {}
         self._accepted = self._works = False
@@ -324,6 +324,14 @@ class Chain:
         from ..eval.report.page import write_report
 
         write_report(self.path)
+
+
+def _at_home(path: Path) -> Path:
+    """The path with a leading ~ written out."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise UserError("--output-dir", f"{str(path)!r}: no user of that name", "write the path out") from error
 
 
 def fix_date(recipe: Recipe, base: "Base", folder: Path) -> None:

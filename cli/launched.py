@@ -94,7 +94,8 @@ def _process(said: str, run_dir: str, name: str, from_adapter: str | None = None
         write_whole(Path(said) / _STOPPED, json.dumps([stopped.number, str(stopped)]))
         _leave_group()
     except Exception as error:
-        return _say_once(Path(said), system_words(error) or traceback.format_exc())
+        refused = system_words(error)
+        return _say_once(Path(said), traceback.format_exc() if refused is None else refused[1])
     return 0
 
 

@@ -70,13 +70,15 @@ def exit_code_of(work: Callable[[], object], again: str = "the same command") ->
         # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
-        if _is_parser_error(error):
-            return _wrong_command(error)
-        if (said := system_words(error)) is not None:
-            print(said, file=sys.stderr)
-        else:
-            traceback.print_exc()
+        return _wrong_command(error) if _is_parser_error(error) else _unexpected(error)
     return 1
+
+
+def _unexpected(error: Exception) -> int:
+    """One line for what the system refused, else the traceback: of a mistake of ours."""
+    code, said = system_words(error) or (1, "".join(traceback.format_exception(error)).rstrip())
+    print(said, file=sys.stderr)
+    return code
 
 
 def _is_parser_error(error: object) -> TypeGuard[_ParserError]:
