@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ..data.template import writes_date
 from ..errors import UserError, gathering, nearest, raise_found
 from ..files import CHECKPOINTS, EVALUATION, RECIPE, REPORT, write_whole
+from ..printed import printable
 from ..recipes.build import eval_spec, stage_job
 from ..recipes.graph import needed_for, order, parents
 from ..recipes.schema import Recipe
@@ -258,7 +259,7 @@ class Chain:
         try:
             return work()
         except BaseException as error:
-            said = " ".join(str(error).split())[:300] or type(error).__name__
+            said = " ".join(printable(str(error)).split())[:300] or type(error).__name__
             seconds = round(time.monotonic() - began, 3)
             self.folder.record(name, state="failed", key=key, seconds=seconds, started=started, error=said)
             raise

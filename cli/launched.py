@@ -16,6 +16,7 @@ from typing import Any
 from ..errors import UserError
 from ..files import RECIPE, write_whole
 from ..models import seams
+from ..printed import printable
 from .folder import RunFolder
 from .process import ignore_library_warnings, make_functions_importable
 
@@ -125,7 +126,7 @@ def _end_with_parent() -> None:
 def _say_once(said: Path, words: str) -> int:
     """Print it on standard error, unless a process left a `UserError`: the others ended because that one did."""
     if read_error(said) is None:
-        print(words, file=sys.stderr)
+        print(printable(words), file=sys.stderr)
     return 1
 
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import UserError
 from ..files import RECIPE
+from ..printed import printable
 from .folder import holds_adapter
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def merge_stage(adapter: Path, out: Path, dtype: str | None = None) -> None:
     from ..models.merging import merge_adapter
 
     merged = merge_adapter(adapter, out, dtype, stage_rows(adapter))
-    print(f"{out}: {merged.base.spec} with {adapter} merged into it, {merged.dtype}")
+    print(printable(f"{out}: {merged.base.spec} with {adapter} merged into it, {merged.dtype}"))
     print(cost_in_words(merged))
 
 

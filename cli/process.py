@@ -1,5 +1,6 @@
 """What every process of the command sets up, and the exit code that it ends with."""
 
+import logging
 import os
 import sys
 import traceback
@@ -12,6 +13,7 @@ import typer
 
 from .. import own_code
 from ..errors import UserError, UserErrors
+from ..printed import PrintableLogs, printable
 
 if TYPE_CHECKING:
     from ..recipes.schema import Recipe
@@ -44,10 +46,10 @@ def exit_code_of(work: Callable[[], object]) -> int:
     except UserError as error:
         several = error.errors if isinstance(error, UserErrors) else ()
         for line in str(error).split("\n") if several else [str(error)]:
-            print(" ".join(line.split()), file=sys.stderr)
+            print(printable(" ".join(line.split())), file=sys.stderr)
         return 2
     except StageFailed as error:
-        print(error, file=sys.stderr)
+        print(printable(str(error)), file=sys.stderr)
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted; the same command continues", file=sys.stderr)
     except BrokenPipeError:
@@ -56,7 +58,7 @@ def exit_code_of(work: Callable[[], object]) -> int:
     except Exception as error:
         if _is_parser_error(error):
             return _wrong_command(error)
-        traceback.print_exc()
+        print(printable(traceback.format_exc().rstrip()), file=sys.stderr)
     return 1
 
 
@@ -71,7 +73,7 @@ def _wrong_command(error: _ParserError) -> int:
         context = getattr(error, "ctx", None)
         command = context.command_path if context is not None else "preftune"
         said = " ".join(error.format_message().split()).rstrip(".")
-        print(f"{command}: {said}; see `{command} --help`", file=sys.stderr)
+        print(printable(f"{command}: {said}; see `{command} --help`"), file=sys.stderr)
     return int(error.exit_code)
 
 
@@ -82,7 +84,11 @@ def leave_working_folder() -> None:
 
 
 def ignore_library_warnings() -> None:
-    """Hide warnings about libraries' future versions, which a user can do nothing about."""
+    """Hide warnings about libraries' future versions, which a user can do nothing about; what is said is printable."""
+    plain = warnings.formatwarning
+    warnings.formatwarning = lambda *args, **kwargs: printable(plain(*args, **kwargs))
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(PrintableLogs())
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(transformers|peft|trl|torch)\.")
 
