@@ -14,9 +14,15 @@ import typer
 from .. import own_code
 from ..errors import UserError, UserErrors
 from ..printed import PrintableLogs, printable
+from ..stopping import Stopped
+from .faults import system_words
 
 if TYPE_CHECKING:
     from ..recipes.schema import Recipe
+
+
+_INTERRUPTED = 130
+"""128 + SIGINT."""
 
 
 class StageFailed(Exception):
@@ -33,15 +39,21 @@ class _ParserError(Protocol):
     def show(self) -> None: ...
 
 
-def exit_code_of(work: Callable[[], object]) -> int:
+def exit_code_of(work: Callable[[], object], again: str = "the same command") -> int:
     """Run a command, say on standard error what went wrong, and return the exit code.
+
+    Args:
+        again: the command that continues, where a signal stops this one.
 
     Returns:
         What the command returns where that is a number, else 0; 2 for a user's mistake, which is one line without a
-        traceback (several, found together: a line each); 1 for anything else.
+        traceback (several, found together: a line each); 128 and the number of a signal that stopped it; 1 for
+        anything else.
     """
     try:
         code = work()
+        if code == _INTERRUPTED:
+            raise KeyboardInterrupt  # which typer turns into that
         return code if isinstance(code, int) else 0
     except UserError as error:
         several = error.errors if isinstance(error, UserErrors) else ()
@@ -50,15 +62,22 @@ def exit_code_of(work: Callable[[], object]) -> int:
         return 2
     except StageFailed as error:
         print(printable(str(error)), file=sys.stderr)
+    except Stopped as stopped:
+        print(printable(f"{stopped}; continue with: {again}"), file=sys.stderr)
+        return stopped.exit_code
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted; the same command continues", file=sys.stderr)
+        return _INTERRUPTED
     except BrokenPipeError:
         # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
         if _is_parser_error(error):
             return _wrong_command(error)
-        print(printable(traceback.format_exc().rstrip()), file=sys.stderr)
+        if (said := system_words(error)) is not None:
+            print(printable(said), file=sys.stderr)
+        else:
+            print(printable(traceback.format_exc().rstrip()), file=sys.stderr)
     return 1
 
 

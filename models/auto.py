@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from ..errors import UserError
 from ..files import ADAPTER_CONFIG
+from .sound import load_whole
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.msgpack", "*.h5")
 _KERNELS = ("attn_implementation", "experts_implementation")
@@ -34,22 +35,37 @@ def open_tokenizer(folder: Path, where: str = "model.base", **options: Any) -> A
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
 
 
-def open_model(auto: Any, folder: Path, where: str = "model.base", **options: Any) -> Any:
+def open_model(
+    auto: Any,
+    folder: Path,
+    where: str = "model.base",
+    *,
+    spec: str | None = None,
+    fresh: tuple[str, ...] = (),
+    **options: Any,
+) -> Any:
     """The model in a folder, its weights from that folder and from safetensors (or the GGUF file that is named) alone.
 
     Args:
         auto: which of transformers' Auto classes opens it.
         where: the place that names the folder, for errors.
+        spec: what the user calls it, for errors; None: the folder.
+        fresh: weights that are meant to be new.
         options: further arguments of its `from_pretrained`.
 
     Raises:
-        UserError: it needs code of its own, or fetches some; its weights are pickles, or lie elsewhere.
+        UserError: it needs code of its own, or fetches some; its weights are pickles, or lie elsewhere; it cannot be
+            loaded, or weights of it are not there.
     """
     if "gguf_file" not in options:
         check_model(folder, where)
         options |= {"use_safetensors": True}
-    with _no_code(folder, where):
-        return auto.from_pretrained(folder, trust_remote_code=False, **options)
+
+    def load(**more: Any) -> Any:
+        with _no_code(folder, where):
+            return auto.from_pretrained(folder, trust_remote_code=False, **more)
+
+    return load_whole(load, where, spec or str(folder), fresh=fresh, **options)
 
 
 def check_model(folder: Path, where: str) -> None:
@@ -93,7 +109,7 @@ def check_model(folder: Path, where: str) -> None:
 def _json(file: Path) -> dict[str, Any]:
     try:
         read = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # who needs it says so
+    except (OSError, ValueError, RecursionError):  # who needs it says so
         return {}
     return read if isinstance(read, dict) else {}
 

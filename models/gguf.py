@@ -41,6 +41,8 @@ def unpack_gguf(file: Path, folder: Path) -> None:
                 quantization_config=GgufConfig(dequantize=True),
             )
             tokenizer = open_tokenizer(file.parent, gguf_file=file.name)
+    except UserError:
+        raise
     except Exception as error:  # a foreign file: readers fail in every way there is
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError("model.base", f"{file.name} cannot be read ({first})", "use its safetensors") from error

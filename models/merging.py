@@ -1,6 +1,7 @@
 """A LoRA adapter merged into its base, as one ordinary model, and what the merge costs."""
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,12 +9,14 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..data.encode import IGNORED
 from ..errors import UserError
 from ..files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LINEAGE
+from ..intact import check_intact
 from . import seams
 from .auto import open_model, open_tokenizer
 from .base import Base
@@ -82,6 +85,7 @@ def merge_adapter(adapter: Path, out: Path, dtype: str | None = None, rows: Rows
     Raises:
         UserError: its base cannot be found, or is another model now; or the adapter cannot be merged exactly.
     """
+    check_intact(adapter)
     _check_mergeable(adapter)
     base = load_adapter_base(adapter)
     config = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
@@ -148,8 +152,16 @@ def _check_mergeable(adapter: Path) -> None:
 
 
 def _beside(model: PreTrainedModel, adapter: Path) -> PeftModel:
-    with refused_by_peft():
-        return PeftModel.from_pretrained(model, str(adapter)).eval()
+    with refused_by_peft(), warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*[Ff]ound missing adapter keys")
+        try:
+            return PeftModel.from_pretrained(model, str(adapter)).eval()
+        except UserWarning as error:
+            said = "it lacks weights that its config speaks of, which would stay as they were drawn"
+            raise UserError(str(adapter), said, "save the adapter again") from error
+        except (SafetensorError, OSError, RuntimeError) as error:
+            said = " ".join(str(error).split())[:200]
+            raise UserError(str(adapter), f"its weights cannot be read ({said})", "save the adapter again") from error
 
 
 def _adapted(peft: PeftModel) -> list[tuple[str, str]]:

@@ -14,11 +14,15 @@ from ..errors import UserError
 from .auto import open_config, open_tokenizer
 from .base import Base
 from .quiet import quiet_transformers
+from .sound import AGAIN, first_line
 
 logger = logging.getLogger(__name__)
 
 _MARK = "THE-REPLY"
 _KNOWN_PADS = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>", "<|endoftext|>")
+_VOCABULARIES = {"tokenizer.json", "vocab.json", "vocab.txt", "tokenizer_object.pt"}
+_VOCABULARY_ENDS = (".model", ".tiktoken", "merges.txt", "tekken.json", "bpe.codes")
+_HELLO = "Hello world"
 _SPARE = re.compile(r"pad|reserved|unused|extra|placeholder", re.IGNORECASE)
 
 
@@ -33,10 +37,10 @@ def load_tokenizer(
         template_date: the day that templates write which write today's; None: the day on which the process started.
 
     Raises:
-        UserError: an unknown template, an EOS that the model cannot say, or no token that can serve as PAD.
+        UserError: a tokenizer that cannot be read, an unknown template, an EOS that the model cannot say, or no token
+            that can serve as PAD.
     """
-    with quiet_transformers():
-        tokenizer = open_tokenizer(base.path)
+    tokenizer: Any = _read_tokenizer(base)
     if tokenizer.eos_token_id is None:
         raise UserError("model.base", f"the tokenizer of {base.spec!r} has no EOS token", "set eos_token in its config")
     tokenizer.padding_side = "right"
@@ -48,6 +52,25 @@ def load_tokenizer(
         said = f"its EOS {tokenizer.eos_token!r} (id {tokenizer.eos_token_id}) is beyond the embedding's {size} rows"
         raise UserError("model.base", said, "take a template that ends turns with a token which the base has")
     set_pad(tokenizer, size)
+    return tokenizer
+
+
+def _read_tokenizer(base: Base) -> PreTrainedTokenizerBase:
+    where, held = "model.base", {each.name for each in base.path.iterdir()}
+    if not held & _VOCABULARIES and not any(each.endswith(_VOCABULARY_ENDS) for each in held):
+        # without any, transformers makes an empty one up
+        raise UserError(where, f"{base.spec!r} has no tokenizer.json, nor another vocabulary", AGAIN)
+    try:
+        with quiet_transformers():
+            tokenizer = open_tokenizer(base.path)
+        said = tokenizer(_HELLO, add_special_tokens=False)["input_ids"]
+    except UserError:
+        raise
+    except Exception as error:  # a foreign file: its reader fails in every way there is
+        said = f"the tokenizer of {base.spec!r} cannot be read ({first_line(error)})"
+        raise UserError(where, said, AGAIN) from error
+    if not said:
+        raise UserError(where, f"the tokenizer of {base.spec!r} makes no tokens of {_HELLO!r}", AGAIN)
     return tokenizer
 
 

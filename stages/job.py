@@ -12,6 +12,7 @@ from ..errors import UserError
 from ..models.base import Base
 from ..models.loading import Quantization
 from ..models.lora import LoraSpec
+from .checkpoints import CheckpointPlan
 from .kinds import StageKind, stage_kind
 from .ppo.rewards import RewardSource
 
@@ -33,6 +34,9 @@ class StageJob:
         template_date: the day that templates write which write today's.
         packed: forwards run without padding and repeated prefixes.
         data_name: the data entry's name in the recipe, for messages and lineage.
+        checkpoints: when it writes one to continue from.
+        nonfinite_skips: so many steps whose loss or gradient is not finite are left out; one more ends the stage.
+        deterministic: a GPU's kernels give the same bits every time.
     """
 
     name: str
@@ -53,6 +57,9 @@ class StageJob:
     template_date: date | None = None
     packed: bool = True
     data_name: str = "data"
+    checkpoints: CheckpointPlan = field(default_factory=CheckpointPlan)
+    nonfinite_skips: int = 0
+    deterministic: bool = False
 
     @property
     def record(self) -> StageKind:
@@ -67,6 +74,11 @@ class StageJob:
     def says(self, key: str) -> Any:
         """What the recipe says for a field or parameter, beside `train` or in it; None where it says nothing."""
         return self.method.get(key, self.train.get(key))
+
+    def continuing(self) -> CheckpointPlan | None:
+        """When checkpoints to continue from are written; None where the recipe wants none, or the model alone."""
+        unwanted = str(self.train.get("save_strategy")) == "no" or self.train.get("save_only_model")
+        return None if unwanted else self.checkpoints
 
     def torch_dtype(self) -> torch.dtype:
         """The dtype of the base. Raises UserError for one that nothing trains in."""
