@@ -32,6 +32,18 @@ class UserError(Exception):
         super().__init__(f"{where}: {problem}; {remedy}")
 
 
+class Summary(UserError):
+    """How many mistakes there are of each kind, said above those that are said one by one.
+
+    Args:
+        unsaid: so many of them are not among those that follow.
+    """
+
+    def __init__(self, where: str, problem: str, remedy: str, unsaid: int = 0) -> None:
+        self.unsaid = unsaid
+        super().__init__(where, problem, remedy)
+
+
 class UserErrors(UserError):
     """Several mistakes, found together: a line each.
 
@@ -43,8 +55,11 @@ class UserErrors(UserError):
         self.errors = tuple(errors)
         first = self.errors[0]
         super().__init__(first.where, first.problem, first.remedy)
-        lines = [" ".join(str(each).split()) for each in self.errors[:MOST]]
-        more = len(self.errors) - MOST
+        single = [each for each in self.errors if not isinstance(each, Summary)]
+        said = {id(each) for each in single[:MOST]}
+        shown = [each for each in self.errors if isinstance(each, Summary) or id(each) in said]
+        more = len(single) - len(said) + sum(each.unsaid for each in self.errors if isinstance(each, Summary))
+        lines = [" ".join(str(each).split()) for each in shown]
         self.args = ("\n".join([*lines, *([f"... and {more} more"] if more > 0 else [])]),)
 
 

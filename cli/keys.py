@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.overlap import PromptSet, overlap_words, overlaps
+from ..data.report import DataReport
 from ..data.spec import DataSpec, RowKind
 from ..eval.judges.kinds import judge_parts
 from ..models.fingerprints import code_sha256, content, folder_sha256
@@ -153,14 +154,24 @@ class Keys:
 
     def fingerprint(self, spec: DataSpec, kind: RowKind) -> str:
         """The hash of the rows' content, independent of where they were read from."""
-        from ..data.load import load_rows
+        from ..data.load import stream_rows
+        from ..data.rows import Fingerprint
 
         known = self._known(spec, kind)
         if known not in self._fingerprints:
-            loaded = load_rows(spec, kind, folders(self.recipe))
-            self._fingerprints[known] = loaded.fingerprint
-            self._prompts[known] = PromptSet.of(loaded.rows, spec)
+            part = self.recipe.eval
+            evaluated = part is not None and spec == data_spec(part.prompts, self.recipe.seed)
+            content, prompts = Fingerprint(), PromptSet(spec, named=evaluated)
+            for row in stream_rows(spec, kind, folders(self.recipe), DataReport(), self._place(spec)):
+                content.add(row)
+                prompts.add(row)
+            self._fingerprints[known], self._prompts[known] = content.hexdigest(), prompts
         return self._fingerprints[known]
+
+    def _place(self, spec: DataSpec) -> str | None:
+        """Which entry of the recipe that is."""
+        named = (name for name, each in self.recipe.data.items() if data_spec(each, self.recipe.seed) == spec)
+        return next((f"data.{name}" for name in named), None)
 
     @staticmethod
     def _known(spec: DataSpec, kind: RowKind = "prompt") -> tuple[str, RowKind]:

@@ -1,10 +1,13 @@
 """A recipe and its data, checked as the chain would check them, without training anything."""
 
+import sys
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.overlap import PromptSet, overlap_words, overlaps
+from ..data.report import DataReport
 from ..data.spec import RowKind
 from ..errors import UserError, gathering, raise_found
 from ..recipes.build import data_spec, folders, stage_job
@@ -161,45 +164,69 @@ class DataCheck:
         Raises:
             UserError: it cannot be read, no row is left, or rows are longer than the base's context.
         """
-        from ..data.load import load_rows
+        from ..data.load import stream_rows
 
         spec = data_spec(entry, self.recipe.seed)
         label = f"data {name} as {_ROW_NAMES[kind]}" if name != EVAL_PROMPTS else name
+        read, prompts = DataReport(), PromptSet(spec, named=name == EVAL_PROMPTS)
+        encoded: DataReport | None = None
+
+        def rows() -> "Iterator[Row]":
+            for row in stream_rows(spec, kind, folders(self.recipe), read, _place(name)):
+                prompts.add(row)
+                yield row
+
         try:
-            loaded = load_rows(spec, kind, folders(self.recipe))
+            if self.base is not None and self.tokenizer is not None:
+                encoded = self._encoded(name, kind, rows(), spec)
+            else:
+                deque(rows(), maxlen=0)
         except UserError:
             away = [source.path for source in spec.sources if is_on_hub(self.recipe, source.path)]
-            if not (away and offline()):
+            if read.read or not (away and offline()):
                 raise
             self._say(label, [f"not checked, {', '.join(away)} is on the hub and we are offline"])
             return
-        report: dict[str, Any] = {"data": name, "rows": kind, "read": loaded.report.as_dict()}
-        self._say(label, loaded.report.lines())
-        prompts = PromptSet.of(loaded.rows, spec)
+        report: dict[str, Any] = {"data": name, "rows": kind, "read": read.as_dict()}
+        self._say(label, read.lines())
         if name == EVAL_PROMPTS:
             shared = overlaps(prompts, self._trained)
             self._say(label, [overlap_words(other, tally, prompts) for other, tally in shared.items()])
             report["in_training_data"] = {other: tally.count for other, tally in shared.items()}
         else:
             self._trained.setdefault(name, []).append(prompts)
-        if self.base is not None and self.tokenizer is not None:
-            report["encoded"] = self._encoded(name, kind, loaded.rows, spec, label)
+        if encoded is not None:
+            self._say(f"{label}, in tokens", encoded.lines())
+            report["encoded"] = encoded.as_dict()
         yield report
 
-    def _encoded(self, name: str, kind: RowKind, rows: "list[Row]", spec: "DataSpec", label: str) -> dict[str, Any]:
-        from ..data.encode import encode_rows
-        from ..models.context import check_context
-        from ..stages.run import check_ids
+    def _encoded(self, name: str, kind: RowKind, rows: "Iterator[Row]", spec: "DataSpec") -> DataReport:
+        from ..data.encode import measure_rows
+        from ..models.context import ContextCheck, row_length
+        from ..models.tokens import check_vocabulary, vocabulary_size
 
         assert self.base is not None and self.tokenizer is not None
-        dataset, encoded = encode_rows(kind, rows, self.tokenizer, spec)
-        self._say(f"{label}, in tokens", encoded.lines())
-        check_ids(dataset, self.tokenizer, self.base, _place(name))
-        check_context(dataset, self.base, _place(name), self._new_tokens(name, kind))
-        if not encoded.used:
-            why = "; ".join(encoded.lines()[1:])
-            raise UserError(_place(name), f"no row is left ({why})", "raise max_length or max_prompt_length")
-        return encoded.as_dict()
+        context = ContextCheck(self.base, self._new_tokens(name, kind))
+        size, beyond = vocabulary_size(self.base), list[UserError]()
+        fits = len(self.tokenizer) <= size  # no token is beyond the embedding, whatever the rows hold
+
+        def see(row: dict[str, Any]) -> None:
+            context.add(row_length(row))
+            if not fits and not beyond:
+                with gathering(beyond):
+                    for column in (each for each in row if each.endswith("_ids")):
+                        check_vocabulary([row[column]], self.tokenizer, size, _place(name))
+
+        longest = (context.longest or sys.maxsize) if fits else None
+        found: list[UserError] = []
+        report = DataReport()
+        with gathering(found):
+            report = measure_rows(kind, rows, self.tokenizer, spec, longest=longest, see=see)
+        found += beyond
+        with gathering(found):
+            context.raise_found(_place(name), report.used)
+        raise_found(found)
+        return report
 
     def _new_tokens(self, name: str, kind: RowKind) -> int:
         """The longest reply that is sampled after these prompts."""

@@ -4,13 +4,13 @@ Rows longer than the data's limits are dropped, truncated, or an error, as `Data
 Prompts are cut from the left (a BOS stays), replies from the right, and a reply that was cut gets no EOS.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
-
-from datasets import Dataset, Features, Json, List, Value, concatenate_datasets
 
 from ..errors import UserError
 from ..progress import meter
+from .problems import RowProblems
 from .report import DataReport, Tally
 from .rows import Message, Row, Unusable, canonical
 from .spans import BOUNDARY_MOVED, Layout, Spans, find_spans, lay_out
@@ -19,6 +19,7 @@ from .template import Templater
 from .turns import SAME_SIDES
 
 if TYPE_CHECKING:
+    from datasets import Dataset, Features
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
@@ -28,17 +29,19 @@ PROMPT_TOO_LONG = "prompt longer than max_prompt_length"
 TOO_LONG = "longer than max_length"
 NO_ROOM = "no room for a reply within max_length"
 ONE_CLASS = "every label is {}, so that nothing says what tells a wanted reply from an unwanted one"
+_LIMITS = (PROMPT_TOO_LONG, TOO_LONG, NO_ROOM)
 NONE_TRAINS = "the row says that none of its replies trains"
 NOTHING_SAID = "the chat template renders nothing of the reply"
 TOOLS_UNSEEN = "the chat template does not show the tools"
 
-_TOKENS = List(Value("int64"))
 # Rows rendered, tokenised and stored at a time.
 _CHUNK = 1000
 
-Encoded = tuple[Dataset, DataReport]
-# What one row needs tokenised, and what makes the encoded row of the ids, or raises Unusable to drop it.
+Encoded = tuple["Dataset", DataReport]
+# What one row needs tokenised, and what makes the encoded row of the ids, or raises Unusable to drop it. Without texts
+# nothing needs to be known: the row is used, whatever its ids are.
 Plan = tuple[list[str], Callable[[list[list[int]]], dict[str, Any]]]
+Planner = Callable[[Row], Plan]
 
 
 def encode_demos(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", spec: DataSpec) -> Encoded:
@@ -48,13 +51,102 @@ def encode_demos(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", spec
     cannot be found, only the last one is trained on, and the row is counted.
 
     Raises:
-        UserError: the template refuses a row or leaves out what it says, a row is too long and `overflow` is "error",
-            or no row is left.
+        UserError: no row is left. Rows with a problem that is an error, all of them counted: the template refuses one
+            or leaves out what it says, or one is too long and `overflow` is "error".
     """
-    encoder = _Encoder(tokenizer, spec)
+    return encode_rows("demo", rows, tokenizer, spec)
 
+
+def encode_pairs(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", spec: DataSpec) -> Encoded:
+    """Dataset[prompt_ids, chosen_ids, rejected_ids(, margin)]: the replies without the prompt, ending in EOS.
+
+    The column `margin` is there if every row has one. Raises as `encode_demos`.
+    """
+    return encode_rows("pair", rows, tokenizer, spec)
+
+
+def encode_labels(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", spec: DataSpec) -> Encoded:
+    """Dataset[prompt_ids, completion_ids, label]: the last reply without its prompt. Raises as `encode_demos`."""
+    return encode_rows("label", rows, tokenizer, spec)
+
+
+def encode_prompts(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", spec: DataSpec) -> Encoded:
+    """Dataset[prompt_ids, prompt, columns]: prompt as messages, columns as one JSON text a row.
+
+    `prompt_ids` end with the template's generation prompt. They must fit `max_prompt_length`, or else `max_length`.
+    Raises as `encode_demos`.
+    """
+    return encode_rows("prompt", rows, tokenizer, spec)
+
+
+def encode_rows(kind: RowKind, rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", spec: DataSpec) -> Encoded:
+    """Encode rows of that kind; columns and errors are those of its encoder."""
+    from datasets import Dataset, concatenate_datasets
+
+    encoder = _Encoder(tokenizer, spec)
+    margins = kind == "pair" and all(row.margin is not None for row in rows)
+    features = _features(kind, margins)
+    parts = []
+    with meter("encoding rows", len(rows)) as show:
+        for chunk in encoder.chunks(rows, _PLANNERS[kind](encoder)):
+            columns = {name: [row[name] for row in chunk] for name in features}
+            parts.append(Dataset.from_dict(columns, features=features))
+            show(encoder.report.read)
+    dataset = concatenate_datasets(parts)
+    if kind == "label" and len(found := set(dataset["label"])) == 1:
+        encoder.report.notes[ONE_CLASS.format(str(found.pop()).lower())] = Tally(encoder.report.used)
+    return dataset, encoder.report
+
+
+def measure_rows(
+    kind: RowKind,
+    rows: Iterable[Row],
+    tokenizer: "PreTrainedTokenizerBase",
+    spec: DataSpec,
+    *,
+    longest: int | None = None,
+    see: Callable[[dict[str, Any]], None],
+) -> DataReport:
+    """What `encode_rows` would report of the rows, and raise, without keeping any of them.
+
+    Args:
+        longest: so many tokens a row may have in all; of a row that is shorter for certain, having fewer bytes than
+            that, no ids are made. None: ids are made of every row.
+        see: is shown the other rows' columns, in order.
+    """
+    encoder = _Encoder(tokenizer, spec, longest)
+    labels = set[bool]()
+    for chunk in encoder.chunks(rows, _PLANNERS[kind](encoder)):
+        encoder.report.origins.clear()
+        for row in chunk:
+            if kind == "label":
+                labels.add(row["label"])
+            if "prompt_ids" in row or "input_ids" in row:
+                see(row)
+    if len(labels) == 1:
+        encoder.report.notes[ONE_CLASS.format(str(labels.pop()).lower())] = Tally(encoder.report.used)
+    return encoder.report
+
+
+def _features(kind: RowKind, margins: bool) -> "Features":
+    """The columns of encoded rows of that kind."""
+    from datasets import Features, Json, List, Value
+
+    tokens = List(Value("int64"))
+    columns: dict[RowKind, dict[str, Any]] = {
+        "demo": {"input_ids": tokens, "labels": tokens},
+        "pair": {"prompt_ids": tokens, "chosen_ids": tokens, "rejected_ids": tokens},
+        "label": {"prompt_ids": tokens, "completion_ids": tokens, "label": Value("bool")},
+        "prompt": {"prompt_ids": tokens, "prompt": List(Json()), "columns": Value("string")},
+    }
+    return Features(columns[kind] | ({"margin": Value("float32")} if margins else {}))
+
+
+def _demo_planner(encoder: "_Encoder") -> Planner:
     def plan(row: Row) -> Plan:
         layout = encoder.lay_out(row, row.prompt, _side(row, "completion"))
+        if encoder.fits(layout):
+            return [], lambda ids: {}
 
         def finish(ids: list[list[int]]) -> dict[str, Any]:
             spans = encoder.spans(layout, ids)
@@ -73,20 +165,15 @@ def encode_demos(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", spec
 
         return layout.texts(), finish
 
-    return encoder.run(rows, plan, Features({"input_ids": _TOKENS, "labels": _TOKENS}))
+    return plan
 
 
-def encode_pairs(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", spec: DataSpec) -> Encoded:
-    """Dataset[prompt_ids, chosen_ids, rejected_ids(, margin)]: the replies without the prompt, ending in EOS.
-
-    The column `margin` is there if every row has one. Raises as `encode_demos`.
-    """
-    encoder = _Encoder(tokenizer, spec)
-    margins = all(row.margin is not None for row in rows)
-
+def _pair_planner(encoder: "_Encoder") -> Planner:
     def plan(row: Row) -> Plan:
         good = encoder.lay_out(row, row.prompt, _side(row, "chosen"))
         layouts = [good, encoder.lay_out(row, row.prompt, _side(row, "rejected"), good.before)]
+        if encoder.fits(*layouts) and layouts[0].text != layouts[1].text:
+            return [], lambda ids: {}
         chosen = layouts[0].texts()
 
         def finish(ids: list[list[int]]) -> dict[str, Any]:
@@ -100,24 +187,21 @@ def encode_pairs(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", spec
             good, bad = (encoder.fit_reply(prompt, side.ids[boundary:], row) for side in sides)
             if good == bad:
                 raise Unusable(SAME_SIDES)
-            margin = {"margin": row.margin} if margins else {}
-            return {"prompt_ids": prompt, "chosen_ids": good, "rejected_ids": bad, **margin}
+            return {"prompt_ids": prompt, "chosen_ids": good, "rejected_ids": bad, "margin": row.margin}
 
         return chosen + layouts[1].texts(), finish
 
-    features = {"prompt_ids": _TOKENS, "chosen_ids": _TOKENS, "rejected_ids": _TOKENS}
-    return encoder.run(rows, plan, Features(features | ({"margin": Value("float32")} if margins else {})))
+    return plan
 
 
-def encode_labels(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", spec: DataSpec) -> Encoded:
-    """Dataset[prompt_ids, completion_ids, label]: the last reply without its prompt. Raises as `encode_demos`."""
-    encoder = _Encoder(tokenizer, spec)
-
+def _label_planner(encoder: "_Encoder") -> Planner:
     def plan(row: Row) -> Plan:
         completion = _side(row, "completion")
         if row.label is None:
             raise UserError(row.origin, "the row has no label", "load it with the kind 'label'")
         layout = encoder.lay_out(row, row.prompt + completion[:-1], completion[-1:])
+        if encoder.fits(layout):
+            return [], lambda ids: {"label": row.label}
 
         def finish(ids: list[list[int]]) -> dict[str, Any]:
             spans = encoder.spans(layout, ids)
@@ -128,58 +212,65 @@ def encode_labels(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", spe
 
         return layout.texts(), finish
 
-    features = Features({"prompt_ids": _TOKENS, "completion_ids": _TOKENS, "label": Value("bool")})
-    dataset, report = encoder.run(rows, plan, features)
-    if len(found := set(dataset["label"])) == 1:
-        report.notes[ONE_CLASS.format(str(found.pop()).lower())] = Tally(report.used)
-    return dataset, report
+    return plan
 
 
-def encode_prompts(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", spec: DataSpec) -> Encoded:
-    """Dataset[prompt_ids, prompt, columns]: prompt as messages, columns as one JSON text a row.
-
-    `prompt_ids` end with the template's generation prompt. They must fit `max_prompt_length`, or else `max_length`.
-    Raises as `encode_demos`.
-    """
-    encoder = _Encoder(tokenizer, spec)
-
+def _prompt_planner(encoder: "_Encoder") -> Planner:
     def plan(row: Row) -> Plan:
+        text = encoder.templater.fitted(row.prompt, row.tools, True, row.origin)[1]
+        if encoder.short(text):
+            return [], lambda ids: {}
+
         def finish(ids: list[list[int]]) -> dict[str, Any]:
             prompt = encoder.fit_prompt(ids[0], row, alone=True)
             return {"prompt_ids": prompt, "prompt": row.prompt, "columns": canonical(row.columns)}
 
-        return [encoder.templater.fitted(row.prompt, row.tools, True, row.origin)[1]], finish
+        return [text], finish
 
-    features = Features({"prompt_ids": _TOKENS, "prompt": List(Json()), "columns": Value("string")})
-    return encoder.run(rows, plan, features)
+    return plan
 
 
-ENCODERS: "dict[RowKind, Callable[[Sequence[Row], PreTrainedTokenizerBase, DataSpec], Encoded]]" = {
-    "demo": encode_demos,
-    "pair": encode_pairs,
-    "label": encode_labels,
-    "prompt": encode_prompts,
+_PLANNERS: "dict[RowKind, Callable[[_Encoder], Planner]]" = {
+    "demo": _demo_planner,
+    "pair": _pair_planner,
+    "label": _label_planner,
+    "prompt": _prompt_planner,
 }
-"""Which function encodes which kind of rows."""
 
 
-def encode_rows(kind: RowKind, rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", spec: DataSpec) -> Encoded:
-    """Encode rows of that kind; columns and errors are those of its encoder."""
-    return ENCODERS[kind](rows, tokenizer, spec)
+class _TooLong(UserError):
+    """A row beyond a limit, where that is an error."""
 
 
 class _Encoder:
-    """What the four encoders share: chunked tokenising, the limits, the counts."""
+    """What the four kinds of rows share: chunked tokenising, the limits, the counts.
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", spec: DataSpec) -> None:
+    Args:
+        longest: of rows that are certainly shorter than so many tokens no ids are needed; None: of all rows.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", spec: DataSpec, longest: int | None = None) -> None:
         self.templater = Templater(tokenizer)
         self.spec = spec
         self.report = DataReport()
+        self.problems = RowProblems(spec.on_problem, self.report, spec.describe())
         # Of the row at hand; they count only if it is used in the end.
         self.remarks: set[str] = set()
+        pieces = self.templater.pieces
+        limits = [each for each in (longest, spec.max_length, spec.max_prompt_length) if each is not None]
+        # one token beyond the bytes at each end: a BOS, and the EOS of a reply that has none
+        self._certain = min(limits) - 2 if longest is not None and pieces is not None and pieces.lossless else -1
 
     def lay_out(self, row: Row, prompt: list[Message], reply: list[Message], before: str | None = None) -> Layout:
         return lay_out(self.templater, prompt, reply, row.tools, row.origin, before)
+
+    def fits(self, *layouts: Layout) -> bool:
+        """Whether it is certain without their ids that nothing of these is cut, dropped or remarked on."""
+        return all(layout.plain and self.short(layout.text) for layout in layouts)
+
+    def short(self, text: str) -> bool:
+        """Whether the text has fewer tokens than every limit, for certain: no token is less than a byte."""
+        return len(text) <= self._certain and len(text.encode()) <= self._certain
 
     def spans(self, layout: Layout, ids: list[list[int]]) -> Spans:
         """Where the replies are, with what is worth noting noted."""
@@ -188,29 +279,36 @@ class _Encoder:
             self.remark(remark)
         return spans
 
-    def run(self, rows: Sequence[Row], plan: Callable[[Row], Plan], features: Features) -> Encoded:
-        """Encode all rows."""
-        parts = []
-        with meter("encoding rows", len(rows)) as show:
-            for start in range(0, len(rows), _CHUNK):
-                chunk = rows[start : start + _CHUNK]
-                plans = [plan(row) for row in chunk]
-                # each text once: the sides of a pair share their prompt, and many rows may
-                texts = list(dict.fromkeys(text for texts, _ in plans for text in texts))
-                ids = dict(zip(texts, self.templater.ids(texts), strict=True))
-                done = [
-                    self._finish(row, finish, [ids[text] for text in texts])
-                    for row, (texts, finish) in zip(chunk, plans, strict=True)
-                ]
-                used = [row for row in done if row is not None]
-                columns = {name: [row[name] for row in used] for name in features}
-                parts.append(Dataset.from_dict(columns, features=features))
-                self.report.used += len(used)
-                show(start + len(chunk))
+    def chunks(self, rows: Iterable[Row], plan: Planner) -> Iterator[list[dict[str, Any]]]:
+        """The encoded rows, some hundreds at a time. Raises as `encode_demos`, at the end."""
+        rows = iter(rows)
+        while chunk := list(islice(rows, _CHUNK)):
+            plans = [self._planned(row, plan) for row in chunk]
+            # each text once: the sides of a pair share their prompt, and many rows may
+            texts = list(dict.fromkeys(text for texts, _ in plans for text in texts))
+            ids = dict(zip(texts, self.templater.ids(texts), strict=True))
+            done = [
+                self._finish(row, finish, [ids[text] for text in texts])
+                for row, (texts, finish) in zip(chunk, plans, strict=True)
+            ]
+            used = [row for row in done if row is not None]
+            self.report.used += len(used)
+            yield used
+        self.problems.raise_found()
         if self.report.used == 0:
             why = "; ".join(self.report.lines()[1:]) or "no row was given"
             raise UserError(self.spec.describe(), f"no row is left ({why})", "raise max_length or check the data")
-        return concatenate_datasets(parts), self.report
+
+    def _planned(self, row: Row, plan: Planner) -> Plan:
+        try:
+            return plan(row)
+        except UserError as error:
+            found = error  # the name of an exception ends with its clause
+
+        def refuse(ids: list[list[int]]) -> dict[str, Any]:
+            raise found
+
+        return [], refuse
 
     def _finish(
         self, row: Row, finish: Callable[[list[list[int]]], dict[str, Any]], ids: list[list[int]]
@@ -220,7 +318,17 @@ class _Encoder:
         try:
             encoded = finish(ids)
         except Unusable as unusable:
-            self.report.drop(unusable.reason, row.origin)
+            if unusable.reason in _LIMITS:  # as `overflow` says
+                self.report.drop(unusable.reason, row.origin)
+            else:
+                error = UserError(row.origin, unusable.reason, "correct the row, or leave it out")
+                self.problems.met("unusable", error, unusable.reason)
+            return None
+        except _TooLong as error:
+            self.problems.met("overflow", error)
+            return None
+        except UserError as error:
+            self.problems.met("template", error)
             return None
         if row.tools and self._tools_unseen(row):
             self.remark(TOOLS_UNSEEN)
@@ -268,7 +376,7 @@ class _Encoder:
     def _overflow(self, length: int, limit: int, reason: str, row: Row) -> None:
         """Raise if the row is to be dropped or refused; return if it is to be truncated."""
         if self.spec.overflow == "error":
-            raise UserError(
+            raise _TooLong(
                 row.origin,
                 f"{length} tokens, {reason} = {limit}",
                 "raise the limit, or set overflow to drop or truncate",

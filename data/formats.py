@@ -36,7 +36,7 @@ from .hh import dialogue_pair_as_ours, is_dialogue_pair
 from .messages import legacy_tools, to_messages, to_tools
 from .rows import Message, Row, Unusable, text_message
 from .sources import RawRow
-from .spec import RowKind
+from .spec import OUR_COLUMNS, RowKind
 from .turns import SAME_SIDES, UNWANTED, check, first_turn, has_system, last_turn, single, until_reply
 from .voted import is_vote, vote_as_ours
 from .wrapped import is_wrapped, wrapped_as_ours
@@ -68,6 +68,9 @@ FORMATS = (
     Format("Alpaca", is_alpaca, alpaca_as_ours),
 )
 """The first that recognises a row rewrites it; a row that none recognises is read as it is."""
+_OUR_FIELDS = frozenset(OUR_COLUMNS)
+_WITHIN_OURS = tuple(each for each in FORMATS if each.name in ("HH-RLHF", "OpenAI preferences"))
+"""Those that a row without foreign fields may have: all others are known by a field's name."""
 
 _EXPECTED: dict[RowKind, str] = {
     "demo": "prompt and completion, or messages, conversations, or instruction and output",
@@ -89,7 +92,8 @@ def normalise(raw: RawRow, kind: RowKind, origin: str, columns: dict[str, str] |
         Unusable: the row is valid but cannot be used (two equal sides, an empty reply, ...).
     """
     raw = _renamed(raw, columns, origin)
-    format = next((each for each in FORMATS if each.recognises(raw, kind)), None)
+    candidates = _WITHIN_OURS if raw.keys() <= _OUR_FIELDS else FORMATS
+    format = next((each for each in candidates if each.recognises(raw, kind)), None)
     return _Reader(raw if format is None else format.as_ours(raw, kind, origin), kind, origin).rows()
 
 
@@ -203,7 +207,7 @@ class _Reader:
         # Up to the last reply: two equal sides still have one.
         while shared < min(len(good), len(bad)) - 1 and good[shared] == bad[shared]:
             shared += 1
-        if self.whole_conversations():
+        if _is_whole(good):
             prompt = self.with_system(good[:shared])
         elif prompt is None:
             raise self.missing()
@@ -227,8 +231,7 @@ class _Reader:
     def whole_conversations(self) -> bool:
         """Whether the sides contain their prompt."""
         side = self.raw.get("chosen")
-        messages = to_messages(side, "assistant", self.origin, "chosen")
-        return bool(messages) and messages[0]["role"] != "assistant"
+        return _is_whole(to_messages(side, "assistant", self.origin, "chosen"))
 
     def context(self) -> list[Message] | None:
         """What comes before the sides, from a prompt or a conversation; None if there is neither."""
@@ -315,3 +318,8 @@ class _Reader:
             tools = functions
             rest.pop("functions", None)
         return Row(prompt=prompt, tools=tools, columns=rest, origin=self.origin, **parts)
+
+
+def _is_whole(side: list[Message]) -> bool:
+    """Whether a side holds its prompt as well."""
+    return bool(side) and side[0]["role"] != "assistant"

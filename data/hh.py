@@ -11,6 +11,7 @@ from .sources import RawRow
 from .spec import RowKind
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
+_BEGINNING = re.compile(r"\s*Human:")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 ASSISTANT = "\n\nAssistant:"
 
@@ -19,7 +20,7 @@ DIFFERENT_PROMPTS = "the two sides differ before the last reply"
 
 def is_dialogue(value: object) -> bool:
     """Whether it is a text that starts like an HH dialogue and contains an assistant turn."""
-    return isinstance(value, str) and bool(re.match(r"\s*Human:", value)) and ASSISTANT in value
+    return isinstance(value, str) and ASSISTANT in value and bool(_BEGINNING.match(value))
 
 
 def parse_dialogue(text: str) -> list[Message]:

@@ -1,5 +1,7 @@
 """Sources -> normalised rows, with a count of every row that was dropped."""
 
+import gc
+import pickle
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -8,11 +10,16 @@ from pathlib import Path
 from ..errors import UserError
 from ..progress import meter
 from .formats import normalise
+from .problems import RowProblems
 from .report import DataReport
-from .rows import Row, Unusable, fingerprint, prompt_key, text_message
+from .rows import Row, Unusable, fingerprint, text_message
+from .seen import Seen, number_of
 from .sources import Placed, read_source
 from .spec import DataSpec, RowKind, SourceSpec
 from .turns import has_system
+
+# (path of its source, pickled row)
+_Packed = tuple[str, bytes]
 
 
 @dataclass(frozen=True)
@@ -31,85 +38,134 @@ class Loaded:
 
 
 def load_rows(spec: DataSpec, kind: RowKind, folders: Sequence[Path] = ()) -> Loaded:
-    """Read, normalise, mix and count.
+    """Read, normalise, mix and count: all that `stream_rows` yields.
+
+    Raises:
+        UserError: as `stream_rows`.
+    """
+    report = DataReport()
+    rows = list(stream_rows(spec, kind, folders, report))
+    return Loaded(rows, fingerprint(rows), report)
+
+
+def stream_rows(
+    spec: DataSpec, kind: RowKind, folders: Sequence[Path], report: DataReport, where: str | None = None
+) -> Iterator[Row]:
+    """The rows in training order, one at a time: what has been yielded is not kept.
 
     Mixing: without weights (all equal) every row of every source is kept, one source after the other. With weights,
     each source's share of the result is its weight over the sum of the weights: as many rows as the scarcest source
     allows are drawn WITHOUT replacement, so the others are subsampled (seeded) and the result is shuffled (seeded).
-    `spec.limit` takes the first rows of a single source, and a seeded sample of several.
+    `spec.limit` takes the first rows of a single source, and a seeded sample of several. What is drawn from or shuffled
+    is kept in memory, packed.
 
     Args:
         kind: "demo", "pair", "label" or "prompt". Pairs also serve as demonstrations (the chosen side), as labelled
             completions (both sides) and as prompts; demonstrations also serve as prompts.
         folders: where relative paths are looked up, in order; the package's own `data/` comes last.
+        report: is filled; it is complete when the rows are at their end.
+        where: the entry's place, for the line that counts several problems; by default the sources' paths.
 
     Raises:
-        UserError: a source is missing, a row cannot be read or lacks a field, or no row is left.
+        UserError: a source is missing, or no row is left. After the last row: rows with a problem that
+            `spec.on_problem` says is an error, the first of them with their places and all of them counted.
     """
-    report = DataReport()
-    per_source = [_read(source, spec, kind, folders, report) for source in spec.sources]
-    rows, taken = _mix(spec, per_source)
-    for source, count in zip(spec.sources, taken, strict=True):
-        report.sources[source.path] = report.sources.get(source.path, 0) + count
-    if not rows:
+    problems = RowProblems(spec.on_problem, report, where or spec.describe())
+    report.sources |= {source.path: 0 for source in spec.sources}
+    seen, repeated = Seen(), problems.answer("repeated")
+    # what is in memory now stays there meanwhile: the collector need not walk over it at every thousandth row
+    gc.freeze()
+    try:
+        for source, row in _mixed(spec, kind, folders, problems):
+            # A pair that serves as two labelled completions repeats its prompt on purpose.
+            if seen.add(number_of(row.key)) and kind != "label":
+                if repeated != "keep":
+                    said = "its prompt has been seen before"
+                    problems.met("repeated", UserError(row.origin, said, "leave one of them out"), "prompt seen before")
+                    continue
+                report.note("prompt seen before", row.origin)
+            report.sources[source] += 1
+            report.used += 1
+            yield row
+    finally:
+        gc.unfreeze()
+    problems.raise_found()
+    if not report.used:
         why = "; ".join(report.lines()[1:]) or "it is empty"
         raise UserError(spec.describe(), f"no usable row ({why})", "check the data")
-    seen: set[str] = set()
-    for row in rows:
-        key = prompt_key(row.prompt)
-        # A pair that serves as two labelled completions repeats its prompt on purpose.
-        if key in seen and kind != "label":
-            report.note("prompt seen before", row.origin)
-        seen.add(key)
-    report.used = len(rows)
-    return Loaded(rows, fingerprint(rows), report)
 
 
-def _read(source: SourceSpec, spec: DataSpec, kind: RowKind, folders: Sequence[Path], report: DataReport) -> list[Row]:
+def _read(
+    source: SourceSpec, placed: Iterator[Placed], spec: DataSpec, kind: RowKind, problems: RowProblems
+) -> Iterator[Row]:
     """The usable rows of one source, at most `source.limit`."""
     # Only the first rows matter when nothing is drawn from a larger pool.
     enough = [limit for limit in (source.limit, spec.limit if len(spec.sources) == 1 else None) if limit is not None]
-    limit = min(enough, default=None)
-    rows: list[Row] = []
-    for origin, raw in _progress(read_source(source, folders, report.note), source.path):
-        report.read += 1
+    left = min(enough, default=-1)
+    for origin, raw in _progress(placed, source.path):
+        problems.report.read += 1
         try:
-            rows += [_with_system(row, spec.system) for row in normalise(raw, kind, origin, source.columns)]
+            rows = normalise(raw, kind, origin, source.columns)
         except Unusable as unusable:
-            report.drop(unusable.reason, origin)
-        if limit is not None and len(rows) >= limit:
-            return rows[:limit]
-    return rows
+            error = UserError(origin, unusable.reason, "correct the row, or leave it out")
+            problems.met("unusable", error, unusable.reason)
+            continue
+        except UserError as error:
+            problems.met("malformed", error)
+            continue
+        for row in rows:
+            yield row if spec.system is None else _with_system(row, spec.system)
+            left -= 1
+            if left == 0:
+                return
 
 
-def _with_system(row: Row, system: str | None) -> Row:
-    if system is None or has_system(row.prompt):
+def _with_system(row: Row, system: str) -> Row:
+    if has_system(row.prompt):
         return row
     return replace(row, prompt=[text_message("system", system), *row.prompt])
 
 
-def _mix(spec: DataSpec, per_source: list[list[Row]]) -> tuple[list[Row], list[int]]:
-    """(rows, how many of them come from each source)."""
+def _mixed(spec: DataSpec, kind: RowKind, folders: Sequence[Path], problems: RowProblems) -> Iterator[tuple[str, Row]]:
+    """(the path of the source that it comes from, row), in training order."""
+    report = problems.report
+
+    def unreadable(error: UserError) -> None:
+        report.read += 1
+        problems.met("malformed", error)
+
+    # opened before the first is read: a path that is wrong should not wait for it
+    opened = [read_source(source, folders, report.note, unreadable) for source in spec.sources]
+    readers = [_read(*each, spec, kind, problems) for each in zip(spec.sources, opened, strict=True)]
+    paths = [source.path for source in spec.sources]
     weights = [source.weight for source in spec.sources]
+    if len(set(weights)) == 1 and (len(readers) == 1 or spec.limit is None):
+        for path, rows in zip(paths, readers, strict=True):
+            yield from ((path, row) for row in rows)
+        return
+    # packed, a row takes a fraction of the memory that its dictionaries take
+    packed = [[(path, pickle.dumps(row)) for row in rows] for path, rows in zip(paths, readers, strict=True)]
+    for path, row in _drawn(spec, weights, packed):
+        yield path, pickle.loads(row)
+
+
+def _drawn(spec: DataSpec, weights: list[float], per_source: list[list[_Packed]]) -> list[_Packed]:
+    """What is taken of several sources, in its order."""
     if len(set(weights)) == 1:
         rows = [row for group in per_source for row in group]
-        if len(per_source) == 1 or spec.limit is None or spec.limit >= len(rows):
-            return rows, [len(group) for group in per_source]
-        numbered = [(i, row) for i, group in enumerate(per_source) for row in group]
-        drawn = random.Random(spec.seed).sample(numbered, spec.limit)
-        return [row for _, row in drawn], [sum(i == j for i, _ in drawn) for j in range(len(per_source))]
+        if spec.limit is None or spec.limit >= len(rows):
+            return rows
+        return random.Random(spec.seed).sample(rows, spec.limit)
     shares = [weight / sum(weights) for weight in weights]
     total = min(len(group) / share for group, share in zip(per_source, shares, strict=True))
     total = total if spec.limit is None else min(total, spec.limit)
-    mixed: list[Row] = []
-    counts = []
+    mixed: list[_Packed] = []
     for i, (group, share) in enumerate(zip(per_source, shares, strict=True)):
         # A generator of its own for each source: adding one leaves the others' draws alone.
         count = min(len(group), round(total * share))
         mixed += random.Random(f"{spec.seed}:{i}").sample(group, count)
-        counts.append(count)
     random.Random(spec.seed).shuffle(mixed)
-    return mixed, counts
+    return mixed
 
 
 def _progress(rows: Iterable[Placed], path: str) -> Iterator[Placed]:

@@ -63,6 +63,8 @@ def to_messages(value: object, role: str, where: str, field: str) -> list[Messag
 
 def written_messages(text: str) -> list[Any] | None:
     """The messages that a text holds as JSON, or as Python prints a list of them; None if it holds none."""
+    if "{" not in text:
+        return None
     bare = text.strip()
     if not (bare.startswith(("[{", "[ {", "[\n")) and bare.endswith("]")):
         return None

@@ -1,49 +1,65 @@
 """Evaluation prompts that stand in training data: what is measured on them is memory, not skill."""
 
+from array import array
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+
+import numpy as np
 
 from .report import Tally
-from .rows import Row, prompt_key
+from .rows import Row
+from .seen import number_of
 from .spec import DataSpec
 from .split import prompt_position
 
 
-@dataclass(frozen=True)
 class PromptSet:
-    """The prompts of one way of reading data.
+    """The prompts of one way of reading data, in 8 bytes each.
 
-    placed: (key, where it comes from) of every row. trained: the keys of those that a stage trains on; held-out prompts
-    are not among them.
+    Args:
+        spec: which prompts are held out: a stage does not train on those.
+        named: keep where each comes from; for the prompts of an evaluation.
     """
 
-    placed: list[tuple[str, str]]
-    trained: frozenset[str]
+    def __init__(self, spec: DataSpec, *, named: bool = False) -> None:
+        self._seed, self._held_out, self._named = spec.seed, spec.held_out, named
+        self._keys, self._trained = array("Q"), array("Q")
+        self._origins: list[str] = []
 
     @classmethod
     def of(cls, rows: Iterable[Row], spec: DataSpec) -> "PromptSet":
-        """From the rows that were read for `spec`."""
-        placed, trained = [], set()
+        """From the rows that were read for `spec`, with their places."""
+        made = cls(spec, named=True)
         for row in rows:
-            key = prompt_key(row.prompt)
-            placed.append((key, row.origin))
-            if prompt_position(row, spec.seed) >= spec.held_out:
-                trained.add(key)
-        return cls(placed, frozenset(trained))
+            made.add(row)
+        return made
+
+    def add(self, row: Row) -> None:
+        number = number_of(row.key)
+        if self._named:
+            self._keys.append(number)
+            self._origins.append(row.origin)
+        if self._held_out == 0 or prompt_position(row, self._seed) >= self._held_out:
+            self._trained.append(number)
+
+    def __len__(self) -> int:
+        return len(self._origins)
+
+    def trained_in(self, others: "Iterable[PromptSet]") -> Tally:
+        """Those of these prompts, with their places, that are trained on in one of the others."""
+        trained = np.concatenate([np.frombuffer(each._trained, np.uint64) for each in others])
+        tally = Tally()
+        for place in np.flatnonzero(np.isin(np.frombuffer(self._keys, np.uint64), trained)):
+            tally.add(self._origins[place])
+        return tally
 
 
 def overlaps(evaluated: PromptSet, trained: Mapping[str, Iterable[PromptSet]]) -> dict[str, Tally]:
     """By the name of the training data: the evaluation rows whose prompt is trained on, where there are any."""
-    found: dict[str, Tally] = {}
-    for name, sets in trained.items():
-        keys = frozenset().union(*(each.trained for each in sets))
-        for key, origin in evaluated.placed:
-            if key in keys:
-                found.setdefault(name, Tally()).add(origin)
-    return found
+    found = {name: evaluated.trained_in(list(sets)) for name, sets in trained.items()}
+    return {name: tally for name, tally in found.items() if tally.count}
 
 
 def overlap_words(name: str, tally: Tally, evaluated: PromptSet) -> str:
     """As a line for people."""
-    total = len(evaluated.placed)
+    total = len(evaluated)
     return f"{tally.count} of {total} prompts stand in the training data {name} as well ({', '.join(tally.origins)})"

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 # {"role": ..., "content": ...} and whatever else the format allows (name, tool_calls, tool_call_id, ...).
@@ -34,6 +35,11 @@ class Row:
     columns: dict[str, Any] = field(default_factory=dict)
     origin: str = ""
 
+    @cached_property
+    def key(self) -> str:
+        """`prompt_key` of its prompt, made once."""
+        return prompt_key(self.prompt)
+
 
 class Unusable(Exception):
     """A valid row that cannot be used: it is dropped, and counted under `reason`."""
@@ -47,9 +53,13 @@ def text_message(role: str, text: str) -> Message:
     return {"role": role, "content": text}
 
 
+# One encoder for all rows: `json.dumps` makes a new one at every call that is given options.
+_ENCODER = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
+
+
 def canonical(value: object) -> str:
     """`value` as JSON that is independent of key order; types that JSON lacks (dates, bytes) as `str`."""
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
+    return _ENCODER.encode(value)
 
 
 def prompt_key(prompt: list[Message]) -> str:
@@ -58,11 +68,23 @@ def prompt_key(prompt: list[Message]) -> str:
     return canonical(tidy)
 
 
-def fingerprint(rows: Iterable[Row]) -> str:
-    """sha256 of the rows' content in order, independent of where they were read from."""
-    digest = hashlib.sha256()
-    for row in rows:
+class Fingerprint:
+    """sha256 of rows' content in order, independent of where they were read from; a row at a time."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def add(self, row: Row) -> None:
         content = [row.prompt, row.completion, row.chosen, row.rejected, row.label, row.margin, row.tools, row.columns]
-        digest.update(canonical(content).encode("utf-8", "surrogatepass"))
-        digest.update(b"\n")
+        self._digest.update((canonical(content) + "\n").encode("utf-8", "surrogatepass"))
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
+
+
+def fingerprint(rows: Iterable[Row]) -> str:
+    """The `Fingerprint` of all these rows."""
+    digest = Fingerprint()
+    for row in rows:
+        digest.add(row)
     return digest.hexdigest()

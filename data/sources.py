@@ -24,6 +24,11 @@ Placed = tuple[str, RawRow]
 
 # Takes (what, origin) of what a reader decided about a file by itself, so that it is said.
 Note = Callable[[str, str], None]
+# Takes what is wrong with one row: it raises, or the reader goes on behind that row.
+Bad = Callable[[UserError], None]
+
+MOST_CHARACTERS = 1 << 28
+"""Of one line: what is longer is no row of a data set, but a file of another kind."""
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")
@@ -37,11 +42,19 @@ def _unsaid(what: str, origin: str) -> None:
     """The note of a caller who wants none."""
 
 
-def read_source(source: SourceSpec, folders: Sequence[Path], note: Note = _unsaid) -> Iterator[Placed]:
+def _refuse(error: UserError) -> None:
+    """The answer of a caller for whom one bad row is too many."""
+    raise error
+
+
+def read_source(
+    source: SourceSpec, folders: Sequence[Path], note: Note = _unsaid, bad: Bad = _refuse
+) -> Iterator[Placed]:
     """The rows of one source, in order.
 
     Args:
         note: is told how a file was read, where that is not what its name says.
+        bad: is told what is wrong with a single row.
 
     Raises:
         UserError: nothing is there, the format is unknown, or a line cannot be read.
@@ -53,10 +66,11 @@ def read_source(source: SourceSpec, folders: Sequence[Path], note: Note = _unsai
             raise UserError(source.path, f"no such file (looked in {looked})", "check the path")
         return _read_hub(source)
     if found.is_dir():
-        return _read_folder(found, source, note)
+        return _read_folder(found, source, note, bad)
     if source.split is not None:
         raise UserError(source.path, f"split {source.split!r} of a single file", "leave `split` out")
-    return read_file(found, source.path, note)
+    check_regular(found, source.path)
+    return read_file(found, source.path, note, bad)
 
 
 def find(path: str, folders: Sequence[Path]) -> Path | None:
@@ -77,13 +91,29 @@ def _suffix(path: Path) -> str | None:
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
 
 
-def read_file(path: Path, shown: str, note: Note = _unsaid) -> Iterator[Placed]:
+def check_regular(path: Path, shown: str) -> None:
+    """Refuse what is neither a file nor a folder: data are read more than once, and a pipe or a device may never end.
+
+    Raises:
+        UserError: it is a pipe, a socket, a device, or a link that leads nowhere.
+    """
+    if path.is_file():
+        return
+    kinds = {"fifo": "a pipe", "socket": "a socket", "char_device": "a device", "block_device": "a device"}
+    what = next((words for name, words in kinds.items() if getattr(path, f"is_{name}")()), None)
+    what = what or ("a link that leads nowhere" if path.is_symlink() else "no file")
+    raise UserError(shown, f"is {what}, expected a file: it is read more than once", "write the rows to a file")
+
+
+def read_file(path: Path, shown: str, note: Note = _unsaid, bad: Bad = _refuse) -> Iterator[Placed]:
     """The rows of one file.
 
     Args:
         shown: the name of the file in error messages.
         note: is told how the file was read, where that is not what its name says.
+        bad: is told what is wrong with a single row.
     """
+    check_regular(path, shown)
     suffix = _suffix(path)
     if suffix is None:
         raise UserError(shown, f"unknown format {path.suffix!r}", f"use one of {', '.join(SUFFIXES)} (also with .gz)")
@@ -103,11 +133,11 @@ def read_file(path: Path, shown: str, note: Note = _unsaid) -> Iterator[Placed]:
             io.TextIOWrapper(cast(IO[bytes], raw), encoding=encoding, newline="") as text,
         ):
             if suffix in (".csv", ".tsv"):
-                yield from _read_csv(text, shown, "\t" if suffix == ".tsv" else ",", note)
+                yield from _read_csv(text, shown, "\t" if suffix == ".tsv" else ",", note, bad)
             elif suffix == ".json":
-                yield from _read_json(text.read(), shown)
+                yield from _read_json(text.read(), shown, bad)
             else:
-                yield from _read_lines(text, shown)
+                yield from _read_lines(text, shown, bad)
     except UnicodeDecodeError as error:
         like = ", but perhaps Windows-1252 (cp1252) as spreadsheets save" if suffix in (".csv", ".tsv") else ""
         problem = f"not UTF-8 ({error.reason}){like}"
@@ -121,28 +151,44 @@ def _encoding(raw: IO[bytes]) -> str:
     return _MARKS.get(raw.read(2), "utf-8-sig")
 
 
-def _read_lines(text: TextIO, shown: str) -> Iterator[Placed]:
-    for number, line in enumerate(text, start=1):
-        if not line.strip():
-            continue
-        origin = f"{shown}:{number}"
+def _read_lines(text: TextIO, shown: str, bad: Bad) -> Iterator[Placed]:
+    number = 0
+    while line := text.readline(MOST_CHARACTERS):
+        number += 1
+        if len(line) == MOST_CHARACTERS and not line.endswith("\n"):
+            said = f"a line of more than {MOST_CHARACTERS} characters, expected one JSON object a line"
+            raise UserError(f"{shown}:{number}", said, "write a line break after each row")
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            problem = f"broken JSON ({error.msg} at column {error.colno})"
-            raise UserError(origin, problem, "put one whole JSON object on each line") from error
-        except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets within brackets
-            raise UserError(origin, f"cannot be read ({error})", "correct the row") from error
-        yield origin, _object(row, origin, bool(_SURROGATE.search(line)))
+        except ValueError as error:
+            bare = line.strip()
+            if not bare:
+                continue
+            origin = f"{shown}:{number}"
+            if isinstance(error, json.JSONDecodeError):
+                problem = f"broken JSON ({error.msg} at column {error.colno})"
+                remedy = "put one whole JSON object on each line"
+            else:  # a number of thousands of digits
+                problem, remedy = f"cannot be read ({error})", "correct the row"
+            bad(UserError(origin, problem, remedy))
+            continue
+        except RecursionError as error:  # brackets within brackets
+            bad(UserError(f"{shown}:{number}", f"cannot be read ({error})", "correct the row"))
+            continue
+        origin = f"{shown}:{number}"
+        if (problem := _problem(row, origin, "\\u" in line and bool(_SURROGATE.search(line)))) is not None:
+            bad(problem)
+            continue
+        yield origin, row
 
 
-def _read_json(text: str, shown: str) -> Iterator[Placed]:
+def _read_json(text: str, shown: str, bad: Bad) -> Iterator[Placed]:
     """An array of objects, or {"data": [...]}; a file with one object per line is accepted as well."""
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and text.lstrip().startswith("{"):
-            yield from _read_lines(io.StringIO(text), shown)
+            yield from _read_lines(io.StringIO(text), shown, bad)
             return
         problem = f"broken JSON ({error.msg} at column {error.colno})"
         raise UserError(f"{shown}:{error.lineno}", problem, "correct the file") from error
@@ -155,28 +201,32 @@ def _read_json(text: str, shown: str) -> Iterator[Placed]:
     escaped = bool(_SURROGATE.search(text))
     for number, row in enumerate(content, start=1):
         origin = f"{shown}: row {number}"
-        yield origin, _object(row, origin, escaped)
+        if (problem := _problem(row, origin, escaped)) is not None:
+            bad(problem)
+            continue
+        yield origin, row
 
 
-def _object(row: object, origin: str, escaped: bool = False) -> RawRow:
-    """The row, which must be an object.
+def _problem(row: object, origin: str, escaped: bool) -> UserError | None:
+    """What is wrong with a row, which must be an object.
 
     Args:
         escaped: its JSON holds escapes of half characters (surrogates), which must come in pairs.
     """
     if not isinstance(row, dict):
-        raise UserError(origin, f"a {type(row).__name__}, expected an object with named fields", "correct the row")
+        said = f"a {type(row).__name__}, expected an object with named fields"
+        return UserError(origin, said, "correct the row")
     if escaped:
         try:
             json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             half = str(error.object)[error.start]
             problem = f"half a character (the lone surrogate \\u{ord(half):04x}), which no tokenizer can read"
-            raise UserError(origin, problem, "write the whole character, or leave it out") from error
-    return row
+            return UserError(origin, problem, "write the whole character, or leave it out")
+    return None
 
 
-def _read_csv(text: TextIO, shown: str, delimiter: str, note: Note) -> Iterator[Placed]:
+def _read_csv(text: TextIO, shown: str, delimiter: str, note: Note, bad: Bad) -> Iterator[Placed]:
     # Replies are longer than the csv module's 128 KiB at times.
     csv.field_size_limit(2**31 - 1)
     header = text.readline()
@@ -192,8 +242,9 @@ def _read_csv(text: TextIO, shown: str, delimiter: str, note: Note) -> Iterator[
             origin = f"{shown}:{start}"
             if None in row or None in row.values():
                 problem = f"not as many cells as the header's {len(reader.fieldnames or ())} columns"
-                raise UserError(origin, problem, "quote cells that hold the delimiter or a line break")
-            yield origin, dict(row)
+                bad(UserError(origin, problem, "quote cells that hold the delimiter or a line break"))
+            else:
+                yield origin, dict(row)
             start = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f"{shown}:{start}", f"broken CSV ({error})", "correct the quotes") from error
@@ -215,11 +266,12 @@ def _read_parquet(path: Path, shown: str) -> Iterator[Placed]:
         raise UserError(shown, f"not a readable Parquet file ({error})", "write it again") from error
 
 
-def _read_folder(folder: Path, source: SourceSpec, note: Note) -> Iterator[Placed]:
+def _read_folder(folder: Path, source: SourceSpec, note: Note, bad: Bad) -> Iterator[Placed]:
     if (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists():
         yield from _read_saved(folder, source)
         return
-    files = sorted(f for f in folder.rglob("*") if f.is_file() and _suffix(f) and not f.name.startswith("."))
+    # what only looks like a file is not passed over in silence: `read_file` says what it is
+    files = sorted(f for f in folder.rglob("*") if not f.is_dir() and _suffix(f) and not f.name.startswith("."))
     names = {*_SPLIT_NAMES, source.split}
     named = {f: _split_of(f.relative_to(folder), names) for f in files}
     wanted = source.split or ("train" if "train" in named.values() else None)
@@ -229,7 +281,7 @@ def _read_folder(folder: Path, source: SourceSpec, note: Note) -> Iterator[Place
         asked = f" of the split {source.split!r}" if source.split else ""
         raise UserError(source.path, f"no data file{asked} in that folder", f"files end in {', '.join(SUFFIXES)}")
     for file in files:
-        yield from read_file(file, f"{source.path.rstrip('/')}/{file.relative_to(folder).as_posix()}", note)
+        yield from read_file(file, f"{source.path.rstrip('/')}/{file.relative_to(folder).as_posix()}", note, bad)
 
 
 def _split_of(path: Path, names: set[str | None]) -> str | None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from .messages import TRAINS
 from .rows import Message
-from .template import MARK, REASONING, Templater, common_prefix, marked, shows, shows_call, snippet
+from .template import MARK, REASONING, SPEAKERS, Templater, common_prefix, marked, shows, shows_call, snippet
 
 BOUNDARY_MOVED = "prompt boundary moved"
 LAST_TURN_ONLY = "turns not told apart, only the last one trains"
@@ -38,6 +38,7 @@ class Layout:
     trains: for each of them, whether the row wants it trained on.
     remarks: what is worth counting about it.
     before: the prompt's text, with the generation prompt.
+    plain: one reply, filled into a template that only writes what is said, without a special token in what is said.
     """
 
     text: str
@@ -45,6 +46,7 @@ class Layout:
     trains: list[bool]
     remarks: tuple[str, ...] = ()
     before: str = ""
+    plain: bool = False
 
     def texts(self) -> list[str]:
         """The texts whose ids `find_spans` compares: the whole, and what comes before each boundary."""
@@ -90,6 +92,8 @@ def lay_out(
     Raises:
         UserError: the template refuses the conversation, or leaves something out that the row says.
     """
+    if (filled := _filled(templater, prompt, completion, tools, before)) is not None:
+        return filled
     begun = prompt[-1] if prompt and prompt[-1]["role"] == "assistant" else None
     if begun is not None and completion[0]["role"] == "assistant" and not begun.get("tool_calls"):
         first = completion[0]
@@ -98,6 +102,29 @@ def lay_out(
     else:
         begun = None
     return _Search(templater, prompt, completion, tools, where, begun, before).layout()
+
+
+def _filled(
+    templater: Templater, prompt: list[Message], completion: list[Message], tools: list[Any] | None, before: str | None
+) -> Layout | None:
+    """The layout of one reply by filling in the template's blanks; None where there is more to look at."""
+    if len(completion) != 1 or not prompt or prompt[-1]["role"] == "assistant":
+        return None
+    if not all(message["role"] in SPEAKERS for message in prompt):
+        return None
+    whole = templater.filled([*prompt, *completion], tools, False)
+    if whole is None:
+        return None
+    before = before or templater.filled(prompt, tools, True)
+    # a template may write more behind a prompt than in the whole, or reasoning: the search looks at those
+    if before is None or not whole.startswith(before) or "think>" in whole or "think>" in before:
+        return None
+    reply = completion[0]["content"].strip()
+    if reply not in whole[len(before) :]:
+        return None
+    special = None if templater.pieces is None else templater.pieces.special
+    plain = special is not None and not any(special.search(each["content"]) for each in (*prompt, *completion))
+    return Layout(whole, [(len(before), len(whole))], [True], (), before, plain)
 
 
 class _Search:

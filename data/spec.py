@@ -7,6 +7,7 @@ from ..errors import UserError, nearest
 
 RowKind = Literal["demo", "pair", "label", "prompt"]
 Overflow = Literal["drop", "truncate", "error"]
+Answer = Literal["error", "drop", "keep"]
 
 # The names that `columns` may map from: ours on the left, the file's on the right.
 OUR_COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages", "label", "margin", "system", "tools")
@@ -44,6 +45,39 @@ class SourceSpec:
 
 
 @dataclass(frozen=True)
+class OnProblem:
+    """What becomes of a row with something wrong, by the kind of problem: an error, dropped and counted, or kept.
+
+    malformed: it cannot be read as a row: broken JSON, no object, a field that is missing or holds something else.
+    template: the chat template refuses its conversation, or leaves out what it says.
+    unusable: it can be read, and nothing is to be learnt from it: an empty prompt or reply, two equal sides, a tie.
+    repeated: its prompt has been seen before.
+
+    Every problem is counted and named with its file and line; rows that are too long follow `DataSpec.overflow`.
+    """
+
+    malformed: Answer = "error"
+    template: Answer = "error"
+    unusable: Answer = "drop"
+    repeated: Answer = "keep"
+
+    def __post_init__(self) -> None:
+        for name, allowed in ANSWERS.items():
+            if (said := getattr(self, name)) not in allowed:
+                remedy = f"use {' or '.join(allowed)}"
+                raise UserError(f"data.on_problem.{name}", f"{said!r} is not possible", remedy)
+
+
+ANSWERS: dict[str, tuple[Answer, ...]] = {
+    "malformed": ("error", "drop"),
+    "template": ("error", "drop"),
+    "unusable": ("drop", "error"),
+    "repeated": ("keep", "drop", "error"),
+}
+"""What may become of a row, by the kind of problem; the default first."""
+
+
+@dataclass(frozen=True)
 class DataSpec:
     """The data of one stage.
 
@@ -52,6 +86,7 @@ class DataSpec:
     limit: rows in all, after mixing.
     held_out: fraction of the prompts kept out of training (see `split.split_rows`).
     system: a system message for the rows that have none.
+    on_problem: what becomes of rows with something wrong.
     """
 
     sources: tuple[SourceSpec, ...]
@@ -62,6 +97,7 @@ class DataSpec:
     held_out: float = 0.0
     seed: int = 0
     system: str | None = None
+    on_problem: OnProblem = OnProblem()
 
     def __post_init__(self) -> None:
         if not self.sources:

@@ -3,7 +3,7 @@
 import hashlib
 
 from ..errors import UserError
-from .rows import Row, prompt_key
+from .rows import Row
 
 
 def split_rows(rows: list[Row], held_out: float, seed: int = 0) -> tuple[list[Row], list[Row]]:
@@ -31,5 +31,5 @@ def split_rows(rows: list[Row], held_out: float, seed: int = 0) -> tuple[list[Ro
 
 def prompt_position(row: Row, seed: int) -> float:
     """A number in [0, 1) from a hash of the row's prompt and the seed, uniform over prompts."""
-    digest = hashlib.sha256(f"{seed}\n{prompt_key(row.prompt)}".encode("utf-8", "surrogatepass")).digest()
+    digest = hashlib.sha256(f"{seed}\n{row.key}".encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64

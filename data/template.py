@@ -6,6 +6,7 @@ Where in them the replies are is found in `spans.py`.
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError
 from ..patience import bounded
 from .messages import TRAINS
+from .pattern import Pattern, fills_in, read_pattern
+from .pieces import pieces_of
 from .rows import Message
 
 if TYPE_CHECKING:
@@ -40,6 +43,10 @@ MARK = "xPREFTUNExMARKx"
 """A word that no data hold: where it is found in a rendered conversation, there its message is."""
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+SPEAKERS = frozenset(ROLES) - {"developer"}
+"""Roles that are rendered in one form alone."""
+_PATTERNS = 512
+"""So many shapes of conversations are kept."""
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """The fields in which data write an assistant's reasoning beside its content."""
 
@@ -112,6 +119,9 @@ class Templater:
         self.template = self._template(tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE)
         # The form of messages that the last row with calls was shown in: tried first for the next.
         self._form = 0
+        self.pieces = pieces_of(tokenizer)
+        self._fills: bool | None = None
+        self._patterns: dict[tuple[str, ...], Pattern | None] = {}
 
     def _template(self, template: Any) -> str | None:
         """The template with its run's day in the place of today's; None where the tokenizer has several of its own."""
@@ -130,6 +140,8 @@ class Templater:
         Raises:
             UserError: the template refuses these messages (a system turn, roles that do not alternate, ...).
         """
+        if (filled := self.filled(messages, tools, generation_prompt)) is not None:
+            return filled
         begun = generation_prompt and bool(messages) and messages[-1]["role"] == "assistant"
         try:
             return rendered(
@@ -152,6 +164,41 @@ class Templater:
                 "correct the row or give another `chat_template`",
             ) from error
 
+    def filled(self, messages: list[Message], tools: list[Any] | None, generation_prompt: bool) -> str | None:
+        """The same text by filling in the template's blanks; None where that is not all that it does (`pattern.py`)."""
+        begun = generation_prompt and bool(messages) and messages[-1]["role"] == "assistant"
+        if tools or begun or self._fills is False:
+            return None
+        contents = []
+        for message in messages:
+            content = message.get("content")
+            if len(message) != 2 or not isinstance(content, str) or not content.strip():
+                return None
+            contents.append(content)
+        # the empty role marks the generation prompt: no message has it
+        key = (*(message["role"] for message in messages), *([""] if generation_prompt else []))
+        if key not in self._patterns:
+            self._learn(key, messages, generation_prompt)
+        pattern = self._patterns[key]
+        return None if pattern is None else pattern.fill(contents)
+
+    def _learn(self, key: tuple[str, ...], messages: list[Message], generation_prompt: bool) -> None:
+        """What the template writes for these roles, from two renderings of it."""
+        if self._fills is None:
+            self._fills = self.template is not None and fills_in(self.template)
+        if len(self._patterns) >= _PATTERNS:
+            self._patterns.clear()
+        self._patterns[key] = None
+        if not self._fills or not all(message["role"] for message in messages):
+            return
+
+        def render(contents: list[str]) -> str:
+            said = [message | {"content": text} for message, text in zip(messages, contents, strict=True)]
+            return self.text(said, None, generation_prompt)
+
+        with suppress(UserError):  # refused: said where the row is rendered
+            self._patterns[key] = read_pattern(render, len(messages))
+
     def fitted(
         self, messages: list[Message], tools: list[Any] | None, generation_prompt: bool, where: str = ""
     ) -> tuple[list[Message], str]:
@@ -163,6 +210,10 @@ class Templater:
         Raises:
             UserError: there is none; what the first form refuses or leaves out is said.
         """
+        # filled in, every content stands in the text as it is
+        filled = self.filled(messages, tools, generation_prompt)
+        if filled is not None and all(message["role"] in SPEAKERS for message in messages):
+            return messages, filled
         forms = list(_forms(messages))
         problem = None
         for number in dict.fromkeys([min(self._form, len(forms) - 1), *range(len(forms))]):
@@ -214,7 +265,10 @@ class Templater:
         """Token ids of templated texts, each with one BOS at most."""
         if not texts:
             return []
-        batch = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        if self.pieces is not None:
+            batch = self.pieces.ids(texts)
+        else:
+            batch = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
         return [self._one_bos(list(ids)) for ids in batch]
 
     def _one_bos(self, ids: list[int]) -> list[int]:
@@ -230,6 +284,9 @@ class Templater:
         Of two with nothing but white space between them, as templates write that close the dialogue after the last
         turn's end, it is the first.
         """
+        said = ids[start:end]
+        if (count := said.count(self.eos)) <= 1:  # counted and found in C: as good as every reply has one
+            return start + said.index(self.eos) + 1 if count else None
         last = next((i for i in range(end, start, -1) if ids[i - 1] == self.eos), None)
         while last is not None:
             before = next((i for i in range(last - 1, start, -1) if ids[i - 1] == self.eos), None)

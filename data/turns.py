@@ -30,6 +30,8 @@ def until_reply(messages: list[Message]) -> list[Message]:
     Raises:
         Unusable: there is none.
     """
+    if messages and messages[-1]["role"] == "assistant":
+        return messages
     end = next((i for i in range(len(messages), 0, -1) if messages[i - 1]["role"] == "assistant"), 0)
     if end == 0:
         raise Unusable(NO_REPLY)
@@ -58,11 +60,12 @@ def check(row: Row) -> None:
     if not row.prompt or not any(_says(message) for message in row.prompt):
         raise Unusable(EMPTY_PROMPT)
     for side in (row.completion, row.chosen, row.rejected):
-        if side is not None and not all(_says(m) for m in side if m["role"] == "assistant"):
-            raise Unusable(EMPTY_REPLY)
+        for message in side or ():
+            if message["role"] == "assistant" and not _says(message):
+                raise Unusable(EMPTY_REPLY)
     if row.chosen is not None and row.chosen == row.rejected:
         raise Unusable(SAME_SIDES)
 
 
 def _says(message: Message) -> bool:
-    return bool(message.get("tool_calls")) or bool(message["content"].strip())
+    return bool(message["content"].strip()) or bool(message.get("tool_calls"))

@@ -1,5 +1,6 @@
 """Rows against the length that the base can read."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import UserError
@@ -34,20 +35,56 @@ def check_context(dataset: Any, base: Base, where: str, new_tokens: int = 0) -> 
     Raises:
         UserError: how many rows are too long, and the longest.
     """
-    limit = context_length(base)
-    if limit is None:
-        return
-    lengths = [length + new_tokens for length in _lengths(dataset)]
-    long = [length for length in lengths if length > limit]
-    if not long:
-        return
-    with_reply = f" with {new_tokens} new tokens" if new_tokens else ""
-    raise UserError(
-        where,
-        f"{len(long)} of {len(lengths)} rows are longer{with_reply} than the base's context of {limit} positions "
-        f"(the longest: {max(long)} tokens)",
-        f"set {'max_prompt_length' if new_tokens else 'max_length'}: {max(1, limit - new_tokens)}",
-    )
+    check = ContextCheck(base, new_tokens)
+    for length in _lengths(dataset):
+        check.add(length)
+    check.raise_found(where, len(dataset))
+
+
+class ContextCheck:
+    """The same, a row at a time.
+
+    Attributes:
+        longest: so many tokens a row may have; None: as many as it likes.
+    """
+
+    def __init__(self, base: Base, new_tokens: int = 0) -> None:
+        self._limit, self._new_tokens = context_length(base), new_tokens
+        self.longest = None if self._limit is None else self._limit - new_tokens
+        self._beyond, self._most = 0, 0
+
+    def add(self, length: int) -> None:
+        """A row of so many tokens."""
+        if self.longest is not None and length > self.longest:
+            self._beyond, self._most = self._beyond + 1, max(self._most, length + self._new_tokens)
+
+    def raise_found(self, where: str, rows: int) -> None:
+        """Refuse the rows that are too long.
+
+        Args:
+            rows: how many there are in all.
+
+        Raises:
+            UserError: as `check_context`.
+        """
+        if self._limit is None or not self._beyond:
+            return
+        with_reply = f" with {self._new_tokens} new tokens" if self._new_tokens else ""
+        raise UserError(
+            where,
+            f"{self._beyond} of {rows} rows are longer{with_reply} than the base's context of {self._limit} positions "
+            f"(the longest: {self._most} tokens)",
+            f"set {'max_prompt_length' if self._new_tokens else 'max_length'}: "
+            f"{max(1, self._limit - self._new_tokens)}",
+        )
+
+
+def row_length(row: Mapping[str, Sequence[int]]) -> int:
+    """Tokens of an encoded row of any kind: of a pair, the longer side with its prompt."""
+    if "input_ids" in row:
+        return len(row["input_ids"])
+    replies = [len(row[name]) for name in ("chosen_ids", "rejected_ids", "completion_ids") if name in row]
+    return len(row["prompt_ids"]) + max(replies, default=0)
 
 
 def _lengths(dataset: Any) -> list[int]:

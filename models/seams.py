@@ -619,6 +619,18 @@ FUSED_HEAD = Seam(
     lambda subject: list(_fused_head(subject)),
 )
 
+OPTIMIZERS = Seam(
+    "optimizers",
+    "transformers",
+    tuple(
+        f"transformers.trainer_optimizer.{name}"
+        for name in ("_OPTIMIZER_HANDLERS", "OptimizerContext", "_parse_optim_args")
+    ),
+    "an optimiser's settings are tried before anything trains, without all that a trainer imports",
+    "a wrong one would be found when its stage begins",
+    _found("transformers.trainer_optimizer:_OPTIMIZER_HANDLERS", "transformers.trainer_optimizer:OptimizerContext"),
+)
+
 # --- peft ------------------------------------------------------------------------------------------------------------
 
 

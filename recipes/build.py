@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def data_spec(entry: Data, seed: int) -> "DataSpec":
     """The data room's description of an entry; `seed` where the entry has none of its own."""
-    from ..data.spec import DataSpec, SourceSpec
+    from ..data.spec import DataSpec, OnProblem, SourceSpec
 
     if entry.sources:
         sources = tuple(SourceSpec(**each.model_dump()) for each in entry.sources)
@@ -37,6 +37,7 @@ def data_spec(entry: Data, seed: int) -> "DataSpec":
         held_out=entry.held_out,
         seed=seed if entry.seed is None else entry.seed,
         system=entry.system,
+        on_problem=OnProblem(**entry.on_problem.model_dump(exclude_none=True)),
     )
 
 
@@ -96,8 +97,7 @@ def stage_job(
         output_dir: where it writes.
         parent: an adapter folder to start from instead of the recipe's `from`.
     """
-    from ..stages.checkpoints import CheckpointPlan
-    from ..stages.job import StageJob
+    from ..stages.job import CheckpointPlan, StageJob
 
     stage = recipe.stages[name]
     if parent is None:
@@ -226,6 +226,10 @@ def reward_model(recipe: Recipe, name: str, run_dir: Path, data: "DataSpec | Non
 
 def data_values(spec: "DataSpec") -> dict[str, Any]:
     """What of a data entry shapes a stage's rows besides their content: everything but the paths."""
+    from ..data.spec import ANSWERS
+
     values = asdict(spec)
     del values["sources"]
-    return values
+    # what it says by default has always been so: no key of an older run changes
+    values["on_problem"] = {kind: said for kind, said in values["on_problem"].items() if said != ANSWERS[kind][0]}
+    return values if values["on_problem"] else {key: value for key, value in values.items() if key != "on_problem"}

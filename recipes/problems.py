@@ -35,6 +35,7 @@ _ALIASES: dict[str, dict[str, str]] = {
         **dict.fromkeys(("max_seq_length", "max_len", "cutoff_len", "seq_len"), "max_length"),
         **dict.fromkeys(("max_samples", "num_samples", "n", "max_rows"), "limit"),
         **dict.fromkeys(("column_mapping", "mapping", "fields"), "columns"),
+        **dict.fromkeys(("on_error", "on_errors", "on_bad_rows", "on_bad_lines", "errors", "problems"), "on_problem"),
         "system_prompt": "system",
     },
     "stages": {

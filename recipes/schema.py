@@ -75,6 +75,15 @@ class Source(Part):
     revision: str | None = None
 
 
+class OnProblem(Part):
+    """What becomes of rows with something wrong, by the kind of problem (see `data/spec.py`); every one is counted."""
+
+    malformed: Literal["error", "drop"] | None = None
+    template: Literal["error", "drop"] | None = None
+    unusable: Literal["drop", "error"] | None = None
+    repeated: Literal["keep", "drop", "error"] | None = None
+
+
 class Data(Part):
     """A data entry: one `path`, or several `sources`; lengths in tokens."""
 
@@ -88,6 +97,7 @@ class Data(Part):
     max_prompt_length: Positive | None = None
     max_length: Positive | None = 1024
     overflow: Literal["drop", "truncate", "error"] = "drop"
+    on_problem: OnProblem = Field(default_factory=OnProblem)
     held_out: Fraction = 0.0
     system: str | None = None
     seed: Seed | None = None

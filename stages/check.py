@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers import TrainingArguments, get_scheduler
 
 from ..errors import UserError, gathering, nearest
+from ..models import seams
 from ..models.auto import check_model, open_config
 from ..models.cost import adapter_parameters
 from .job import StageJob
@@ -62,7 +63,7 @@ def _setting_problems(job: StageJob, args: TrainingArguments) -> Iterator[UserEr
     """The optimiser and the schedule, tried on one parameter; values that only some stages take."""
     here = f"stages.{job.name}.train"
     try:
-        cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, None)
+        cls, kwargs = _optimizer(args)
         optimizer = cls([torch.nn.Parameter(torch.zeros(2))], **{"lr": args.learning_rate, **kwargs})
     except Exception as error:  # the libraries refuse in every way there is
         said = " ".join(str(error).split()) or type(error).__name__
@@ -87,6 +88,28 @@ def _setting_problems(job: StageJob, args: TrainingArguments) -> Iterator[UserEr
     if sampling == "group_by_length" and rows != "demo":
         said = f"is {sampling!r}, which a {job.record.name} stage cannot do"
         yield UserError(f"{here}.train_sampling_strategy", said, "leave it out")
+
+
+def _optimizer(args: TrainingArguments) -> tuple[Any, dict[str, Any]]:
+    """The optimiser's class and its keywords, as `Trainer.get_optimizer_cls_and_kwargs` finds them."""
+    with seams.importing(seams.OPTIMIZERS):
+        from transformers.trainer_optimizer import (
+            _OPTIMIZER_HANDLERS,  # pyright: ignore[reportPrivateUsage]  # seam optimizers
+            OptimizerContext,
+            _parse_optim_args,  # pyright: ignore[reportPrivateUsage]  # seam optimizers
+        )
+
+    given = OptimizerContext(
+        args=args,
+        model=None,
+        optimizer_kwargs={"lr": args.learning_rate},
+        adam_kwargs={"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon},
+        optim_args=_parse_optim_args(args.optim_args if isinstance(args.optim_args, str) else None),
+    )
+    handler = _OPTIMIZER_HANDLERS.get(args.optim)
+    if handler is None:
+        raise ValueError(f"Trainer cannot instantiate unsupported optimizer: {args.optim}")
+    return handler(given)
 
 
 def _device_problems(job: StageJob, args: TrainingArguments) -> Iterator[UserError]:

@@ -29,23 +29,11 @@ from ..errors import UserError
 from ..files import LOG, write_whole
 from ..models import seams
 from ..progress import say
+from .job import CheckpointPlan
 
 MANIFEST = "manifest.json"
 SAVING = ".saving"
 _STATE = "trainer_state.json"
-
-
-@dataclass(frozen=True)
-class CheckpointPlan:
-    """When a stage writes a checkpoint that it could continue from; the newest alone is kept.
-
-    Attributes:
-        share: of the stage's optimiser steps between two; None: steps do not matter.
-        minutes: at most so many pass between two; None: time does not matter.
-    """
-
-    share: float | None = 0.1
-    minutes: float | None = 5.0
 
 
 @dataclass

@@ -12,11 +12,23 @@ from ..errors import UserError
 from ..models.base import Base
 from ..models.loading import Quantization
 from ..models.lora import LoraSpec
-from .checkpoints import CheckpointPlan
 from .kinds import StageKind, stage_kind
 from .ppo.rewards import RewardSource
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class CheckpointPlan:
+    """When a stage writes a checkpoint that it could continue from; the newest alone is kept.
+
+    Attributes:
+        share: of the stage's optimiser steps between two; None: steps do not matter.
+        minutes: at most so many pass between two; None: time does not matter.
+    """
+
+    share: float | None = 0.1
+    minutes: float | None = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)

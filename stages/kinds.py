@@ -243,7 +243,7 @@ DPO = StageKind(
     rows="pair",
     config="trl:DPOConfig",
     run="preftune.stages.dpo:run_dpo",
-    check="preftune.stages.dpo:dpo_problems",
+    check="preftune.stages.method_problems:dpo_problems",
     parameters=(
         Parameter("beta", Annotated[float, Ge(0)], 0.1, "Strength of the pull towards the reference."),
         Parameter(
@@ -283,7 +283,7 @@ KTO = StageKind(
     rows="label",
     config="trl:KTOConfig",
     run="preftune.stages.kto:run_kto",
-    check="preftune.stages.kto:kto_problems",
+    check="preftune.stages.method_problems:kto_problems",
     parameters=(
         Parameter("beta", Annotated[float, Gt(0)], 0.1, "Strength of the pull towards the reference."),
         Parameter("loss_type", Literal["kto", "apo_zero_unpaired"], "kto", "TRL's loss: kto, or apo_zero_unpaired."),
@@ -305,7 +305,7 @@ PPO = StageKind(
     rows="prompt",
     config="preftune.stages.ppo.config:PPOConfig",
     run="preftune.stages.ppo.stage:run_ppo",
-    check="preftune.stages.ppo.stage:ppo_problems",
+    check="preftune.stages.method_problems:ppo_problems",
     parameters=parameters_of(PPOSettings),
     groups=MappingProxyType(
         {

@@ -7,8 +7,8 @@ from trl.trainer.kto_config import KTOConfig
 from trl.trainer.kto_trainer import KTOTrainer
 
 from ..data.encode import encode_labels
-from ..errors import UserError, gathering
 from .job import StageJob
+from .method_problems import check_batch
 from .options import refusals_in_words, stage_config
 from .reference_trainer import ReferenceTrainer
 from .run import PolicyStage, load_data, open_adapters, open_tokenizer, train_policy
@@ -52,7 +52,7 @@ def build_kto(job: StageJob) -> PolicyStage[KTOStageTrainer]:
     # shuffled once here: z0 pairs neighbours, which in a file are often two answers to one prompt
     train_rows, held_rows = data.train.shuffle(seed=job.seed), data.held
     if args.loss_type == "kto":
-        _check_batch(job, args.per_device_train_batch_size, len(train_rows))
+        check_batch(job, args.per_device_train_batch_size, len(train_rows))
         train_rows = with_kl_completions(train_rows, args.per_device_train_batch_size)
         if held_rows is not None:
             held_rows = with_kl_completions(held_rows.shuffle(seed=job.seed), args.per_device_eval_batch_size)
@@ -69,25 +69,3 @@ def build_kto(job: StageJob) -> PolicyStage[KTOStageTrainer]:
             callbacks=stage_callbacks(job),
         )
     return PolicyStage(trainer, adapters, tokenizer, data)
-
-
-def kto_problems(job: StageJob, args: KTOConfig) -> list[UserError]:
-    """What cannot estimate z0 from a batch (D4)."""
-    found: list[UserError] = []
-    if args.loss_type == "kto":
-        with gathering(found):
-            _check_batch(job, args.per_device_train_batch_size, 2)
-        if args.train_sampling_strategy != "sequential":
-            said = f"is {args.train_sampling_strategy!r}; z0 pairs neighbours in an order that is shuffled once"
-            found.append(UserError(f"stages.{job.name}.train.train_sampling_strategy", said, "leave it out"))
-    return found
-
-
-def _check_batch(job: StageJob, batch_size: int, rows: int) -> None:
-    if batch_size < 2 or rows < 2:
-        what = f"per_device_train_batch_size is {batch_size}" if batch_size < 2 else "there is one row"
-        raise UserError(
-            f"stages.{job.name}.train",
-            f"{what}; loss_type kto estimates its KL from mismatched pairs within a batch, so it needs two rows",
-            "use a batch of 2 or more, or loss_type: apo_zero_unpaired",
-        )

@@ -207,7 +207,7 @@ MUTATIONS += [
         "R6", "shorter wins as often as longer", "stages/metrics.py",
         '"shorter_wins": 1 - longer', '"shorter_wins": longer',
     ),
-    Mutation("R7", "the row is drawn, not its prompt", "data/split.py", "prompt_key(row.prompt)}", "row}"),
+    Mutation("R7", "the row is drawn, not its prompt", "data/split.py", "{row.key}", "{row}"),
     Mutation(
         "D1", "the frozen reference keeps its dropout", "models/adapters.py", "config.lora_dropout = 0.0", "pass"
     ),

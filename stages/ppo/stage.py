@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from ...data.encode import encode_prompts
-from ...errors import UserError
 from ...files import LOGS
 from ...models.lineage import check_lineage
 from ...models.memory import peak_memory_bytes
 from ..callbacks import clock_of, keep_event_files
 from ..job import StageJob
+from ..method_problems import no_reward
 from ..options import stage_config
 from ..run import finish, load_data, open_adapters, open_tokenizer
 from ..trainers import stage_callbacks, take_up
@@ -24,34 +24,6 @@ _LAST = (
 )  # fmt: skip
 
 
-def ppo_problems(job: StageJob, args: PPOConfig) -> list[UserError]:
-    """What the config takes and a run would refuse: no reward, two lengths of the run."""
-    found = []
-    if not job.rewards:
-        found.append(_no_reward(job))
-    if args.total_episodes is not None and "num_train_epochs" in job.train:
-        said = f"has no effect beside total_episodes, which is {args.total_episodes}"
-        found.append(UserError(f"stages.{job.name}.train.num_train_epochs", said, "keep one of them"))
-    idle = {
-        "kl_horizon": (args.kl_target is not None, "kl.target"),
-        "ensemble_penalty": (args.reward_combination == "ensemble", "reward_combination: ensemble"),
-        "num_log_samples": (args.log_samples_every > 0, "log_samples_every"),
-    }
-    found += [
-        UserError(f"stages.{job.name}.{key}", f"has no effect without {needs}", "leave it out, or set that")
-        for key, (used, needs) in idle.items()
-        if not used and job.says(key) is not None
-    ]
-    if args.reward_combination == "ensemble" and any(each.weight != 1 for each in job.rewards):
-        said = "an ensemble takes the mean of its rewards, whatever their weights"
-        found.append(UserError(f"stages.{job.name}.reward", said, "leave the weights out, or write sum"))
-    return found
-
-
-def _no_reward(job: StageJob) -> UserError:
-    return UserError(f"stages.{job.name}.reward", "no reward is given", "name a reward stage, a model or a function")
-
-
 def run_ppo(job: StageJob) -> dict[str, Any]:
     """Run a PPO stage (see `run_stage`): the parent's adapter is policy and reference, `job.rewards` score.
 
@@ -59,7 +31,7 @@ def run_ppo(job: StageJob) -> dict[str, Any]:
     """
     # 1. tokenizer, data, config
     if not job.rewards:
-        raise _no_reward(job)
+        raise no_reward(job)
     tokenizer = open_tokenizer(job)
     stages = [Path(str(source.target)) for source in job.rewards if source.kind == "stage"]
     for folder in stages:

@@ -12,8 +12,9 @@ from preftune.models.dropout import dropout_rate
 from preftune.models.lineage import read_lineage
 from preftune.models.loading import load_model
 from preftune.models.lora import LoraSpec
-from preftune.stages.dpo import build_dpo, dpo_problems
+from preftune.stages.dpo import build_dpo
 from preftune.stages.kto import build_kto
+from preftune.stages.method_problems import dpo_problems
 from preftune.stages.options import stage_config
 from preftune.stages.run import run_stage
 

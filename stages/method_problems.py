@@ -1,0 +1,101 @@
+"""What the methods refuse of settings that their configs take, each its own: read by `check.py`.
+
+They stand here and not beside their trainers, because they must be known without what only training needs.
+"""
+
+from typing import TYPE_CHECKING
+
+from ..errors import UserError, gathering
+from .job import StageJob
+
+if TYPE_CHECKING:
+    from trl.trainer.dpo_config import DPOConfig
+    from trl.trainer.kto_config import KTOConfig
+
+    from .ppo.config import PPOConfig
+
+_WITH_DIVERGENCE = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
+"""The losses that TRL has with every f-divergence."""
+_SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")
+"""The losses of TRL's DPOTrainer that look at `label_smoothing`."""
+
+
+def dpo_problems(job: StageJob, args: "DPOConfig") -> list[UserError]:
+    """What TRL's DPOTrainer refuses of settings that its config takes."""
+    here, losses, found = f"stages.{job.name}", set(args.loss_type), []
+    if args.f_divergence_type != "reverse_kl" and (others := losses - _WITH_DIVERGENCE):
+        said = f"is {args.f_divergence_type!r}, which {min(others)} has no form of"
+        found.append(UserError(f"{here}.f_divergence_type", said, f"use reverse_kl, or {', '.join(_WITH_DIVERGENCE)}"))
+    if args.use_weighting and losses & {"aot", "aot_unpaired"}:
+        found.append(UserError(f"{here}.use_weighting", "aot sorts the pairs that it would weigh", "leave it out"))
+    if "exo_pair" in losses and args.label_smoothing == 0:
+        said = "is 0, and exo_pair needs label smoothing. Label smoothing must be greater than 0.0"
+        found.append(UserError(f"{here}.label_smoothing", said, "set label_smoothing: 1e-3"))
+    if args.label_smoothing and not losses & set(_SMOOTHED):
+        said = f"{args.label_smoothing} has no effect with loss_type {', '.join(sorted(losses))}"
+        remedy = (
+            f"use a loss_type that smooths labels ({', '.join(_SMOOTHED)}; robust is the usual one), or leave it out"
+        )
+        found.append(UserError(f"{here}.label_smoothing", said, remedy))
+    idle = {
+        "discopop_tau": ("discopop" in losses, "loss_type discopop"),
+        "f_alpha_divergence_coef": (args.f_divergence_type == "alpha_divergence", "f_divergence_type alpha_divergence"),
+    }
+    found += [
+        UserError(f"{here}.{key}", f"has no effect without {needs}", "leave it out, or set that")
+        for key, (used, needs) in idle.items()
+        if not used and job.says(key) is not None
+    ]
+    return found
+
+
+def kto_problems(job: StageJob, args: "KTOConfig") -> list[UserError]:
+    """What cannot estimate z0 from a batch (D4)."""
+    found: list[UserError] = []
+    if args.loss_type == "kto":
+        with gathering(found):
+            check_batch(job, args.per_device_train_batch_size, 2)
+        if args.train_sampling_strategy != "sequential":
+            said = f"is {args.train_sampling_strategy!r}; z0 pairs neighbours in an order that is shuffled once"
+            found.append(UserError(f"stages.{job.name}.train.train_sampling_strategy", said, "leave it out"))
+    return found
+
+
+def check_batch(job: StageJob, batch_size: int, rows: int) -> None:
+    """Raises UserError where a batch, or the data, has no two rows to estimate z0 from (D4)."""
+    if batch_size < 2 or rows < 2:
+        what = f"per_device_train_batch_size is {batch_size}" if batch_size < 2 else "there is one row"
+        raise UserError(
+            f"stages.{job.name}.train",
+            f"{what}; loss_type kto estimates its KL from mismatched pairs within a batch, so it needs two rows",
+            "use a batch of 2 or more, or loss_type: apo_zero_unpaired",
+        )
+
+
+def ppo_problems(job: StageJob, args: "PPOConfig") -> list[UserError]:
+    """What the config takes and a run would refuse: no reward, two lengths of the run."""
+    found = []
+    if not job.rewards:
+        found.append(no_reward(job))
+    if args.total_episodes is not None and "num_train_epochs" in job.train:
+        said = f"has no effect beside total_episodes, which is {args.total_episodes}"
+        found.append(UserError(f"stages.{job.name}.train.num_train_epochs", said, "keep one of them"))
+    idle = {
+        "kl_horizon": (args.kl_target is not None, "kl.target"),
+        "ensemble_penalty": (args.reward_combination == "ensemble", "reward_combination: ensemble"),
+        "num_log_samples": (args.log_samples_every > 0, "log_samples_every"),
+    }
+    found += [
+        UserError(f"stages.{job.name}.{key}", f"has no effect without {needs}", "leave it out, or set that")
+        for key, (used, needs) in idle.items()
+        if not used and job.says(key) is not None
+    ]
+    if args.reward_combination == "ensemble" and any(each.weight != 1 for each in job.rewards):
+        said = "an ensemble takes the mean of its rewards, whatever their weights"
+        found.append(UserError(f"stages.{job.name}.reward", said, "leave the weights out, or write sum"))
+    return found
+
+
+def no_reward(job: StageJob) -> UserError:
+    """The error of an on-policy stage whose replies nothing scores."""
+    return UserError(f"stages.{job.name}.reward", "no reward is given", "name a reward stage, a model or a function")
