@@ -49,7 +49,8 @@ def named(folder: Path, spec: str, **files: str) -> Any:
     return import_function(spec)
 
 
-def test_nobody_else_imports_from_the_recipes_folder(beside: Path):
+@pytest.mark.checklist("S2")
+def test_s02_nobody_else_imports_from_the_recipes_folder(beside: Path):
     named(beside, "mine_a:f", mine_a="def f(): return 1\n")
     assert str(beside) not in sys.path
     for name in OPTIONAL:

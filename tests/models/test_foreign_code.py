@@ -225,7 +225,8 @@ def checkpoint(folder: Path) -> Path:
     "name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt", "pytorch_model.bin", "sub/x.pkl"]
 )
 @pytest.mark.parametrize("form", ["torch", "old torch", "pickle"])
-def test_a_checkpoint_with_a_payload_is_refused(tmp_path: Path, touched: Path, name: str, form: str):
+@pytest.mark.checklist("S1")
+def test_s01_a_checkpoint_with_a_payload_is_refused(tmp_path: Path, touched: Path, name: str, form: str):
     folder = checkpoint(tmp_path / "checkpoint-3")
     assert pickle_problem(folder) is None
     file = folder / name
