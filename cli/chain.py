@@ -334,8 +334,10 @@ def fix_date(recipe: Recipe, base: "Base", folder: Path) -> None:
         return
     import yaml
 
+    from ..bounded_yaml import load_bounded
+
     try:
-        before = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))["model"]["template_date"]
+        before = load_bounded((folder / RECIPE).read_text(encoding="utf-8"))["model"]["template_date"]
         model.template_date = date.fromisoformat(str(before))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
         model.template_date = _today()
