@@ -62,7 +62,8 @@ def _build(wanted: str, folder: Path) -> None:
 
 def fetch_wheel(wanted: str, folder: Path) -> Path:
     """Download the wheel of `DIST==VERSION` into `folder`, with pip and the user's own index settings."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    # -P: a file in the working folder is no part of pip
+    command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     done = subprocess.run(
         [*command, "--disable-pip-version-check", "--dest", str(folder), wanted],
         capture_output=True,
