@@ -14,6 +14,7 @@ from .. import stopping
 from ..data.template import writes_date
 from ..errors import UserError, gathering, nearest, raise_found
 from ..files import EVALUATION, LINEAGE, RECIPE, STAMP, write_whole
+from ..printed import printable
 from ..recipes.build import eval_spec, stage_job
 from ..recipes.graph import needed_for, order, parents
 from ..recipes.schema import Recipe
@@ -303,7 +304,7 @@ class Chain:
         try:
             return work()
         except BaseException as error:
-            said = " ".join(str(error).split())[:300] or type(error).__name__
+            said = " ".join(printable(str(error)).split())[:300] or type(error).__name__
             seconds = round(time.monotonic() - began, 3)
             state = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
             with suppress(OSError):  # a full disk may be what this is about
@@ -341,8 +342,10 @@ def fix_date(recipe: Recipe, base: "Base", folder: Path) -> None:
         return
     import yaml
 
+    from ..bounded_yaml import load_bounded
+
     try:
-        before = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))["model"]["template_date"]
+        before = load_bounded((folder / RECIPE).read_text(encoding="utf-8"))["model"]["template_date"]
         model.template_date = date.fromisoformat(str(before))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
         model.template_date = _today()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ..errors import UserError
 from ..files import RECIPE, is_running
 from ..intact import check_intact
+from ..printed import printable
 from .folder import holds_adapter
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def merge_stage(adapter: Path, out: Path, dtype: str | None = None) -> None:
 
     with _beside(out) as partial:
         merged = merge_adapter(adapter, partial, dtype, stage_rows(adapter))
-    print(f"{out}: {merged.base.spec} with {adapter} merged into it, {merged.dtype}")
+    print(printable(f"{out}: {merged.base.spec} with {adapter} merged into it, {merged.dtype}"))
     print(cost_in_words(merged))
 
 

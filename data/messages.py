@@ -70,6 +70,8 @@ def written_messages(text: str) -> list[Any] | None:
         return None
     try:
         value = json.loads(bare)
+    except RecursionError:
+        return None
     except ValueError:
         try:
             value = ast.literal_eval(bare)

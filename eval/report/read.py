@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from ...bounded_yaml import load_bounded
 from ...errors import UserError
 from ...files import (
     CHECKPOINTS,
@@ -254,8 +255,8 @@ def _parents(
 
 def _plan(text: str | None) -> Mapping[str, Any]:
     try:
-        return _object(yaml.safe_load(text)) if text else {}
-    except (yaml.YAMLError, ValueError, RecursionError):
+        return _object(load_bounded(text)) if text else {}
+    except yaml.YAMLError:
         return {}  # it is shown as text all the same
 
 
