@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 
+from .stopping import Stopped
+
 _OURS, _STANDARD = Path(__file__).parent, Path(os.__file__).parent
 _ROOMS = ("data", "models", "stages", "eval", "recipes", "cli")
 
@@ -95,7 +97,7 @@ def user_code(where: str, what: str, remedy: str) -> Generator[None]:
     """
     try:
         yield
-    except (UserError, KeyboardInterrupt, GeneratorExit):
+    except (UserError, KeyboardInterrupt, GeneratorExit, Stopped):
         raise
     except BaseException as error:
         said = " ".join(str(error).split())

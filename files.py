@@ -1,17 +1,24 @@
-"""Files and folders that appear whole or not at all, and the names of those that a run consists of."""
+"""Files and folders that appear whole or not at all, and the names of those that a run consists of.
+
+Nothing that is not ours is ever removed or replaced: a finished folder carries `STAMP`, which lists what was written.
+"""
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from .errors import UserError
 
 RECIPE, RUN_STATE, REPORT, DOCTOR = "recipe.yaml", "run.json", "report.html", "doctor.json"
 """In a run's folder."""
 
 METRICS, LOG, LINEAGE, CHECKPOINTS, LOGS = "metrics.json", "log.jsonl", "lineage.json", "checkpoints", "logs"
+ROLLOUTS = "rollouts.jsonl"
 """In a stage's folder, beside its adapter; `logs` holds what trackers write (`report_to`)."""
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -29,6 +36,16 @@ EVALUATION, RESULTS, SAMPLES, REWARDS, OVER_OPTIMISATION = (
 EVAL_CACHE = "eval-cache"
 """Beside it: what an evaluation need not ask or draw again."""
 
+STAMP = ".key.json"
+"""In a finished folder, of a stage or of the evaluation: what it was made for, and what was written into it."""
+
+_EVALUATED = {RESULTS, SAMPLES, REWARDS, OVER_OPTIMISATION, STAMP}
+_LITTER = {".DS_Store", "Thumbs.db", ".ipynb_checkpoints", "lost+found"}
+"""What file managers, notebooks and file systems leave anywhere, and nobody misses."""
+
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)(-\d+)?")
+"""What `write_whole` and `whole_folder` write to until it is complete."""
+
 
 def partial_folder(run_dir: Path, stage: str) -> Path:
     """Where a stage of a run is written until it is finished, and lies after it was interrupted."""
@@ -42,33 +59,47 @@ def write_whole(file: Path, text: str) -> Path:
         beside.write_text(text, encoding="utf-8")
         return beside.replace(file)
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
 
 
 @contextmanager
-def whole_folder(final: Path) -> Generator[Path]:
+def whole_folder(final: Path, ours: "Callable[[Path], bool] | None" = None) -> Generator[Path]:
     """An empty folder to fill; when the block ends well it takes the place of `final`, and an older one goes then.
 
     Where the block raises, `final` stays as it was.
+
+    Args:
+        ours: whether a folder that lies there may be replaced; None: `is_ours`.
+
+    Raises:
+        UserError: something lies there that we did not write.
     """
-    beside = final.with_name(f".{final.name}.{os.getpid()}")
-    shutil.rmtree(beside, ignore_errors=True)
+    beside = _free(final.with_name(f".{final.name}.{os.getpid()}"))
     beside.mkdir(parents=True)
     try:
         yield beside
-        replace_folder(beside, final)
+        replace_folder(beside, final, ours)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def replace_folder(new: Path, final: Path) -> None:
-    """Move a finished folder to its place beside it; an older one there goes only then."""
-    old = final.with_name(f".{final.name}.old")
-    if final.exists():
-        shutil.rmtree(old, ignore_errors=True)
+def replace_folder(new: Path, final: Path, ours: Callable[[Path], bool] | None = None) -> None:
+    """Move a finished folder to its place beside it; an older one of ours goes only then.
+
+    What somebody put into the older one besides what we wrote is kept, in `NAME.before` beside it.
+    """
+    ours, old = ours or is_ours, final.with_name(f".{final.name}.old")
+    if _lies(old):
+        _remove(old, ours)
+    if _lies(final):
+        if not ours(final):
+            raise UserError(str(final), "is not ours to replace", "move it away")
+        _set_aside(final)
         final.rename(old)
     new.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
+    if _lies(old):
+        _remove(old, ours)
 
 
 def finish_replacing(parent: Path) -> None:
@@ -79,7 +110,91 @@ def finish_replacing(parent: Path) -> None:
     """
     for old in parent.glob(".*.old"):
         final = old.with_name(old.name[1 : -len(".old")])
-        shutil.rmtree(old) if final.exists() else old.rename(final)
+        if not is_ours(old):
+            continue
+        if not final.exists():
+            old.rename(final)
+        elif is_ours(final):
+            _remove(old, is_ours)
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a folder is a stage's or an evaluation's that we wrote, or holds nothing: it may be replaced."""
+    if not folder.is_dir():
+        return False
+    held = {each.name for each in folder.iterdir()} - _LITTER
+    return not held or STAMP in held or {LINEAGE, ADAPTER_CONFIG} <= held or held <= _EVALUATED
+
+
+def strangers(folder: Path) -> list[str]:
+    """What lies in a finished folder and was not written into it by us, as far as its stamp says what was."""
+    try:
+        written = json.loads((folder / STAMP).read_text(encoding="utf-8"))["holds"]
+        known = {*written, *_LITTER, STAMP}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
+    return sorted(each.name for each in folder.iterdir() if each.name not in known)
+
+
+def sweep(folder: Path, names: tuple[str, ...]) -> None:
+    """Remove what a process that was killed left of files or folders that it had not finished.
+
+    Args:
+        names: of what is written there; a folder goes only if it holds nothing but an evaluation's files.
+    """
+    for path in folder.iterdir() if folder.is_dir() else ():
+        found = _TEMPORARY.fullmatch(path.name)
+        if found is None or found["name"] not in names or _runs(int(found["pid"])):
+            continue
+        if not path.is_symlink() and path.is_dir():
+            if {each.name for each in path.iterdir()} <= _EVALUATED:
+                shutil.rmtree(path, ignore_errors=True)
+        elif path.is_file():
+            path.unlink(missing_ok=True)
+
+
+def _runs(pid: int) -> bool:
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _set_aside(final: Path) -> None:
+    found = strangers(final)
+    if found:
+        aside = _free(final.with_name(f"{final.name}.before"))
+        aside.mkdir()
+        for name in found:
+            (final / name).rename(aside / name)
+
+
+def _lies(path: Path) -> bool:
+    """Whether anything is there, a link that leads nowhere included."""
+    return path.is_symlink() or path.exists()
+
+
+def _remove(folder: Path, ours: Callable[[Path], bool]) -> None:
+    if folder.is_symlink():
+        folder.unlink()  # what it points to lies elsewhere
+    elif ours(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+    else:
+        raise UserError(str(folder), "is not ours to remove", "move it away")
+
+
+def _free(wanted: Path) -> Path:
+    """The path itself, or with a number behind it: nothing lies there."""
+    number, path = 0, wanted
+    while _lies(path):
+        number += 1
+        path = wanted.with_name(f"{wanted.name}-{number}")
+    return path
 
 
 def read_json_lines(file: Path) -> list[dict[str, Any]]:

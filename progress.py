@@ -9,6 +9,8 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from . import stopping
+
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
@@ -24,6 +26,7 @@ class Meter:
         total: how many steps there are; None: nobody knows.
         quiet: seconds in which nothing is shown. lines: seconds between two lines where there is no terminal.
         bars: False: lines in a terminal too.
+        stoppable: the work can be left off at every step, if a signal asks for it (see `stopping`).
     """
 
     def __init__(
@@ -34,7 +37,9 @@ class Meter:
         quiet: float = QUIET_SECONDS,
         lines: float = LINE_SECONDS,
         bars: bool = True,
+        stoppable: bool = True,
     ) -> None:
+        self._stoppable = stoppable
         self._label, self._total, self._quiet, self._lines = label, total, quiet, lines
         self._bar: tuple[Progress, TaskID] | None = None
         self._asked = not bars
@@ -42,7 +47,13 @@ class Meter:
         self._said = -1
 
     def __call__(self, done: int, note: str = "") -> None:
-        """`done` steps are done; the note stands behind their number."""
+        """`done` steps are done; the note stands behind their number.
+
+        Raises:
+            Stopped: a signal asked for it.
+        """
+        if self._stoppable:
+            stopping.poll()
         now = time.monotonic()
         if now - self._started < self._quiet:
             return

@@ -4,20 +4,23 @@ import gc
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from .. import stopping
 from ..data.template import writes_date
 from ..errors import UserError, gathering, nearest, raise_found
-from ..files import CHECKPOINTS, EVALUATION, RECIPE, REPORT, write_whole
+from ..files import EVALUATION, LINEAGE, RECIPE, STAMP, write_whole
 from ..recipes.build import eval_spec, stage_job
 from ..recipes.graph import needed_for, order, parents
 from ..recipes.schema import Recipe
+from ..stopping import Stopped
 from ..values import is_number
-from .folder import RunFolder, Stamp, write_stamp
-from .keys import Keys, difference, key_of
+from .folder import RunFolder, Stamp, finished_entry, seal
+from .keys import Keys, counted, difference, idle_settings, key_of
 from .output import Output, duration
 from .process import make_functions_importable, quiet_libraries
 
@@ -87,7 +90,7 @@ class Chain:
         self.path = (options.output_dir or default_folder(recipe)).expanduser()
         self._run_stage, self._run_eval, self._resolve = run_stage, run_eval, resolve
         self.keys: dict[str, str] = {}
-        self._settings_checked = False
+        self._accepted = self._works = False
 
     def run(self) -> list[Done]:
         """Run everything. If a step raises, run.json says `failed`, later steps do not run, and the error goes on."""
@@ -105,13 +108,14 @@ class Chain:
             check_launch(self.options.launch)
         self.folder = RunFolder(self.path)
         with self.folder.lock():
-            self.folder.load()
+            if said := self.folder.load():
+                self.output.say(said)
+            evaluates = self.evaluates = self._evaluates()
+            self.folder.check_places([*selected, *([EVALUATION] if evaluates else [])])
             # 2. the base and the data
             self.base = (self._resolve or _resolve_base)(self.recipe.model.base, self.recipe.model.revision)
             fix_date(self.recipe, self.base, self.path)
-            write_recipe(self.path, self.recipe)
             self.parts = Keys(self.recipe, self.base, self.path)
-            evaluates = self.evaluates = self._evaluates()
             self.parts.read_data(selected, evaluation=evaluates)
             for words in self.parts.evaluated_in_training():
                 self.output.say(f"eval.prompts: {words}")
@@ -120,7 +124,11 @@ class Chain:
             # 4. the evaluation, and the report
             if evaluates:
                 done.append(self._evaluation())
-            if any(each.state == "ran" for each in done) or not (self.path / REPORT).is_file():
+            self._accept()
+            if selected == order(self.recipe):
+                for name in self.folder.forget_partials(self.recipe.stages):
+                    self.output.say(f"{name}: no stage of the recipe, what an interrupted run left of it is removed")
+            if any(each.state == "ran" for each in done) or self._report_is_old():
                 self._report()
         return done
 
@@ -138,11 +146,18 @@ class Chain:
             return [options.only]
         return order(recipe) if options.until is None else needed_for(recipe, [options.until])
 
+    def _accept(self) -> None:
+        """Once nothing is left that could refuse the recipe, write it into the run; before, its own one stays there."""
+        if self._accepted:
+            return
+        self._check_settings()
+        self._accepted = True
+        write_recipe(self.path, self.recipe)
+
     def _check_settings(self) -> None:
         """Check all that the selected stages need before the first trains: a typo in the last should not cost hours."""
-        if self._settings_checked or self._run_stage is not None:
+        if self._run_stage is not None or not self._works:
             return
-        self._settings_checked = True
         from ..models.tokens import load_tokenizer
         from .validate import DataCheck, check_settings, data_uses
 
@@ -181,16 +196,26 @@ class Chain:
         key = self.keys[name] = key_of(parts)
         if (skipped := self._unchanged(name, key, parts)) is not None:
             return skipped
-        self._check_settings()
+        self._works = True
+        self._accept()
         began, started = time.monotonic(), _now()
-        partial = self.folder.begin(name, Stamp(key, parts, started), fresh=self.options.force)
-        if any((partial / CHECKPOINTS).glob("checkpoint-*")):
-            self.output.say(f"{name}: continues from a checkpoint of the interrupted run")
+        stamp = Stamp(key, parts, started, idle=idle_settings(self.recipe, name))
+        partial = self.folder.begin(name, stamp, fresh=self.options.force)
         job = stage_job(self.recipe, name, self.base, self.path, partial, adapter)
-        metrics = self._recorded(name, key, started, lambda: self._work(job))
-        seconds = time.monotonic() - began
-        self.folder.promote(name, Stamp(key, parts, started, seconds))
-        self.folder.record(name, state="done", key=key, seconds=round(seconds, 3), started=started)
+        metrics: Mapping[str, Any] | None = None
+        try:
+            with stopping.deferred():
+                metrics = self._recorded(name, key, started, lambda: self._work(job))
+                stamp = replace(stamp, seconds=time.monotonic() - began)
+                kept = self.folder.promote(name, stamp)
+                self.folder.record(name, **finished_entry(stamp))
+        except Stopped as stopped:
+            if metrics is None:
+                raise
+            raise Stopped(stopped.number, f"{name}: done, {stopped}") from None
+        if kept:
+            self.output.say(f"{name}: {kept}")
+        seconds = stamp.seconds
         self.output.say(f"{name}: done in {duration(seconds)}{_highlights(metrics)}")
         _free_memory()
         return Done(name, "ran", seconds, metrics or {})
@@ -211,6 +236,8 @@ class Chain:
         key = key_of(parts)
         if (skipped := self._unchanged(EVALUATION, key, parts)) is not None:
             return skipped
+        self._works = True
+        self._accept()
         began, started = time.monotonic(), _now()
         if self.options.force:
             from ..eval.drawn import DrawnReplies
@@ -224,7 +251,7 @@ class Chain:
         # made for another key than that of a whole evaluation: the next run asks again
         parts |= open_
         key = key_of(parts)
-        write_stamp(self.path / EVALUATION, Stamp(key, parts, started, seconds))
+        seal(self.path / EVALUATION, Stamp(key, parts, started, seconds))
         state = {"state": "failed", "error": problem} if problem else {"state": "done"}
         self.folder.record(EVALUATION, key=key, seconds=round(seconds, 3), started=started, **state)
         self.output.say((problem and f"{EVALUATION}: {problem}") or f"{EVALUATION}: done in {duration(seconds)}")
@@ -233,20 +260,34 @@ class Chain:
 
     def _unchanged(self, name: str, key: str, parts: Mapping[str, object]) -> Done | None:
         """The finished step, if it was made for the same key, else None; says why it is skipped or run."""
-        stamp = self.folder.stamp(name)
-        if stamp is not None and stamp.key == key and not self.options.force:
-            entry = {"state": "done", "key": key, "seconds": round(stamp.seconds, 3), "started": stamp.started}
-            if self.folder.stages.get(name) != entry:
-                self.folder.record(name, **entry)
-            self.output.say(f"{name}: unchanged since {stamp.started[:16].replace('T', ' ')} UTC, skipped")
+        stamp, damage = self.folder.stamp(name), self.folder.damage(name)
+        if stamp is not None and damage is None and stamp.made_for(key) and not self.options.force:
+            # what earlier versions counted besides is no reason to make it, and what comes from it, again
+            self.keys[name] = stamp.key
+            if self.folder.stages.get(name) != finished_entry(stamp):
+                self.folder.record(name, **finished_entry(stamp))
+            idle = "" if name == EVALUATION else difference(stamp.idle_settings(), idle_settings(self.recipe, name))
+            more = f" ({idle}: no other result, so nothing is done; --force runs it again)" if idle else ""
+            self.output.say(f"{name}: unchanged since {stamp.started[:16].replace('T', ' ')} UTC, skipped{more}")
             return Done(name, "skipped", stamp.seconds)
-        if stamp is not None and stamp.key != key:
-            self.output.say(f"{name}: runs again, changed: {difference(stamp.parts, parts)}")
+        if damage is not None:
+            self.output.say(f"{name}: runs again, its folder is damaged: {damage}")
+        elif stamp is not None and not stamp.made_for(key):
+            self.output.say(f"{name}: runs again, changed: {difference(counted(stamp.parts), parts)}")
         elif stamp is not None:
             self.output.say(f"{name}: runs again, forced")
+        elif (self.path / name / LINEAGE).is_file():
+            self.output.say(
+                f"{name}: runs again, nothing says what its folder was made for ({STAMP} is damaged or gone)"
+            )
         else:
             before = self.folder.stages.get(name, {}).get("state")
-            why = {"failed": ", it failed before", "running": ", it was interrupted", "done": ", its folder is gone"}
+            why = {
+                "failed": ", it failed before",
+                "running": ", it was interrupted",
+                "stopped": ", it was stopped",
+                "done": ", its folder is gone",
+            }
             self.output.say(f"{name}: runs{why.get(str(before), '')}")
         return None
 
@@ -257,12 +298,16 @@ class Chain:
             where = f"stages.{name}" if name != EVALUATION else EVALUATION
             said = f"needs {needed}, which is not finished in {self.path}"
             raise UserError(where, said, f"run it first: preftune run ... --until {needed}")
+        if (damage := self.folder.damage(needed)) is not None:
+            where = f"stages.{name}" if name != EVALUATION else EVALUATION
+            said = f"needs {needed}, whose folder in {self.path} is damaged: {damage}"
+            raise UserError(where, said, f"run it again: preftune run ... --until {needed}")
         above = {each: self.folder.stamp(each) for each in parents(self.recipe, needed)}
         keys = {each: found.key for each, found in above.items() if found is not None}
         if len(keys) == len(above):
             parts = self.parts.stage(needed, keys)
-            if key_of(parts) != stamp.key:
-                changed = difference(parts, stamp.parts)
+            if not stamp.made_for(key_of(parts)):
+                changed = difference(parts, counted(stamp.parts))
                 self.output.say(f"{needed}: taken as it lies there, made with another recipe: {changed}")
         return stamp.key
 
@@ -275,8 +320,18 @@ class Chain:
         except BaseException as error:
             said = " ".join(str(error).split())[:300] or type(error).__name__
             seconds = round(time.monotonic() - began, 3)
-            self.folder.record(name, state="failed", key=key, seconds=seconds, started=started, error=said)
+            state = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
+            with suppress(OSError):  # a full disk may be what this is about
+                self.folder.record(name, state=state, key=key, seconds=seconds, started=started, error=said)
             raise
+
+    def _report_is_old(self) -> bool:
+        """Whether a report is missing, or was written before what lies in the run now: a kill came between."""
+        if self._run_stage is not None:
+            return False
+        from ..eval.report_state import report_is_old
+
+        return report_is_old(self.path)
 
     def _report(self) -> None:
         if self._run_stage is not None:

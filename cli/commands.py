@@ -1,12 +1,12 @@
 """What the commands do beyond parsing their arguments."""
 
 from collections.abc import Mapping, Sequence
-from json import loads
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, nearest
 from ..files import EVALUATION, REPORT, RESULTS, REWARDS
+from ..intact import read_json
 from ..recipes.load import load_recipe, shipped_recipes
 from ..recipes.schema import Recipe
 from .chain import Chain, Done, Options
@@ -94,7 +94,7 @@ def _run(recipe: Recipe, options: Options, output: Output) -> list[Done]:
 def show_rewards(path: Path, output: Output) -> None:
     """Print the table of RUN/eval/rewards.json, if the evaluation wrote one."""
     file = path / EVALUATION / REWARDS
-    if file.is_file():
+    if rows := read_rows(file):
         output.say("\nreward models on the pairs that training left out; held against longer_wins")
         columns = (
             "stage",
@@ -107,7 +107,17 @@ def show_rewards(path: Path, output: Output) -> None:
             "calibration_error",
             "longer_wins",
         )
-        output.rows({key: row.get(key) for key in columns} for row in loads(file.read_text(encoding="utf-8")))
+        output.rows({key: row.get(key) for key in columns} for row in rows)
+
+
+def read_rows(file: Path) -> list[Mapping[str, Any]]:
+    """The rows of a JSON file that holds a list of objects; none where there is no file.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    found = read_json(file)
+    return [row for row in found if isinstance(row, dict)] if isinstance(found, list) else []
 
 
 def show_over_optimisation(content: Mapping[str, Any], json: bool) -> None:
@@ -139,11 +149,11 @@ def show_over_optimisation(content: Mapping[str, Any], json: bool) -> None:
 
 def _show_results(path: Path, done: Sequence[Done], output: Output) -> None:
     """Print the evaluation's tables, if this run had an evaluation."""
-    results = path / EVALUATION / RESULTS
-    if results.is_file() and any(each.name == EVALUATION for each in done):
+    results = read_rows(path / EVALUATION / RESULTS)
+    if results and any(each.name == EVALUATION for each in done):
         columns = (
             *("policy", "reference", "judge", "n", "mean_score", "win_rate", "ci_low", "ci_high"),
             *("length", "repetition", "kl"),
         )
-        output.rows({key: row.get(key) for key in columns} for row in loads(results.read_text(encoding="utf-8")))
+        output.rows({key: row.get(key) for key in columns} for row in results)
         show_rewards(path, output)

@@ -26,13 +26,17 @@ def run_all(run: RunArgument, overrides: EvalOverrides = None, json: AsJson = Fa
     a judge gave no verdict at all."""
     _, spec = _open(run, overrides, None)
     from ..eval.report.page import write_report
+    from ..eval.report_state import check_replaceable
     from ..eval.run import run_eval
+    from ..files import EVALUATION, REPORT
     from .commands import show_rewards
     from .folder import RunFolder
     from .output import Output
 
     folder = RunFolder(run)
-    with folder.lock():
+    with folder.lock(existing=True):
+        folder.check_places([EVALUATION])
+        check_replaceable(run / REPORT)
         rows = run_eval(spec, run)
         write_report(run)
     _print(rows, json)

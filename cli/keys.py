@@ -27,6 +27,27 @@ EVAL_FORMAT = 3
 
 _SHOWN = 3
 
+_IDLE = frozenset(
+    f"train.{name}"
+    for name in (
+        *("logging_steps", "logging_strategy", "logging_first_step", "log_on_each_node", "log_level"),
+        *("log_level_replica", "disable_tqdm", "report_to", "run_name", "project", "trackio_space_id"),
+        *("trackio_bucket_id", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
+        *("dataloader_prefetch_factor", "dataloader_multiprocessing_context"),
+    )
+) | {"log_samples_every", "num_log_samples"}
+"""What says how a stage is shown or fed, and changes no number that comes out of it."""
+
+_SAVING = frozenset({"train.save_strategy", "train.save_steps", "train.save_total_limit"})
+"""The same, unless the best of the checkpoints is what comes out."""
+
+
+def counted(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts that can change a result: those that only show or save it are left out, whoever wrote them."""
+    best = bool(parts.get("train.load_best_model_at_end")) or parts.get("early_stopping_patience") is not None
+    idle = _IDLE if best else _IDLE | _SAVING
+    return {name: value for name, value in parts.items() if name not in idle}
+
 
 def key_of(parts: Mapping[str, object]) -> str:
     """sha256 of the parts in any order; 1 and 1.0 count as the same number."""
@@ -85,6 +106,7 @@ class Keys:
             "seed": recipe.seed if stage.seed is None else stage.seed,
             **_flat("lora", lora_values(recipe, name)),
             **stage.method(),
+            **({} if stage.on_nonfinite in (None, "stop") else {"on_nonfinite": stage.on_nonfinite}),
             **_flat("train", stage.train),
             **_flat("data", data_values(spec)),
             f"data {stage.data}": self.fingerprint(spec, stage.record.rows),
@@ -104,7 +126,7 @@ class Keys:
                 parts[f"files of {source.model}"] = folder_sha256(Path(source.model))
         if (method := source_file(stage.kind)) is not None:
             parts[f"code of {stage.record.name}"] = hashlib.sha256(method.read_bytes()).hexdigest()
-        return parts
+        return counted(parts)
 
     def evaluation(self, known: Mapping[str, str]) -> dict[str, Any]:
         """What the evaluation's result depends on: its part of the recipe, and the stages that it looks at."""
@@ -168,7 +190,15 @@ class Keys:
             "model.chat_template": template,
             **({} if model.template_date is None else {"model.template_date": str(model.template_date)}),
             "model.packed": model.packed,
+            **({"deterministic": True} if self.recipe.deterministic else {}),
         }
+
+
+def idle_settings(recipe: Recipe, name: str) -> dict[str, Any]:
+    """What the recipe says for a stage and `counted` leaves out of its key."""
+    said = recipe.stages[name].method() | _flat("train", recipe.stages[name].train)
+    kept = counted(said)
+    return {each: value for each, value in said.items() if each not in kept}
 
 
 def eval_needs(recipe: Recipe) -> list[str]:

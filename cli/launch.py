@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import own_code, stopping
 from ..errors import UserError
 from ..files import METRICS
 from ..models import seams
-from .launched import MODULE, read_error
+from .launched import MODULE, ask_to_stop, read_error, read_stopped
 from .process import StageFailed
 
 if TYPE_CHECKING:
@@ -54,15 +55,21 @@ def launch_stage(config: Path, run_dir: Path, job: "StageJob", from_adapter: Pat
 
     Raises:
         UserError: the config cannot be used, or the stage raised one.
+        Stopped: a signal stopped it.
         StageFailed: the stage failed in another way.
     """
     stage = [str(run_dir), job.name, *([str(from_adapter)] if from_adapter else [])]
-    # functions beside the recipe must be found in there too
+    # what is importable here, and functions beside the recipe, must be found in there too
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(each for each in sys.path if each)}
+    environment |= own_code.environment()
     with tempfile.TemporaryDirectory(prefix="preftune-launch-") as said:
         command = [sys.executable, "-m", MODULE, "launcher", str(config), said, *stage]
-        code = subprocess.run(command, check=False, env=environment).returncode
-        wrong = read_error(Path(said))
+        # they hear of a signal through a file: a terminal's Ctrl-C reaches them too, and should not be heard twice
+        with stopping.deferred(lambda number: ask_to_stop(Path(said), number)):
+            code = subprocess.Popen(command, env=environment).wait()
+        wrong, stopped = read_error(Path(said)), read_stopped(Path(said))
+    if stopped is not None:
+        raise stopped
     if wrong is not None:
         raise wrong
     if code != 0:

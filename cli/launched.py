@@ -13,9 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .. import stopping
 from ..errors import UserError
 from ..files import RECIPE, write_whole
 from ..models import seams
+from ..stopping import Stopped
+from .faults import system_words
 from .folder import RunFolder
 from .process import ignore_library_warnings, make_functions_importable
 
@@ -31,6 +34,9 @@ def _launcher(config: str, said: str, *stage: str) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     _silence_elastic()
+    stopping.ignore()
+    # torchrun would take a signal for itself, and end the processes without their checkpoint
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
     process = ["-m", MODULE, "process", said, *stage]
     try:
         args = launch_command_parser().parse_args(["--config_file", config, *_cpu_options(config), *process])
@@ -79,14 +85,16 @@ def _silence_elastic() -> None:
 
 def _process(said: str, run_dir: str, name: str, from_adapter: str | None = None) -> int:
     """One of the stage's processes."""
+    stopping.listen(Path(said) / _STOP)
     try:
         _run(Path(run_dir), name, Path(from_adapter) if from_adapter else None)
     except UserError:
         raise
-    except KeyboardInterrupt:
-        return 1
-    except Exception:
-        return _say_once(Path(said), traceback.format_exc())
+    except Stopped as stopped:
+        write_whole(Path(said) / _STOPPED, json.dumps([stopped.number, str(stopped)]))
+        _leave_group()
+    except Exception as error:
+        return _say_once(Path(said), system_words(error) or traceback.format_exc())
     return 0
 
 
@@ -120,6 +128,21 @@ def _end_with_parent() -> None:
         import signal
 
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+_STOP, _STOPPED = "stop", "stopped"
+"""The file that asks the processes to stop, and the one that they leave when they have."""
+
+
+def ask_to_stop(said: Path, number: int) -> None:
+    """Have the processes stop after the step that they are at, for a signal of that number."""
+    write_whole(said / _STOP, str(number))
+
+
+def read_stopped(said: Path) -> Stopped | None:
+    """What the processes left when they were stopped by a signal; None if they were not."""
+    file = said / _STOPPED
+    return Stopped(*json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
 
 
 def _say_once(said: Path, words: str) -> int:

@@ -1,5 +1,7 @@
 """The `preftune` command. Nothing heavy is imported before a command needs it."""
 
+import contextlib
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,11 +9,12 @@ from typing import Annotated
 
 import typer
 
+from .. import stopping
 from ..stages.kinds import KINDS
 from ..version import __version__
 from . import evaluate
 from .arguments import AsJson, Force, Launch, OutputDir, RecipeArgument, RecipeOverrides, RunArgument
-from .process import exit_code_of, ignore_library_warnings
+from .process import exit_code_of, ignore_library_warnings, leave_working_folder
 
 app = typer.Typer(
     name="preftune",
@@ -26,6 +29,7 @@ app.add_typer(evaluate.app, name="eval")
 
 def main() -> None:
     """The console script."""
+    leave_working_folder()
     ignore_library_warnings()
     sys.exit(run_command())
 
@@ -36,7 +40,12 @@ def run_command(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: the words after `preftune`; None: those of this process.
     """
-    return exit_code_of(lambda: app(arguments, standalone_mode=False))
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    again = shlex.join(["preftune", *(word for word in words if word != "--force")])
+    # in a chat Ctrl-C ends a reply
+    heard = contextlib.nullcontext() if words[:1] == ["chat"] else stopping.signals()
+    with heard:
+        return exit_code_of(lambda: app(words, standalone_mode=False), again)
 
 
 def _version(wanted: bool) -> None:

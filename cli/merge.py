@@ -63,10 +63,9 @@ def stage_rows(adapter: Path) -> "Rows":
     run, name = adapter.resolve().parent, adapter.resolve().name
     if not (run / RECIPE).is_file():
         return ()
-    from transformers import AutoTokenizer
-
     from ..data.encode import encode_rows
     from ..data.load import load_rows
+    from ..models.auto import open_tokenizer
     from ..recipes.build import data_spec, folders
     from .policies import run_recipe
 
@@ -77,7 +76,7 @@ def stage_rows(adapter: Path) -> "Rows":
         stage = recipe.stages[name]
         spec = data_spec(recipe.data[stage.data], recipe.seed)
         rows = list(load_rows(spec, stage.record.rows, folders(recipe)).rows)[:_ROWS]
-        tokenizer = AutoTokenizer.from_pretrained(adapter)
+        tokenizer = open_tokenizer(adapter, str(adapter))
         encoded = encode_rows(stage.record.rows, rows, tokenizer, spec)[0]
     except (UserError, KeyError, OSError):
         return ()

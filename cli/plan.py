@@ -20,15 +20,14 @@ _EPOCHS, _BATCH = 3.0, 8
 def plan_recipe(recipe: str, overrides: Sequence[str], output: Output) -> None:
     """`preftune plan`: print one row per stage. The numbers are estimates, to within about a factor of two."""
     loaded = load_recipe(recipe, overrides)
-    from transformers import AutoConfig
-
+    from ..models.auto import open_config
     from ..models.cost import parameters_in
     from ..models.loading import resolve_base
     from ..models.tokens import load_tokenizer
 
     base = resolve_base(loaded.model.base, loaded.model.revision)
     tokenizer = load_tokenizer(base, loaded.model.chat_template, loaded.model.template_date)
-    config = AutoConfig.from_pretrained(base.path)
+    config = open_config(base.path)
     weights = parameters_in(base.path.glob("*.safetensors"))
     rows = [_stage(loaded, name, tokenizer, config, weights) for name in order(loaded)]
     output.say(f"{loaded.model.base}: {weights / 1e6:.0f} M parameters")

@@ -10,10 +10,17 @@ from typing import TYPE_CHECKING, Protocol, TypeGuard
 
 import typer
 
+from .. import own_code
 from ..errors import UserError, UserErrors
+from ..stopping import Stopped
+from .faults import system_words
 
 if TYPE_CHECKING:
     from ..recipes.schema import Recipe
+
+
+_INTERRUPTED = 130
+"""128 + SIGINT."""
 
 
 class StageFailed(Exception):
@@ -30,15 +37,21 @@ class _ParserError(Protocol):
     def show(self) -> None: ...
 
 
-def exit_code_of(work: Callable[[], object]) -> int:
+def exit_code_of(work: Callable[[], object], again: str = "the same command") -> int:
     """Run a command, say on standard error what went wrong, and return the exit code.
+
+    Args:
+        again: the command that continues, where a signal stops this one.
 
     Returns:
         What the command returns where that is a number, else 0; 2 for a user's mistake, which is one line without a
-        traceback (several, found together: a line each); 1 for anything else.
+        traceback (several, found together: a line each); 128 and the number of a signal that stopped it; 1 for
+        anything else.
     """
     try:
         code = work()
+        if code == _INTERRUPTED:
+            raise KeyboardInterrupt  # which typer turns into that
         return code if isinstance(code, int) else 0
     except UserError as error:
         several = error.errors if isinstance(error, UserErrors) else ()
@@ -47,15 +60,22 @@ def exit_code_of(work: Callable[[], object]) -> int:
         return 2
     except StageFailed as error:
         print(error, file=sys.stderr)
+    except Stopped as stopped:
+        print(f"{stopped}; continue with: {again}", file=sys.stderr)
+        return stopped.exit_code
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted; the same command continues", file=sys.stderr)
+        return _INTERRUPTED
     except BrokenPipeError:
         # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
         if _is_parser_error(error):
             return _wrong_command(error)
-        traceback.print_exc()
+        if (said := system_words(error)) is not None:
+            print(said, file=sys.stderr)
+        else:
+            traceback.print_exc()
     return 1
 
 
@@ -72,6 +92,12 @@ def _wrong_command(error: _ParserError) -> int:
         said = " ".join(error.format_message().split()).rstrip(".")
         print(f"{command}: {said}; see `{command} --help`", file=sys.stderr)
     return int(error.exit_code)
+
+
+def leave_working_folder() -> None:
+    """Take the working folder off `sys.path`, where `python -m` puts it first: a file in it is no library."""
+    if not sys.flags.safe_path and sys.path[:1] in ([""], [str(Path.cwd())]):
+        del sys.path[0]
 
 
 def ignore_library_warnings() -> None:
@@ -93,7 +119,5 @@ def quiet_libraries() -> None:
 
 
 def make_functions_importable(recipe: "Recipe") -> None:
-    """Put the recipe's folder and the current one on `sys.path`, where its reward and judge functions may lie."""
-    for folder in (recipe.folder, Path.cwd()):
-        if folder is not None and str(folder) not in sys.path:
-            sys.path.append(str(folder))
+    """Have its reward and judge functions found in the recipe's folder and the current one."""
+    own_code.look_in(folder for folder in (recipe.folder, Path.cwd()) if folder is not None)

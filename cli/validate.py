@@ -81,10 +81,14 @@ def check_settings(
         UserError: everything that the run would refuse.
     """
     from ..models.base import Base
+    from ..models.loading import check_base_complete
     from ..stages.check import process_problems, stage_problems
 
     stand_in = base or Base(recipe.model.base, Path(), None, "")
     found: list[UserError] = []
+    if base is not None:
+        with gathering(found):
+            check_base_complete(base)
     for name in stages:
         with gathering(found):
             job = stage_job(recipe, name, stand_in, run_dir, run_dir / name)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
+from ..patience import bounded
 from .messages import TRAINS
 from .pattern import Pattern, fills_in, read_pattern
 from .pieces import pieces_of
@@ -49,6 +50,10 @@ _PATTERNS = 512
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """The fields in which data write an assistant's reasoning beside its content."""
 
+PATIENCE = 10.0
+"""Seconds for a template on one conversation, which takes a thousandth of one."""
+_LONG = 10_000_000
+
 # How templates ask for today's date.
 _NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 # Templates that write today's date: one day for the whole process, unless the tokenizer was given its run's.
@@ -72,6 +77,27 @@ def writes_date(folder: Path, chat_template: str | None) -> bool:
         files = [Path(chat_template).expanduser()]
     texts = [file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file()]
     return any("strftime_now" in text for text in (*texts, chat_template or ""))
+
+
+def rendered(tokenizer: Any, messages: Any, where: str, **options: Any) -> str:
+    """The messages as the tokenizer's template writes them: in transformers' sandbox, which gives a template no way to
+    files or code, and within a limit of time, memory and length, which the sandbox does not set.
+
+    Args:
+        where: the place of the messages, for errors.
+        options: further arguments of `apply_chat_template`.
+
+    Raises:
+        UserError: it goes past a limit.
+    """
+    what = "the chat template, which loops or multiplies without end on these messages,"
+    remedy = "correct the template"
+    text = bounded(
+        lambda: tokenizer.apply_chat_template(messages, tokenize=False, **options), PATIENCE, where, what, remedy
+    )
+    if len(text) > _LONG and len(text) > 10 * len(json.dumps([messages, options], default=str)):
+        raise UserError(where, f"the chat template writes {len(text):,} characters of these messages", remedy)
+    return text
 
 
 class Templater:
@@ -118,14 +144,17 @@ class Templater:
             return filled
         begun = generation_prompt and bool(messages) and messages[-1]["role"] == "assistant"
         try:
-            return self.tokenizer.apply_chat_template(
+            return rendered(
+                self.tokenizer,
                 messages,
+                where or "chat template",
                 tools=tools,
                 chat_template=self.template,
                 add_generation_prompt=generation_prompt and not begun,
                 continue_final_message=begun,
-                tokenize=False,
             )
+        except UserError:
+            raise
         except Exception as error:
             # Templates raise Jinja's errors, and through them any of Python's.
             roles = ", ".join(str(message["role"]) for message in messages)

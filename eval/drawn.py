@@ -55,18 +55,21 @@ class DrawnReplies:
         if self.folder is None:
             return None
         try:
-            found = Drawn(**json.loads(self._file(key).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+            kept = json.loads(self._file(key).read_text(encoding="utf-8"))
+            written = kept.pop("sha256", None)  # earlier versions wrote none
+            found = Drawn(**kept)
+            columns = (found.tokens, found.finished, found.completions, *found.kls.values())
+            whole = written in (None, _sha256(found)) and all(len(column) == prompts for column in columns)
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
             return None
-        columns = (found.tokens, found.finished, found.completions, *found.kls.values())
-        return found if all(len(column) == prompts for column in columns) else None
+        return found if whole else None
 
     def put(self, key: str, drawn: Drawn) -> None:
         if self.folder is None or not self.keeps:
             return
         file = self._file(key)
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps(vars(drawn)) + "\n")
+        write_whole(file, json.dumps({**vars(drawn), "sha256": _sha256(drawn)}) + "\n")
 
     def forget(self, but: Sequence[str] = ()) -> None:
         """Deletes what is kept, less the files of these keys."""
@@ -80,3 +83,8 @@ class DrawnReplies:
     def _file(self, key: str) -> Path:
         assert self.folder is not None
         return self.folder / EVAL_CACHE / f"samples-{key}.json"
+
+
+def _sha256(drawn: Drawn) -> str:
+    """A number that went bad on the disk must not become a result."""
+    return hashlib.sha256(json.dumps(vars(drawn)).encode()).hexdigest()

@@ -5,7 +5,6 @@ Both ways start from the policy that PPO started from, on the same prompts. PPO'
 answers each prompt N times and the proxy picks; the start's own point is the mean of all these replies.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..files import ADAPTER_WEIGHTS, LINEAGE, METRICS
+from ..intact import read_json_object
 from ..models.lineage import adapter_sha256, read_lineage
 from ..progress import say
 from ..stages.ppo.files import POLICIES, kept_policies
@@ -175,7 +175,7 @@ def _path(
 def _last_step(folder: Path) -> int:
     """The optimiser steps of a finished stage, from its metrics.json."""
     file = folder / METRICS
-    steps = json.loads(file.read_text(encoding="utf-8")).get("steps") if file.is_file() else None
+    steps = read_json_object(file).get("steps")
     if not isinstance(steps, int):
         raise UserError(str(folder), f"holds no finished PPO stage ({METRICS} with its steps)", "train it first")
     return steps

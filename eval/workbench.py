@@ -13,7 +13,7 @@ from ..data.encode import encode_prompts
 from ..data.load import load_rows
 from ..errors import UserError
 from ..files import ADAPTER_CONFIG
-from ..models.adapters import AdapterSet
+from ..models.adapters import AdapterSet, module_name
 from ..models.context import check_context
 from ..models.lineage import adapter_sha256, tokenizer_info
 from ..models.loading import load_model
@@ -74,8 +74,7 @@ class Workbench:
                 roles[name] = None
                 continue
             check_adapter(folder, spec.base, tokenizer)
-            # PEFT uses the name as a module's, which may hold no dot.
-            role = roles[name] = loaded[folder.resolve()] = f"policy_{name.replace('.', '_')}"
+            role = roles[name] = loaded[folder.resolve()] = f"policy_{module_name(name)}"
             adapters.load(role, folder)
         return cls(spec, adapters, tokenizer, roles, loaded, drawn or DrawnReplies(spec.output_dir))
 

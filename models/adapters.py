@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from peft import LoraConfig, PeftModelForCausalLM
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -31,6 +31,7 @@ from .lora import (
     lora_layers,
     lora_state,
     read_adapter,
+    read_tensors,
     refused_by_peft,
     say_adapted,
     tensors_sha256,
@@ -39,9 +40,14 @@ from .lora import (
 from .packing import use_packed_forward
 from .plain_lora import adapted_modules, check_layers, check_targets
 
-__all__ = ["DEFAULT", "REF", "REWARD", "VALUE", "VALUE_HEAD", "AdapterSet", "LoraSpec"]
+__all__ = ["DEFAULT", "REF", "REWARD", "VALUE", "VALUE_HEAD", "AdapterSet", "LoraSpec", "module_name"]
 
 DEFAULT, REF, REWARD, VALUE = "default", "ref", "reward", "value"
+
+
+def module_name(name: str) -> str:
+    """A name as part of an adapter's, of which PEFT makes a module, that may hold no dot; each name has its own."""
+    return name.replace("_", "__").replace(".", "_0")
 
 
 class AdapterSet:
@@ -167,7 +173,7 @@ class AdapterSet:
             self._drop(name)
             raise
         if (folder / VALUE_HEAD).is_file():
-            head = load_file(folder / VALUE_HEAD)
+            head = read_tensors(folder / VALUE_HEAD)
         if head:
             self._set_head(name, head, trainable)
 

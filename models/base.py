@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
-from ..files import ADAPTER_CONFIG
+from .sound import CONFIG, check_numbers, read_header, read_object
 
-_WHERE = "model.base"
 # `name` or `owner/name`; no path once resolved, no `pypi:` and no `random:` spec looks like that.
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 # What changes in config.json without changing the model.
@@ -45,41 +43,21 @@ def is_hub(spec: str) -> bool:
     return _HUB_ID.fullmatch(spec) is not None and not spec.endswith(".gguf") and not Path(spec).exists()
 
 
-def weight_files(folder: Path, spec: str) -> list[Path]:
-    """The safetensors files that transformers would load, by name."""
-    if not (folder / "config.json").is_file():
-        if (folder / ADAPTER_CONFIG).is_file():
-            raise UserError(_WHERE, f"{spec!r} is an adapter", "name its base model here and the adapter as the parent")
-        raise UserError(_WHERE, f"{spec!r} has no config.json", "give a folder that save_pretrained wrote")
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise UserError(_WHERE, f"{spec!r} lacks {missing[0]}", "fetch the model again")
-        return [folder / name for name in names]
-    raise UserError(
-        _WHERE,
-        f"{spec!r} has no model.safetensors",
-        "convert it: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)",
-    )
+def content_sha256(folder: Path, weights: list[Path], spec: str) -> str:
+    """Hash of the config without its noise, then of every tensor by name: type, shape, bytes.
 
-
-def content_sha256(folder: Path, weights: list[Path]) -> str:
-    """Hash of the config without its noise, then of every tensor by name: type, shape, bytes."""
-    config = json.loads((folder / "config.json").read_text())
+    Raises:
+        UserError: a file is damaged, or holds weights that are no finite numbers.
+    """
+    config = read_object(folder / CONFIG, spec)
+    quantized = "quantization_config" in config
     for key in _CONFIG_NOISE:
         config.pop(key, None)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     tensors: dict[str, tuple[Path, int, dict[str, Any]]] = {}
     for file in weights:
-        with file.open("rb") as handle:
-            length = int.from_bytes(handle.read(8), "little")
-            header = json.loads(handle.read(length))
-        header.pop("__metadata__", None)
-        tensors |= {name: (file, 8 + length, entry) for name, entry in header.items()}
+        start, header = read_header(file, spec)
+        tensors |= {name: (file, start, entry) for name, entry in header.items()}
     maps = {}
     for name, (file, start, entry) in sorted(tensors.items()):
         if file not in maps:
@@ -87,5 +65,7 @@ def content_sha256(folder: Path, weights: list[Path]) -> str:
                 maps[file] = memoryview(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ))
         begin, end = entry["data_offsets"]
         digest.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
-        digest.update(maps[file][start + begin : start + end])
+        data = maps[file][start + begin : start + end]
+        check_numbers(name, entry["dtype"], data, spec, quantized=quantized)
+        digest.update(data)
     return digest.hexdigest()

@@ -6,23 +6,40 @@ Everything lies under $PREFTUNE_CACHE, or ~/.cache/preftune.
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock
 
+from ..errors import UserError
 from ..files import write_whole
 
 _BLOCK = 1 << 22
 
 
 def cache_dir() -> Path:
-    """The cache folder, made if it is not there."""
-    folder = Path(os.environ.get("PREFTUNE_CACHE") or "~/.cache/preftune").expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder.resolve()
+    """The cache folder, made if it is not there.
+
+    Raises:
+        UserError: it cannot be.
+    """
+    named = os.environ.get("PREFTUNE_CACHE") or "~/.cache/preftune"
+    try:
+        folder = Path(named).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder.resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise _unusable(named, error) from error
+
+
+def _unusable(folder: Path | str, error: Exception) -> UserError:
+    said = getattr(error, "strerror", None) or " ".join(str(error).split())
+    remedy = "set the environment variable PREFTUNE_CACHE to a folder that can be written to"
+    return UserError(str(folder), f"cannot be used as the cache ({said})", remedy)
 
 
 def build_once(name: str, build: Callable[[Path], None]) -> Path:
@@ -33,20 +50,26 @@ def build_once(name: str, build: Callable[[Path], None]) -> Path:
     target = cache_dir() / name
     if target.is_dir():
         return target
-    with FileLock(cache_dir() / f".{name}.lock"):
-        if target.is_dir():
-            return target
-        # Whoever held the lock before us and died may have left a half-filled folder.
-        for left in cache_dir().glob(f".{name}.partial-*"):
-            shutil.rmtree(left, ignore_errors=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{name}.partial-", dir=cache_dir()))
-        try:
-            build(partial)
-            partial.chmod(0o755)
-            partial.rename(target)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with FileLock(cache_dir() / f".{name}.lock"):
+            if not target.is_dir():
+                _build(name, target, build)
+    except OSError as error:
+        raise _unusable(cache_dir(), error) from error
     return target
+
+
+def _build(name: str, target: Path, build: Callable[[Path], None]) -> None:
+    # Whoever held the lock before us and died may have left a half-filled folder.
+    for left in target.parent.glob(f".{name}.partial-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{name}.partial-", dir=target.parent))
+    try:
+        build(partial)
+        partial.chmod(0o755)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def file_sha256(file: Path) -> str:
@@ -63,13 +86,17 @@ def _file_sha256(file: Path) -> str:
 
 
 def remembered(purpose: str, files: list[Path], compute: Callable[[], str]) -> str:
-    """`compute()`, kept in the cache for as long as no file of `files` changes its path, size or time of change."""
+    """`compute()`, a hash in hex, kept in the cache for as long as no file of `files` changes its path, size or time of
+    change. A cache that cannot be read or written costs time, and nothing else."""
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     key = hashlib.sha256(json.dumps([purpose, stats]).encode()).hexdigest()
-    note = cache_dir() / "hashes" / key
-    if note.is_file():
-        return note.read_text()
+    with suppress(OSError, UserError, ValueError):
+        kept = (cache_dir() / "hashes" / key).read_text(encoding="utf-8")
+        if re.fullmatch("[0-9a-f]{64}", kept):
+            return kept
     value = compute()
-    note.parent.mkdir(exist_ok=True)
-    write_whole(note, value)
+    with suppress(OSError, UserError):
+        note = cache_dir() / "hashes" / key
+        note.parent.mkdir(exist_ok=True)
+        write_whole(note, value)
     return value

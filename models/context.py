@@ -3,15 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import AutoConfig
-
 from ..errors import UserError
+from .auto import open_config
 from .base import Base
 
 
 def context_length(base: Base) -> int | None:
     """How many positions the base was made for; None where its config names no limit (ALiBi, state-space models)."""
-    config = AutoConfig.from_pretrained(base.path, trust_remote_code=False).get_text_config()
+    config = open_config(base.path).get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit < 1 or getattr(config, "alibi", False):
         return None

@@ -19,6 +19,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from .. import stopping
 from .batching import left_pad
 from .causal import decoder_of
 from .logprobs import LmHead
@@ -101,6 +102,7 @@ class Decoder:
     def run(self) -> None:
         """Until every request has its completion."""
         while self.left or self.idle < len(self.request_B):
+            stopping.poll()
             if self.idle >= RENEW_AT * len(self.request_B):
                 ended = self._admit() if self.left else self._shrink()
             else:
@@ -214,6 +216,7 @@ class StatefulDecoder(Decoder):
             self._begin(requests)
             cache, position_BP = DynamicCache(config=self.backbone.config), (mask_BP.cumsum(-1) - 1).clamp(min=0)
             while bool((self.request_B != n).any()):
+                stopping.poll()
                 output = self.backbone(
                     input_ids=ids_BP,
                     attention_mask=mask_BP,

@@ -1,10 +1,10 @@
 """Hashes of what a recipe names: an adapter, a model's folder, the code of a function. Imports nothing heavy."""
 
 import hashlib
-import importlib.util
 from pathlib import Path
 
 from ..files import ADAPTER_WEIGHTS
+from ..own_code import find_named
 from .cache import file_sha256
 
 _MODEL_FILES = (".safetensors", ".bin", ".json", ".jinja", ".txt", ".model")
@@ -26,7 +26,7 @@ def folder_sha256(folder: Path) -> str:
 def code_sha256(target: str) -> str | None:
     """Hash of the file that `module:function` lies in; None where it cannot be found (who imports it says so)."""
     try:
-        found = importlib.util.find_spec(target.partition(":")[0])
+        found = find_named(target.partition(":")[0])
     except (ImportError, ValueError):
         return None
     if found is None or found.origin is None or not Path(found.origin).is_file():

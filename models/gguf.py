@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, GgufConfig
 
 from ..errors import UserError
 from . import seams
+from .auto import open_model, open_tokenizer
 from .cache import build_once, file_sha256
 from .quiet import quiet_transformers
 from .tokens import prepare_model, set_eos, set_pad
@@ -32,14 +33,16 @@ def unpack_gguf(file: Path, folder: Path) -> None:
     """Write the dequantised model and its tokenizer into `folder`."""
     try:
         with quiet_transformers():
-            model: Any = AutoModelForCausalLM.from_pretrained(
+            model: Any = open_model(
+                AutoModelForCausalLM,
                 file.parent,
                 gguf_file=file.name,
                 dtype=torch.bfloat16,
                 quantization_config=GgufConfig(dequantize=True),
-                trust_remote_code=False,
             )
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+            tokenizer = open_tokenizer(file.parent, gguf_file=file.name)
+    except UserError:
+        raise
     except Exception as error:  # a foreign file: readers fail in every way there is
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError("model.base", f"{file.name} cannot be read ({first})", "use its safetensors") from error

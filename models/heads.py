@@ -9,7 +9,6 @@ from torch.nn import functional as F
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    AutoConfig,
     AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
@@ -17,6 +16,7 @@ from transformers import (
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from ..errors import UserError
+from .auto import open_config, open_model
 
 
 def bias_of(linear: nn.Linear) -> Tensor | None:
@@ -108,7 +108,7 @@ def add_classifier(folder: Path) -> None:
     its decoder under transformers' general head, `score` on the last token. Plain PEFT then loads a reward adapter of
     such a base as of any other (in a process that has called this).
     """
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = open_config(folder)
     kind = type(config)
     known: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING
@@ -128,21 +128,26 @@ def add_classifier(folder: Path) -> None:
     AutoModelForSequenceClassification.register(kind, made, exist_ok=True)
 
 
-def load_classifier(folder: Path, seed: int, options: dict[str, Any]) -> PreTrainedModel:
+def load_classifier(folder: Path, spec: str, seed: int, options: dict[str, Any]) -> PreTrainedModel:
     """The sequence classifier of a base with one label and a fresh fp32 `score` head drawn from `seed`.
 
     Where transformers has no classifier for the architecture, its decoder gets transformers' general one
     (`add_classifier`).
 
+    Args:
+        spec: how the user named the base.
+
     Raises:
-        UserError: the architecture has none, or one without a linear `score` on its decoder.
+        UserError: the architecture has none, or one without a linear `score` on its decoder; or weights of the decoder
+            are not all there.
     """
-    try:
-        add_classifier(folder)
-        model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, **options)
-    except ValueError as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError("model.base", f"no reward model can be made of it ({first[:200]})", "use a decoder") from error
+    add_classifier(folder)
+    known: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    if (kind := type(open_config(folder))) not in known:
+        problem = f"no reward model can be made of it ({kind.__name__} has no classifier)"
+        raise UserError("model.base", problem, "use a decoder")
+    fresh = ("score.weight", "score.bias")
+    model = open_model(AutoModelForSequenceClassification, folder, spec=spec, fresh=fresh, num_labels=1, **options)
     old = getattr(model, "score", None)
     if not isinstance(old, nn.Linear):
         raise UserError("model.base", f"{type(model).__name__} has no linear `score` head", "use a decoder")

@@ -9,7 +9,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
@@ -19,7 +18,7 @@ from . import seams
 from .base import Base
 from .cache import remembered
 from .loading import resolve_base
-from .lora import VALUE_HEAD, WEIGHTS, read_adapter, tensors_sha256
+from .lora import VALUE_HEAD, WEIGHTS, read_adapter, read_tensors, tensors_sha256
 from .plain_lora import read_config
 
 logger = logging.getLogger(__name__)
@@ -84,9 +83,25 @@ def read_lineage(folder: Path) -> Lineage:
         keys = json.loads(file.read_text(encoding="utf-8"))
         if keys["format"] != _FORMAT:
             raise UserError(str(file), f"format {keys['format']}, expected {_FORMAT}", "update preftune")
-        return Lineage(**keys)
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(str(file), f"unreadable ({error})", "run its stage again") from error
+        lineage = Lineage(**keys)
+        _check_types(lineage)
+        return lineage
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise UserError(str(file), f"unreadable ({said})", "run its stage again, or take it from a copy") from error
+
+
+def _check_types(lineage: Lineage) -> None:
+    """Raises TypeError where an entry is not what it should be, KeyError where one lacks a key that others read."""
+    for name, kind in (("base", dict), ("tokenizer", dict), ("config", dict), ("data", dict), ("parents", list)):
+        if not isinstance(getattr(lineage, name), kind):
+            raise TypeError(f"{name} is no {'list' if kind is list else 'object'}")
+    for entry, keys in ((lineage.base, ("spec", "revision", "sha256")), (lineage.data, ("spec", "fingerprint"))):
+        if missing := [key for key in keys if key not in entry]:
+            raise KeyError(missing[0])
+    for parent in lineage.parents:
+        if not {"stage", "sha256"} <= set(parent):
+            raise TypeError("a parent without its name or hash")
 
 
 def base_info(base: Base) -> dict[str, Any]:
@@ -118,9 +133,9 @@ def adapter_sha256(folder: Path) -> str:
         raise UserError(str(folder), f"no {WEIGHTS} there", "give the folder of a finished stage")
 
     def compute() -> str:
-        tensors = load_file(files[0])
+        tensors = read_tensors(files[0])
         for file in files[1:]:
-            tensors |= {f"value_head.{name}": tensor for name, tensor in load_file(file).items()}
+            tensors |= {f"value_head.{name}": tensor for name, tensor in read_tensors(file).items()}
         return tensors_sha256(tensors)
 
     return remembered("adapter", files, compute)

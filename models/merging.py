@@ -1,6 +1,7 @@
 """A LoRA adapter merged into its base, as one ordinary model, and what the merge costs."""
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,17 +9,21 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..data.encode import IGNORED
 from ..errors import UserError
-from ..files import ADAPTER_CONFIG, LINEAGE
+from ..files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LINEAGE
+from ..intact import check_intact
 from . import seams
+from .auto import open_model, open_tokenizer
 from .base import Base
 from .lineage import load_adapter_base, read_lineage
 from .loading import load_model
 from .lora import lora_layers, refused_by_peft
+from .plain_lora import read_config
 from .quiet import quiet_transformers
 from .rounding import rounded
 
@@ -80,6 +85,8 @@ def merge_adapter(adapter: Path, out: Path, dtype: str | None = None, rows: Rows
     Raises:
         UserError: its base cannot be found, or is another model now; or the adapter cannot be merged exactly.
     """
+    check_intact(adapter)
+    _check_mergeable(adapter)
     base = load_adapter_base(adapter)
     config = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     trained = read_lineage(adapter).config.get("dtype") if (adapter / LINEAGE).is_file() else None
@@ -94,7 +101,7 @@ def merge_adapter(adapter: Path, out: Path, dtype: str | None = None, rows: Rows
             beside = float(_outcome(model, rows).mean())
         del model
     has_tokenizer = (adapter / "tokenizer_config.json").is_file()
-    tokenizer = AutoTokenizer.from_pretrained(adapter if has_tokenizer else base.path)
+    tokenizer = open_tokenizer(adapter if has_tokenizer else base.path, str(adapter))
     peft = _beside(load_model(base, dtype=torch.float32, task=task), adapter)
     exact = _outcome(peft, counted)
     adapted, untied = _adapted(peft), _untie(peft)
@@ -112,7 +119,7 @@ def merge_adapter(adapter: Path, out: Path, dtype: str | None = None, rows: Rows
     with quiet_transformers():
         merged.save_pretrained(out, safe_serialization=True)
         if untied and target == "float32":
-            again = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+            again = open_model(AutoModelForCausalLM, out, str(out), dtype=torch.float32).eval()
             _check_same(exact, _outcome(again, counted), str(adapter))
     tokenizer.save_pretrained(out)
     if found is None:
@@ -122,9 +129,39 @@ def merge_adapter(adapter: Path, out: Path, dtype: str | None = None, rows: Rows
     return Merged(base, target, cost, reward=task == "reward")
 
 
+def _check_mergeable(adapter: Path) -> None:
+    """Before PEFT opens it: its weights are safetensors, and its config names neither code nor other files.
+
+    Raises:
+        UserError: weights that are a pickle; an adapter that is no change of weights, one that is made of others or
+            that imports a module which it names.
+    """
+    where = str(adapter)
+    config = read_config(adapter)
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if config.is_prompt_learning or kind == "XLORA":
+        raise UserError(where, f"a {kind} adapter, which PEFT cannot merge", "use it unmerged")
+    if getattr(config, "megatron_config", None):
+        module = getattr(config, "megatron_core", None)
+        said = f"a LoRA of Megatron's layers, for which PEFT imports the module {module!r} that it names"
+        raise UserError(where, said, "merge it where it was trained")
+    if not (adapter / ADAPTER_WEIGHTS).is_file():
+        pickled = (adapter / "adapter_model.bin").is_file()
+        found = "its weights are adapter_model.bin, a pickle, which can run code when it is read; " if pickled else ""
+        raise UserError(where, f"{found}no {ADAPTER_WEIGHTS} there", "save it again, with PEFT's save_pretrained")
+
+
 def _beside(model: PreTrainedModel, adapter: Path) -> PeftModel:
-    with refused_by_peft():
-        return PeftModel.from_pretrained(model, str(adapter)).eval()
+    with refused_by_peft(), warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*[Ff]ound missing adapter keys")
+        try:
+            return PeftModel.from_pretrained(model, str(adapter)).eval()
+        except UserWarning as error:
+            said = "it lacks weights that its config speaks of, which would stay as they were drawn"
+            raise UserError(str(adapter), said, "save the adapter again") from error
+        except (SafetensorError, OSError, RuntimeError) as error:
+            said = " ".join(str(error).split())[:200]
+            raise UserError(str(adapter), f"its weights cannot be read ({said})", "save the adapter again") from error
 
 
 def _adapted(peft: PeftModel) -> list[tuple[str, str]]:

@@ -445,10 +445,18 @@ TRAINER_CHECKPOINT = Seam(
 _RESUMING = ("_get_output_dir", "_load_callback_state", "_load_optimizer_and_scheduler", "_load_rng_state")
 
 
+def _spoken(*names: str) -> Callable[[object], list[str]]:
+    """The library's own code of the subject's class speaks of these attributes, which it sets as it goes."""
+
+    def missing(subject: object) -> list[str]:
+        spoken = set[str]().union(*map(_names_in, _upstream(subject)))
+        return [f"Trainer.{name}" for name in names if name not in spoken]
+
+    return missing
+
+
 def _resuming(subject: object) -> list[str]:
-    spoken = set[str]().union(*map(_names_in, _upstream(subject)))
-    lost = [name for name in ("_created_lr_scheduler",) if name not in spoken]
-    return [*_attributes(*_RESUMING)(subject), *(f"Trainer.{name}" for name in lost)]
+    return [*_attributes(*_RESUMING)(subject), *_spoken("_created_lr_scheduler")(subject)]
 
 
 TRAINER_RESUME = Seam(
@@ -458,6 +466,31 @@ TRAINER_RESUME = Seam(
     "PPO continues from a checkpoint with them",
     "a resumed run would not be the run that was interrupted",
     _resuming,
+)
+
+EPOCHS = Seam(
+    "epochs",
+    "transformers",
+    ("Trainer._run_epoch", "Trainer._maybe_log_save_evaluate", "Trainer._finalize_training", "Trainer._tr_loss", "..."),
+    "a stage that was interrupted continues within them, with the sums that it had",
+    "a resumed run would not be the run that was interrupted",
+    lambda subject: [
+        *_overridden("_run_epoch", "_maybe_log_save_evaluate", "_finalize_training")(subject),
+        *_spoken("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", "_initial_global_step")(subject),
+    ],
+)
+
+CALLBACK_STATE = Seam(
+    "callback-state",
+    "transformers",
+    ("TrainerState.stateful_callbacks", "EarlyStoppingCallback.state", "TrainerControl.state"),
+    "early stopping goes on with the patience that was left",
+    "a resumed stage would train longer than one that was not interrupted",
+    _found(
+        "transformers.trainer_callback:EarlyStoppingCallback.state",
+        "transformers.trainer_callback:TrainerControl.state",
+        "transformers.trainer_callback:TrainerState.__dataclass_fields__",
+    ),
 )
 
 # --- trl -------------------------------------------------------------------------------------------------------------

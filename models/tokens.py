@@ -7,20 +7,22 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.template import DEFAULT_CHAT_TEMPLATE, set_date
+from ..data.template import DEFAULT_CHAT_TEMPLATE, rendered, set_date
 from ..errors import UserError
-from ..patience import within
+from .auto import open_config, open_tokenizer
 from .base import Base
 from .quiet import quiet_transformers
+from .sound import AGAIN, first_line
 
 logger = logging.getLogger(__name__)
 
 _MARK = "THE-REPLY"
-_PATIENCE = 10.0
-"""Seconds for a template on a short dialogue, which takes a thousandth of one."""
 _KNOWN_PADS = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>", "<|endoftext|>")
+_VOCABULARIES = {"tokenizer.json", "vocab.json", "vocab.txt", "tokenizer_object.pt"}
+_VOCABULARY_ENDS = (".model", ".tiktoken", "merges.txt", "tekken.json", "bpe.codes")
+_HELLO = "Hello world"
 _SPARE = re.compile(r"pad|reserved|unused|extra|placeholder", re.IGNORECASE)
 
 
@@ -35,23 +37,40 @@ def load_tokenizer(
         template_date: the day that templates write which write today's; None: the day on which the process started.
 
     Raises:
-        UserError: an unknown template, an EOS that the model cannot say, or no token that can serve as PAD.
+        UserError: a tokenizer that cannot be read, an unknown template, an EOS that the model cannot say, or no token
+            that can serve as PAD.
     """
-    with quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(base.path, trust_remote_code=False)
+    tokenizer: Any = _read_tokenizer(base)
     if tokenizer.eos_token_id is None:
         raise UserError("model.base", f"the tokenizer of {base.spec!r} has no EOS token", "set eos_token in its config")
     tokenizer.padding_side = "right"
     tokenizer.chat_template = _template(tokenizer, chat_template)
     set_date(tokenizer, template_date)
-    what = "the chat template, which loops over and over on a dialogue of two words,"
-    with within(_PATIENCE, "model.chat_template", what, "correct the template"):
-        set_eos(tokenizer)
+    set_eos(tokenizer)
     size = vocabulary_size(base)
     if tokenizer.eos_token_id >= size:
         said = f"its EOS {tokenizer.eos_token!r} (id {tokenizer.eos_token_id}) is beyond the embedding's {size} rows"
         raise UserError("model.base", said, "take a template that ends turns with a token which the base has")
     set_pad(tokenizer, size)
+    return tokenizer
+
+
+def _read_tokenizer(base: Base) -> PreTrainedTokenizerBase:
+    where, held = "model.base", {each.name for each in base.path.iterdir()}
+    if not held & _VOCABULARIES and not any(each.endswith(_VOCABULARY_ENDS) for each in held):
+        # without any, transformers makes an empty one up
+        raise UserError(where, f"{base.spec!r} has no tokenizer.json, nor another vocabulary", AGAIN)
+    try:
+        with quiet_transformers():
+            tokenizer = open_tokenizer(base.path)
+        said = tokenizer(_HELLO, add_special_tokens=False)["input_ids"]
+    except UserError:
+        raise
+    except Exception as error:  # a foreign file: its reader fails in every way there is
+        said = f"the tokenizer of {base.spec!r} cannot be read ({first_line(error)})"
+        raise UserError(where, said, AGAIN) from error
+    if not said:
+        raise UserError(where, f"the tokenizer of {base.spec!r} makes no tokens of {_HELLO!r}", AGAIN)
     return tokenizer
 
 
@@ -91,7 +110,7 @@ def set_eos(tokenizer: PreTrainedTokenizerBase) -> None:
     """Make EOS the special token with which the chat template ends an assistant's turn, where it names one."""
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _MARK}]
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        text = rendered(tokenizer, turns, "model.chat_template")
     except UserError:
         raise
     except Exception as error:
@@ -167,7 +186,7 @@ def check_vocabulary(rows: Sequence[Sequence[int]], tokenizer: Any, size: int, w
 
 def vocabulary_size(base: Base) -> int:
     """Rows of the base's embedding."""
-    return AutoConfig.from_pretrained(base.path, trust_remote_code=False).get_text_config().vocab_size
+    return open_config(base.path).get_text_config().vocab_size
 
 
 def _template(tokenizer: PreTrainedTokenizerBase, wanted: str | None) -> str:

@@ -36,7 +36,11 @@ def wheel_folder(spec: str) -> tuple[Path, str]:
     name = re.sub(r"[-_.]+", "-", match[1]).lower()
     wanted = f"{name}=={match[2]}"
     folder = build_once(f"pypi-v{_VERSION}-{name}-{match[2]}", lambda target: _build(wanted, target))
-    return folder, "sha256:" + json.loads((folder / "source.json").read_text())["wheel_sha256"]
+    try:
+        return folder, "sha256:" + json.loads((folder / "source.json").read_text())["wheel_sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        said = f"{folder / 'source.json'} is damaged"
+        raise UserError("model.base", said, f"delete {folder}: it is fetched again") from error
 
 
 def _build(wanted: str, folder: Path) -> None:

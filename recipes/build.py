@@ -1,11 +1,11 @@
 """From the recipe to what the stages and the evaluation take."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import ADAPTER_CONFIG, LINEAGE
+from ..intact import read_json_object
 from .schema import BASE, Data, Recipe, Stage
 
 if TYPE_CHECKING:
@@ -81,6 +81,12 @@ def start_folder(stage: Stage, run_dir: Path) -> Path | None:
     return run_dir / stage.parent
 
 
+def nonfinite_skips(stage: Stage) -> int:
+    """The N of `on_nonfinite: skip(N)`; 0 for `stop`."""
+    word = stage.on_nonfinite or "stop"
+    return 0 if word == "stop" else int(word.removeprefix("skip(").removesuffix(")"))
+
+
 def stage_job(
     recipe: Recipe, name: str, base: "Base", run_dir: Path, output_dir: Path, parent: Path | None = None
 ) -> "StageJob":
@@ -91,7 +97,7 @@ def stage_job(
         output_dir: where it writes.
         parent: an adapter folder to start from instead of the recipe's `from`.
     """
-    from ..stages.job import StageJob
+    from ..stages.job import CheckpointPlan, StageJob
 
     stage = recipe.stages[name]
     if parent is None:
@@ -116,6 +122,9 @@ def stage_job(
         template_date=recipe.model.template_date,
         packed=recipe.model.packed,
         data_name=stage.data,
+        checkpoints=CheckpointPlan(recipe.checkpoints.share, recipe.checkpoints.minutes),
+        nonfinite_skips=nonfinite_skips(stage),
+        deterministic=recipe.deterministic,
     )
 
 
@@ -129,12 +138,13 @@ def policy_folder(recipe: Recipe, run_dir: Path, name: str) -> Path:
         file = run_dir / child / LINEAGE
         if stage.parent != name or not file.is_file():
             continue
-        first = next(iter(json.loads(file.read_text(encoding="utf-8")).get("parents") or []), {})
-        folder = Path(first.get("adapter") or own)
+        above = read_json_object(file).get("parents")
+        first = above[0] if isinstance(above, list) and above and isinstance(above[0], dict) else {}
+        folder = Path(str(first.get("adapter") or own))
         if (folder / ADAPTER_CONFIG).is_file():
             from ..models.lineage import adapter_sha256
 
-            if adapter_sha256(folder) == first["sha256"]:
+            if adapter_sha256(folder) == first.get("sha256"):
                 return folder
     return own
 

@@ -2,22 +2,26 @@
 
 import math
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, nearest
 from ..eval.decoding import beam_problem
-from ..files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DOCTOR, RECIPE, REPORT, RUN_STATE
+from ..files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DOCTOR, EVAL_CACHE, EVALUATION, RECIPE, REPORT, RUN_STATE
 from .build import lora_values
 from .problems import problem
 from .schema import BASE, Data, Recipe, Stage
 from .text import Path_, Text
 
 # Names that mean something else in a run folder, or in `from`.
-_RESERVED = (BASE, "eval", "eval-cache")
+_RESERVED = (BASE, EVALUATION, EVAL_CACHE)
 _FILES = (RECIPE, RUN_STATE, REPORT, DOCTOR, "votes.jsonl")
+# What files of a run end in, now or one day.
+_SUFFIXES = (".json", ".jsonl", ".yaml", ".html", ".lock", ".partial", ".old")
 _LONGEST = 100
+_SHOWN = 10
 _NAME = re.compile(r"\w[\w.-]*")
 
 
@@ -39,20 +43,22 @@ def order(recipe: Recipe) -> list[str]:
 
 
 def _ordered(needs: Mapping[str, list[str]]) -> list[str]:
-    done: list[str] = []
-
-    def visit(name: str, above: tuple[str, ...]) -> None:
-        if name in done:
-            return
-        if name in above:
-            raise ValueError([*above[above.index(name) :], name])
-        for parent in needs[name]:
-            visit(parent, (*above, name))
-        done.append(name)
-
-    for name in needs:
-        visit(name, ())
-    return done
+    done: dict[str, None] = {}
+    for first in needs:
+        # from each stage up to what it needs, without recursion: a chain may be longer than Python's stack
+        path = {first: iter(needs[first])} if first not in done else {}
+        while path:
+            name = next(reversed(path))
+            parent = next(path[name], None)
+            if parent is None:
+                done[name] = None
+                del path[name]
+            elif parent in path:
+                above = list(path)
+                raise ValueError([*above[above.index(parent) :], parent])
+            elif parent not in done:
+                path[parent] = iter(needs[parent])
+    return list(done)
 
 
 def needed_for(recipe: Recipe, names: Iterable[str]) -> list[str]:
@@ -111,10 +117,15 @@ def graph_problems(recipe: Recipe, text: Text) -> Iterator[UserError]:
         An unknown parent, data entry, reward stage or policy, a circle, a word said twice.
     """
     yield from _data_problems(recipe, text)
+    rewards = reward_models(recipe)
+    folders_: dict[str, str] = {}
     for name, stage in recipe.stages.items():
         here: Path_ = ("stages", name)
         if (said := _misnamed(name)) is not None:
             yield problem(text, here, said, f"use letters, digits, dashes; not {' or '.join(_RESERVED)}")
+        if (other := folders_.setdefault(_folder_key(name), name)) != name:
+            said = f"{name!r} and {other!r} are one folder where the case of a name does not count"
+            yield problem(text, here, said, "rename one of them")
         if stage.imports is not None:
             yield from _import_problems(text, (*here, "from", "adapter"), stage.imports)
         elif stage.parent != BASE and stage.parent not in recipe.stages:
@@ -122,8 +133,8 @@ def graph_problems(recipe: Recipe, text: Text) -> Iterator[UserError]:
             yield problem(text, (*here, "from"), f"no stage {stage.parent!r}", nearest(stage.parent, known))
         if stage.data not in recipe.data:
             yield problem(text, (*here, "data"), f"no data entry {stage.data!r}", nearest(stage.data, recipe.data))
-        yield from _reward_problems(recipe, text, name, stage)
-        if stage.parent in reward_models(recipe) and stage.record.produces == "policy":
+        yield from _reward_problems(recipe, text, name, stage, rewards)
+        if stage.parent in rewards and stage.record.produces == "policy":
             said = f"{stage.parent!r} is a reward model, expected a policy"
             yield problem(text, (*here, "from"), said, "start from a policy, such as the reward model's own parent")
         yield from _said_twice(text, here, stage)
@@ -140,9 +151,15 @@ def _import_problems(text: Text, path: Path_, folder: Path) -> Iterator[UserErro
 
 def _misnamed(name: str) -> str | None:
     """What keeps a stage's name from being that of a folder in the run; None: nothing."""
-    taken = name.casefold() in _RESERVED or name.casefold() in _FILES
+    folder = _folder_key(name)
+    taken = folder in _RESERVED or folder in _FILES or folder.endswith(_SUFFIXES) or name.endswith(".")
     fits = _NAME.fullmatch(name) and len(name.encode()) <= _LONGEST
     return f"{name if len(name) <= 60 else name[:57] + '...'!r} is no name for a stage" if taken or not fits else None
+
+
+def _folder_key(name: str) -> str:
+    """The same for names that some file systems take for one: other cases of letters, other ways to write an accent."""
+    return unicodedata.normalize("NFKC", name).casefold()
 
 
 def _circle(recipe: Recipe, text: Text) -> Iterator[UserError]:
@@ -151,8 +168,9 @@ def _circle(recipe: Recipe, text: Text) -> Iterator[UserError]:
         _ordered(known)
     except ValueError as error:
         circle = error.args[0]
+        shown = [*circle[:4], "...", *circle[-4:]] if len(circle) > _SHOWN else circle
         where: Path_ = ("stages", circle[0], "from")
-        yield problem(text, where, f"a circle: {' -> '.join(circle)}", "let one of them start from base")
+        yield problem(text, where, f"a circle: {' -> '.join(shown)}", "let one of them start from base")
 
 
 def fill_eval(recipe: Recipe) -> None:
@@ -176,8 +194,7 @@ def _data_problems(recipe: Recipe, text: Text) -> Iterator[UserError]:
                     yield problem(text, (*path, key), "belongs to one source", "write it into that source")
 
 
-def _reward_problems(recipe: Recipe, text: Text, name: str, stage: Stage) -> Iterator[UserError]:
-    rewards = reward_models(recipe)
+def _reward_problems(recipe: Recipe, text: Text, name: str, stage: Stage, rewards: list[str]) -> Iterator[UserError]:
     for index, source in enumerate(stage.rewards):
         path: Path_ = ("stages", name, "reward", index)
         given = [key for key in ("stage", "model", "function") if getattr(source, key) is not None]

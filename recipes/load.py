@@ -17,7 +17,7 @@ from .over_optimisation import settle_over_optimisation
 from .parents import settle_parents
 from .problems import dotted, places_of, problem, schema_problems, shown
 from .schema import Recipe
-from .text import Path_, Text, parse, parse_value
+from .text import Path_, Text, parse_file, parse_value
 
 SHIPPED = Path(__file__).parent
 # Their entries have names of the user's: an override cannot make one up by a slip of the pen.
@@ -69,10 +69,7 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
 
 
 def _read(file: Path) -> Text:
-    try:
-        text = parse(file.read_text(encoding="utf-8-sig"), str(file))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(str(file), f"cannot be read ({error})", "give a UTF-8 text file") from error
+    text = parse_file(file)
     if not isinstance(text.values, dict):
         raise UserError(str(file), f"is {shown(text.values)}, expected a mapping of keys", "see `preftune recipes`")
     return text
@@ -249,10 +246,7 @@ def _read_checks(text: Text, folder: Path) -> None:
             file = find(named, (folder,))
             if file is None or not file.is_file():
                 raise problem(text, ("eval", "judges", place, "checks"), f"no file {named!r}", "correct the path")
-            try:
-                judge["checks"] = parse(file.read_text(encoding="utf-8-sig"), str(file)).values
-            except (OSError, UnicodeDecodeError) as error:
-                raise UserError(str(file), f"cannot be read ({error})", "give a UTF-8 text file") from error
+            judge["checks"] = parse_file(file).values
 
 
 def _place_files(recipe: Recipe, folder: Path) -> None:

@@ -129,7 +129,8 @@ class Reward(Part):
 class Stage(Part):
     """What every stage has; `stage_model` adds what its kind's record says.
 
-    `train`: fields of the stage's TRL / Transformers config by their own names.
+    `train`: fields of the stage's TRL / Transformers config by their own names. `on_nonfinite`: what happens to a step
+    whose loss or gradient is NaN or infinite: `stop`, or `skip(N)` for at most N steps.
     """
 
     kind: str
@@ -137,6 +138,7 @@ class Stage(Part):
     data: str
     lora: LoraChange = Field(default_factory=LoraChange)
     seed: Seed | None = None
+    on_nonfinite: str | None = Field(default=None, pattern=r"^(stop|skip\([1-9]\d*\))$")
     train: dict[str, Any] = Field(default_factory=dict)
 
     @property
@@ -237,11 +239,26 @@ class Eval(Part):
     over_optimisation: OverOptimisation | None = None
 
 
+class Checkpoints(Part):
+    """When a stage writes a checkpoint that it continues from if it is cut off; null: not by that measure.
+
+    `share`: of its optimiser steps between two; `minutes`: at most so many between two.
+    """
+
+    share: float | None = Field(default=0.1, gt=0, le=1)
+    minutes: float | None = Field(default=5, gt=0)
+
+
 class Recipe(Part):
-    """A whole chain. Stages form a graph by `from` (and by `reward`); their order in the file means nothing."""
+    """A whole chain. Stages form a graph by `from` (and by `reward`); their order in the file means nothing.
+
+    `deterministic`: a GPU's kernels give the same bits every time, at a price in speed; a CPU's do anyway.
+    """
 
     name: str = Field(pattern=r"^[\w][\w.-]*$")
     seed: Seed = 0
+    deterministic: bool = False
+    checkpoints: Checkpoints = Field(default_factory=Checkpoints)
     model: Model
     lora: Lora = Field(default_factory=Lora)
     data: dict[str, Data]

@@ -7,6 +7,7 @@ names), `010` is ten. A key given twice is an error.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -24,6 +25,11 @@ _BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader with YAML 1.2's scalars."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Merged keys (`<<: *name`), each once: merges of merges can make billions of a few lines."""
+        super().flatten_mapping(node)
+        node.value = list({(key.tag, str(key.value)): (key, value) for key, value in node.value}.values())
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -45,6 +51,10 @@ _Loader.yaml_constructors = {
 }
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value.replace("_", "")))
 
+
+_TOO_DEEP, _FLATTER = "is nested too deeply, or in itself", "write what is meant without aliases"
+_MOST_CHARACTERS, _MOST_DEEP = 4_000_000, 40
+"""A recipe has thousands of characters, and goes ten levels deep."""
 
 _MOST_VALUES = 20_000
 """A recipe has hundreds; aliases of aliases can make billions of a few lines."""
@@ -89,6 +99,8 @@ def parse(text: str, name: str) -> Text:
         UserError: broken YAML, or a key given twice.
     """
     result = Text(name)
+    if len(text) > _MOST_CHARACTERS:
+        raise UserError(name, f"has more than {_MOST_CHARACTERS:,} characters", "write a shorter one")
     try:
         loader = _Loader(text)
     except yaml.YAMLError as error:  # characters that YAML does not allow
@@ -107,7 +119,7 @@ def parse(text: str, name: str) -> Text:
         where = name if mark is None else f"{name}:{mark.line + 1}"
         raise UserError(where, f"broken YAML ({error.problem})", "correct the indentation or quotes") from error
     except RecursionError as error:
-        raise UserError(name, "is nested too deeply, or in itself", "write what is meant without aliases") from error
+        raise UserError(name, _TOO_DEEP, _FLATTER) from error
     except yaml.YAMLError as error:
         raise UserError(name, f"broken YAML ({' '.join(str(error).split())})", "correct the file") from error
     except ValueError as error:
@@ -117,6 +129,16 @@ def parse(text: str, name: str) -> Text:
     return result
 
 
+def parse_file(file: Path) -> Text:
+    """Parse a YAML file; as `parse`, and an error where it cannot be read."""
+    try:
+        with file.open(encoding="utf-8-sig") as opened:
+            text = opened.read(_MOST_CHARACTERS + 1)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(str(file), f"cannot be read ({error})", "give a UTF-8 text file") from error
+    return parse(text, str(file))
+
+
 def parse_value(text: str, name: str) -> Any:
     """The value of a command line's `key=value`, read as YAML."""
     return parse(text, name).values
@@ -124,6 +146,8 @@ def parse_value(text: str, name: str) -> Any:
 
 def _nodes(node: yaml.Node, path: Path_, loader: _Loader, name: str) -> Iterator[tuple[Path_, yaml.Node]]:
     yield path, node
+    if len(path) > _MOST_DEEP:
+        raise UserError(f"{name}:{node.start_mark.line + 1}", _TOO_DEEP, _FLATTER)
     if isinstance(node, yaml.SequenceNode):
         for index, each in enumerate(node.value):
             yield from _nodes(each, (*path, index), loader, name)

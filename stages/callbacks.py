@@ -67,7 +67,7 @@ class LogFile(TrainerCallback):
                 file.write(json.dumps(plain({"step": state.global_step, **logs}), ensure_ascii=False) + "\n")
 
 
-class Progress(TrainerCallback):
+class ProgressBar(TrainerCallback):
     """A bar on a terminal; elsewhere a plain line now and then: `sft: 12/75 loss 1.23`."""
 
     def __init__(self, name: str) -> None:
@@ -79,7 +79,12 @@ class Progress(TrainerCallback):
     ) -> None:
         if state.is_world_process_zero:
             self.meter = Meter(
-                self.name, state.max_steps, quiet=0, lines=_SECONDS_BETWEEN_LINES, bars=not args.disable_tqdm
+                self.name,
+                state.max_steps,
+                quiet=0,
+                lines=_SECONDS_BETWEEN_LINES,
+                bars=not args.disable_tqdm,
+                stoppable=False,
             )
 
     def on_log(
@@ -107,18 +112,25 @@ class Progress(TrainerCallback):
 
 
 class Clock(TrainerCallback):
-    """Seconds of the training loop, and the epoch that it began at (not 0 in a resumed run)."""
+    """Seconds of the training loop, those before a checkpoint that the run continues from included."""
 
     seconds: float = 0.0
-    first_epoch: float = 0.0
-    _began: float = 0.0
+    _began: float | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
         reset_peak_memory()
-        self.first_epoch = state.epoch or 0.0
         self._began = time.perf_counter()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        self.seconds = time.perf_counter() - self._began
+        self.seconds, self._began = self.spent(), None
+
+    def spent(self) -> float:
+        """Seconds so far."""
+        return self.seconds + (0.0 if self._began is None else time.perf_counter() - self._began)
+
+
+def clock_of(trainer: Trainer) -> Clock:
+    """The clock among the trainer's callbacks."""
+    return next(each for each in trainer.callback_handler.callbacks if isinstance(each, Clock))

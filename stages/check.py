@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint
-from transformers import AutoConfig, TrainingArguments, get_scheduler
+from transformers import TrainingArguments, get_scheduler
 
 from ..errors import UserError, gathering, nearest
 from ..models import seams
+from ..models.auto import open_config
 from ..models.cost import adapter_parameters
 from ..values import is_finite
 from .job import StageJob
@@ -179,7 +180,7 @@ def _package_problems(job: StageJob, args: TrainingArguments) -> Iterator[UserEr
 def _expert_problems(job: StageJob, args: TrainingArguments) -> Iterator[UserError]:
     """A router's loss where there is no router."""
     if getattr(args, "router_aux_loss_coef", None) and (job.base.path / "config.json").is_file():
-        config = AutoConfig.from_pretrained(job.base.path).get_text_config()
+        config = open_config(job.base.path).get_text_config()
         if not hasattr(config, "output_router_logits"):
             here = f"stages.{job.name}.train.router_aux_loss_coef"
             yield UserError(here, f"{job.base.spec} is no mixture of experts", "leave it out")
@@ -189,7 +190,7 @@ def _adapter_problems(job: StageJob) -> Iterator[UserError]:
     """Target modules that no layer has, by PEFT itself on a model without memory."""
     if not (job.base.path / "config.json").is_file():
         return
-    config = AutoConfig.from_pretrained(job.base.path)
+    config = open_config(job.base.path)
     if job.lora.r > (width := config.get_text_config().hidden_size):
         said = f"is {job.lora.r}, more than the base's width, {width}"
         yield UserError("lora.r", said, f"use at most {width}, with which an adapter can say anything")

@@ -18,6 +18,19 @@ from .ppo.rewards import RewardSource
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+@dataclass(frozen=True)
+class CheckpointPlan:
+    """When a stage writes a checkpoint that it could continue from; the newest alone is kept.
+
+    Attributes:
+        share: of the stage's optimiser steps between two; None: steps do not matter.
+        minutes: at most so many pass between two; None: time does not matter.
+    """
+
+    share: float | None = 0.1
+    minutes: float | None = 5.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class StageJob:
     """Everything one stage needs, resolved: no recipe is read below this line.
@@ -33,6 +46,9 @@ class StageJob:
         template_date: the day that templates write which write today's.
         packed: forwards run without padding and repeated prefixes.
         data_name: the data entry's name in the recipe, for messages and lineage.
+        checkpoints: when it writes one to continue from.
+        nonfinite_skips: so many steps whose loss or gradient is not finite are left out; one more ends the stage.
+        deterministic: a GPU's kernels give the same bits every time.
     """
 
     name: str
@@ -53,6 +69,9 @@ class StageJob:
     template_date: date | None = None
     packed: bool = True
     data_name: str = "data"
+    checkpoints: CheckpointPlan = field(default_factory=CheckpointPlan)
+    nonfinite_skips: int = 0
+    deterministic: bool = False
 
     @property
     def record(self) -> StageKind:
@@ -67,6 +86,11 @@ class StageJob:
     def says(self, key: str) -> Any:
         """What the recipe says for a field or parameter, beside `train` or in it; None where it says nothing."""
         return self.method.get(key, self.train.get(key))
+
+    def continuing(self) -> CheckpointPlan | None:
+        """When checkpoints to continue from are written; None where the recipe wants none, or the model alone."""
+        unwanted = str(self.train.get("save_strategy")) == "no" or self.train.get("save_only_model")
+        return None if unwanted else self.checkpoints
 
     def torch_dtype(self) -> torch.dtype:
         """The dtype of the base. Raises UserError for one that nothing trains in."""

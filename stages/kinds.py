@@ -21,6 +21,7 @@ from annotated_types import Ge, Gt, Interval
 
 from ..data.spec import RowKind
 from ..errors import UserError, nearest, user_code
+from ..own_code import FILE_MODULE, import_named, look_in
 from .ppo.settings import PPOSettings
 
 
@@ -397,10 +398,12 @@ def source_file(word: str) -> Path | None:
 def _module(home: str) -> ModuleType:
     """The module of that name, or from that file; run once in a process."""
     if not home.endswith(".py"):
-        return importlib.import_module(home)
+        return import_named(home)
     file = Path(home).expanduser().resolve()
     # under a name of its own, so that a method called `random.py` hides nothing
-    name = f"preftune_kind_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
+    name = f"{FILE_MODULE}{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
+    # it may import what lies beside it
+    look_in([file.parent])
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise ImportError("not a Python file")

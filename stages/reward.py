@@ -90,7 +90,7 @@ def run_reward(job: StageJob) -> dict[str, Any]:
     trainer, data = stage.trainer, stage.data
     rows = trainer.train_dataset
     assert isinstance(rows, Dataset)
-    trainer.came_from(job.name, data.train, data.origins)
+    trainer.came_from(job, data.train, data.origins)
     metrics = train(trainer, len(rows))
     model: Any = trainer.model
     pad, batch_size = stage.tokenizer.pad_token_id, trainer.args.per_device_eval_batch_size

@@ -10,7 +10,6 @@ completion without any score gets 0.
 """
 
 import asyncio
-import importlib
 import inspect
 import math
 import numbers
@@ -20,6 +19,7 @@ from typing import Any
 
 from ..data.rows import Message
 from ..errors import UserError, user_code
+from ..own_code import import_named
 
 _LARGEST = 3.4e38
 """Scores are fp32."""
@@ -42,7 +42,7 @@ def import_function(spec: str, where: str | None = None) -> RewardFunction:
     place = where or f"reward {spec}"
     module, _, name = spec.partition(":")
     with user_code(place, f"{spec} cannot be imported", "write module:function, importable from here"):
-        function = getattr(importlib.import_module(module), name)
+        function = getattr(import_named(module), name)
     if not callable(function):
         raise UserError(place, f"{spec} is a {type(function).__name__}, expected a function", "name a function")
     return function  # pyright: ignore[reportReturnType]: what it returns is checked at each call

@@ -3,9 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer
-
 from ..errors import UserError
+from ..models.auto import check_model, open_config, open_tokenizer
 from ..models.quiet import quiet_transformers
 
 _CLASSIFIER = "ForSequenceClassification"
@@ -23,10 +22,14 @@ def check_reward_model(target: str, where: str) -> None:
     local = named.is_absolute() or target.startswith((".", "~")) or target.count("/") > 1
     if local and not named.is_dir():
         raise UserError(where, f"no folder {target!r}", "correct the path")
+    if named.is_dir():
+        check_model(named, where)
     try:
         with quiet_transformers():
-            config: Any = AutoConfig.from_pretrained(target, trust_remote_code=False)
-            tokenizer: Any = AutoTokenizer.from_pretrained(target, trust_remote_code=False)
+            config: Any = open_config(named, where)
+            tokenizer: Any = open_tokenizer(named, where)
+    except UserError:
+        raise
     except Exception as error:  # the libraries refuse in every way there is
         said = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
         raise UserError(where, f"{target!r} cannot be loaded ({said})", remedy) from error

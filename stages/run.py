@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,8 +11,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+import torch
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 
+from .. import stopping
 from ..data.load import load_rows
 from ..data.spec import DataSpec
 from ..data.split import split_rows
@@ -32,6 +35,7 @@ from ..models.lineage import (
 from ..models.loading import load_model
 from ..models.tokens import check_vocabulary, load_tokenizer, prepare_model, vocabulary_size
 from ..values import plain
+from .checkpoints import SAVING, checkpoints, is_asked
 from .job import StageJob
 from .kinds import KINDS
 from .options import keeps_checkpoints
@@ -60,10 +64,27 @@ def run_stage(job: StageJob) -> dict[str, Any]:
     run = job.record.runner()
     job.output_dir.mkdir(parents=True, exist_ok=True)
     set_seed(job.seed)
+    if job.deterministic:
+        deterministic_kernels(job.name)
     if job.kind in KINDS:
         return run(job)
     with user_code(f"stages.{job.name}", f"{job.kind} raised", "correct the method"):
         return run(job)
+
+
+def deterministic_kernels(name: str) -> None:
+    """From here on this process' GPU computes the same bits every time; a CPU does so anyway.
+
+    The price is speed, above all in attention's backward and wherever gradients are scattered; and an operation that
+    has no such kernel raises.
+    """
+    if not torch.cuda.is_available():
+        return
+    # read when the first handle is made (NVIDIA's cuBLAS documentation, "Results reproducibility")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    logger.warning("%s: deterministic: slower kernels, the same bits every time", name)
 
 
 @dataclass(frozen=True)
@@ -79,7 +100,7 @@ class PolicyStage(Generic[TrainerT]):
 def train_policy(job: StageJob, stage: PolicyStage[TrainerT]) -> dict[str, Any]:
     """Train, save the adapter and everything beside it; returns the metrics as written."""
     if isinstance(stage.trainer, StageTrainer):
-        stage.trainer.came_from(job.name, stage.data.train, stage.data.origins)
+        stage.trainer.came_from(job, stage.data.train, stage.data.origins)
     metrics = train(stage.trainer, len(stage.data.train))
     if stage.trainer.is_world_process_zero():
         stage.adapters.save("default", job.output_dir)
@@ -109,6 +130,11 @@ def load_data(job: StageJob, encode: Encode, tokenizer: PreTrainedTokenizerBase)
     Raises:
         UserError: no row is left to train on.
     """
+    with stopping.interruptible():
+        return _load_data(job, encode, tokenizer)
+
+
+def _load_data(job: StageJob, encode: Encode, tokenizer: PreTrainedTokenizerBase) -> StageData:
     loaded = load_rows(job.data, job.record.rows, job.folders)
     train_rows, held_rows = (
         split_rows(loaded.rows, job.data.held_out, job.data.seed) if job.data.held_out > 0 else (loaded.rows, [])
@@ -160,13 +186,14 @@ def open_tokenizer(job: StageJob) -> PreTrainedTokenizerBase:
 
 def open_adapters(job: StageJob, tokenizer: PreTrainedTokenizerBase) -> AdapterSet:
     """The causal base with a trainable `default` adapter: a copy of the parent, or a fresh one on the base."""
-    model = load_model(
-        job.base,
-        dtype=job.torch_dtype(),
-        quantization=job.quantization,
-        device="cuda" if job.quantization else None,
-        packed=job.packed,
-    )
+    with stopping.interruptible():
+        model = load_model(
+            job.base,
+            dtype=job.torch_dtype(),
+            quantization=job.quantization,
+            device="cuda" if job.quantization else None,
+            packed=job.packed,
+        )
     prepare_model(model, tokenizer)
     return AdapterSet.create(model, job.base, job.lora, job.parent, seed=job.seed)
 
@@ -224,6 +251,10 @@ def finish(
 def _clear_checkpoints(job: StageJob) -> None:
     """Remove the checkpoints, unless the recipe asks for them; what trackers wrote beside them stays, in `logs`."""
     folder = job.output_dir / CHECKPOINTS
+    shutil.rmtree(folder / SAVING, ignore_errors=True)
+    for _, each in checkpoints(folder):
+        if not is_asked(each):
+            shutil.rmtree(each)
     for each in sorted(folder.iterdir()) if folder.is_dir() else ():
         if each.name == "README.md":
             each.unlink()  # a card of TRL's that every saving writes

@@ -2,6 +2,8 @@
 
 import logging
 import math
+import os
+import shutil
 import time
 import warnings
 from collections.abc import Generator, Sequence
@@ -11,7 +13,6 @@ from typing import Any
 
 import torch
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import UserError
 from ..files import LOG, LOGS
@@ -20,8 +21,23 @@ from ..models.causal import head_of
 from ..models.dropout import dropout_rate, no_dropout
 from ..models.lm_head import use_compact_head
 from ..models.memory import peak_memory_bytes
-from .callbacks import Clock, LogFile, Progress, keep_event_files
-from .finite import not_finite, rows_of
+from ..models.pickles import check_pickles
+from ..progress import say
+from .callbacks import Clock, LogFile, ProgressBar, clock_of, keep_event_files
+from .checkpoints import (
+    SAVING,
+    Continuing,
+    Progress,
+    Resumable,
+    agreed,
+    checkpoints,
+    continuing,
+    log_bytes,
+    newest,
+    read_progress,
+    restore_stopping,
+)
+from .finite import Skips, not_finite, rows_of
 from .job import StageJob
 from .kinds import EARLY_STOPPING
 
@@ -31,7 +47,7 @@ NO_AUX: dict[str, Any] = {"router_aux_loss_coef": 0.0}
 any other model. Who sets the coefficient finds the load-balancing loss in the log as `aux_loss`."""
 
 
-class StageTrainer(Trainer):
+class StageTrainer(Resumable):
     """Mixed in before a TRL trainer: its data are encoded already, its LM head is ours where Triton does not run.
 
     Evaluation inside the loop is timed, so that it does not count as training.
@@ -40,13 +56,16 @@ class StageTrainer(Trainer):
     compact_head = True
     mean_logits = False
     evaluate_seconds = 0.0
+    _measured: tuple[float | None, float | None] = (None, None)
     _source: tuple[str, Any, Sequence[str]] = ("training", None, ())
-    overridden: tuple[seams.Seam, ...] = (seams.PREPARE_DATASET, seams.GRAD_NORM)
+    overridden: tuple[seams.Seam, ...] = (seams.PREPARE_DATASET, seams.GRAD_NORM, seams.EPOCHS)
     """TRL's methods that stand differently here, and that TRL must go on calling."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         for each in self.overridden:
             seams.require(each, type(self))
+        self.skips = Skips()
+        self._bad: tuple[str, float] | None = None
         with _without_rename_warnings():
             super().__init__(*args, **kwargs)
         self._use_compact_head()
@@ -83,28 +102,120 @@ class StageTrainer(Trainer):
         if odd or not (more or self.args.device.type in ("cuda", "xpu")):
             use_compact_head(causal, mean_logits=self.mean_logits)
 
-    def came_from(self, name: str, dataset: Any, origins: Sequence[str]) -> None:
-        """Say where the rows come from: the data's name, its encoded rows and their origins, for messages."""
-        self._source = (f"stages.{name}", dataset, origins)
+    def came_from(self, job: StageJob, dataset: Any, origins: Sequence[str]) -> None:
+        """Say where the rows come from (their encoded form and their origins, for messages), and how many steps on
+        them may be left out."""
+        self._source, self.skips.allowed = (f"stages.{job.name}", dataset, origins), job.nonfinite_skips
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         self._batch = inputs
         loss = super().training_step(model, inputs, *args, **kwargs)
-        self._check_finite("the loss", loss)
+        if not math.isfinite(value := float(loss)):
+            if not self.skips.allowed:
+                raise self._not_finite("the loss", value)
+            self._bad = ("the loss", value)
+            return torch.zeros_like(loss)
         return loss
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         norm = super()._get_grad_norm(*args, **kwargs)
         # with a gradient scaler (fp16) an overflow is part of the method: that step is left out
-        if norm is not None and self.accelerator.scaler is None:
-            self._check_finite("the gradient's norm", norm)
-        return norm
+        if norm is not None and self.accelerator.scaler is None and not math.isfinite(float(norm)):
+            self._bad = self._bad or ("the gradient's norm", float(norm))
+        bad, self._bad = self._bad, None
+        if bad is None and not (self.skips.allowed and self.args.world_size > 1):
+            return norm
+        if not agreed(self.args, int(bad is not None))[0]:
+            return norm
+        if not self.skips.take():
+            raise self._not_finite(*(bad or ("the loss of another process", math.nan)))
+        # an optimiser passes by what has no gradient
+        optimizer: Any = self.optimizer
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+        return None
 
-    def _check_finite(self, what: str, value: Any) -> None:
-        if not math.isfinite(float(value)):
-            where, dataset, origins = self._source
-            rows = rows_of(self._batch, dataset, origins)
-            raise not_finite(where, self.state.global_step + 1, what, float(value), rows)
+    def _not_finite(self, what: str, value: float) -> UserError:
+        where, dataset, origins = self._source
+        rows = rows_of(self._batch, dataset, origins)
+        kept = checkpoints(Path(str(self.args.output_dir)))
+        good = str(kept[-1][1]) if kept else None
+        return not_finite(where, self.state.global_step + 1, what, value, rows, skips=self.skips, good=good)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        super().log({**logs, **self.skips.said()}, *args, **kwargs)
+
+    # How a run continues exactly: what the Trainer's own checkpoints leave out.
+
+    def progress(self) -> Progress:
+        seams.require(seams.TRAINED_TOKENS, self)
+        trl: Any = self
+        norm, rate = self._measured
+        return Progress(
+            loss=float(self._tr_loss),
+            logged_step=self._globalstep_last_logged,
+            total_loss=float(self._total_loss_scalar),
+            metrics={name: list(values) for name, values in trl._metrics["train"].items()},
+            tokens=trl._total_train_tokens,
+            seconds=clock_of(self).spent(),
+            evaluate_seconds=self.evaluate_seconds,
+            log_bytes=log_bytes(Path(str(self.args.output_dir)).parent),
+            epoch_ends=self._step_ended(),
+            skipped=self.skips.done,
+            more={"logged": self.skips.logged}
+            | ({"grad_norm": norm, "learning_rate": rate} if norm is not None and rate is not None else {}),
+        )
+
+    def _step_ended(self) -> bool:
+        """Whether an epoch's last step has been made, and what follows it is still to come."""
+        own = continuing(self)
+        over = self.state.global_step >= self.state.max_steps or float(self.state.epoch or 0.0).is_integer()
+        return own is not None and own.step_ended and over
+
+    def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        rate = kwargs.get("learning_rate")
+        self._measured = (None if grad_norm is None else float(grad_norm), None if rate is None else float(rate))
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **epoch: Any) -> None:
+        if self.resumed is not None:
+            ended = self.resumed.epoch_ends
+            self._take_up(self.resumed, epoch)
+            if self.control.should_training_stop:
+                return
+            # the random numbers went on while the epoch ended; they are not to be set back
+            epoch |= {"resume_from_checkpoint": None} if ended else {}
+        super()._run_epoch(*args, **epoch)
+
+    def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
+        before = clock_of(self).seconds
+        if self.resumed is not None:  # no epoch was left
+            epoch = {"model": self.model_wrapped, "trial": trial, "epoch": 0, "ignore_keys_for_eval": None}
+            self._take_up(self.resumed, {**epoch, "start_time": start_time})
+        return super()._finalize_training(trial, num_train_samples, start_time - before)
+
+    def _take_up(self, done: Progress, epoch: dict[str, Any]) -> None:
+        """Go on where the checkpoint was written, which may be before an epoch's evaluation."""
+        trl: Any = self
+        self.resumed = None
+        self._tr_loss = torch.tensor(done.loss, device=self.args.device)
+        self._total_loss_scalar, self._globalstep_last_logged = done.total_loss, done.logged_step
+        self._initial_global_step = self._initial_num_input_tokens_seen = 0
+        for name, values in done.metrics.items():
+            trl._metrics["train"][name] = values
+        trl._total_train_tokens = done.tokens
+        self.evaluate_seconds = done.evaluate_seconds
+        self.skips.done, self.skips.logged = done.skipped, int(done.more["logged"])
+        stopped = restore_stopping(self, Path(str(self.continued)))
+        if done.epoch_ends:
+            self._load_rng_state(self.continued)
+            self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
+            norm, rate = done.more.get("grad_norm"), done.more.get("learning_rate")
+            rest = (epoch["model"], epoch["trial"], epoch["epoch"], epoch["ignore_keys_for_eval"], epoch["start_time"])
+            self._maybe_log_save_evaluate(self._tr_loss, norm, *rest, learning_rate=rate)
+        if stopped or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         began = time.perf_counter()
@@ -115,8 +226,10 @@ class StageTrainer(Trainer):
 
 
 def stage_callbacks(job: StageJob) -> list[TrainerCallback]:
-    """The callbacks of every trainer of ours: log.jsonl, progress, the clock (and early stopping if asked for)."""
-    callbacks: list[TrainerCallback] = [LogFile(job.output_dir / LOG), Progress(job.name), Clock()]
+    """The callbacks of every trainer of ours: log.jsonl, progress, the clock, checkpoints to continue from, and early
+    stopping if asked for."""
+    callbacks: list[TrainerCallback] = [LogFile(job.output_dir / LOG), ProgressBar(job.name), Clock()]
+    callbacks.append(Continuing(job.name, job.continuing()))
     if (patience := job.method.get(EARLY_STOPPING)) is not None:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=int(patience)))
     return callbacks
@@ -136,12 +249,12 @@ def train(trainer: Trainer, rows: int) -> dict[str, float | None]:
     keep_event_files(trainer, Path(str(trainer.args.output_dir)).parent / LOGS)
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)
-    clock = next(each for each in trainer.callback_handler.callbacks if isinstance(each, Clock))
+    checkpoint = take_up(trainer)
     with _without_rename_warnings():
-        output = trainer.train(resume_from_checkpoint=latest_checkpoint(Path(str(trainer.args.output_dir))))
+        output = trainer.train(resume_from_checkpoint=checkpoint)
     seams.require(seams.TRAINED_TOKENS, trainer)
     tokens: Any = trainer
-    seconds = max(clock.seconds - getattr(trainer, "evaluate_seconds", 0.0), 1e-9)
+    seconds = max(clock_of(trainer).seconds - getattr(trainer, "evaluate_seconds", 0.0), 1e-9)
     peak = peak_memory_bytes()
     if trainer.eval_dataset is not None and not _evaluated_last(trainer):
         trainer.evaluate()
@@ -152,7 +265,7 @@ def train(trainer: Trainer, rows: int) -> dict[str, float | None]:
     speeds = ("_runtime", "_per_second", "epoch", "step")
     return {
         "train_seconds": seconds,
-        "examples_per_second": (epochs - clock.first_epoch) * rows / seconds,
+        "examples_per_second": epochs * rows / seconds,
         "tokens_per_second": tokens._total_train_tokens / seconds,
         "peak_memory_bytes": peak,
         "steps": trainer.state.global_step,
@@ -163,9 +276,35 @@ def train(trainer: Trainer, rows: int) -> dict[str, float | None]:
     }
 
 
-def latest_checkpoint(folder: Path) -> str | None:
-    """The checkpoint that an interrupted run of the same stage left in its folder, or None."""
-    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+def take_up(trainer: Trainer) -> str | None:
+    """Get ready to continue from the newest checkpoint that an interrupted run of the same stage left, which is said.
+
+    Args:
+        trainer: a `Resumable` one with `stage_callbacks`; any other starts anew.
+
+    Returns:
+        The checkpoint; None where there is none.
+    """
+    args = trainer.args
+    own = continuing(trainer)
+    if own is None or not isinstance(trainer, Resumable):
+        return None
+    folder = Path(str(args.output_dir))
+    shutil.rmtree(folder / SAVING, ignore_errors=True)  # cut off while it was written
+    checkpoint = newest(folder, own.name, args.world_size)
+    if checkpoint is None:
+        return None
+    check_pickles(checkpoint)
+    done = trainer.resumed = read_progress(checkpoint, args.process_index)
+    clock_of(trainer).seconds = done.seconds
+    log = folder.parent / LOG
+    if args.process_index == 0 and log.is_file() and log.stat().st_size > done.log_bytes:
+        os.truncate(log, done.log_bytes)
+    if args.process_index == 0:
+        say(f"{own.name}: continues after step {checkpoint.name.rpartition('-')[2]}")
+    args.eval_on_start = False
+    trainer.continued = str(checkpoint)
+    return str(checkpoint)
 
 
 def check_identity(trainer: Any, beta: float) -> None:

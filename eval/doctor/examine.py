@@ -18,7 +18,7 @@ from ...stages.job import StageJob
 from ..spec import BASE, EvalSpec
 from ..workbench import Workbench
 from .finding import Finding
-from .identity_checks import check_data, check_use
+from .identity_checks import check_data, check_files, check_use
 from .measure_files import file_findings
 from .measure_policies import policy_findings
 from .measure_reward_models import Demos, read_demos, reward_role, score_findings, sft_findings
@@ -94,7 +94,7 @@ class _Run:
         self.checkup = checkup
         self.left_out: list[str] = []
         self.records = {job.name: read_record(job, checkup.run_dir) for job in checkup.jobs}
-        if not any(record.lineage is not None or record.log for record in self.records.values()):
+        if not any(record.lineage or record.log or record.damage for record in self.records.values()):
             raise UserError(
                 str(checkup.run_dir),
                 "holds no stage, finished or begun",
@@ -109,7 +109,9 @@ class _Run:
         tokenizer = load_tokenizer(evaluation.base, evaluation.chat_template, evaluation.template_date)
         ill: set[str] = set()
         for name, record in self.records.items():
-            if record.lineage is None:
+            if record.damage is not None:
+                yield check_files(name, record.damage)
+            elif record.lineage is None:
                 self.left_out.append(
                     f"{name}: not finished, {'only its log is looked at' if record.log else 'its checks are left out'}"
                 )
@@ -122,6 +124,7 @@ class _Run:
                 yield check_use(name)
         # 2. what needs one
         sound = [record for name, record in self.records.items() if record.lineage is not None and name not in ill]
+        ill |= {name for name, record in self.records.items() if record.damage is not None}
         self.left_out += [f"{name}: not measured, for what is broken in it" for name in self.records if name in ill]
         if sound:
             yield from self._measured(sound)

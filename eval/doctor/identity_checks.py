@@ -1,5 +1,6 @@
 """Do the stages belong together: one base, one tokenizer, one template, the parents that lie there?"""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,6 +37,23 @@ def check_tokenizer(stage: str, ours: Mapping[str, Any], others: Mapping[str, Ma
             )
         )
     return found
+
+
+def check_files(stage: str, damage: str) -> Finding:
+    """A stage whose files are not as they were written.
+
+    Args:
+        damage: what is not, in words.
+    """
+    return judge(
+        stage,
+        "files",
+        math.nan,
+        unit=damage,
+        threshold="broken: any that is not as it was written",
+        broken=True,
+        remedy=f"run the recipe again: {stage} is trained anew, and what comes from it stays as it is",
+    )
 
 
 def check_use(stage: str) -> Finding:

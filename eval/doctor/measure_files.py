@@ -1,18 +1,19 @@
 """The checks that need no model: identities, logs, saved weights."""
 
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
-from transformers import AutoTokenizer
-
 from ...data.template import Templater
+from ...errors import UserError
 from ...files import LINEAGE
+from ...models.auto import open_tokenizer
 from ...models.base import Base
 from ...models.lineage import adapter_sha256, read_lineage, tokenizer_info
-from ...models.lora import WEIGHTS
+from ...models.lora import WEIGHTS, read_tensors
 from ...models.quiet import quiet_transformers
+from ...models.sound import first_line
 from ...stages.ppo.update import sampler_tolerance
 from ..spec import BASE
 from .finding import Finding
@@ -119,13 +120,18 @@ def _tokenizers(record: Record, tokenizer: Any, left_out: list[str]) -> Iterator
     others = {"the base with the recipe's template": tokenizer_info(tokenizer)}
     for folder in _parent_folders(record):
         if (folder / LINEAGE).is_file():
-            others[folder.name] = read_lineage(folder).tokenizer
+            with suppress(UserError):  # the parent's own finding
+                others[folder.name] = read_lineage(folder).tokenizer
     if not (record.folder / "tokenizer_config.json").is_file():
         yield from check_tokenizer(record.name, record.lineage.tokenizer, others)
         left_out.append(f"{record.name}, bos: no tokenizer lies beside its adapter")
         return
-    with quiet_transformers():
-        saved = AutoTokenizer.from_pretrained(record.folder, trust_remote_code=False)
+    try:
+        with quiet_transformers():
+            saved = open_tokenizer(record.folder, str(record.folder))
+    except Exception as error:  # of an earlier version, whose files carry no hash
+        left_out.append(f"{record.name}, tokenizer: what lies beside its adapter cannot be read ({first_line(error)})")
+        return
     others["the tokenizer beside its adapter"] = _saved_info(saved, tokenizer)
     yield from check_tokenizer(record.name, record.lineage.tokenizer, others)
     yield check_bos(record.name, _leading_bos(saved), token=saved.bos_token, base_token=tokenizer.bos_token)
@@ -163,13 +169,19 @@ def _parents(record: Record, elsewhere: Collection[str], left_out: list[str]) ->
             left_out.append(f"{name}, parent {folder.name}: gone, or not what it was made from")
             same = False
             continue
-        found = check_parent(name, folder.name, recorded[folder.name], adapter_sha256(folder))
+        try:
+            there = adapter_sha256(folder)
+        except UserError:
+            left_out.append(f"{name}, parent {folder.name}: damaged")
+            same = False
+            continue
+        found = check_parent(name, folder.name, recorded[folder.name], there)
         same &= found.level == "OK" or folder != job.parent
         yield found
     if job.parent is None:
         yield check_trained(name, lora_change(record.tensors(), None)[0], start=BASE)
     elif same:
-        change, kept = lora_change(record.tensors(), load_file(job.parent / WEIGHTS))
+        change, kept = lora_change(record.tensors(), read_tensors(job.parent / WEIGHTS))
         yield check_trained(name, change, start=job.parent.name)
         if kept is not None:
             yield check_parent_kept(name, kept, parent=job.parent.name)

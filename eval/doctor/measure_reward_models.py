@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from ...data.encode import IGNORED, encode_demos, encode_pairs
 from ...data.rows import Row
 from ...data.split import split_rows
+from ...models.adapters import module_name
 from ...progress import meter
 from ...stages.reward import REFERENCE_RESPONSES
 from ..reward_scores import reward_scores
@@ -151,8 +152,8 @@ def sft_findings(
 
 
 def reward_role(name: str) -> str:
-    """The adapter's name in the workbench; PEFT makes a module of it, which may hold no dot."""
-    return f"reward_{name.replace('.', '_')}"
+    """The adapter's name in the workbench."""
+    return f"reward_{module_name(name)}"
 
 
 def _score(

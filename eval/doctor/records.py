@@ -1,6 +1,5 @@
 """What a stage left in the run folder."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ...data.encode import TRUNCATED
 from ...data.spec import DataSpec, SourceSpec
+from ...errors import UserError
 from ...files import LINEAGE, LOG, METRICS, partial_folder, read_json_lines
+from ...intact import damage, read_json_object
+from ...models.fingerprints import content
 from ...models.heads import ScalarHead
 from ...models.lineage import Lineage, read_lineage
-from ...models.lora import CONFIG, SCORE, WEIGHTS
+from ...models.lora import CONFIG, SCORE, WEIGHTS, read_tensors
 from ...stages.job import StageJob
 from ...values import is_finite
 
@@ -30,12 +31,14 @@ class Record:
         lineage: None where the stage is not finished; then only its log can be looked at.
         metrics: metrics.json.
         log: the rows of log.jsonl, of the finished stage or of one that was interrupted.
+        damage: what of its files is not as it was written, in words; its lineage is None then.
     """
 
     job: StageJob
     lineage: Lineage | None
     metrics: dict[str, Any]
     log: list[dict[str, Any]]
+    damage: str | None = None
 
     @property
     def name(self) -> str:
@@ -80,26 +83,24 @@ class Record:
 
     def tensors(self) -> dict[str, Tensor]:
         """The saved adapter's, on the CPU."""
-        return load_file(self.folder / WEIGHTS)
+        return read_tensors(self.folder / WEIGHTS)
 
 
 def read_record(job: StageJob, run_dir: Path) -> Record:
-    """The record of a stage, finished or not.
-
-    Raises:
-        UserError: its lineage.json cannot be read.
-    """
+    """The record of a stage, finished or not, sound or damaged."""
     folder = job.output_dir
     finished = all((folder / name).is_file() for name in (LINEAGE, CONFIG, WEIGHTS))
     # a stage at work, or one that was interrupted, lies beside its place
     lies = folder if finished else partial_folder(run_dir, job.name)
-    metrics = lies / METRICS
-    return Record(
-        job,
-        read_lineage(folder) if finished else None,
-        json.loads(metrics.read_text(encoding="utf-8")) if metrics.is_file() else {},
-        read_json_lines(lies / LOG),
-    )
+    broken, lineage, metrics = damage(folder), None, dict[str, Any]()
+    try:
+        metrics = read_json_object(lies / METRICS)
+        if finished and broken is None:
+            content(folder)
+            lineage = read_lineage(folder)
+    except UserError as error:
+        broken = broken or f"{Path(error.where).name} {error.problem}"
+    return Record(job, lineage if broken is None else None, metrics, read_json_lines(lies / LOG), broken)
 
 
 def series(log: Sequence[dict[str, Any]], *keys: str) -> list[list[float]]:

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ...errors import UserError
 from ...files import ADAPTER_CONFIG
-from ...models.adapters import AdapterSet
+from ...models.adapters import AdapterSet, module_name
 from ...models.fingerprints import content
 from ..reward_scores import reward_scores
 from ..samples import Sample
@@ -57,7 +57,7 @@ def plan(entry: dict[str, Any], where: str, run_dir: Path | None) -> JudgePlan:
 
     def open_judge(adapters: AdapterSet, tokenizer: PreTrainedTokenizerBase) -> Judge:
         check_adapter(folder, adapters.base, tokenizer)
-        role = f"judge_{name.replace('.', '_')}"
+        role = f"judge_{module_name(name)}"
         adapters.load(role, folder)
         if role not in adapters.heads:
             raise UserError(where, f"{folder} has no score head", "name a stage of kind reward")

@@ -22,13 +22,15 @@ from typing import Any
 import regex
 
 from ...errors import UserError, nearest
+from ...patience import bounded
 
 Predicate = Callable[[str], bool]
 _PATIENCE = 5.0
 """Seconds for one pattern on one reply: a good one needs a thousandth of one."""
 _ALMOST = 400
 """So many times a character that the pattern speaks of: as long as a reply of a hundred tokens."""
-_SENTENCE_END = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s|$)|\n+")
+# without a way back, and begun where such marks begin: the time is linear in the text, whatever it is
+_SENTENCE_END = re.compile(r"(?<![.!?…])[.!?…]++[\"'”’)\]]*+(?=\s|$)|\n++")
 
 
 @dataclass(frozen=True)
@@ -157,10 +159,10 @@ def _none(found: Any) -> bool:
 
 def _regex(fields: Mapping[str, Any], where: str) -> Predicate:
     try:
-        # re says what a pattern means; regex, which reads the same patterns, can give up on one
-        re.compile(fields["pattern"])
-        pattern = regex.compile(fields["pattern"])
-    except (re.error, regex.error, TypeError) as error:
+        pattern = bounded(
+            lambda: _compiled(fields["pattern"]), _PATIENCE, f"{where}.pattern", "the pattern", "write a shorter one"
+        )
+    except (re.error, regex.error, TypeError, OverflowError, RecursionError) as error:
         raise UserError(
             f"{where}.pattern", f"{fields['pattern']!r} is no regular expression ({error})", "correct the pattern"
         ) from None
@@ -173,6 +175,12 @@ def _regex(fields: Mapping[str, Any], where: str) -> Predicate:
             raise UserError(f"{where}.pattern", said, "write it without one quantifier inside another") from None
 
     return passes
+
+
+def _compiled(pattern: Any) -> Any:
+    """re says what a pattern means; regex, which reads the same patterns, can give up on one."""
+    re.compile(pattern)
+    return regex.compile(pattern)
 
 
 def _ends_with(fields: Mapping[str, Any], where: str) -> Predicate:

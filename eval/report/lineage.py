@@ -80,15 +80,17 @@ _Parents = Mapping[str, tuple[tuple[str, bool], ...]]
 def _layers(parents: _Parents) -> dict[str, int]:
     """Each below the lowest of its parents; an edge that would close a circle is not followed."""
     layers: dict[str, int] = {}
-
-    def layer(name: str, below: tuple[str, ...] = ()) -> int:
-        if name not in layers:
-            above = [parent for parent, _ in parents[name] if parent not in (*below, name)]
-            layers[name] = 1 + max((layer(parent, (*below, name)) for parent in above), default=-1)
-        return layers[name]
-
-    for name in parents:
-        layer(name)
+    for first in parents:
+        # up to what it came from, without recursion: a chain may be longer than Python's stack
+        path: dict[str, None] = {first: None} if first not in layers else {}
+        while path:
+            name = next(reversed(path))
+            above = [parent for parent, _ in parents[name] if parent not in path]
+            if (unknown := next((each for each in above if each not in layers), None)) is not None:
+                path[unknown] = None
+                continue
+            layers[name] = 1 + max((layers[each] for each in above), default=-1)
+            del path[name]
     return layers
 
 

@@ -13,6 +13,7 @@ from ...values import is_number
 from ...version import __version__
 from .. import replies
 from ..judges.verdicts import LENGTH_CONTROL_PROMPTS
+from ..report_state import check_replaceable, state_of
 from . import doctor, frontier, head, lengths, lineage, reward_models, samples, svg, text, winrates
 from .curves import EVERY_PANEL, stage_curves
 from .read import Run, number, read_run
@@ -33,9 +34,11 @@ def write_report(run_dir: Path) -> Path:
     """Writes RUN/report.html from whatever the run folder holds so far, and returns its path.
 
     Raises:
-        UserError: the folder holds neither a stage nor an evaluation, or a file that cannot be read.
+        UserError: the folder holds neither a stage nor an evaluation, a file that cannot be read, or a page of another
+            kind in its place.
     """
     run_dir = Path(run_dir)
+    check_replaceable(run_dir / REPORT)
     # A lone surrogate in a reply has no UTF-8; it becomes a question mark.
     page = render(read_run(run_dir)).encode("utf-8", "replace").decode("utf-8")
     return write_whole(run_dir / REPORT, page)
@@ -71,6 +74,7 @@ def render(run: Run) -> str:
         cards=head.cards(run),
         style=Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")),
         script=Markup((TEMPLATES / "report.js").read_text(encoding="utf-8")),
+        made_for=state_of(run.folder) if run.folder is not None else None,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         version=__version__,
     )

@@ -25,7 +25,8 @@ from ...files import (
     SAMPLES,
     partial_folder,
 )
-from ...stages.kinds import StageKind, stage_kind
+from ...intact import read_json
+from ...stages.kinds import KINDS, StageKind, stage_kind
 from ...values import is_finite
 from ..judges.names import judge_name, score_bounds
 
@@ -133,10 +134,10 @@ def read_run(run_dir: Path) -> Run:
     recipe = run_dir / RECIPE
     text = recipe.read_text(encoding="utf-8") if recipe.is_file() else None
     plan = _plan(text)
-    progress = _object(_read_json(run_dir / RUN_STATE))
+    progress = _object(read_json(run_dir / RUN_STATE))
     stages = _read_stages(run_dir, plan, _object(progress.get("stages")))
     evaluation = run_dir / EVALUATION
-    results = _rows(_read_json(evaluation / RESULTS))
+    results = _rows(read_json(evaluation / RESULTS))
     if not results and not any(stage.folder for stage in stages):
         raise UserError(str(run_dir), "holds no stage and no evaluation", "give the folder of a run (runs/NAME)")
     machines = [progress.get("machine"), *(x.get("machine") for s in stages for x in (s.metrics, s.lineage))]
@@ -145,9 +146,9 @@ def read_run(run_dir: Path) -> Run:
         stages=tuple(stages),
         results=results,
         samples=tuple(read_lines(evaluation / SAMPLES)),
-        rewards=_rows(_read_json(evaluation / REWARDS)),
-        overoptimisation=_object(_read_json(evaluation / OVER_OPTIMISATION)) or None,
-        doctor=_object(_read_json(run_dir / DOCTOR)) or None,
+        rewards=_rows(read_json(evaluation / REWARDS)),
+        overoptimisation=_object(read_json(evaluation / OVER_OPTIMISATION)) or None,
+        doctor=_object(read_json(run_dir / DOCTOR)) or None,
         recipe=text,
         plan=plan,
         folder=run_dir,
@@ -202,11 +203,12 @@ def _read_stage(run_dir: Path, name: str, folder: Path | None, planned: Mapping[
     partial = partial_folder(run_dir, name)
     if folder is None and partial.is_dir():
         folder = partial
-    lineage = _object(_read_json(folder / LINEAGE)) if folder else {}
-    metrics = _object(_read_json(folder / METRICS)) if folder else {}
+    lineage = _object(read_json(folder / LINEAGE)) if folder else {}
+    metrics = _object(read_json(folder / METRICS)) if folder else {}
     # the recipe names a method outside the package by its file, the lineage by its name
-    words = [str(word) for word in (planned.get("kind"), lineage.get("kind"), name) if word]
-    record = next((found for word in words if (found := _known_kind(word)) is not None), None)
+    own = _known_kind(str(planned["kind"])) if planned.get("kind") else None
+    # a folder's files name no code: only the recipe does
+    record = own or next((KINDS[word] for word in (str(lineage.get("kind")), name) if word in KINDS), None)
     return StageRecord(
         name=name,
         kind=str(lineage.get("kind") or (record.name if record is not None else planned.get("kind") or "")),
@@ -251,15 +253,6 @@ def _plan(text: str | None) -> Mapping[str, Any]:
         return _object(yaml.safe_load(text)) if text else {}
     except yaml.YAMLError:
         return {}  # it is shown as text all the same
-
-
-def _read_json(path: Path) -> Any:
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(str(path), f"is not JSON ({error})", "delete it, and make it again") from error
 
 
 def _object(value: Any) -> dict[str, Any]:

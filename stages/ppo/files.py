@@ -1,12 +1,10 @@
 """What a PPO run writes: checkpoints, the policies that it keeps on its way, some of its generations.
 
-A checkpoint holds, beyond the Trainer's own files and so that resuming is exact:
+A checkpoint holds, beyond what those of every stage hold (see `checkpoints.py`) and so that resuming is exact:
 
     ppo_trainables.safetensors      policy and value, fp32, every parameter that trains
     ppo_rollout_<process>.safetensors   the rollout in flight, where the checkpoint fell between two minibatches
-    ppo_state.json                  KL coefficient, place in the iteration, metrics so far; written last, atomically
-
-A checkpoint without `ppo_state.json` was cut off while being written and is never resumed from.
+    ppo_state.json                  KL coefficient, place in the iteration, metrics so far
 """
 
 import json
@@ -51,11 +49,6 @@ class LoopState:
     totals: dict[str, float] = field(default_factory=dict)
 
 
-def reopen(folder: Path) -> None:
-    """Before a checkpoint's first file is written: what an earlier run left in its place is complete no more."""
-    (folder / STATE).unlink(missing_ok=True)
-
-
 def save_tensors(folder: Path, trainables: dict[str, nn.Parameter], rollout: Rollout | None, process: int) -> None:
     """This process' tensors: the parameters (first process only) and the rollout in flight."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,7 +60,7 @@ def save_tensors(folder: Path, trainables: dict[str, nn.Parameter], rollout: Rol
 
 
 def save_state(folder: Path, state: LoopState) -> None:
-    """The last file of a checkpoint, renamed into place."""
+    """Where the loop stands, the same on every process."""
     write_whole(folder / STATE, json.dumps(asdict(state)))
 
 
@@ -114,31 +107,6 @@ def load_state(folder: Path, world_size: int) -> LoopState:
 def load_rollout(folder: Path, process: int, device: torch.device) -> Rollout:
     """This process' rollout in flight."""
     return Rollout.from_tensors(load_file(folder / _rollout_file(process)), device)
-
-
-def last_complete(folder: Path) -> Path | None:
-    """The newest checkpoint in `folder` that was written to its end; None when there is none."""
-    found = [(number, path) for number, path in _checkpoints(folder) if (path / STATE).is_file()]
-    return max(found)[1] if found else None
-
-
-def remove_older(newest: Path, limit: int | None) -> None:
-    """Remove the oldest checkpoints beside `newest`, a complete one, so that `limit` are left (None or 0: all)."""
-    if not limit:
-        return
-    # by time, not by step: another run in the same folder may have come further
-    others = [path for _, path in _checkpoints(newest.parent) if path != newest]
-    others.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    for path in others[limit - 1 :]:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    return [
-        (int(match[1]), path)
-        for path in (folder.iterdir() if folder.is_dir() else ())
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
-    ]
 
 
 def _rollout_file(process: int) -> str:

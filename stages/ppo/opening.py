@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...errors import UserError
 from ...files import ADAPTER_CONFIG
 from ...models.adapters import AdapterSet
+from ...models.auto import open_tokenizer
 from ...models.base import Base
 from ...models.lineage import check_parent, load_adapter_base
 from ...models.loading import load_model, resolve_base
@@ -78,14 +79,20 @@ def _load(
     parent = Path(spec) if _is_adapter(spec) else None
     base = resolve_base(spec) if parent is None else load_adapter_base(parent)
     if tokenizer is None:
-        saved = parent is not None and (parent / "tokenizer_config.json").is_file()
-        tokenizer = load_tokenizer(base, AutoTokenizer.from_pretrained(parent).chat_template if saved else None)
+        tokenizer = load_tokenizer(base, _saved_template(parent))
     if parent is not None:
         check_parent(parent, base, tokenizer)
         lora = lora or LoraSpec.of(parent)
     causal = load_model(base, dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32)
     prepare_model(causal, tokenizer)
     return AdapterSet.create(causal, base, _spec(lora, causal), parent), tokenizer
+
+
+def _saved_template(folder: Path | None) -> str | None:
+    """The chat template of the tokenizer beside an adapter; None where there is none."""
+    if folder is None or not (folder / "tokenizer_config.json").is_file():
+        return None
+    return open_tokenizer(folder, str(folder)).chat_template
 
 
 def _is_adapter(spec: str) -> bool:

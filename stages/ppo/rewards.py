@@ -6,17 +6,20 @@ Legend of shape suffixes: S sources, B responses.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from ...data.rows import Message
+from ...data.template import rendered
 from ...errors import UserError
 from ...models.adapters import REWARD, AdapterSet
+from ...models.auto import open_model, open_tokenizer
 from ...models.batching import row_batches
 from ...models.lineage import adapter_sha256, check_lineage, read_lineage
+from ...models.loading import model_folder
 from ...models.masked import masked_moments
 from ..reward_functions import RewardFunction, call_reward_function, import_function
 from .network import Trunk
@@ -187,10 +190,10 @@ class ModelScorer:
     def __init__(self, source: RewardSource, device: torch.device, batch_size: int, where: str | None = None) -> None:
         self.name, self.device, self.batch_size = source.name, device, batch_size
         self.where = where or f"reward {self.name}"
-        self.tokenizer = AutoTokenizer.from_pretrained(str(source.target))
-        self.model: PreTrainedModel = (
-            AutoModelForSequenceClassification.from_pretrained(str(source.target)).eval().to(device)
-        )
+        folder = model_folder(str(source.target), self.where)
+        self.tokenizer: Any = open_tokenizer(folder, self.where)
+        model: Any = open_model(AutoModelForSequenceClassification, folder, self.where)
+        self.model: PreTrainedModel = model.eval().to(device)
         self.model.requires_grad_(False)
         if self.model.config.num_labels != 1:
             raise UserError(
@@ -249,7 +252,7 @@ class ModelScorer:
                 "use a reward model with a template, or wrap it in a function",
             )
         turns = [*prompt, {"role": "assistant", "content": text}]
-        return str(self.tokenizer.apply_chat_template(turns, tokenize=False))
+        return rendered(self.tokenizer, turns, self.where)
 
     def _batch(self, texts: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         """Right-padded. A decoder's classifier reads its score at the last token that is not its config's PAD; where

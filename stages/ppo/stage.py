@@ -7,14 +7,14 @@ from ...data.encode import encode_prompts
 from ...files import LOGS
 from ...models.lineage import check_lineage
 from ...models.memory import peak_memory_bytes
-from ..callbacks import Clock, keep_event_files
+from ..callbacks import clock_of, keep_event_files
 from ..job import StageJob
 from ..method_problems import no_reward
-from ..options import keeps_checkpoints, stage_config
+from ..options import stage_config
 from ..run import finish, load_data, open_adapters, open_tokenizer
-from ..trainers import stage_callbacks
+from ..trainers import stage_callbacks, take_up
 from .config import PPOConfig
-from .files import POLICIES, last_complete
+from .files import POLICIES
 from .trainer import PPOTrainer
 
 _LAST = (
@@ -41,8 +41,6 @@ def run_ppo(job: StageJob) -> dict[str, Any]:
         PPOConfig,
         job,
         held_out=False,
-        # unless the recipe says which: one, to continue from
-        **({} if keeps_checkpoints(job) else {"save_strategy": "steps", "save_steps": 0.1, "save_total_limit": 1}),
         logging_steps=1,
         samples_file=str(job.output_dir / "rollouts.jsonl"),
         policies_dir=str(job.output_dir / POLICIES),
@@ -54,8 +52,8 @@ def run_ppo(job: StageJob) -> dict[str, Any]:
     )
     keep_event_files(trainer, job.output_dir / LOGS)
     # 3. train, save
-    newest = last_complete(Path(str(args.output_dir)))
-    trainer.train(None if newest is None else str(newest))
+    trainer.skips.allowed = job.nonfinite_skips
+    trainer.train(take_up(trainer))
     if trainer.is_world_process_zero():
         adapters.save("default", job.output_dir)
     parents = tuple(folder for folder in (job.parent, *stages) if folder is not None)
@@ -64,15 +62,14 @@ def run_ppo(job: StageJob) -> dict[str, Any]:
 
 def _metrics(trainer: PPOTrainer) -> dict[str, float | None]:
     """The required measures and the last iteration's numbers."""
-    clock = next(each for each in trainer.callback_handler.callbacks if isinstance(each, Clock))
-    seconds = max(clock.seconds, 1e-9)
+    seconds = max(clock_of(trainer).seconds, 1e-9)
     iterations = [entry for entry in trainer.state.log_history if "objective/kl" in entry]
     last = iterations[-1] if iterations else {}
     episodes = trainer.loop.iteration * trainer.args.rollout_batch_size
     return {
         "train_seconds": seconds,
-        "examples_per_second": trainer.session_episodes / seconds,
-        "tokens_per_second": trainer.session_tokens / seconds,
+        "examples_per_second": trainer.episodes / seconds,
+        "tokens_per_second": trainer.tokens / seconds,
         "peak_memory_bytes": peak_memory_bytes(),
         "steps": trainer.state.global_step,
         "episodes": episodes,

@@ -7,12 +7,14 @@ Sources: Ouyang et al. 2022 (arXiv 2203.02155), Huang et al. 2024 (arXiv 2403.17
 
 import inspect
 import logging
+import random
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from accelerate.utils import broadcast
 from peft import LoraConfig, PeftModel
@@ -22,21 +24,24 @@ from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
 )
 from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
+from ... import stopping
 from ...errors import UserError
 from ...models import seams
 from ...models.adapters import DEFAULT, REF, AdapterSet
 from ...models.dropout import no_dropout
 from ...models.lora import LoraSpec
 from ...models.memory import release_free_memory
+from ...models.pickles import check_pickles
 from ...models.tokens import check_vocabulary
-from ..finite import not_finite
+from ..callbacks import Clock
+from ..checkpoints import Progress, Resumable, checkpoints, continuing, log_bytes, newest, read_progress
+from ..finite import Skips, not_finite
 from ..kl_control import kl_controller
 from ..losses import token_rewards
 from .config import PPOConfig
@@ -46,12 +51,9 @@ from .files import (
     SampleLog,
     forget_policies,
     keep_policy,
-    last_complete,
     load_rollout,
     load_state,
     load_trainables,
-    remove_older,
-    reopen,
     save_state,
     save_tensors,
 )
@@ -87,7 +89,7 @@ from .update import (
 logger = logging.getLogger(__name__)
 
 
-class OnPolicyTrainer(Trainer):
+class OnPolicyTrainer(Resumable):
     """The loop of methods that learn from what their policy says; `build_method` hands the method in.
 
     One optimiser step is one minibatch and counts as one `global_step`. Where the epochs of an iteration stop early,
@@ -112,7 +114,7 @@ class OnPolicyTrainer(Trainer):
         method: what trains, and how.
         trainables: what a checkpoint holds, by name.
         loop, rollout: the place in the run, and the rollout in flight between two minibatches.
-        session_episodes, session_tokens: of this call of `train`, not of the run that it resumes.
+        episodes, tokens: drawn, and in them, since the run's first iteration.
 
     Raises:
         UserError: no reward, or data, models or adapters that do not fit.
@@ -161,7 +163,8 @@ class OnPolicyTrainer(Trainer):
         self._build_roles(sources)
         self.loop = LoopState(kl_coef=args.kl_coef, world_size=args.world_size)
         self.rollout: Rollout | None = None
-        self.session_episodes, self.session_tokens = 0, 0.0
+        self.episodes, self.tokens = 0, 0.0
+        self.skips = Skips()
 
     def build_method(self, sources: Sequence[RewardSource], scorers: Sequence[Scorer]) -> Method:
         """What trains, the advantage estimator and the loss; called once, with reference and rewards in place."""
@@ -197,64 +200,92 @@ class OnPolicyTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train, from the start or exactly where a checkpoint left off (True: the newest complete one)."""
         if resume_from_checkpoint is True:
-            newest = last_complete(Path(str(self.args.output_dir)))
-            if newest is None:
+            found = newest(Path(str(self.args.output_dir)), "resuming", self.args.world_size)
+            if found is None:
                 raise UserError(str(self.args.output_dir), "it holds no complete checkpoint", "start without resuming")
-            resume_from_checkpoint = str(newest)
+            resume_from_checkpoint = str(found)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _inner_training_loop(self, *_: object, **kwargs: Any) -> TrainOutput:
         args = self.args
         iterations = args.num_iterations(len(self.prompts))
         self._begin(iterations * args.steps_per_iteration(), kwargs.get("resume_from_checkpoint"))
-        loop, began, first = self.loop, time.time(), self.loop.iteration
+        loop, began = self.loop, time.time()
+        before = sum(each.seconds for each in self.callback_handler.callbacks if isinstance(each, Clock))
         self.control = self.callback_handler.on_train_begin(args, self.state, self.control)
         self.samples.start(loop.iteration + (self.rollout is not None))
         while loop.iteration < iterations and not self.control.should_training_stop:
             self._iteration()
-        return self._end(began, (loop.iteration - first) * args.rollout_batch_size)
+        return self._end(began - before, loop.iteration * args.rollout_batch_size)
 
     def _iteration(self) -> None:
         """One iteration, or the rest of one that a checkpoint interrupted."""
-        args, loop = self.args, self.loop
         if self.rollout is None:
-            began = time.perf_counter()
-
-            # 1. Prompts: this process' slice of the iteration's part of the stream.
-            local = args.local_rollout_size()
-            start = loop.iteration * args.rollout_batch_size + args.process_index * local
-            group = self.method.samples_per_prompt
-            rows = stream_rows(len(self.prompts), args.seed, start // group, local // group)
-            prompts = self.prompts.take([row for row in rows for _ in range(group)])
-
-            # 2. Generate. The seed names iteration and process: each samples differently, and again the same.
-            seed = seed_of(args.seed, "rollout", loop.iteration, args.process_index)
-            episodes = generate(self.adapters, self.tokenizer, prompts, args, seed=seed, device=args.device)
-            generated = time.perf_counter()
-
-            # 3. Score.
-            texts = decode(self.tokenizer, episodes.responses())
-            scores_B = self.scoring(Responses(episodes, prompts.prompts, texts, prompts.column_lists()))
-            scored = time.perf_counter()
-
-            # 4. Log-probs of old policy and reference; the KL penalty goes into the rewards, token by token.
-            forwards = self.method.forwards(episodes)
-            release_free_memory()
-            delta_BR = forwards.logps_BR - forwards.ref_logps_BR
-            coef = loop.kl_coef if args.kl_in == "reward" else 0.0
-            rewards_BR, non_score_BR = token_rewards(delta_BR, scores_B, episodes.mask_BR, coef)
-
-            # 5. Advantages.
-            self.rollout = self.method.rollout(episodes, forwards, rewards_BR, scores_B)
-
-            times = {"rollout": generated - began, "score": scored - generated, "forward": time.perf_counter() - scored}
-            self._log_rollout(prompts, texts, non_score_BR, forwards.entropy_BR, times)
-
+            self.rollout = self._draw()
         # 6. Minibatch epochs, a fresh shuffle each.
         self._minibatch_epochs(self.rollout)
 
+    @contextmanager
+    def _left_off(self) -> Generator[None]:
+        """Generation takes long and leaves nothing behind: asked to stop, one process does not wait for its end."""
+        own = continuing(self)
+        if self.args.world_size > 1 or own is None:
+            yield
+            return
+        torch_state, python_state, numpy_state = torch.get_rng_state(), random.getstate(), numpy.random.get_state()
+        try:
+            with stopping.interruptible():
+                yield
+        except stopping.Stopped as stopped:
+            torch.set_rng_state(torch_state)
+            random.setstate(python_state)
+            numpy.random.set_state(numpy_state)
+            own.stop, own.own = stopped.number, True
+            if own.plan is None or self.state.global_step == 0:
+                raise own.stopped(self.state, "without a checkpoint: it starts anew") from None
+            self._save_checkpoint(self.adapters.model, None)
+            raise own.stopped(self.state, "with a checkpoint") from None
+
+    def _draw(self) -> Rollout:
+        """Sample, score and measure the iteration's rollout."""
+        args, loop = self.args, self.loop
+        began = time.perf_counter()
+
+        # 1. Prompts: this process' slice of the iteration's part of the stream.
+        local = args.local_rollout_size()
+        start = loop.iteration * args.rollout_batch_size + args.process_index * local
+        group = self.method.samples_per_prompt
+        rows = stream_rows(len(self.prompts), args.seed, start // group, local // group)
+        prompts = self.prompts.take([row for row in rows for _ in range(group)])
+
+        # 2. Generate. The seed names iteration and process: each samples differently, and again the same.
+        seed = seed_of(args.seed, "rollout", loop.iteration, args.process_index)
+        with self._left_off():
+            episodes = generate(self.adapters, self.tokenizer, prompts, args, seed=seed, device=args.device)
+        generated = time.perf_counter()
+
+        # 3. Score.
+        texts = decode(self.tokenizer, episodes.responses())
+        scores_B = self.scoring(Responses(episodes, prompts.prompts, texts, prompts.column_lists()))
+        scored = time.perf_counter()
+
+        # 4. Log-probs of old policy and reference; the KL penalty goes into the rewards, token by token.
+        forwards = self.method.forwards(episodes)
+        release_free_memory()
+        delta_BR = forwards.logps_BR - forwards.ref_logps_BR
+        coef = loop.kl_coef if args.kl_in == "reward" else 0.0
+        rewards_BR, non_score_BR = token_rewards(delta_BR, scores_B, episodes.mask_BR, coef)
+
+        # 5. Advantages.
+        rollout = self.method.rollout(episodes, forwards, rewards_BR, scores_B)
+
+        times = {"rollout": generated - began, "score": scored - generated, "forward": time.perf_counter() - scored}
+        self._log_rollout(rollout, prompts, texts, non_score_BR, forwards.entropy_BR, times)
+        return rollout
+
     def _log_rollout(
         self,
+        rollout: Rollout,
         prompts: Prompts,
         texts: list[str],
         non_score_BR: torch.Tensor,
@@ -262,8 +293,7 @@ class OnPolicyTrainer(Trainer):
         seconds: dict[str, float],
     ) -> None:
         """Measure the fresh rollout and write some of it; the loop stands before its first minibatch."""
-        args, loop, rollout = self.args, self.loop, self.rollout
-        assert rollout is not None
+        args, loop = self.args, self.loop
         metrics = rollout_metrics(rollout, non_score_BR, entropy_BR, self.reduce, args.rollout_batch_size)
         metrics |= self.method.rollout_metrics(rollout)
         metrics["objective/kl_coef"] = loop.kl_coef
@@ -272,8 +302,8 @@ class OnPolicyTrainer(Trainer):
         metrics |= {f"time/{name}": spent for name, spent in seconds.items()}
         loop.metrics, loop.totals = metrics, {}
         loop.slot, loop.stopped, loop.log_due = 0, False, False
-        self.session_episodes += args.rollout_batch_size
-        self.session_tokens += tokens
+        self.episodes += args.rollout_batch_size
+        self.tokens += tokens
         asked, low = args.mismatch_tolerance, self._tolerance() != FULL_TOLERANCE
         check_sampler(metrics, loop.iteration, sampler_tolerance(asked, low_precision=low))
         if loop.iteration == 0 and self.own_reference:
@@ -313,15 +343,22 @@ class OnPolicyTrainer(Trainer):
         seed = seed_of(args.seed, "minibatches", loop.iteration, epoch, args.process_index)
         rows = minibatches(len(rollout.episodes), args.num_mini_batches, seed, args.device)[place]
         report = self.updater.gradients(rollout, rows, loop.kl_coef)
-        if not report.finite:
+        if not report.finite and not self.skips.take():
             which = f"minibatch {slot + 1} of iteration {loop.iteration + 1} (prompts {self._prompts_of(rows)})"
             worst = max(report.norms.values())
-            raise not_finite("PPO", self.state.global_step + 1, "the gradient's norm", worst, which)
-        if slot == 0:
+            kept = checkpoints(Path(str(args.output_dir)))
+            good = str(kept[-1][1]) if kept else None
+            step = self.state.global_step + 1
+            raise not_finite("PPO", step, "the gradient's norm", worst, which, skips=self.skips, good=good)
+        if slot == 0 and report.finite:
             check_ratio(report, loop.iteration, self._tolerance())
         loop.stopped = report.stop
-        if not (report.stop or report.skip):
-            assert self.optimizer is not None
+        assert self.optimizer is not None
+        if report.skip:
+            for parameter in self.trainables.values():
+                parameter.grad = None
+            self.optimizer.step()  # passes by what has no gradient; the schedule wants to have seen it
+        elif not report.stop:
             self.control = self.callback_handler.on_pre_optimizer_step(args, self.state, self.control)
             self.optimizer.step()
             self.control = self.callback_handler.on_optimizer_step(args, self.state, self.control)
@@ -350,7 +387,7 @@ class OnPolicyTrainer(Trainer):
             loop.log_due |= self.control.should_log
         if loop.log_due:
             found = loop.metrics | update_metrics(loop.totals, self.method)
-            self.log({**found, "episode": loop.iteration * args.rollout_batch_size})
+            self.log({**found, **self.skips.said(), "episode": loop.iteration * args.rollout_batch_size})
 
     def _tolerance(self) -> float:
         return tolerance(self.trunk.head.weight.dtype, autocast=self.args.bf16 or self.args.fp16)
@@ -414,11 +451,12 @@ class OnPolicyTrainer(Trainer):
             ]
         )
         self.rollout = None
-        self.session_episodes, self.session_tokens = 0, 0.0
+        self.episodes, self.tokens = 0, 0.0
         if self._created_lr_scheduler:  # by an earlier `train`, so not handed in by the caller
             self.optimizer = self.lr_scheduler = None
         self.loop = LoopState(kl_coef=args.kl_coef, world_size=args.world_size)
         if resume is not None:
+            check_pickles(Path(resume))
             self.state = TrainerState.load_from_json(str(Path(resume) / "trainer_state.json"))
             self._load_callback_state()
             self.loop = load_state(Path(resume), args.world_size)
@@ -430,7 +468,12 @@ class OnPolicyTrainer(Trainer):
         self.scoring.running = RunningScale(*self.loop.running)
         if resume is not None:
             self._load_optimizer_and_scheduler(resume)
+            self._load_scaler(resume)
             self._load_rng_state(resume)
+            done = read_progress(Path(resume), args.process_index)
+            self.episodes, self.tokens = int(done.more["episodes"]), done.tokens
+            self.skips.done, self.skips.logged = done.skipped, int(done.more["logged"])
+            self.resumed = None
             if self.loop.slot:
                 self.rollout = load_rollout(Path(resume), args.process_index, args.device)
         if args.keep_every and self.is_world_process_zero():
@@ -505,27 +548,21 @@ class OnPolicyTrainer(Trainer):
         self.adapters.save(DEFAULT, folder)
         self.tokenizer.save_pretrained(folder)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        args = self.args
-        if args.save_only_model:
-            super()._save_checkpoint(model, trial)
-            return
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        if args.should_save:
-            reopen(folder)
-        self.accelerator.wait_for_everyone()
-        save_tensors(folder, self.trainables, self.rollout, args.process_index)
-        # the Trainer would remove the older checkpoints before this one is complete
-        limit, args.save_total_limit = args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
-        if args.should_save:
+    def progress(self) -> Progress:
+        seconds = sum(each.spent() for each in self.callback_handler.callbacks if isinstance(each, Clock))
+        return Progress(
+            tokens=self.tokens,
+            seconds=seconds,
+            log_bytes=log_bytes(Path(str(self.args.output_dir)).parent),
+            skipped=self.skips.done,
+            more={"episodes": self.episodes, "logged": self.skips.logged},
+        )
+
+    def save_more(self, checkpoint: Path) -> None:
+        save_tensors(checkpoint, self.trainables, self.rollout, self.args.process_index)
+        if self.args.should_save:
             self.loop.running = self.scoring.running.state()
-            save_state(folder, self.loop)
-            remove_older(folder, limit)
+            save_state(checkpoint, self.loop)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trainables(Path(resume_from_checkpoint), self.trainables)

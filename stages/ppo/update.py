@@ -110,16 +110,19 @@ def minibatches(size: int, count: int, seed: int, device: torch.device) -> list[
 def add_report(totals: dict[str, float], report: StepReport, seconds: float) -> None:
     """Add a minibatch to the iteration's sums over tokens and over steps; they are divided once, when logged."""
     found = {name: float(x) for name, x in zip(report.names, report.sums, strict=True)}
-    found |= {"tokens": report.tokens, "steps": 1.0, "skipped": float(report.skip), "stopped": float(report.stop)}
+    found |= {f"{name}_norm": norm for name, norm in report.norms.items()} | {"tokens": report.tokens}
+    if not report.finite:  # left out, and so are its numbers
+        found = dict.fromkeys(found, 0.0)
+    found |= {"steps": 1.0, "skipped": float(report.skip), "stopped": float(report.stop)}
     found["updates"] = float(not (report.skip or report.stop))
-    found |= {f"{name}_norm": norm for name, norm in report.norms.items()} | {"seconds": seconds}
+    found["seconds"] = seconds
     for name, x in found.items():
         totals[name] = totals.get(name, 0.0) + x
 
 
 def update_metrics(totals: dict[str, float], method: Method) -> dict[str, float]:
     """Means over all valid tokens of the iteration's minibatches, under the names that people know."""
-    mean = {name: totals[name] / totals["tokens"] for name in method.statistics}
+    mean = {name: totals[name] / max(totals["tokens"], 1.0) for name in method.statistics}
     return {
         **method.update_metrics(mean),
         **{

@@ -17,6 +17,8 @@ from preftune.models.adapters import AdapterSet
 from preftune.models.loading import load_model, resolve_base
 from preftune.models.lora import LoraSpec
 
+from .workshop import Workshop
+
 POLICIES = ("sft", "dpo", "ipo")
 EVAL = """\
 eval:
@@ -88,6 +90,13 @@ def judged(run: Path) -> Path:
     ]
     (run / "eval" / "samples.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
     return run
+
+
+@pytest.fixture
+def shop(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Workshop:
+    # its stages hold no memory, and collecting takes longer than they do
+    monkeypatch.setattr("preftune.cli.chain._free_memory", lambda: None)
+    return Workshop(tmp_path, capsys)
 
 
 class Shell:

@@ -4,82 +4,14 @@ import datetime
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from preftune.cli.chain import Chain, Options
-from preftune.cli.folder import RunFolder
-from preftune.cli.output import Output, duration
+from preftune.cli.output import duration
 from preftune.errors import UserError
-from preftune.models.base import Base
-from preftune.recipes.load import load_recipe
 
-RECIPE = """\
-name: t
-model: {base: "random:llama"}
-data:
-  demos: {path: demos.jsonl}
-  pairs: {path: pairs.jsonl}
-stages:
-  ppo: {from: sft, reward: reward, data: demos}
-  sft: {data: demos}
-  reward: {from: sft, data: pairs}
-  dpo: {from: sft, data: pairs, beta: 0.1}
-eval: {prompts: demos, policies: [sft, dpo], reference: sft}
-"""
-
-
-class Workshop:
-    """A recipe in a folder, and stages that note when they ran."""
-
-    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        self.recipe, self.path, self.capsys = folder / "t.yaml", folder / "run", capsys
-        self.recipe.write_text(RECIPE)
-        (folder / "demos.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
-        (folder / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
-        self.ran: list[str] = []
-        self.during: Callable[[str, Path], None] = lambda name, output: None
-
-    def run(self, *overrides: str, **options) -> list[str]:
-        """The steps that ran."""
-        self.ran = []
-        chain = Chain(
-            load_recipe(self.recipe, overrides),
-            Options(output_dir=self.path, **options),
-            Output(),
-            run_stage=self.stage,
-            run_eval=self.evaluate,
-            resolve=lambda spec, revision: Base(spec, self.path, None, "b" * 64),
-        )
-        chain.run()
-        return self.ran
-
-    def stage(self, job) -> dict[str, float]:
-        self.ran.append(job.name)
-        self.during(job.name, job.output_dir)
-        (job.output_dir / "result").write_text(json.dumps({"beta": job.method.get("beta")}))
-        return {"train_loss": 1.0}
-
-    def evaluate(self, spec, run_dir: Path) -> None:
-        self.ran.append("eval")
-        (run_dir / "eval").mkdir(exist_ok=True)
-
-    def states(self) -> dict[str, str]:
-        stages = json.loads((self.path / "run.json").read_text())["stages"]
-        return {name: entry["state"] for name, entry in stages.items()}
-
-    def said(self) -> str:
-        return self.capsys.readouterr().out
-
-
-@pytest.fixture
-def shop(tmp_path: Path, capsys) -> Workshop:
-    return Workshop(tmp_path, capsys)
-
-
-ALL = ["sft", "reward", "ppo", "dpo", "eval"]
+from .workshop import ALL, Workshop
 
 
 def test_a_second_run_does_nothing_and_says_so(shop: Workshop):
@@ -237,12 +169,6 @@ def test_one_run_at_a_time_and_a_dead_one_does_not_hold_the_lock(shop: Workshop)
         other.kill()
         other.wait()
     assert shop.run() == ALL
-
-
-def test_a_broken_run_json_is_the_users_to_delete(tmp_path: Path):
-    (tmp_path / "run.json").write_text("{")
-    with pytest.raises(UserError, match="unreadable"):
-        RunFolder(tmp_path).load()
 
 
 def test_recipe_yaml_in_the_run_folder_runs_by_itself(shop: Workshop, monkeypatch):

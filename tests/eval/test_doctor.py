@@ -1,5 +1,6 @@
 """`preftune doctor`: a good tiny run, and runs that were broken on purpose."""
 
+import hashlib
 import json
 import math
 import random
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from preftune.cli import main as cli
 from preftune.cli.chain import Chain, Options, write_recipe
@@ -154,6 +156,15 @@ def test_the_base_as_reference_is_named(copy: Path, capsys, monkeypatch, stage: 
     assert f"{stage} is broken (first step)" in said and "frozen copy of sft" in said
 
 
+def saved_so(file: Path, tensors: dict[str, Tensor]) -> None:
+    """An adapter that its stage saved like that: the hash beside it fits."""
+    save_file(tensors, file, metadata={"format": "pt"})
+    stamp = file.parent / ".key.json"
+    raw = json.loads(stamp.read_text())
+    raw["files"][WEIGHTS] = [file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest()]
+    stamp.write_text(json.dumps(raw))
+
+
 @pytest.mark.parametrize("lost", ["absent", "zero", "untrained"])
 def test_a_lost_score_head_is_named(copy: Path, capsys, lost: str):
     file = copy / "reward" / WEIGHTS
@@ -166,7 +177,7 @@ def test_a_lost_score_head_is_named(copy: Path, capsys, lost: str):
         base = resolve_base("random:llama")
         fresh = create_reward_model(base, load_tokenizer(base), LoraSpec(r=8, alpha=16), seed=0)
         tensors[SCORE] = reward_tensors(fresh)[SCORE].detach()
-    save_file(tensors, file, metadata={"format": "pt"})
+    saved_so(file, tensors)
     code, findings, said = doctor(capsys, copy, "--samples", "8")
     assert code == 1
     assert ("reward", "score head") in broken(findings)
@@ -229,10 +240,19 @@ def test_weights_that_are_not_finite_are_named(copy: Path, capsys):
     file = copy / "dpo" / WEIGHTS
     tensors = load_file(file)
     next(iter(tensors.values()))[0, 0] = math.nan
-    save_file(tensors, file, metadata={"format": "pt"})
+    saved_so(file, tensors)
     code, findings, said = doctor(capsys, copy, "--samples", "4")
     assert (code, broken(findings)) == (1, {("dpo", "trained")})
     assert "left out: dpo: not measured" in said and "a weight is not finite" in said
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "lineage.json", "metrics.json", "tokenizer.json"])
+def test_a_damaged_stage_is_named_and_the_rest_is_examined(copy: Path, capsys, name: str):
+    file = copy / "dpo" / name
+    file.write_bytes(file.read_bytes()[:-9])
+    code, findings, said = doctor(capsys, copy, "--samples", "4")
+    assert (code, broken(findings)) == (1, {("dpo", "files")})
+    assert f"broken: dpo, files: {name} is cut off" in said and "left out: dpo: not measured" in said
 
 
 @pytest.mark.parametrize(("path", "said"), [("gone", "no such folder"), (".", "no recipe.yaml")])

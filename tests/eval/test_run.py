@@ -247,3 +247,12 @@ def test_a_policy_without_an_adapter_is_refused(run_dir):
 def test_greedy_works_without_kl(run_dir):
     rows = eval_winrate(make_spec(run_dir, temperature=0, kl=False))
     assert rows[0]["temperature"] == 0
+
+
+def test_policies_whose_names_differ_in_a_dot_are_two(run_dir, tmp_path):
+    policies = {"a.b": run_dir / "sft", "a_b": run_dir / "dpo", "a__b": run_dir / "dpo", "a_0b": run_dir / "sft"}
+    rows = run_eval(make_spec(run_dir, policies=policies, reference="a.b", kl=True), tmp_path)
+    by_policy = {row["policy"]: row for row in rows}
+    assert by_policy.keys() == policies.keys()
+    assert by_policy["a.b"]["kl"] == by_policy["a_0b"]["kl"] == 0
+    assert by_policy["a_b"]["kl"] == by_policy["a__b"]["kl"] > 0

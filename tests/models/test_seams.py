@@ -60,8 +60,17 @@ def collator(*names: str) -> SimpleNamespace:
 
 NO_SUBJECT = {
     *("SOFTMAX_BACKWARD", "ONEDNN_LINEAR", "ONEDNN_BF16", "FLEX_ATTENTION", "ATTENTION_FUNCTIONS", "DECODER_FIELDS"),
-    *("LOGIT_FIELDS", "CONV1D", "TOKENIZER_CORE", "QUANTIZER_MARKS", "FUSED_HEAD", "HOOK_MARK", "LAUNCHER"),
-    "OPTIMIZERS",
+    *(
+        "CALLBACK_STATE",
+        "LOGIT_FIELDS",
+        "CONV1D",
+        "TOKENIZER_CORE",
+        "QUANTIZER_MARKS",
+        "FUSED_HEAD",
+        "HOOK_MARK",
+        "LAUNCHER",
+        "OPTIMIZERS",
+    ),
 }
 SUBJECTS = {
     "MODULE_HOOKS": lambda _: [torch.nn.Linear(2, 2)],
@@ -74,6 +83,7 @@ SUBJECTS = {
     "TRAINER_RESUME": lambda _: [PPOTrainer],
     "PREPARE_DATASET": lambda _: [SFTStageTrainer, RewardStageTrainer, DPOStageTrainer, KTOStageTrainer],
     "GRAD_NORM": lambda _: [SFTStageTrainer, RewardStageTrainer, DPOStageTrainer, KTOStageTrainer],
+    "EPOCHS": lambda _: [SFTStageTrainer, RewardStageTrainer, DPOStageTrainer, KTOStageTrainer],
     "COMPUTE_LOSS": lambda _: [DPOStageTrainer, KTOStageTrainer],
     "REFERENCE_LOGPS": lambda _: [DPOStageTrainer, KTOStageTrainer],
     "COLLATOR": lambda _: [
@@ -183,6 +193,14 @@ MOVES = {
     ),
     "GRAD_NORM": (
         lambda p: p.delattr(Trainer, "_get_grad_norm"), lambda: SFTStageTrainer, "SFTStageTrainer._get_grad_norm"
+    ),
+    "EPOCHS": (lambda p: p.delattr(Trainer, "_run_epoch"), lambda: SFTStageTrainer, "SFTStageTrainer._run_epoch"),
+    "EPOCHS, one renamed": (
+        lambda p: p.setattr(Trainer, "_inner_training_loop", lambda self: self), lambda: SFTStageTrainer,
+        "Trainer._initial_global_step",
+    ),
+    "CALLBACK_STATE": (
+        lambda p: p.delattr("transformers.trainer_callback.EarlyStoppingCallback.state"), None, "EarlyStoppingCallback"
     ),
     "COMPUTE_LOSS": (
         lambda p: p.delattr(KTOTrainer, "_compute_loss"), lambda: KTOStageTrainer, "KTOStageTrainer._compute_loss"

@@ -171,7 +171,7 @@ def test_positions_without_a_limit_have_no_context(tmp_path):
 
 
 def test_a_template_that_does_not_end_is_refused(base: Base, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("preftune.models.tokens._PATIENCE", 0.2)
+    monkeypatch.setattr("preftune.data.template.PATIENCE", 0.2)
     loops = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
     with pytest.raises(UserError, match=r"model\.chat_template: .* takes more than 0\.2 s; correct the template"):
         load_tokenizer(base, loops + "{{ messages }}")

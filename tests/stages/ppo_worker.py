@@ -29,10 +29,10 @@ from preftune.models.loading import load_model, resolve_base
 from preftune.models.lora import LoraSpec
 from preftune.models.tokens import load_tokenizer
 from preftune.stages.callbacks import LogFile
+from preftune.stages.checkpoints import newest
 from preftune.stages.ppo import rollout as rollout_file
 from preftune.stages.ppo import trainer as trainer_file
 from preftune.stages.ppo.config import PPOConfig
-from preftune.stages.ppo.files import last_complete
 from preftune.stages.ppo.trainer import PPOTrainer
 from preftune.stages.ppo.update import Updater
 
@@ -255,11 +255,11 @@ def train(out: Path, kill: str = "") -> None:
         kl_horizon=100, reward_scale="running", lr_scheduler_type="cosine", log_samples_every=1, num_log_samples=8,
         value_learning_rate=5e-3, callbacks=callbacks,
     )  # fmt: skip
-    newest = last_complete(out)
-    trainer.train(None if newest is None else str(newest))
+    found = newest(out, "worker", 1)
+    trainer.train(None if found is None else str(found))
     assert trainer.optimizer is not None and trainer.lr_scheduler is not None
     state = {
-        "from": None if newest is None else newest.name,
+        "from": None if found is None else found.name,
         "trainables": {name: p.detach() for name, p in trainer.trainables.items()},
         "optimizer": trainer.optimizer.state_dict(),
         "scheduler": trainer.lr_scheduler.state_dict(),

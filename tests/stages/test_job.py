@@ -13,12 +13,12 @@ from preftune.errors import UserError
 from preftune.files import ADAPTER_CONFIG
 from preftune.models.lineage import IMPORTED, adapter_sha256, read_lineage
 from preftune.models.loading import resolve_base
+from preftune.stages.checkpoints import newest
 from preftune.stages.dpo import build_dpo
 from preftune.stages.job import StageJob
 from preftune.stages.options import device_defaults
 from preftune.stages.run import run_stage
 from preftune.stages.sft import build_sft
-from preftune.stages.trainers import latest_checkpoint
 
 KINDS = ("sft", "reward", "dpo", "kto")
 
@@ -175,11 +175,11 @@ def test_an_interrupted_run_resumes_exactly(make_job, sft_folder, kind, monkeypa
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(callbacks.Progress, "on_step_end", at_three)
+        patch.setattr(callbacks.ProgressBar, "on_step_end", at_three)
         with pytest.raises(Killed):
             run_stage(killed)
-    newest = latest_checkpoint(killed.output_dir / "checkpoints")
-    assert newest is not None and newest.endswith("checkpoint-2")
+    found = newest(killed.output_dir / "checkpoints", kind, 1)
+    assert found is not None and found.name == "checkpoint-2"
     run_stage(killed)
     weights = [(job.output_dir / "adapter_model.safetensors").read_bytes() for job in (whole, killed)]
     assert weights[0] == weights[1]

@@ -13,7 +13,8 @@ import torch
 
 from preftune.models.base import Base
 from preftune.stages.callbacks import keep_rows
-from preftune.stages.ppo.files import STATE, SampleLog, last_complete, remove_older, reopen
+from preftune.stages.checkpoints import newest, remove_older, seal
+from preftune.stages.ppo.files import SampleLog
 
 WORKER = Path(__file__).with_name("ppo_worker.py")
 
@@ -68,13 +69,13 @@ def whole(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
         # two steps after a checkpoint that fell between the minibatches of an epoch
         ("step 7", {"checkpoint-5"}),
         # all but the last file of the next one is written, and only one is to be kept
-        ("saving 10", {"checkpoint-5", "checkpoint-10"}),
+        ("saving 10", {"checkpoint-5"}),
     ],
 )
 def test_p23_killed_and_resumed_equals_never_killed(whole: Path, tmp_path: Path, kill: str, left: set[str]) -> None:
     assert train(tmp_path, kill) == -signal.SIGKILL
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == left
-    assert last_complete(tmp_path) == tmp_path / "checkpoint-5"
+    assert newest(tmp_path, "worker", 1) == tmp_path / "checkpoint-5"
     assert (tmp_path / "checkpoint-5" / "ppo_rollout_0.safetensors").is_file()
     assert train(tmp_path) == 0
 
@@ -95,33 +96,34 @@ def test_p23_killed_and_resumed_equals_never_killed(whole: Path, tmp_path: Path,
 def checkpoint(folder: Path, step: int, *, complete: bool = True) -> Path:
     made = folder / f"checkpoint-{step}"
     made.mkdir()
+    (made / "trainables").write_text(f"of {step}")
     if complete:
-        (made / STATE).write_text("{}")
-    os.utime(made, (step, step))
+        seal(made, processes=1, asked=True)
     return made
 
 
 @pytest.mark.checklist("P23")
 def test_p23_only_complete_checkpoints_count(tmp_path: Path) -> None:
-    assert last_complete(tmp_path / "none") is None and last_complete(tmp_path) is None
+    assert newest(tmp_path / "none", "ppo", 1) is None and newest(tmp_path, "ppo", 1) is None
     checkpoint(tmp_path, 9)
     checkpoint(tmp_path, 10)
     checkpoint(tmp_path, 20, complete=False)
     (tmp_path / "checkpoint-30.bak").mkdir()
-    assert last_complete(tmp_path) == tmp_path / "checkpoint-10"
-    # written anew, it counts again only when its last file is there
-    reopen(tmp_path / "checkpoint-10")
-    assert last_complete(tmp_path) == tmp_path / "checkpoint-9"
+    assert newest(tmp_path, "ppo", 1) == tmp_path / "checkpoint-10"
+    assert newest(tmp_path, "ppo", 2) is None
+    # a file that is not what was written
+    (tmp_path / "checkpoint-10" / "trainables").write_text("of 11")
+    assert newest(tmp_path, "ppo", 1) == tmp_path / "checkpoint-9"
 
 
 @pytest.mark.parametrize(("limit", "left"), [(None, {2, 4, 6}), (0, {2, 4, 6}), (2, {2, 6}), (1, {2}), (5, {2, 4, 6})])
 def test_the_oldest_checkpoints_go_and_never_the_one_just_written(tmp_path: Path, limit: int | None, left: set) -> None:
     for step in (4, 6):
         checkpoint(tmp_path, step)
-    # another run's came further, but this one is the newest
-    newest = checkpoint(tmp_path, 2)
-    os.utime(newest, (7, 7))
-    remove_older(newest, limit)
+    # another run's came further, but this one is the newest; the clock has no say
+    last = checkpoint(tmp_path, 2)
+    os.utime(last, (3, 3))
+    remove_older(last, limit)
     assert {int(path.name.partition("-")[2]) for path in tmp_path.iterdir()} == left
 
 

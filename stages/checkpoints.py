@@ -1,0 +1,375 @@
+"""Checkpoints that appear whole or not at all, and that a run continues from exactly.
+
+    checkpoint-N/               of optimiser step N: transformers' own files (adapter, optimizer, scheduler, RNG, ...)
+        progress_R.json         what the trainer of process R keeps in memory alone (`Progress`)
+        manifest.json           size and sha256 of every other file
+
+One is written beside its place, in `.saving`, and moved there when it is complete and on the disk. What does not fit
+its manifest is damaged, and passed over in words.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers.training_args import TrainingArguments
+
+from .. import stopping
+from ..errors import UserError
+from ..files import LOG, write_whole
+from ..models import seams
+from ..progress import say
+from .job import CheckpointPlan
+
+MANIFEST = "manifest.json"
+SAVING = ".saving"
+_STATE = "trainer_state.json"
+
+
+@dataclass
+class Progress:
+    """What a trainer counts from the run's first step on, and its checkpoint's transformers' part lacks.
+
+    Attributes:
+        loss: the sum of the losses since the last log, before it is divided; logged_step: the step of that log.
+        total_loss: the same up to that log.
+        metrics: TRL's since the last log. tokens: trained on.
+        seconds: of the training loop; evaluate_seconds: of them, in evaluation.
+        log_bytes: length of log.jsonl: what stands behind it is written again.
+        epoch_ends: what follows an epoch's last step (evaluation above all) was still to come.
+        skipped: steps left out because a number was not finite, all of them in the log.
+        more: of the kind of trainer.
+    """
+
+    loss: float = 0.0
+    logged_step: int = 0
+    total_loss: float = 0.0
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    tokens: float = 0.0
+    seconds: float = 0.0
+    evaluate_seconds: float = 0.0
+    log_bytes: int = 0
+    epoch_ends: bool = False
+    skipped: int = 0
+    more: dict[str, float] = field(default_factory=dict)
+
+
+def progress_file(checkpoint: Path, process: int) -> Path:
+    """Where a checkpoint holds the `Progress` of one process."""
+    return checkpoint / f"progress_{process}.json"
+
+
+def read_progress(checkpoint: Path, process: int) -> Progress:
+    """Of a complete checkpoint, one written by as many processes as there are now."""
+    return Progress(**json.loads(progress_file(checkpoint, process).read_text(encoding="utf-8")))
+
+
+def checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(step, checkpoint) of all that lie in the folder, the oldest first."""
+    found = [
+        (int(match[1]), path)
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir()
+    ]
+    return sorted(found)
+
+
+def newest(folder: Path, name: str, world_size: int) -> Path | None:
+    """The newest checkpoint that is whole and was written by as many processes; the others are passed over in words.
+
+    Args:
+        name: of the stage, for the words.
+    """
+    for _, checkpoint in reversed(checkpoints(folder)):
+        why = _unusable(checkpoint, world_size)
+        if why is None:
+            return checkpoint
+        if why:
+            say(f"{name}: {checkpoint.name} is passed over, {why}")
+    return None
+
+
+def _unusable(checkpoint: Path, world_size: int) -> str | None:
+    """Why it cannot be continued from, in words; empty for one that was never meant to; None if it can be."""
+    if not (checkpoint / MANIFEST).is_file():
+        return "" if (checkpoint / _STATE).is_file() else "it was not written to its end"
+    try:
+        manifest = _read_manifest(checkpoint)
+        files, processes = manifest["files"], manifest["processes"]
+        for name, (size, digest) in files.items():
+            file = checkpoint / name
+            if not file.is_file() or file.stat().st_size != size or _sha256(file) != digest:
+                return f"{name} is damaged"
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{MANIFEST} is damaged"
+    if processes != world_size:
+        return f"it is of {processes} processes and this run has {world_size}"
+    return None
+
+
+def _read_manifest(checkpoint: Path) -> dict[str, Any]:
+    found = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError("no object")
+    return found
+
+
+def is_asked(checkpoint: Path) -> bool:
+    """Whether the recipe asks for this checkpoint, which then stays; the others are there to continue from."""
+    try:
+        return bool(_read_manifest(checkpoint).get("asked", True))
+    except FileNotFoundError:
+        return True  # of the model alone (`save_only_model`), which only a recipe asks for
+    except (OSError, ValueError):
+        return False
+
+
+def seal(checkpoint: Path, *, processes: int, asked: bool) -> None:
+    """Write the manifest of a checkpoint whose other files are all there, and see that everything is on the disk."""
+    files = [file for file in sorted(checkpoint.rglob("*")) if file.is_file() and file.name != MANIFEST]
+    entries = {file.relative_to(checkpoint).as_posix(): [file.stat().st_size, _sha256(file)] for file in files}
+    said = {"asked": asked, "processes": processes, "files": entries}
+    write_whole(checkpoint / MANIFEST, json.dumps(said, indent=1) + "\n")
+    for file in (*files, checkpoint / MANIFEST, checkpoint):
+        _to_disk(file)
+
+
+def settle(checkpoint: Path, final: Path) -> None:
+    """Move a sealed checkpoint to its place, where an older one of the same step makes room."""
+    if final.exists():
+        shutil.rmtree(final)
+    checkpoint.rename(final)
+    _to_disk(final.parent)
+
+
+def remove_older(newest: Path, limit: int | None, keep: Iterable[str] = ()) -> None:
+    """Remove what the newest checkpoint makes superfluous: those nobody asked for, and of the others all but `limit`.
+
+    Args:
+        limit: `save_total_limit`; None or 0: all that were asked for stay.
+        keep: names of checkpoints that stay in any case (the best one).
+    """
+    # by step: a clock may be set back
+    others = [path for _, path in reversed(checkpoints(newest.parent)) if path != newest and path.name not in keep]
+    asked = [path for path in others if is_asked(path)]
+    room = len(asked) if not limit else max(limit - 1, 0)
+    for path in {*others} - {*asked[:room]}:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _to_disk(path: Path) -> None:
+    """See that a file, or what a folder lists, survives a machine that stops now."""
+    flags = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) if path.is_dir() else os.O_RDONLY
+    try:
+        handle = os.open(path, flags)
+    except OSError:  # no folders on Windows
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+@contextmanager
+def _in_words(folder: Path, last: int | None) -> Generator[None]:
+    """A checkpoint that cannot be written ends the stage in one line: what it cannot save, it should not train."""
+    try:
+        yield
+    except Exception as error:
+        said = " ".join(str(error).split())
+        # torch and safetensors raise classes of their own for what the system refuses
+        refused = isinstance(error, OSError) or type(error).__name__ == "SafetensorError" or "StreamWriter" in said
+        if not refused:
+            raise
+        full = (isinstance(error, OSError) and error.errno == 28) or "No space" in said or "os error 28" in said
+        goes_on = "the stage's start" if last is None else f"step {last}"
+        what = "the disk is full" if full else said[:200]
+        remedy = f"{'free some space' if full else 'see to the folder'}; the same command continues from {goes_on}"
+        raise UserError(str(folder), f"a checkpoint cannot be written: {what}", remedy) from error
+
+
+class Continuing(TrainerCallback):
+    """Asks for the checkpoints of a `CheckpointPlan`, and for one where a signal asks the run to stop.
+
+    Args:
+        plan: None: none are written, and a signal stops without one.
+    """
+
+    def __init__(self, name: str, plan: CheckpointPlan | None) -> None:
+        self.name, self.plan = name, plan
+        self.own, self.step_ended = False, False
+        self.stop: int | None = None
+        self._saved = time.monotonic()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        self._saved = time.monotonic()
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        self.step_ended = False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        self.step_ended, self.own = True, False
+        minutes = self.plan.minutes if self.plan is not None else None
+        late = minutes is not None and time.monotonic() - self._saved >= 60 * minutes
+        late, stop = agreed(args, int(late), stopping.requested() or 0)
+        self.stop = stop or None
+        if self.plan is None:
+            if self.stop:
+                raise self.stopped(state, "without a checkpoint: it starts anew")
+            return
+        if (late or self.stop or self._share_done(state)) and not control.should_save:
+            self.own = control.should_save = True
+
+    def _share_done(self, state: TrainerState) -> bool:
+        share = self.plan.share if self.plan is not None else None
+        if share is None or state.global_step >= state.max_steps:
+            return False  # the adapter itself is about to be written
+        return state.global_step % max(1, round(share * state.max_steps)) == 0
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        self.step_ended = self.own = False
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        self._saved = time.monotonic()
+        if self.stop:
+            raise self.stopped(state, "with a checkpoint")
+
+    def stopped(self, state: TrainerState, how: str) -> stopping.Stopped:
+        """What ends the training where a signal asked for it."""
+        assert self.stop is not None
+        place = f"at step {state.global_step} of {state.max_steps}, {how}"
+        return stopping.Stopped(self.stop, f"{self.name}: {stopping.Stopped(self.stop)} {place}")
+
+
+def agreed(args: TrainingArguments, *values: int) -> tuple[int, ...]:
+    """The largest of each value over all processes: what one of them is told, all must do at the same step."""
+    if args.world_size == 1:
+        return values
+    found = torch.tensor(values, dtype=torch.int64, device=args.device)
+    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+    return tuple(found.tolist())
+
+
+class Resumable(Trainer):
+    """Mixed in before a trainer: its checkpoints are whole, and hold its `Progress`.
+
+    Attributes:
+        continued: the checkpoint that this run continues from.
+        resumed: what it said, until the loop has begun.
+    """
+
+    continued: str | None = None
+    resumed: Progress | None = None
+    _beside: str | None = None
+
+    def progress(self) -> Progress:
+        """Where this process stands. Overridden by trainers that count more."""
+        raise NotImplementedError
+
+    def save_more(self, checkpoint: Path) -> None:
+        """Write what this kind of trainer adds to a checkpoint; every process is asked."""
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._beside or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        args = self.args
+        if args.save_only_model:
+            super()._save_checkpoint(model, trial)
+            return
+        folder = Path(super()._get_output_dir(trial))
+        final = folder / f"checkpoint-{self.state.global_step}"
+        beside = folder / SAVING / final.name
+        before = [step for step, _ in checkpoints(folder)]
+        with _in_words(folder, max(before, default=None)):
+            try:
+                self._write(model, trial, beside)
+                if args.should_save:
+                    own = continuing(self)
+                    asked = not (own is not None and own.own) or (final.is_dir() and is_asked(final))
+                    self._write_state(beside, folder)
+                    seal(beside, processes=args.world_size, asked=asked)
+                    settle(beside, final)
+                    best = Path(self.state.best_model_checkpoint or "").name
+                    remove_older(final, args.save_total_limit, [best])
+            finally:
+                self.accelerator.wait_for_everyone()
+                if args.should_save:
+                    shutil.rmtree(folder / SAVING, ignore_errors=True)
+
+    def _write(self, model: Any, trial: Any, beside: Path) -> None:
+        """Everything but the manifest, by all processes."""
+        args = self.args
+        if args.should_save:
+            shutil.rmtree(beside.parent, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        beside.mkdir(parents=True, exist_ok=True)
+        # the older ones go when this one is complete, not before
+        limit, args.save_total_limit, self._beside = args.save_total_limit, None, str(beside.parent)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            args.save_total_limit, self._beside = limit, None
+        self.save_more(beside)
+        file = progress_file(beside, args.process_index)
+        file.write_text(json.dumps(asdict(self.progress())), encoding="utf-8")
+        self.accelerator.wait_for_everyone()
+
+    def _write_state(self, beside: Path, folder: Path) -> None:
+        """The trainer's state again, with the best checkpoint where it will lie."""
+        best = self.state.best_global_step
+        here = folder / f"checkpoint-{best}" if best else None
+        if here is not None and (here.is_dir() or here.name == beside.name):
+            self.state.best_model_checkpoint = str(here)
+        self.state.save_to_json(str(beside / _STATE))
+
+
+def continuing(trainer: Trainer) -> Continuing | None:
+    """The callback among the trainer's own."""
+    return next((each for each in trainer.callback_handler.callbacks if isinstance(each, Continuing)), None)
+
+
+def log_bytes(output_dir: Path) -> int:
+    """Length of a stage's log.jsonl, once what stands in it is on the disk."""
+    file = output_dir / LOG
+    if not file.is_file():
+        return 0
+    _to_disk(file)
+    return file.stat().st_size
+
+
+def restore_stopping(trainer: Trainer, checkpoint: Path) -> bool:
+    """Give early stopping its patience back, and the best checkpoint its place if the run folder was moved.
+
+    Returns:
+        Whether the training had been told to stop, by early stopping or at its last step.
+    """
+    seams.require(seams.CALLBACK_STATE)
+    state = trainer.state
+    kept: Any = state.stateful_callbacks  # declared as a list, and a mapping by name
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, EarlyStoppingCallback) and isinstance(said := kept.get(type(callback).__name__), dict):
+            for name, value in said["attributes"].items():
+                setattr(callback, name, value)
+    if state.best_global_step:
+        best = checkpoint.parent / f"checkpoint-{state.best_global_step}"
+        state.best_model_checkpoint = str(best) if best.is_dir() else None
+    control = kept.get("TrainerControl")
+    return isinstance(control, dict) and bool(control["args"]["should_training_stop"])
