@@ -164,13 +164,28 @@ class Chain:
 
         model, found = self.recipe.model, list[UserError]()
         with gathering(found):
-            check_settings(self.recipe, self.base, self.selected, self.path, judges=self.evaluates)
+            check_settings(
+                self.recipe,
+                self.base,
+                self.selected,
+                self.path,
+                judges=self.evaluates,
+                processes=self._processes(),
+            )
         tokenizer = load_tokenizer(self.base, model.chat_template, model.template_date)
         check = DataCheck(self.recipe, self.base, tokenizer)
         for name, entry, kind in data_uses(self.recipe, self.selected, evaluation=self.evaluates):
             with gathering(found):
                 list(check.rows(name, entry, kind))
         raise_found(found)
+
+    def _processes(self) -> int:
+        """In how many processes each stage will run."""
+        if self.options.launch is None:
+            return 1
+        from .launch import processes_of
+
+        return processes_of(self.options.launch)
 
     def _stage(self, name: str) -> Done:
         # the parents' keys: from this run, or from the folder where they are not part of it

@@ -39,6 +39,13 @@ def check_launch(config: Path) -> None:
         raise UserError("--launch", f"{config}: no accelerate config ({said[:200]})", remedy) from error
 
 
+def processes_of(config: Path) -> int:
+    """How many processes a config that `check_launch` has read asks for."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    return int(getattr(load_config_from_file(str(config)), "num_processes", None) or 1)
+
+
 def launch_stage(config: Path, run_dir: Path, job: "StageJob", from_adapter: Path | None) -> Mapping[str, Any]:
     """Run a stage of RUN/recipe.yaml in processes of its own, which write into the job's output folder.
 

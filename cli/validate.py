@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 from ..data.overlap import PromptSet, overlap_words, overlaps
 from ..data.report import DataReport
 from ..data.spec import RowKind
+from ..data.split import check_sides
 from ..errors import UserError, gathering, raise_found
-from ..recipes.build import data_spec, folders, stage_job
+from ..recipes.build import data_spec, eval_spec, folders, stage_job
 from ..recipes.graph import lines_of_descent, order, unused_stages
 from ..recipes.load import load_recipe
 from ..recipes.schema import Data, Recipe
+from ..values import is_number
 from .output import Output
 from .process import make_functions_importable, quiet_libraries
 
@@ -59,7 +61,13 @@ def validate_recipe(recipe: str, overrides: Sequence[str], output: Output) -> No
 
 
 def check_settings(
-    recipe: Recipe, base: "Base | None", stages: Sequence[str], run_dir: Path, *, judges: bool = True
+    recipe: Recipe,
+    base: "Base | None",
+    stages: Sequence[str],
+    run_dir: Path,
+    *,
+    judges: bool = True,
+    processes: int = 1,
 ) -> None:
     """Build the real config of each of these stages, with its rewards, and plan the judges: nothing is trained.
 
@@ -67,13 +75,14 @@ def check_settings(
         base: None where it cannot be reached: what depends on it is not looked at.
         run_dir: the run folder, whether it is there or not.
         judges: whether the evaluation's judges are looked at.
+        processes: in so many the stages will run.
 
     Raises:
         UserError: everything that the run would refuse.
     """
     from ..models.base import Base
     from ..models.loading import check_base_complete
-    from ..stages.check import stage_problems
+    from ..stages.check import process_problems, stage_problems
 
     stand_in = base or Base(recipe.model.base, Path(), None, "")
     found: list[UserError] = []
@@ -82,13 +91,37 @@ def check_settings(
             check_base_complete(base)
     for name in stages:
         with gathering(found):
-            found += stage_problems(stage_job(recipe, name, stand_in, run_dir, run_dir / name))
+            job = stage_job(recipe, name, stand_in, run_dir, run_dir / name)
+            found += stage_problems(job)
+            found += process_problems(job, processes)
+    with gathering(found):
+        _check_quantization(recipe)
     if recipe.eval is not None and judges:
         from ..eval.judges.registry import plan_judges
 
+        plans = []
         with gathering(found):
-            plan_judges(recipe.eval.judges, run_dir)
+            plans = plan_judges(recipe.eval.judges, run_dir)
+        for plan in plans:
+            with gathering(found):
+                plan.try_out()
+        with gathering(found):
+            eval_spec(recipe, stand_in, run_dir)
     raise_found(found)
+
+
+def _check_quantization(recipe: Recipe) -> None:
+    """Raises UserError where the base cannot be quantised here."""
+    if recipe.model.quantization is None:
+        return
+    import torch
+
+    from ..models.loading import quantization_config
+
+    quantization_config(recipe.model.quantization, torch.float32)
+    if not torch.cuda.is_available():
+        said = f"{recipe.model.quantization} needs a GPU, and there is none"
+        raise UserError("model.quantization", said, "leave it out")
 
 
 def data_uses(
@@ -168,12 +201,13 @@ class DataCheck:
 
         spec = data_spec(entry, self.recipe.seed)
         label = f"data {name} as {_ROW_NAMES[kind]}" if name != EVAL_PROMPTS else name
-        read, prompts = DataReport(), PromptSet(spec, named=name == EVAL_PROMPTS)
+        read, prompts, columns = DataReport(), PromptSet(spec, named=name == EVAL_PROMPTS), Columns()
         encoded: DataReport | None = None
 
         def rows() -> "Iterator[Row]":
             for row in stream_rows(spec, kind, folders(self.recipe), read, _place(name)):
                 prompts.add(row)
+                columns.add(row)
                 yield row
 
         try:
@@ -199,6 +233,49 @@ class DataCheck:
             self._say(f"{label}, in tokens", encoded.lines())
             report["encoded"] = encoded.as_dict()
         yield report
+        found: list[UserError] = []
+        if spec.held_out > 0 and name != EVAL_PROMPTS:
+            with gathering(found):
+                trained = prompts.trained_rows
+                check_sides(spec.held_out, trained, prompts.rows - trained, f"{_place(name)}.held_out")
+        found += self._function_problems(name, kind, columns)
+        found += self._batch_problems(name, kind, prompts.trained_rows)
+        raise_found(found)
+
+    def _function_problems(self, name: str, kind: RowKind, columns: "Columns") -> Iterator[UserError]:
+        """Functions that score replies to these prompts and need what no column holds."""
+        if kind != "prompt":
+            return
+        named: list[tuple[str, str, set[str]]] = []
+        if name == EVAL_PROMPTS:
+            judges = self.recipe.eval.judges if self.recipe.eval is not None else []
+            functions = ((place, each.get("function")) for place, each in enumerate(judges))
+            named = [(f"eval.judges[{i}].function", each, columns.every) for i, each in functions if each]
+        for stage_name, stage in self.recipe.stages.items():
+            if stage.data == name:
+                functions = ((place, each.function) for place, each in enumerate(stage.rewards))
+                here = f"stages.{stage_name}.reward"
+                named += [(f"{here}.{i}", each, columns.some) for i, each in functions if each]
+        if named:
+            from ..stages.reward_functions import check_signature, import_function
+
+            for where, target, known in named:
+                found: list[UserError] = []
+                with gathering(found):
+                    check_signature(import_function(target, where), where, known)
+                yield from found
+
+    def _batch_problems(self, name: str, kind: RowKind, rows: int) -> Iterator[UserError]:
+        """Stages that would take no step: every batch is left out for not being full."""
+        for stage_name, stage in self.recipe.stages.items():
+            record = stage.record
+            if stage.data != name or record.rows != kind or record.on_policy is not None:
+                continue
+            train = {**record.defaults, **stage.train}
+            batch = train.get("per_device_train_batch_size", 8)
+            if train.get("dataloader_drop_last") and is_number(batch) and batch > rows:
+                said = f"leaves out every batch: there are {rows} rows, and one takes {batch}"
+                yield UserError(f"stages.{stage_name}.train.dataloader_drop_last", said, "use smaller batches")
 
     def _encoded(self, name: str, kind: RowKind, rows: "Iterator[Row]", spec: "DataSpec") -> DataReport:
         from ..data.encode import measure_rows
@@ -243,6 +320,22 @@ class DataCheck:
         if self.output is not None:
             for line in lines:
                 self.output.say(f"{label}: {line}")
+
+
+class Columns:
+    """The names of other columns: `some` row has each of the first, `every` row each of the second."""
+
+    def __init__(self) -> None:
+        self.some, self.every = set[str](), set[str]()
+        self._first = True
+
+    def add(self, row: "Row") -> None:
+        """One more row."""
+        if row.columns.keys() == self.every and not self._first:
+            return
+        self.every = set(row.columns) if self._first else self.every & set(row.columns)
+        self.some |= set(row.columns)
+        self._first = False
 
 
 def _place(name: str) -> str:

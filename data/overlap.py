@@ -18,10 +18,14 @@ class PromptSet:
     Args:
         spec: which prompts are held out: a stage does not train on those.
         named: keep where each comes from; for the prompts of an evaluation.
+
+    Attributes:
+        rows: how many there are.
     """
 
     def __init__(self, spec: DataSpec, *, named: bool = False) -> None:
         self._seed, self._held_out, self._named = spec.seed, spec.held_out, named
+        self.rows = 0
         self._keys, self._trained = array("Q"), array("Q")
         self._origins: list[str] = []
 
@@ -35,11 +39,17 @@ class PromptSet:
 
     def add(self, row: Row) -> None:
         number = number_of(row.key)
+        self.rows += 1
         if self._named:
             self._keys.append(number)
             self._origins.append(row.origin)
         if self._held_out == 0 or prompt_position(row, self._seed) >= self._held_out:
             self._trained.append(number)
+
+    @property
+    def trained_rows(self) -> int:
+        """How many of the rows are not held out."""
+        return len(self._trained)
 
     def __len__(self) -> int:
         return len(self._origins)

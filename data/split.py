@@ -21,12 +21,16 @@ def split_rows(rows: list[Row], held_out: float, seed: int = 0) -> tuple[list[Ro
     held: list[Row] = []
     for row in rows:
         (held if prompt_position(row, seed) < held_out else train).append(row)
+    check_sides(held_out, len(train), len(held))
+    return train, held
+
+
+def check_sides(held_out: float, train: int, held: int, where: str = "data.held_out") -> None:
+    """Raises UserError where a fraction of the prompts leaves no row on one of the sides."""
     if not train or not held:
         which = "for training" if not train else "held out"
-        raise UserError(
-            "data.held_out", f"{held_out} of {len(rows)} rows leaves none {which}", "use another fraction or more rows"
-        )
-    return train, held
+        said = f"{held_out} of {train + held} rows leaves none {which}"
+        raise UserError(where, said, "use another fraction or more rows")
 
 
 def prompt_position(row: Row, seed: int) -> float:

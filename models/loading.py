@@ -136,7 +136,8 @@ def load_model(
     """
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
     if quantization is not None:
-        options |= {"quantization_config": _quantization(quantization, dtype), "device_map": {"": device or "cuda"}}
+        made = quantization_config(quantization, dtype)
+        options |= {"quantization_config": made, "device_map": {"": device or "cuda"}}
     with quiet_transformers(bar=sum(file.stat().st_size for file in weight_files(base.path, base.spec)) > _BAR_BYTES):
         if task == "reward":
             model = load_classifier(base.path, base.spec, seed, options)
@@ -183,7 +184,8 @@ def _download(spec: str, revision: str | None, where: str = _WHERE) -> Path:
     return Path(folder)
 
 
-def _quantization(bits: Quantization, dtype: torch.dtype) -> Any:
+def quantization_config(bits: Quantization, dtype: torch.dtype) -> Any:
+    """What transformers quantises the base with. Raises UserError where that is not known or not installed."""
     from importlib.util import find_spec
 
     from transformers import BitsAndBytesConfig

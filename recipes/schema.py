@@ -49,7 +49,7 @@ class Lora(Part):
     r: Positive = 16
     alpha: float = Field(default=32, gt=0)
     dropout: Fraction = 0.0
-    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
     use_rslora: bool = False
 
 
@@ -59,7 +59,7 @@ class LoraChange(Part):
     r: Positive | None = None
     alpha: float | None = Field(default=None, gt=0)
     dropout: Fraction | None = None
-    target_modules: Literal["all-linear"] | list[str] | None = None
+    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] | None = None
     use_rslora: bool | None = None
 
 

@@ -1,21 +1,26 @@
 """What a stage's run would refuse, found without data or weights: all stages are looked at before the first trains."""
 
 import importlib.util
+import inspect
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from transformers import TrainingArguments, get_scheduler
 
 from ..errors import UserError, gathering, nearest
 from ..models import seams
-from ..models.auto import check_model, open_config
+from ..models.auto import open_config
 from ..models.cost import adapter_parameters
+from ..values import is_finite
 from .job import StageJob
 from .options import stage_config, word_problems
-from .reward_functions import import_function
+from .reward_functions import check_signature, import_function
+from .reward_models import check_reward_model
 
+_TRIED = 20
+"""So many steps of a schedule are tried."""
 _PACKAGES = {
     "azure_ml": "azureml",
     "flyte": "flytekit",
@@ -43,20 +48,32 @@ def stage_problems(job: StageJob) -> list[UserError]:
     with gathering(found):
         args = stage_config(kind.config_class(), job, held_out=job.data.held_out > 0 and kind.on_policy is None)
         found += _setting_problems(job, args)
+        found += _best_problems(job, args)
+        found += _checkpointing_problems(job, args)
         found += _package_problems(job, args)
         found += _device_problems(job, args)
         found += _expert_problems(job, args)
         found += [] if kind.check is None else kind.checker()(job, args)
     found += _adapter_problems(job)
     for index, source in enumerate(job.rewards):
-        where = f"stages.{job.name}.reward.{index}"
+        here = f"stages.{job.name}.reward.{index}"
         with gathering(found):
             if isinstance(source.target, str) and source.kind == "function":
-                import_function(source.target, where)
-            elif source.kind == "model" and (folder := Path(str(source.target)).expanduser()).is_dir():
-                check_model(folder, where)
-                open_config(folder, where)
+                check_signature(import_function(source.target, here), here)
+            elif isinstance(source.target, str) and source.kind == "model":
+                check_reward_model(source.target, f"{here}.model")
     return found
+
+
+def process_problems(job: StageJob, processes: int) -> Iterator[UserError]:
+    """What does not divide among several processes, which only they would find."""
+    sizes = [job.method_value(name) for name in ("rollout_batch_size", "num_mini_batches")]
+    if processes == 1 or not all(isinstance(each, int) for each in sizes):
+        return
+    rollout, mini_batches = sizes
+    if rollout % (mini_batches * processes):
+        said = f"is {rollout}, expected a multiple of num_mini_batches x processes = {mini_batches} x {processes}"
+        yield UserError(f"stages.{job.name}.rollout_batch_size", said, "correct one of them")
 
 
 def _setting_problems(job: StageJob, args: TrainingArguments) -> Iterator[UserError]:
@@ -71,13 +88,18 @@ def _setting_problems(job: StageJob, args: TrainingArguments) -> Iterator[UserEr
         return
     try:
         settings: Any = args.lr_scheduler_kwargs or {}
-        get_scheduler(
+        schedule = get_scheduler(
             args.lr_scheduler_type,
             optimizer,
-            num_warmup_steps=args.get_warmup_steps(10),
-            num_training_steps=10,
+            num_warmup_steps=args.get_warmup_steps(_TRIED),
+            num_training_steps=_TRIED,
             scheduler_specific_kwargs=dict(settings),
         )
+        # what one that follows a metric does is known only with the metric
+        if isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
+            rates = [rate for step in range(_TRIED + 1) for rate in (each(step) for each in schedule.lr_lambdas)]
+            if not all(is_finite(float(rate)) for rate in rates):
+                raise ValueError("its rate is not finite at every step")
     except Exception as error:  # as above
         said = " ".join(str(error).split()) or type(error).__name__
         yield UserError(f"{here}.lr_scheduler_type", said, "correct lr_scheduler_type or lr_scheduler_kwargs")
@@ -88,6 +110,28 @@ def _setting_problems(job: StageJob, args: TrainingArguments) -> Iterator[UserEr
     if sampling == "group_by_length" and rows != "demo":
         said = f"is {sampling!r}, which a {job.record.name} stage cannot do"
         yield UserError(f"{here}.train_sampling_strategy", said, "leave it out")
+
+
+def _best_problems(job: StageJob, args: TrainingArguments) -> Iterator[UserError]:
+    """What is to be the best checkpoint: only the loss on held-out rows is measured while a stage trains."""
+    here, metric = f"stages.{job.name}.train", args.metric_for_best_model
+    if metric is not None and metric.removeprefix("eval_") != "loss":
+        yield UserError(f"{here}.metric_for_best_model", f"is {metric!r}, expected loss", "leave it out")
+    if args.eval_on_start and args.eval_strategy == "no":
+        yield UserError(f"{here}.eval_on_start", "has no effect without eval_strategy", "set that, or leave it out")
+    if args.save_strategy == "best" and (metric is None or args.eval_strategy == "no"):
+        remedy = "set eval_strategy, with held_out in the data, and metric_for_best_model: loss"
+        yield UserError(f"{here}.save_strategy", "is best, and nothing says which is the best", remedy)
+
+
+def _checkpointing_problems(job: StageJob, args: TrainingArguments) -> Iterator[UserError]:
+    """Names that torch's checkpointing does not take."""
+    given: Any = job.train.get("gradient_checkpointing_kwargs")
+    taken = set(inspect.signature(torch.utils.checkpoint.checkpoint).parameters) - {"function", "args", "kwargs"}
+    for key in given if isinstance(given, dict) else ():
+        if key not in taken:
+            here = f"stages.{job.name}.train.gradient_checkpointing_kwargs"
+            yield UserError(here, f"{key!r} is no setting of torch's checkpointing", nearest(str(key), sorted(taken)))
 
 
 def _optimizer(args: TrainingArguments) -> tuple[Any, dict[str, Any]]:

@@ -265,7 +265,7 @@ DPO = StageKind(
         Parameter("f_divergence_type", Divergence, "reverse_kl", "Divergence to the reference (f-DPO)."),
         Parameter("f_alpha_divergence_coef", float, 0.5, "Alpha of the alpha-divergence."),
         Parameter("use_weighting", bool, False, "WPO's weights of the pairs."),
-        Parameter("discopop_tau", float, 0.05, "Temperature of discopop's loss."),
+        Parameter("discopop_tau", Annotated[float, Gt(0)], 0.05, "Temperature of discopop's loss."),
         _PATIENCE,
     ),
     defaults=_lora_defaults(1e-5),

@@ -22,7 +22,16 @@ _SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")
 
 def dpo_problems(job: StageJob, args: "DPOConfig") -> list[UserError]:
     """What TRL's DPOTrainer refuses of settings that its config takes."""
-    here, losses, found = f"stages.{job.name}", set(args.loss_type), []
+    here, losses, found = f"stages.{job.name}", set(args.loss_type), list[UserError]()
+    if not losses:
+        found.append(UserError(f"{here}.loss_type", "names no loss", "write sigmoid, say, or leave it out"))
+    weights = args.loss_weights
+    if weights is not None and (min(weights, default=0) < 0 or not any(weights)):
+        said = f"is {weights}, expected numbers of 0 or more, one of them above 0"
+        found.append(UserError(f"{here}.loss_weights", said, "correct the weights"))
+    if args.beta == 0 and losses - {"sft"}:
+        said = f"is 0, with which {min(losses - {'sft'})} learns nothing"
+        found.append(UserError(f"{here}.beta", said, "use a number above 0, such as 0.1"))
     if args.f_divergence_type != "reverse_kl" and (others := losses - _WITH_DIVERGENCE):
         said = f"is {args.f_divergence_type!r}, which {min(others)} has no form of"
         found.append(UserError(f"{here}.f_divergence_type", said, f"use reverse_kl, or {', '.join(_WITH_DIVERGENCE)}"))
@@ -52,6 +61,9 @@ def dpo_problems(job: StageJob, args: "DPOConfig") -> list[UserError]:
 def kto_problems(job: StageJob, args: "KTOConfig") -> list[UserError]:
     """What cannot estimate z0 from a batch (D4)."""
     found: list[UserError] = []
+    if not (args.desirable_weight or args.undesirable_weight):
+        said = "is 0, as desirable_weight is: no reply would count"
+        found.append(UserError(f"stages.{job.name}.undesirable_weight", said, "set one of them above 0"))
     if args.loss_type == "kto":
         with gathering(found):
             check_batch(job, args.per_device_train_batch_size, 2)
@@ -77,6 +89,9 @@ def ppo_problems(job: StageJob, args: "PPOConfig") -> list[UserError]:
     found = []
     if not job.rewards:
         found.append(no_reward(job))
+    elif not any(each.weight for each in job.rewards):
+        said = "every weight is 0: no reply would be better than another"
+        found.append(UserError(f"stages.{job.name}.reward", said, "give one of them a weight"))
     if args.total_episodes is not None and "num_train_epochs" in job.train:
         said = f"has no effect beside total_episodes, which is {args.total_episodes}"
         found.append(UserError(f"stages.{job.name}.train.num_train_epochs", said, "keep one of them"))

@@ -13,7 +13,7 @@ import asyncio
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -23,6 +23,9 @@ from ..own_code import import_named
 
 _LARGEST = 3.4e38
 """Scores are fp32."""
+
+_ALWAYS = ("prompts", "completions", "completion_ids")
+"""What a function is given beside the data's columns."""
 
 RewardFunction = Callable[..., Any]
 
@@ -43,6 +46,28 @@ def import_function(spec: str, where: str | None = None) -> RewardFunction:
     if not callable(function):
         raise UserError(place, f"{spec} is a {type(function).__name__}, expected a function", "name a function")
     return function  # pyright: ignore[reportReturnType]: what it returns is checked at each call
+
+
+def check_signature(function: RewardFunction, where: str, columns: Collection[str] | None = None) -> None:
+    """Whether the function can be called as a reward, found without calling it.
+
+    Args:
+        columns: of the data; None where they are not known: any name may be one.
+
+    Raises:
+        UserError: it does not look at what is to be scored, or needs what nothing fills.
+    """
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # some built-in callables do not say
+        return
+    named = set(parameters)
+    given = dict.fromkeys(columns if columns is not None else named)
+    _taken(function, {**given, **dict.fromkeys(_ALWAYS)}, where)
+    takes_all = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
+    if not takes_all and not named & {"completions", "completion_ids"}:
+        said = f"it takes {', '.join(named) or 'nothing'}, and no completions to score"
+        raise UserError(where, said, "write def NAME(prompts, completions, **columns)")
 
 
 def call_reward_function(

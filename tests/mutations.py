@@ -217,7 +217,7 @@ MUTATIONS += [
         "trl._compute_loss(model, inputs,",
         'trl._compute_loss(model, {**inputs, "completion_mask": inputs["attention_mask"]},',
     ),
-    Mutation("D4", "a batch of one passes", "stages/kto.py", "batch_size < 2 or rows < 2", "rows < 2"),
+    Mutation("D4", "a batch of one passes", "stages/method_problems.py", "batch_size < 2 or rows < 2", "rows < 2"),
     Mutation(
         "D5", "EOS does not train", "data/encode.py",
         "labels[start:end] = spans.ids[start:end]", "labels[start : end - 1] = spans.ids[start : end - 1]",

@@ -226,7 +226,10 @@ def _cache_folder(entry: dict[str, Any], where: str, run_dir: Path | None) -> Pa
     named = entry["cache"]
     if not isinstance(named, str) or not named:
         raise UserError(f"{where}.cache", f"is {named!r}, expected a folder", "write cache: FOLDER, or leave it out")
-    return Path(named).expanduser()
+    folder = Path(named).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{where}.cache", f"{named!r} is no folder", "write cache: FOLDER, or leave it out")
+    return folder
 
 
 def _number(entry: dict[str, Any], key: str, default: float, where: str, *, low: float, whole: bool = False) -> float:

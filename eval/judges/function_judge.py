@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...models.fingerprints import code_sha256
-from ...stages.reward_functions import RewardFunction, call_reward_function, import_function
+from ...stages.reward_functions import RewardFunction, call_reward_function, check_signature, import_function
 from ..samples import Sample
 from .judge import JudgePlan
 from .kinds import Entry
@@ -47,6 +47,7 @@ def plan(entry: dict[str, Any], where: str, run_dir: Path | None) -> JudgePlan:
     del run_dir
     target = entry.get("function")
     function = import_function(str(target or ""), f"{where}.function")
+    check_signature(function, f"{where}.function")
     judge = FunctionJudge(judge_name(entry), function, where)
     return JudgePlan(judge.name, lambda adapters, tokenizer: judge)
 

@@ -54,7 +54,11 @@ class PlacingJudge(Protocol):
 
 @dataclass(frozen=True)
 class JudgePlan:
-    """A judge that was checked and not opened yet: `open(adapters, tokenizer)` makes it."""
+    """A judge that was checked and not opened yet: `open(adapters, tokenizer)` makes it.
+
+    `try_out()` looks at what takes longer, and raises a UserError: before anything trains it should be known.
+    """
 
     name: str
     open: Callable[[AdapterSet, PreTrainedTokenizerBase], Judge | PairJudge]
+    try_out: Callable[[], None] = lambda: None

@@ -17,6 +17,7 @@ from ...models.auto import check_model, open_config
 from ...models.fingerprints import folder_sha256
 from ...progress import meter
 from ...stages.ppo.rewards import ModelScorer, RewardSource
+from ...stages.reward_models import check_reward_model
 from ..samples import Sample
 from .judge import Judge, JudgePlan
 from .kinds import Entry
@@ -71,7 +72,7 @@ def plan(entry: dict[str, Any], where: str, run_dir: Path | None) -> JudgePlan:
             raise UserError(f"{where}.model", f"{named!r} cannot be loaded ({said})", remedy) from error
         return ModelJudge(name, scorer)
 
-    return JudgePlan(name, open_judge)
+    return JudgePlan(name, open_judge, lambda: check_reward_model(target, f"{where}.model"))
 
 
 def key_parts(entry: Entry, run_dir: Path) -> dict[str, str | None]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...errors import UserError
+from ...errors import UserError, gathering, raise_found
 from .judge import JudgePlan
 from .kinds import KINDS
 
@@ -28,7 +28,11 @@ def plan_judges(raw: Sequence[Mapping[str, Any]], run_dir: Path | None, where: s
     Raises:
         UserError: for an unknown kind, a missing or unknown field, a name given twice.
     """
-    plans = [_plan(dict(entry), f"{where}[{place}]", run_dir) for place, entry in enumerate(raw)]
+    plans, found = list[JudgePlan](), list[UserError]()
+    for place, entry in enumerate(raw):
+        with gathering(found):
+            plans.append(_plan(dict(entry), f"{where}[{place}]", run_dir))
+    raise_found(found)
     names = [plan.name for plan in plans]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ...errors import UserError
+from ...files import ADAPTER_CONFIG
 from ...models.adapters import AdapterSet, module_name
 from ...models.fingerprints import content
 from ..reward_scores import reward_scores
@@ -45,7 +46,9 @@ def plan(entry: dict[str, Any], where: str, run_dir: Path | None) -> JudgePlan:
     if ("adapter" in entry) == ("stage" in entry):
         raise UserError(where, "a reward judge needs a stage or an adapter folder, not both", "write stage: reward")
     if "adapter" in entry:
-        folder = Path(entry["adapter"])
+        folder = Path(entry["adapter"]).expanduser()
+        if not (folder / ADAPTER_CONFIG).is_file():
+            raise UserError(f"{where}.adapter", f"{str(folder)!r} holds no adapter", "name a reward stage's folder")
     elif run_dir is None:
         raise UserError(where, f"stage {entry['stage']!r} without a run folder", "give adapter: DIR")
     else:

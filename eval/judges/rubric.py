@@ -27,6 +27,8 @@ from ...patience import bounded
 Predicate = Callable[[str], bool]
 _PATIENCE = 5.0
 """Seconds for one pattern on one reply: a good one needs a thousandth of one."""
+_ALMOST = 400
+"""So many times a character that the pattern speaks of: as long as a reply of a hundred tokens."""
 # without a way back, and begun where such marks begin: the time is linear in the text, whatever it is
 _SENTENCE_END = re.compile(r"(?<![.!?…])[.!?…]++[\"'”’)\]]*+(?=\s|$)|\n++")
 
@@ -38,6 +40,16 @@ class Check:
     name: str
     kind: str
     passes: Predicate
+    pattern: str = ""
+
+    def try_out(self) -> None:
+        """Try a pattern on texts that almost fit: repeats within repeats show there.
+
+        Raises:
+            UserError: it takes too long on one of them.
+        """
+        for character in sorted({*"a ", *filter(str.isalnum, self.pattern)}) if self.pattern else ():
+            self.passes(character * _ALMOST + "\0")
 
 
 @dataclass(frozen=True)
@@ -49,6 +61,11 @@ class Rubric:
     def results(self, text: str) -> dict[str, bool]:
         """Which checks the reply passes, by name, in the recipe's order."""
         return {check.name: check.passes(text) for check in self.checks}
+
+    def try_out(self) -> None:
+        """Raises UserError where a pattern takes too long on a text that almost fits."""
+        for check in self.checks:
+            check.try_out()
 
     def score(self, text: str) -> float:
         """The share of checks that the reply passes, in [0, 1]."""
@@ -85,7 +102,7 @@ def _parse_check(entry: Any, where: str) -> Check:
     if not isinstance(entry, Mapping):
         raise UserError(where, f"is {entry!r}, expected a mapping", "write {name, kind, ...}")
     kind = entry.get("kind")
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise UserError(where, f"kind is {kind!r}, expected one of {', '.join(_KINDS)}", nearest(str(kind), _KINDS))
     required, build = _KINDS[kind]
     allowed = {"name", "kind", *required}
@@ -95,7 +112,7 @@ def _parse_check(entry: Any, where: str) -> Check:
     fields = {key: entry[key] for key in required if entry.get(key) is not None}
     if not fields:
         raise UserError(where, f"{kind} without {' or '.join(required)}", f"give {' or '.join(required)}")
-    return Check(str(entry.get("name") or kind), kind, build(fields, where))
+    return Check(str(entry.get("name") or kind), kind, build(fields, where), str(fields.get("pattern", "")))
 
 
 def _number(fields: Mapping[str, Any], key: str, where: str) -> int:

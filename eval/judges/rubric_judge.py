@@ -30,4 +30,4 @@ def plan(entry: dict[str, Any], where: str, run_dir: Path | None) -> JudgePlan:
     """
     del run_dir
     judge = RubricJudge(judge_name(entry), parse_rubric(entry.get("checks"), where))
-    return JudgePlan(judge.name, lambda adapters, tokenizer: judge)
+    return JudgePlan(judge.name, lambda adapters, tokenizer: judge, judge.rubric.try_out)

@@ -69,6 +69,7 @@ NO_SUBJECT = {
         "FUSED_HEAD",
         "HOOK_MARK",
         "LAUNCHER",
+        "OPTIMIZERS",
     ),
 }
 SUBJECTS = {
@@ -223,6 +224,7 @@ MOVES = {
     "TRAINED_TOKENS": (None, SimpleNamespace, "_total_train_tokens"),
     "FUSED_HEAD": (lambda p: p.setattr(trl.trainer.utils, "add_fused_lm_head", lambda m: m), None, "fused_lm_head"),
     "HOOK_MARK": (lambda p: p.setattr(accelerate.hooks, "add_hook_to_module", lambda m, hook: m), None, "_hf_hook"),
+    "OPTIMIZERS": (lambda p: p.delattr("transformers.trainer_optimizer.OptimizerContext"), None, "OptimizerContext"),
     "LAUNCHER": (lambda p: p.delattr("accelerate.commands.launch.launch_command"), None, "launch:launch_command"),
 }  # fmt: skip
 
