@@ -220,6 +220,8 @@ class Continuing(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
         self._saved = time.monotonic()
+        # a checkpoint brings the steps between two logs of the run that wrote it; they may be others now
+        state.compute_steps(args, state.max_steps)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         self.step_ended = False
