@@ -3,6 +3,7 @@
 Nothing that is not ours is ever removed or replaced: a finished folder carries `STAMP`, which lists what was written.
 """
 
+import errno
 import json
 import os
 import re
@@ -61,6 +62,14 @@ def write_whole(file: Path, text: str) -> Path:
     finally:
         with suppress(OSError):
             beside.unlink(missing_ok=True)
+
+
+def read_regular(file: Path) -> str:
+    """The text of a file. Raises OSError where there is none, or something else, such as a pipe, for which one would
+    wait."""
+    if not file.is_file():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file))
+    return file.read_text(encoding="utf-8")
 
 
 @contextmanager
@@ -129,7 +138,7 @@ def is_ours(folder: Path) -> bool:
 def strangers(folder: Path) -> list[str]:
     """What lies in a finished folder and was not written into it by us, as far as its stamp says what was."""
     try:
-        written = json.loads((folder / STAMP).read_text(encoding="utf-8"))["holds"]
+        written = json.loads(read_regular(folder / STAMP))["holds"]
         known = {*written, *_LITTER, STAMP}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []
@@ -144,7 +153,7 @@ def sweep(folder: Path, names: tuple[str, ...]) -> None:
     """
     for path in folder.iterdir() if folder.is_dir() else ():
         found = _TEMPORARY.fullmatch(path.name)
-        if found is None or found["name"] not in names or _runs(int(found["pid"])):
+        if found is None or found["name"] not in names or is_running(int(found["pid"])):
             continue
         if not path.is_symlink() and path.is_dir():
             if {each.name for each in path.iterdir()} <= _EVALUATED:
@@ -153,7 +162,8 @@ def sweep(folder: Path, names: tuple[str, ...]) -> None:
             path.unlink(missing_ok=True)
 
 
-def _runs(pid: int) -> bool:
+def is_running(pid: int) -> bool:
+    """Whether another process of that number is at work on this machine."""
     if pid == os.getpid():
         return False
     try:
@@ -206,7 +216,7 @@ def read_json_lines(file: Path) -> list[dict[str, Any]]:
     for line in file.read_text(encoding="utf-8", errors="replace").split("\n") if file.is_file() else ():
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict):
             rows.append(row)

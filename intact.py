@@ -3,11 +3,12 @@
 import hashlib
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .files import CHECKPOINTS, LOG, LOGS, RECIPE, ROLLOUTS, STAMP
+from .files import CHECKPOINTS, EVALUATION, LOG, LOGS, RECIPE, ROLLOUTS, STAMP, read_regular
 
 _BLOCK = 1 << 22
 _NOT_COUNTED = (CHECKPOINTS, LOGS, LOG, ROLLOUTS, "README.md", STAMP)
@@ -30,14 +31,20 @@ def contents(folder: Path) -> dict[str, list[int | str]]:
     return dict(sorted(found.items()))
 
 
-def damage(folder: Path) -> str | None:
-    """What of a finished folder is not as it was written, in words; None where all is, or where no stamp says."""
+def damage(folder: Path, only: Collection[str] | None = None) -> str | None:
+    """What of a finished folder is not as it was written, in words; None where all is, or where no stamp says.
+
+    Args:
+        only: the files to look at; None: all.
+    """
     try:
-        written = json.loads((folder / STAMP).read_text(encoding="utf-8"))["files"]
+        written = json.loads(read_regular(folder / STAMP))["files"]
         wanted = {str(name): (int(size), str(sha256)) for name, (size, sha256) in written.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     for name, (size, sha256) in wanted.items():
+        if only is not None and name not in only:
+            continue
         file = folder / name
         if not file.is_file():
             return f"{name} is gone"
@@ -48,16 +55,20 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def check_intact(folder: Path) -> None:
-    """Refuse a stage's folder that is damaged. One without a stamp passes, as does one of an earlier version.
+def check_intact(folder: Path, only: Collection[str] | None = None) -> None:
+    """Refuse a finished folder that is damaged. One without a stamp passes, as does one of an earlier version.
+
+    Args:
+        only: the files to look at; None: all.
 
     Raises:
         UserError: a file of it is gone, cut off or changed.
     """
-    found = damage(folder)
+    found = damage(folder, only)
     if found is not None:
         recipe = folder.parent / RECIPE
-        command = f"preftune run {recipe} --output-dir {folder.parent} --until {folder.name}"
+        until = "" if folder.name == EVALUATION else f" --until {folder.name}"
+        command = f"preftune run {recipe} --output-dir {folder.parent}{until}"
         remedy = f"run it again: {command}" if recipe.is_file() else "train it again, or take it from a copy"
         raise UserError(str(folder), f"is damaged, {found}", remedy)
 

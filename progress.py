@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from . import stopping
+from .printed import printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -64,7 +65,7 @@ class Meter:
             if now - self._spoken > 0.1 or done == self._total:
                 self._spoken = now
                 progress, task = self._bar
-                progress.update(task, completed=done, note=note, refresh=True)
+                progress.update(task, completed=done, note=printable(note), refresh=True)
         elif done == self._total or now - self._spoken > self._lines:
             self.say(done, note)
 
@@ -84,7 +85,7 @@ class Meter:
 
 def say(line: str) -> None:
     """One line for the log, on standard error."""
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -105,8 +106,10 @@ def _open_bar(label: str, total: int | None) -> "tuple[Progress, TaskID] | None"
     console = Console(stderr=True)
     if not console.is_terminal:
         return None
-    counted = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+    # texts of the data's and the recipe's: no markup
+    label_, note = (TextColumn(field, markup=False) for field in ("{task.description}", "{task.fields[note]}"))
+    counted = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), note)
     # drawn when it moves: a thread of its own would take turns with the work at Python's lock
-    bar = Progress(TextColumn("{task.description}"), *counted, console=console, transient=True, auto_refresh=False)
+    bar = Progress(label_, *counted, console=console, transient=True, auto_refresh=False)
     bar.start()
-    return bar, bar.add_task(label, total=total, note="")
+    return bar, bar.add_task(printable(label), total=total, note="")

@@ -14,6 +14,7 @@ from .. import stopping
 from ..data.template import writes_date
 from ..errors import UserError, gathering, nearest, raise_found
 from ..files import EVALUATION, LINEAGE, RECIPE, STAMP, write_whole
+from ..printed import printable
 from ..recipes.build import eval_spec, stage_job
 from ..recipes.graph import needed_for, order, parents
 from ..recipes.schema import Recipe
@@ -87,7 +88,7 @@ class Chain:
         resolve: "Callable[[str, str | None], Base] | None" = None,
     ) -> None:
         self.recipe, self.options, self.output = recipe, options, output
-        self.path = (options.output_dir or default_folder(recipe)).expanduser()
+        self.path = _at_home(options.output_dir or default_folder(recipe))
         self._run_stage, self._run_eval, self._resolve = run_stage, run_eval, resolve
         self.keys: dict[str, str] = {}
         self._accepted = self._works = False
@@ -318,7 +319,7 @@ class Chain:
         try:
             return work()
         except BaseException as error:
-            said = " ".join(str(error).split())[:300] or type(error).__name__
+            said = " ".join(printable(str(error)).split())[:300] or type(error).__name__
             seconds = round(time.monotonic() - began, 3)
             state = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
             with suppress(OSError):  # a full disk may be what this is about
@@ -341,6 +342,14 @@ class Chain:
         write_report(self.path)
 
 
+def _at_home(path: Path) -> Path:
+    """The path with a leading ~ written out."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise UserError("--output-dir", f"{str(path)!r}: no user of that name", "write the path out") from error
+
+
 def fix_date(recipe: Recipe, base: "Base", folder: Path) -> None:
     """Give the run the day that its chat template writes: the day of its first start, so that no row ever changes."""
     model = recipe.model
@@ -348,8 +357,10 @@ def fix_date(recipe: Recipe, base: "Base", folder: Path) -> None:
         return
     import yaml
 
+    from ..bounded_yaml import load_bounded
+
     try:
-        before = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))["model"]["template_date"]
+        before = load_bounded((folder / RECIPE).read_text(encoding="utf-8"))["model"]["template_date"]
         model.template_date = date.fromisoformat(str(before))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
         model.template_date = _today()

@@ -1,6 +1,5 @@
 """`preftune eval ...`: the whole evaluation of a run, or one measurement of it."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ import typer
 
 from ..errors import UserError, nearest
 from ..files import RECIPE
+from ..progress import say
 from .arguments import AsJson, DataOption, EvalOverrides, Policies, RunArgument
 
 if TYPE_CHECKING:
@@ -275,7 +275,7 @@ def _say_silence(rows: Sequence[Mapping[str, Any]]) -> int:
 
     words = silence_words(rows)
     for line in words:
-        print(line, file=sys.stderr)
+        say(line)
     return int(bool(words))
 
 

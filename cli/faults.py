@@ -22,15 +22,19 @@ _WORDS = {
     errno.EMFILE: "too many files are open; raise the limit (ulimit -n)",
     errno.ENFILE: "too many files are open on this machine; close some",
 }
+_USERS = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
+"""What another folder mends."""
 _KEPT = "what is finished is kept, and the same command continues"
 
 
-def system_words(error: BaseException) -> str | None:
-    """One line for an error that came of what the system refused; None for any other."""
+def system_words(error: BaseException) -> tuple[int, str] | None:
+    """(exit code, one line) for an error that came of what the system refused; None for any other."""
     for each in _chain(error):
+        if isinstance(each, RuntimeError) and "home directory" in str(each):
+            return 2, "a path begins with ~ and a name that no user of this machine has; write it out"
         number, place = _refused(each)
         if number in _WORDS:
-            return f"{place or 'a file'}: {_WORDS[number]}; {_KEPT}"
+            return 2 if number in _USERS else 1, f"{place or 'writing'}: {_WORDS[number]}; {_KEPT}"
     return None
 
 

@@ -29,6 +29,7 @@ from ..files import (
     finish_replacing,
     is_ours,
     partial_folder,
+    read_regular,
     replace_folder,
     strangers,
     sweep,
@@ -187,6 +188,8 @@ class RunFolder:
 
         holder = self.path / _HOLDER
         try:
+            if self.path.is_file():
+                raise UserError(str(self.path), "is a file, and no folder", _REMEDY)
             self.path.mkdir(parents=True, exist_ok=True)
             if not existing:
                 self._check_ours()
@@ -219,7 +222,7 @@ class RunFolder:
             return
         except (OSError, ValueError, RecursionError):
             pass
-        if any((self.path / name / STAMP).is_file() for name in held):
+        if RUN_STATE in held and any((self.path / name / STAMP).is_file() for name in held):
             return
         said = f"holds {_listed(held)}, and is no run's folder"
         raise UserError(str(self.path), said, "give a new or empty folder as --output-dir: nothing in it was touched")
@@ -254,7 +257,7 @@ def seal(folder: Path, stamp: Stamp) -> None:
 
 def _read_stamp(folder: Path) -> Stamp | None:
     try:
-        raw = json.loads((folder / STAMP).read_text(encoding="utf-8"))
+        raw = json.loads(read_regular(folder / STAMP))
         known = {each.name for each in fields(Stamp)}
         stamp = Stamp(**{name: value for name, value in raw.items() if name in known})
         sound = isinstance(stamp.parts, dict) and isinstance(stamp.started, str) and stamp.seconds >= 0
@@ -265,7 +268,7 @@ def _read_stamp(folder: Path) -> Stamp | None:
 
 def _read_state(file: Path) -> dict[str, dict[str, Any]]:
     """The entries of run.json. Raises OSError or ValueError where it holds anything else."""
-    raw = json.loads(file.read_text(encoding="utf-8"))
+    raw = json.loads(read_regular(file))
     stages = raw.get("stages") if isinstance(raw, dict) else None
     if not isinstance(stages, dict) or not all(isinstance(each, dict) for each in stages.values()):
         raise ValueError("not what a run writes")
@@ -291,7 +294,7 @@ def _listed(names: list[str]) -> str:
 
 def _first_line(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8").strip()[:20]
+        return read_regular(file).strip()[:20]
     except (OSError, ValueError):
         return ""
 

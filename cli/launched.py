@@ -17,6 +17,7 @@ from .. import stopping
 from ..errors import UserError
 from ..files import RECIPE, write_whole
 from ..models import seams
+from ..printed import printable
 from ..stopping import Stopped
 from .faults import system_words
 from .folder import RunFolder
@@ -94,7 +95,8 @@ def _process(said: str, run_dir: str, name: str, from_adapter: str | None = None
         write_whole(Path(said) / _STOPPED, json.dumps([stopped.number, str(stopped)]))
         _leave_group()
     except Exception as error:
-        return _say_once(Path(said), system_words(error) or traceback.format_exc())
+        refused = system_words(error)
+        return _say_once(Path(said), traceback.format_exc() if refused is None else refused[1])
     return 0
 
 
@@ -148,7 +150,7 @@ def read_stopped(said: Path) -> Stopped | None:
 def _say_once(said: Path, words: str) -> int:
     """Print it on standard error, unless a process left a `UserError`: the others ended because that one did."""
     if read_error(said) is None:
-        print(words, file=sys.stderr)
+        print(printable(words), file=sys.stderr)
     return 1
 
 

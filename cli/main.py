@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from .. import stopping
+from ..printed import printable
 from ..stages.kinds import KINDS
 from ..version import __version__
 from . import evaluate
@@ -181,7 +182,7 @@ def report(run: RunArgument) -> None:
     folder = run_folder(run)
     from ..eval.report.page import write_report
 
-    print(write_report(folder))
+    print(printable(str(write_report(folder))))
 
 
 @app.command()

@@ -1,10 +1,16 @@
 """`preftune merge`: a stage's adapter merged into its base."""
 
+import os
+import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from ..files import RECIPE
+from ..files import RECIPE, is_running
+from ..intact import check_intact
+from ..printed import printable
 from .folder import holds_adapter
 
 if TYPE_CHECKING:
@@ -13,6 +19,8 @@ if TYPE_CHECKING:
 _DTYPES = ("float32", "bfloat16", "float16")
 _ROWS, _TOKENS = 32, 2048
 """On so much of the stage's own data the cost is measured."""
+_MARK = ".preftune-merging"
+"""In the folder that a merge writes: until it is whole nobody else's files lie there."""
 _COSTLY = 0.01
 """Nats a token from which float32 is advised."""
 
@@ -25,8 +33,10 @@ def merge_stage(adapter: Path, out: Path, dtype: str | None = None) -> None:
         out: a folder that does not exist yet or is empty.
         dtype: one of `_DTYPES`; None: the one that the stage was trained in.
 
+    What is written appears whole or not at all: it is written beside `out`, in `.NAME.merging`, and moved there.
+
     Raises:
-        UserError: there is no adapter, its base has changed, or `out` is not empty.
+        UserError: there is no adapter, it is damaged, its base has changed, or `out` is not empty.
     """
     if not holds_adapter(adapter):
         raise UserError(str(adapter), "holds no adapter", "give a finished stage's folder, such as runs/NAME/dpo")
@@ -34,11 +44,49 @@ def merge_stage(adapter: Path, out: Path, dtype: str | None = None) -> None:
         raise UserError(str(out), "exists and is not empty", "give a new folder")
     if dtype is not None and dtype not in _DTYPES:
         raise UserError("--dtype", f"{dtype!r} is unknown", f"use one of {', '.join(_DTYPES)}")
+    check_intact(adapter)
     from ..models.merging import merge_adapter
 
-    merged = merge_adapter(adapter, out, dtype, stage_rows(adapter))
-    print(f"{out}: {merged.base.spec} with {adapter} merged into it, {merged.dtype}")
+    with _beside(out) as partial:
+        merged = merge_adapter(adapter, partial, dtype, stage_rows(adapter))
+    print(printable(f"{out}: {merged.base.spec} with {adapter} merged into it, {merged.dtype}"))
     print(cost_in_words(merged))
+
+
+@contextmanager
+def _beside(out: Path) -> Generator[Path]:
+    """An empty folder beside `out`, which takes its place when the block ends well; what a kill left of one goes.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        out = out.resolve()
+        partial = out.with_name(f".{out.name}.merging")
+        if partial.exists():
+            _check_left(partial, out)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        (partial / _MARK).write_text(str(os.getpid()), encoding="utf-8")
+    except (OSError, RuntimeError) as error:
+        said = getattr(error, "strerror", None) or str(error)
+        raise UserError(str(out), f"cannot be written ({said})", "give another folder") from error
+    try:
+        yield partial
+        partial.rename(out)
+        (out / _MARK).unlink()
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_left(partial: Path, out: Path) -> None:
+    """Raises UserError unless what stands there is a merge's that was killed."""
+    mark = partial / _MARK
+    if not mark.is_file() and (not partial.is_dir() or any(partial.iterdir())):
+        raise UserError(str(partial), "exists, and no merge made it", "move it away, or give another folder")
+    owner = mark.read_text(encoding="utf-8").strip() if mark.is_file() else ""
+    if owner.isdecimal() and is_running(int(owner)):
+        raise UserError(str(out), f"another merge (process {owner}) writes it", "wait for it, or give another folder")
 
 
 def cost_in_words(merged: "Merged") -> str:

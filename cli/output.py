@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Iterable, Mapping
 
+from ..printed import printable, printable_json, redacted
+
 
 class Output:
     """Prints to standard output. With `json` only results go there, one object per line, the rest to standard error."""
@@ -12,7 +14,7 @@ class Output:
 
     def say(self, line: str) -> None:
         """Print one line for people."""
-        print(line, file=sys.stderr if self.json else sys.stdout, flush=True)
+        print(printable(line), file=sys.stderr if self.json else sys.stdout, flush=True)
 
     def rows(self, rows: Iterable[Mapping[str, object]]) -> None:
         """Print results: as JSON lines, or as a table."""
@@ -21,7 +23,7 @@ class Output:
             from json import dumps
 
             for row in rows:
-                print(dumps(row, ensure_ascii=False), flush=True)
+                print(printable_json(redacted(dumps(row, ensure_ascii=False))), flush=True)
         elif rows:
             _print_table(rows)
 
@@ -39,15 +41,16 @@ def duration(seconds: float) -> str:
 def _print_table(rows: list[dict[str, object]]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     columns = list(dict.fromkeys(key for row in rows for key in row))
     columns = [key for key in columns if any(row.get(key) is not None for row in rows)]
     table = Table(box=None, header_style="bold", pad_edge=False)
     for key in columns:
         number = any(isinstance(row.get(key), int | float) for row in rows)
-        table.add_column(key, justify="right" if number else "left")
+        table.add_column(Text(printable(key)), justify="right" if number else "left")
     for row in rows:
-        table.add_row(*(_cell(row.get(key)) for key in columns))
+        table.add_row(*(Text(printable(_cell(row.get(key)))) for key in columns))
     console = Console()
     # a pipe has no width to keep to: never cut a number there
     console.width = console.width if console.is_terminal else 10_000

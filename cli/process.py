@@ -1,5 +1,6 @@
 """What every process of the command sets up, and the exit code that it ends with."""
 
+import logging
 import os
 import sys
 import traceback
@@ -12,6 +13,7 @@ import typer
 
 from .. import own_code
 from ..errors import UserError, UserErrors
+from ..printed import PrintableLogs, printable
 from ..stopping import Stopped
 from .faults import system_words
 
@@ -56,12 +58,12 @@ def exit_code_of(work: Callable[[], object], again: str = "the same command") ->
     except UserError as error:
         several = error.errors if isinstance(error, UserErrors) else ()
         for line in str(error).split("\n") if several else [str(error)]:
-            print(" ".join(line.split()), file=sys.stderr)
+            print(printable(" ".join(line.split())), file=sys.stderr)
         return 2
     except StageFailed as error:
-        print(error, file=sys.stderr)
+        print(printable(str(error)), file=sys.stderr)
     except Stopped as stopped:
-        print(f"{stopped}; continue with: {again}", file=sys.stderr)
+        print(printable(f"{stopped}; continue with: {again}"), file=sys.stderr)
         return stopped.exit_code
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted; the same command continues", file=sys.stderr)
@@ -70,13 +72,15 @@ def exit_code_of(work: Callable[[], object], again: str = "the same command") ->
         # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
-        if _is_parser_error(error):
-            return _wrong_command(error)
-        if (said := system_words(error)) is not None:
-            print(said, file=sys.stderr)
-        else:
-            traceback.print_exc()
+        return _wrong_command(error) if _is_parser_error(error) else _unexpected(error)
     return 1
+
+
+def _unexpected(error: Exception) -> int:
+    """One line for what the system refused, else the traceback: of a mistake of ours."""
+    code, said = system_words(error) or (1, "".join(traceback.format_exception(error)).rstrip())
+    print(printable(said), file=sys.stderr)
+    return code
 
 
 def _is_parser_error(error: object) -> TypeGuard[_ParserError]:
@@ -90,7 +94,7 @@ def _wrong_command(error: _ParserError) -> int:
         context = getattr(error, "ctx", None)
         command = context.command_path if context is not None else "preftune"
         said = " ".join(error.format_message().split()).rstrip(".")
-        print(f"{command}: {said}; see `{command} --help`", file=sys.stderr)
+        print(printable(f"{command}: {said}; see `{command} --help`"), file=sys.stderr)
     return int(error.exit_code)
 
 
@@ -101,7 +105,11 @@ def leave_working_folder() -> None:
 
 
 def ignore_library_warnings() -> None:
-    """Hide warnings about libraries' future versions, which a user can do nothing about."""
+    """Hide warnings about libraries' future versions, which a user can do nothing about; what is said is printable."""
+    plain = warnings.formatwarning
+    warnings.formatwarning = lambda *args, **kwargs: printable(plain(*args, **kwargs))
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(PrintableLogs())
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(transformers|peft|trl|torch)\.")
 

@@ -4,10 +4,10 @@ import io
 import signal
 import sys
 import threading
-import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
+from ..printed import harmless
 from ..progress import say
 
 
@@ -44,7 +44,7 @@ class Terminal:
 
     def begin(self, label: str = "") -> None:
         """Begin a reply: its text follows."""
-        sys.stdout.write(label)
+        sys.stdout.write(harmless(label))
         sys.stdout.flush()
         self._begins = True
 
@@ -58,11 +58,11 @@ class Terminal:
 
     def end(self, note: str = "") -> None:
         """End the reply; the note is shown to a person only."""
-        print(f" ({note})" if note and self.person else "", flush=True)
+        print(f" ({harmless(note)})" if note and self.person else "", flush=True)
 
     def say(self, line: str) -> None:
         """Show one line that is not part of a reply."""
-        say(harmless(line))
+        say(line)
 
     @contextmanager
     def stoppable(self) -> Iterator[Callable[[], bool]]:
@@ -84,8 +84,3 @@ class Terminal:
             yield lambda: pressed
         finally:
             signal.signal(signal.SIGINT, before)
-
-
-def harmless(text: str) -> str:
-    """The text without control characters: with them a reply could move the cursor, or worse."""
-    return "".join(each for each in text if each in "\n\t" or unicodedata.category(each) not in ("Cc", "Cs"))

@@ -132,6 +132,8 @@ def _unwrapped(text: str) -> Any:
         return None
     try:
         return json.loads(text)
+    except RecursionError:
+        return None
     except ValueError:
         try:
             return ast.literal_eval(text.strip())

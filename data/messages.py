@@ -72,7 +72,9 @@ def written_messages(text: str) -> list[Any] | None:
         return None
     try:
         value = json.loads(bare)
-    except (ValueError, RecursionError):
+    except RecursionError:
+        return None
+    except ValueError:
         if len(bare) > _MOST_PRINTED:
             return None
         try:

@@ -306,6 +306,7 @@ def _split_of(path: Path, names: set[str | None]) -> str | None:
 def _read_saved(folder: Path, source: SourceSpec) -> Iterator[Placed]:
     from datasets import DatasetDict, load_from_disk
 
+    _check_inside(folder, source.path)
     data: Any = load_from_disk(folder)
     if isinstance(data, DatasetDict):
         names = [str(name) for name in data]
@@ -318,6 +319,29 @@ def _read_saved(folder: Path, source: SourceSpec) -> Iterator[Placed]:
     if source.split not in (None, str(data.split)):
         raise UserError(source.path, f"no split {source.split!r}: it is one dataset", "leave `split` out")
     yield from _rows_of(data, source.path)
+
+
+def _check_inside(folder: Path, shown: str) -> None:
+    """The files that a saved dataset names are its own.
+
+    Raises:
+        UserError: one lies elsewhere.
+    """
+    named = [*_listed(folder / "dataset_dict.json", "splits")]
+    for state in (folder / "state.json", *sorted(folder.glob("*/state.json"))):
+        named += [each.get("filename") for each in _listed(state, "_data_files") if isinstance(each, dict)]
+    for each in named:
+        if not isinstance(each, str) or Path(each).name != each or "\\" in each or each == "..":
+            raise UserError(shown, f"names {each!r}, which is no file of its own", "save the dataset again")
+
+
+def _listed(file: Path, key: str) -> list[Any]:
+    """A list in a JSON file; empty where there is none, of which whoever needs it says more."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")).get(key)
+    except (OSError, ValueError, AttributeError):
+        return []
+    return found if isinstance(found, list) else []
 
 
 def _read_hub(source: SourceSpec) -> Iterator[Placed]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..files import EVAL_CACHE, write_whole
+from ..files import EVAL_CACHE, read_regular, write_whole
 
 FORMAT = 1
 """Raise it when the sampler says other things than before with the same settings."""
@@ -55,7 +55,7 @@ class DrawnReplies:
         if self.folder is None:
             return None
         try:
-            kept = json.loads(self._file(key).read_text(encoding="utf-8"))
+            kept = json.loads(read_regular(self._file(key)))
             written = kept.pop("sha256", None)  # earlier versions wrote none
             found = Drawn(**kept)
             columns = (found.tokens, found.finished, found.completions, *found.kls.values())

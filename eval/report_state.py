@@ -11,9 +11,9 @@ _READ = (
     *(RUN_STATE, RECIPE, DOCTOR),
     *(f"{EVALUATION}/{name}" for name in (RESULTS, SAMPLES, REWARDS, OVER_OPTIMISATION)),
 )
-_MARK = re.compile(rb'<meta name="preftune-made-for" content="([0-9a-f]{64})">')
-_HEAD = 4096
-"""Bytes in which a report of ours says that it is one."""
+_MARK = re.compile(rb"</html>\s*<!-- preftune-made-for ([0-9a-f]{64}) -->\s*$")
+_BYTES = 4096
+"""At its beginning a report says that it is one, at its end what it was written for."""
 
 
 def state_of(run_dir: Path) -> str:
@@ -28,18 +28,20 @@ def state_of(run_dir: Path) -> str:
 
 def report_is_old(run_dir: Path) -> bool:
     """Whether the run has no report, or one that was written before what lies there now."""
-    found = _MARK.search(_head(run_dir / REPORT))
+    found = _MARK.search(_part(run_dir / REPORT, end=True))
     return found is None or found[1].decode() != state_of(run_dir)
 
 
 def check_replaceable(report: Path) -> None:
     """Raises UserError where a page that we did not write stands in a report's place."""
-    if report.is_file() and b"preftune report" not in _head(report):
+    if report.is_file() and b"preftune report" not in _part(report):
         raise UserError(str(report), "is no report of preftune's, and would be overwritten", "move it away")
 
 
-def _head(file: Path) -> bytes:
+def _part(file: Path, *, end: bool = False) -> bytes:
+    """The first or the last bytes of a file; none where there is none."""
     if not file.is_file():
         return b""
     with file.open("rb") as opened:
-        return opened.read(_HEAD)
+        opened.seek(max(0, file.stat().st_size - _BYTES) if end else 0)
+        return opened.read(_BYTES)

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from ..errors import UserError
 from ..files import ADAPTER_CONFIG
-from .sound import load_whole
+from .sound import AGAIN, first_line, load_whole
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.msgpack", "*.h5")
 _KERNELS = ("attn_implementation", "experts_implementation")
@@ -30,9 +30,19 @@ def open_config(folder: Path, where: str = "model.base", **options: Any) -> PreT
 
 
 def open_tokenizer(folder: Path, where: str = "model.base", **options: Any) -> Any:
-    """The tokenizer in a folder, or (`gguf_file`) in a file of it; arguments and errors as of `open_config`."""
-    with _no_code(folder, where):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+    """The tokenizer in a folder, or (`gguf_file`) in a file of it; arguments and errors as of `open_config`.
+
+    Raises:
+        UserError: it cannot be read, or with code of its own only.
+    """
+    try:
+        with _no_code(folder, where):
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+    except UserError:
+        raise
+    except Exception as error:  # a foreign file: its reader fails in every way there is
+        said = f"the tokenizer of {str(folder)!r} cannot be read ({first_line(error)})"
+        raise UserError(where, said, AGAIN) from error
 
 
 def open_model(

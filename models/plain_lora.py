@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import UserError, nearest
-from ..files import ADAPTER_CONFIG
+from ..files import ADAPTER_CONFIG, read_regular
 from . import seams
 
 with seams.importing(seams.LORA_LAYER):
@@ -96,12 +96,12 @@ def read_config(folder: Path) -> PeftConfig:
     """
     file = folder / ADAPTER_CONFIG
     try:
-        raw: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        raw: dict[str, Any] = json.loads(read_regular(file))
         with warnings.catch_warnings():
             # of fields that it does not know, which are looked at below
             warnings.filterwarnings("ignore", message="Unexpected keyword arguments")
             config = PeftConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         said = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
             str(file), f"no adapter config that PEFT can read ({said})", "save the adapter again"

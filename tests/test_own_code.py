@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from preftune import own_code
+from preftune.cli.process import leave_working_folder
 from preftune.errors import UserError
 from preftune.models.fingerprints import code_sha256
+from preftune.models.wheels import fetch_wheel
 from preftune.stages.kinds import stage_kind
 from preftune.stages.reward_functions import import_function
 
@@ -49,7 +51,8 @@ def named(folder: Path, spec: str, **files: str) -> Any:
     return import_function(spec)
 
 
-def test_nobody_else_imports_from_the_recipes_folder(beside: Path):
+@pytest.mark.checklist("S2")
+def test_s02_nobody_else_imports_from_the_recipes_folder(beside: Path):
     named(beside, "mine_a:f", mine_a="def f(): return 1\n")
     assert str(beside) not in sys.path
     for name in OPTIONAL:
@@ -115,8 +118,17 @@ def test_a_methods_file_imports_what_lies_beside_it(beside: Path):
     assert stage_kind(f"{beside / 'method_d.py'}:KIND").name == "d"
 
 
-@pytest.mark.parametrize("how", [["-m", "preftune.cli.main"], ["-c", "from preftune.cli.main import main; main()"]])
-def test_the_command_imports_nothing_from_the_working_folder(beside: Path, how: list[str]):
+@pytest.mark.parametrize("first", ["", "here"])
+def test_the_working_folder_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [first and str(Path.cwd()), "/elsewhere"])
+    leave_working_folder()
+    assert sys.path == ["/elsewhere"]
+    leave_working_folder()
+    assert sys.path == ["/elsewhere"]
+
+
+def test_the_command_imports_nothing_from_the_working_folder(beside: Path):
     """All of a stage's heavy imports, in a folder where files are called like what they look for."""
     (beside / "mine.py").write_text("import sibling\ndef f(prompts): return [sibling.one] * len(prompts)\n")
     (beside / "sibling.py").write_text("one = 1.0\n")
@@ -126,9 +138,20 @@ def test_the_command_imports_nothing_from_the_working_folder(beside: Path, how: 
     )
     (beside / "p.jsonl").write_text('{"prompt": "a"}\n' * 4)
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONSAFEPATH")}
-    command = [sys.executable, *how, "validate", "recipe.yaml"]
+    command = [sys.executable, "-m", "preftune.cli.main", "validate", "recipe.yaml"]
     done = subprocess.run(command, check=False, cwd=beside, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert not (beside / "ran").exists()
+
+
+def test_pip_imports_nothing_from_the_working_folder(beside: Path, monkeypatch: pytest.MonkeyPatch):
+    (beside / "pip").mkdir()
+    (beside / "pip" / "__main__.py").write_text(f"open({str(beside / 'ran')!r}, 'w')\n")
+    monkeypatch.chdir(beside)
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(UserError, match="pip could not download"):
+        fetch_wheel("nothing-of-that-name==1.0", beside)
     assert not (beside / "ran").exists()
 
 

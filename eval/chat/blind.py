@@ -10,6 +10,7 @@ from typing import Any
 from ...data.rows import Message
 from ...data.sources import read_file
 from ...errors import UserError
+from ...intact import check_intact
 from .votes import Vote, check_place
 
 
@@ -83,6 +84,7 @@ def _read_samples(path: Path) -> tuple[list[list[Message]], dict[str, list[str]]
     """The prompts in their order, and policy -> its replies to them."""
     if not path.is_file():
         raise UserError(str(path), "no such file", f"evaluate first: preftune eval run {path.parent.parent}")
+    check_intact(path.parent, (path.name,))
     messages: dict[int, list[Message]] = {}
     replies: dict[str, dict[int, str]] = {}
     for origin, row in read_file(path, str(path)):

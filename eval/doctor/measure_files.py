@@ -13,7 +13,6 @@ from ...models.base import Base
 from ...models.lineage import adapter_sha256, read_lineage, tokenizer_info
 from ...models.lora import WEIGHTS, read_tensors
 from ...models.quiet import quiet_transformers
-from ...models.sound import first_line
 from ...stages.ppo.update import sampler_tolerance
 from ..spec import BASE
 from .finding import Finding
@@ -129,8 +128,8 @@ def _tokenizers(record: Record, tokenizer: Any, left_out: list[str]) -> Iterator
     try:
         with quiet_transformers():
             saved = open_tokenizer(record.folder, str(record.folder))
-    except Exception as error:  # of an earlier version, whose files carry no hash
-        left_out.append(f"{record.name}, tokenizer: what lies beside its adapter cannot be read ({first_line(error)})")
+    except UserError as error:  # of an earlier version, whose files carry no hash
+        left_out.append(f"{record.name}, tokenizer beside its adapter: {error.problem}")
         return
     others["the tokenizer beside its adapter"] = _saved_info(saved, tokenizer)
     yield from check_tokenizer(record.name, record.lineage.tokenizer, others)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
-from ...files import write_whole
+from ...files import read_regular, write_whole
 
 
 class Answers:
@@ -33,9 +33,9 @@ class Answers:
         if self.folder is None:
             return None
         try:
-            kept = json.loads((self.folder / f"{key}.json").read_text(encoding="utf-8"))
+            kept = json.loads(read_regular(self.folder / f"{key}.json"))
             return kept["answer"] if isinstance(kept["answer"], str) else None
-        except (OSError, ValueError, LookupError, TypeError):
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
             return None
 
     def put(self, key: str, kept: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from jinja2 import ChainableUndefined, Environment, FileSystemLoader
 from markupsafe import Markup
 
 from ...files import REPORT, write_whole
+from ...printed import redacted
 from ...values import is_number
 from ...version import __version__
 from .. import replies
@@ -152,4 +153,4 @@ def _recipe(run: Run) -> dict[str, Any] | None:
     versions = next((stage.lineage["versions"] for stage in run.stages if stage.lineage.get("versions")), {})
     if not (run.recipe or versions or run.machine):
         return None
-    return {"recipe": run.recipe, "versions": versions, "machine": run.machine}
+    return {"recipe": redacted(run.recipe or ""), "versions": versions, "machine": run.machine}

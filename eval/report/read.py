@@ -2,13 +2,14 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from ...bounded_yaml import load_bounded
 from ...errors import UserError
 from ...files import (
     CHECKPOINTS,
@@ -25,7 +26,7 @@ from ...files import (
     SAMPLES,
     partial_folder,
 )
-from ...intact import read_json
+from ...intact import check_intact, read_json
 from ...stages.kinds import KINDS, StageKind, stage_kind
 from ...values import is_finite
 from ..judges.names import judge_name, score_bounds
@@ -132,12 +133,13 @@ def read_run(run_dir: Path) -> Run:
         UserError: it holds neither a stage nor an evaluation; a JSON file in it cannot be read.
     """
     recipe = run_dir / RECIPE
-    text = recipe.read_text(encoding="utf-8") if recipe.is_file() else None
+    text = recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else None
     plan = _plan(text)
     progress = _object(read_json(run_dir / RUN_STATE))
     stages = _read_stages(run_dir, plan, _object(progress.get("stages")))
     evaluation = run_dir / EVALUATION
-    results = _rows(read_json(evaluation / RESULTS))
+    check_intact(evaluation)
+    results = _policy_rows(_rows(read_json(evaluation / RESULTS)))
     if not results and not any(stage.folder for stage in stages):
         raise UserError(str(run_dir), "holds no stage and no evaluation", "give the folder of a run (runs/NAME)")
     machines = [progress.get("machine"), *(x.get("machine") for s in stages for x in (s.metrics, s.lineage))]
@@ -145,7 +147,7 @@ def read_run(run_dir: Path) -> Run:
         name=str(plan.get("name") or run_dir.resolve().name),
         stages=tuple(stages),
         results=results,
-        samples=tuple(read_lines(evaluation / SAMPLES)),
+        samples=_policy_rows(read_lines(evaluation / SAMPLES)),
         rewards=_rows(read_json(evaluation / REWARDS)),
         overoptimisation=_object(read_json(evaluation / OVER_OPTIMISATION)) or None,
         doctor=_object(read_json(run_dir / DOCTOR)) or None,
@@ -164,15 +166,16 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         return []
-    lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
     rows: list[dict[str, Any]] = []
     for place, line in enumerate(lines):
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if place == len(lines) - 1:
                 break
-            raise UserError(f"{path}:{place + 1}", f"is not JSON ({error})", "delete the line, or the file") from error
+            said = " ".join(str(error).split())[:120]
+            raise UserError(f"{path}:{place + 1}", f"is not JSON ({said})", "delete the line, or the file") from error
         if isinstance(row, dict):
             rows.append(row)
     return rows
@@ -203,6 +206,8 @@ def _read_stage(run_dir: Path, name: str, folder: Path | None, planned: Mapping[
     partial = partial_folder(run_dir, name)
     if folder is None and partial.is_dir():
         folder = partial
+    if folder is not None:
+        check_intact(folder, (LINEAGE, METRICS))
     lineage = _object(read_json(folder / LINEAGE)) if folder else {}
     metrics = _object(read_json(folder / METRICS)) if folder else {}
     # the recipe names a method outside the package by its file, the lineage by its name
@@ -250,9 +255,14 @@ def _parents(
 
 def _plan(text: str | None) -> Mapping[str, Any]:
     try:
-        return _object(yaml.safe_load(text)) if text else {}
+        return _object(load_bounded(text)) if text else {}
     except yaml.YAMLError:
         return {}  # it is shown as text all the same
+
+
+def _policy_rows(rows: Iterable[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
+    """The rows that say whose they are."""
+    return tuple(row for row in rows if isinstance(row.get("policy"), str))
 
 
 def _object(value: Any) -> dict[str, Any]:

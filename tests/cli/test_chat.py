@@ -11,9 +11,10 @@ import pytest
 
 from preftune.cli.chat import Chat, ChatOptions, _decoding
 from preftune.cli.speakers import show_reply
-from preftune.cli.terminal import Terminal, harmless
+from preftune.cli.terminal import Terminal
 from preftune.errors import UserError
 from preftune.eval.chat.conversation import Conversation, Reply
+from preftune.printed import harmless
 
 from .conftest import POLICIES, SYSTEM, assistant, talk, user
 

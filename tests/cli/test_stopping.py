@@ -101,6 +101,7 @@ def test_outside_of_training_a_signal_stops_at_once() -> None:
 
 def test_within_deferred_work_it_waits_for_a_place_to_stop() -> None:
     told: list[int] = []
+    reached = False
     with pytest.raises(Stopped), stopping.signals(), stopping.deferred(told.append):
         signal.raise_signal(signal.SIGINT)
         assert told == [signal.SIGINT] and stopping.requested() == signal.SIGINT

@@ -167,6 +167,19 @@ def test_saved_datasets(tmp_path) -> None:
         read(tmp_path / "several", "dev")
 
 
+@pytest.mark.parametrize("name", ["../outside.arrow", "/etc/passwd", "a/b.arrow", "..", "a\\b.arrow", 3])
+def test_a_saved_dataset_names_no_file_but_its_own(tmp_path, name) -> None:
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "one")
+    state = tmp_path / "one" / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"_data_files": [{"filename": name}]}))
+    with pytest.raises(UserError, match="is no file of its own"):
+        read(tmp_path / "one")
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "several")
+    (tmp_path / "several" / "dataset_dict.json").write_text(json.dumps({"splits": [name]}))
+    with pytest.raises(UserError, match="is no file of its own"):
+        read(tmp_path / "several")
+
+
 def test_hub_id_offline_says_what_to_do() -> None:
     with pytest.raises(UserError) as error:
         read("nobody/no-such-dataset")

@@ -6,9 +6,12 @@ Needs playwright and a Chromium; skipped where either is missing, an error with 
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from preftune.eval.report.page import write_report
 
@@ -58,14 +61,14 @@ def visit(chromium, run):
     """visit(width, theme) opens the report; afterwards nothing may have been said on the console or been fetched."""
     contexts, heard = [], []
 
-    def open_page(width: int = 1440, theme: str = "light", **options) -> "Page":
+    def open_page(width: int = 1440, theme: str = "light", folder: Path = run, **options) -> "Page":
         context = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=theme, **options)
         contexts.append(context)
         page = context.new_page()
         page.on("console", lambda message: heard.append(message.text) if message.type in ("error", "warning") else None)
         page.on("pageerror", lambda error: heard.append(str(error)))
         page.on("request", lambda request: None if request.url.startswith("file:") else heard.append(request.url))
-        page.goto((run / "report.html").as_uri())
+        page.goto((folder / "report.html").as_uri())
         return page
 
     yield open_page
@@ -203,3 +206,54 @@ def test_printed_it_is_light(visit):
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert page.evaluate("getComputedStyle(document.body).color") == "rgb(29, 33, 37)"
     assert page.locator("nav").is_hidden()
+
+
+NASTY = "<img src=x onerror=document.title='owned'>\"'&<svg onload=document.title='owned'>"
+STRUCTURE = ("state", "created", "started", "severity", "role", "sha256", "status", "level")
+"""Keys whose values are words of ours."""
+
+
+def poisoned(value: Any, names: Collection[str], key: str = "") -> Any:
+    """The same with something hostile in every text: names in every place alike, so that they still belong together."""
+    if isinstance(value, dict):
+        return {f"{k}{NASTY}" if k in names else k: poisoned(v, names, k) for k, v in value.items()}
+    if isinstance(value, list):
+        return [poisoned(each, names, key) for each in value]
+    if not isinstance(value, str) or key in STRUCTURE:
+        return value
+    return value + (NASTY if value in names else HOSTILE)
+
+
+@pytest.fixture(scope="module")
+def poisoned_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in which every name and text of every file is hostile: stages, judges, data, base, kinds, findings."""
+    folder = build_run(tmp_path_factory.mktemp("runs") / f"quickstart{NASTY}", hostile=HOSTILE)
+    stages = [each.name for each in folder.iterdir() if each.is_dir() and each.name != "eval"]
+    rows = json.loads((folder / "eval" / "results.json").read_text())
+    names = {*stages, *(row["judge"] for row in rows)} - {"base"}
+    for file in [each for each in folder.rglob("*") if each.is_file()]:
+        text = file.read_text(encoding="utf-8")
+        if file.suffix == ".json":
+            file.write_text(json.dumps(poisoned(json.loads(text), names)))
+        elif file.suffix == ".jsonl":
+            lines = [json.dumps(poisoned(json.loads(line), names)) for line in text.split("\n") if line.strip()]
+            file.write_text("\n".join(lines) + "\n")
+        elif file.suffix == ".yaml":
+            file.write_text(yaml.safe_dump(poisoned(yaml.safe_load(text), names), allow_unicode=True))
+    for name in stages:
+        (folder / name).rename(folder / f"{name}{NASTY}")
+    write_report(folder)
+    return folder
+
+
+def test_no_name_or_text_of_a_run_becomes_part_of_the_page(visit, poisoned_run: Path):
+    clean = visit()
+    parts = "document.querySelectorAll('script, style, link, iframe, object, form').length"
+    expected = clean.evaluate(parts)
+    page = visit(folder=poisoned_run)
+    page.wait_for_timeout(200)
+    assert page.title() != "owned"
+    assert page.evaluate(parts) == expected
+    assert page.locator("img").count() == 0
+    assert page.evaluate("[...document.querySelectorAll('*')].filter(e => e.onerror || e.onload).length") == 0
+    assert page.locator(f"text={NASTY}").count() > 0

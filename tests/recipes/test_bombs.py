@@ -4,10 +4,12 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
+from preftune.bounded_yaml import load_bounded
 from preftune.errors import UserError
 from preftune.eval.report.lineage import stage_graph
-from preftune.eval.report.read import Run, StageRecord
+from preftune.eval.report.read import Run, StageRecord, read_run
 from preftune.recipes.graph import needed_for, order
 from preftune.recipes.load import load_recipe
 
@@ -35,6 +37,18 @@ def test_a_bomb_is_one_line(tmp_path: Path, name: str):
     with pytest.raises(UserError, match=r"bomb\.yaml"):
         load_recipe(file)
     assert time.process_time() - began < 10
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_bomb_in_a_run_does_not_hold_up_its_report(tmp_path: Path, name: str):
+    began = time.process_time()
+    with pytest.raises(yaml.YAMLError):
+        load_bounded(BOMBS[name])
+    assert time.process_time() - began < 10
+    (tmp_path / "recipe.yaml").write_text(BOMBS[name])
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / "metrics.json").write_text("{}")
+    assert read_run(tmp_path).plan == {}
 
 
 def test_merged_keys_mean_what_they_did(tmp_path: Path):

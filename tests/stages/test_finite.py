@@ -85,6 +85,7 @@ def test_steps_that_are_not_finite_are_left_out_up_to_a_number(make_job) -> None
     logged = [entry.get("nonfinite_skipped") for entry in stage.trainer.state.log_history]
     assert logged[:4] == [None, 1, 2, None]
     assert all(torch.isfinite(weight).all() for weight in stage.adapters.parameters("default"))
+    assert isinstance(stage.trainer.optimizer, torch.optim.Optimizer)
     moments = stage.trainer.optimizer.state_dict()["state"]
     assert {int(each["step"]) for each in moments.values()} == {2}
 

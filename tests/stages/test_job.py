@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from preftune.errors import UserError
 from preftune.files import ADAPTER_CONFIG
 from preftune.models.lineage import IMPORTED, adapter_sha256, read_lineage
 from preftune.models.loading import resolve_base
-from preftune.stages.checkpoints import newest
+from preftune.stages.checkpoints import newest, seal
 from preftune.stages.dpo import build_dpo
 from preftune.stages.job import StageJob
 from preftune.stages.options import device_defaults
@@ -204,3 +206,34 @@ def test_device_defaults_of_a_cpu():
 def test_a_bfloat16_base_trains(make_job, sft_folder, kind):
     job = make_job(kind, parent=None if kind == "sft" else sft_folder, dtype="bfloat16")
     assert run_stage(job)["steps"] == 2
+
+
+class _Payload:
+    """What a pickle runs when it is read: it makes a file."""
+
+    def __init__(self, touched: Path) -> None:
+        self.touched = touched
+
+    def __reduce__(self) -> tuple[Any, tuple[Path]]:
+        return Path.touch, (self.touched,)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+@pytest.mark.parametrize("sealed", [False, True])
+def test_a_checkpoint_that_would_run_code_is_not_read(make_job, tmp_path, capsys, name, sealed):
+    """Whoever put it there may have written its manifest anew or not."""
+    killed = make_job("sft", train={"max_steps": 2, "save_strategy": "steps", "save_steps": 2})
+    run_stage(killed)
+    checkpoint = killed.output_dir / "checkpoints" / "checkpoint-2"
+    touched = tmp_path / "ran"
+    torch.save({"state": _Payload(touched)}, checkpoint / name)
+    if sealed:
+        seal(checkpoint, processes=1, asked=True)
+    again = replace(killed, train={**killed.train, "max_steps": 3})
+    if sealed:
+        with pytest.raises(UserError, match=rf"checkpoint-2: not read: {name} would run code when it is read"):
+            run_stage(again)
+    else:
+        run_stage(again)
+        assert f"passed over, {name} is damaged" in capsys.readouterr().err
+    assert not touched.exists()

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from preftune.stages.callbacks import ProgressBar
-from preftune.stages.checkpoints import CheckpointPlan
-from preftune.stages.job import StageJob
+from preftune.stages.job import CheckpointPlan, StageJob
 from preftune.stages.run import run_stage
 from preftune.stages.trainers import StageTrainer
 
