@@ -12,6 +12,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, TextIO, cast
 
@@ -149,13 +150,13 @@ def read_file(path: Path, shown: str, note: Note = _unsaid, bad: Bad = _refuse) 
 
 
 def _undecodable(path: Path, opener: Callable[..., Any]) -> int | None:
-    """The first line that is not UTF-8."""
-    with opener(path, "rb") as raw:
+    """The first line that is not UTF-8; None where that is the first of all: the whole file is something else."""
+    with opener(path, "rb") as raw, suppress(OSError, EOFError, zlib.error):
         for number, line in enumerate(raw, start=1):
             try:
                 line.decode("utf-8")
             except UnicodeDecodeError:
-                return number
+                return number if number > 1 else None
     return None
 
 
