@@ -96,10 +96,12 @@ def check_regular(path: Path, shown: str) -> None:
     """Refuse what is neither a file nor a folder: data are read more than once, and a pipe or a device may never end.
 
     Raises:
-        UserError: it is a pipe, a socket, a device, or a link that leads nowhere.
+        UserError: it is a pipe, a socket, a device, or a link that leads nowhere; or nothing is there.
     """
     if path.is_file():
         return
+    if not path.exists() and not path.is_symlink():
+        raise UserError(shown, "no such file", "check the path")
     kinds = {"fifo": "a pipe", "socket": "a socket", "char_device": "a device", "block_device": "a device"}
     what = next((words for name, words in kinds.items() if getattr(path, f"is_{name}")()), None)
     what = what or ("a link that leads nowhere" if path.is_symlink() else "no file")
