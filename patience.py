@@ -54,6 +54,8 @@ class _Watch:
         if not self._handles:
             signal.signal(signal.SIGVTALRM, self._tick)
             signal.siginterrupt(signal.SIGVTALRM, False)
+            # Python gives the signal back to the system before it ends, and the system ends the process with it
+            atexit.register(signal.setitimer, signal.ITIMER_VIRTUAL, 0)
             self._handles = True
         if not self._armed or seconds < self._interval:
             self._set(seconds)

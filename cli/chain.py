@@ -173,7 +173,7 @@ class Chain:
                 processes=self._processes(),
             )
         tokenizer = load_tokenizer(self.base, model.chat_template, model.template_date)
-        check = DataCheck(self.recipe, self.base, tokenizer)
+        check = DataCheck(self.recipe, self.base, tokenizer, self.output, brief=True)
         for name, entry, kind in data_uses(self.recipe, self.selected, evaluation=self.evaluates):
             with gathering(found):
                 list(check.rows(name, entry, kind))

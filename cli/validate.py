@@ -178,6 +178,7 @@ class DataCheck:
     Args:
         base, tokenizer: None where the base cannot be reached: rows are then read, and not measured in tokens.
         output: where the counts are said; None: nowhere.
+        brief: say only what is not as one would wish: rows that are dropped, cut or repeated.
     """
 
     def __init__(
@@ -186,8 +187,11 @@ class DataCheck:
         base: "Base | None",
         tokenizer: "PreTrainedTokenizerBase | None",
         output: Output | None = None,
+        *,
+        brief: bool = False,
     ) -> None:
         self.recipe, self.base, self.tokenizer, self.output = recipe, base, tokenizer, output
+        self.brief = brief
         # by data entry: what is trained on; the evaluation's prompts are compared with it
         self._trained: dict[str, list[PromptSet]] = {}
 
@@ -222,15 +226,16 @@ class DataCheck:
             self._say(label, [f"not checked, {', '.join(away)} is on the hub and we are offline"])
             return
         report: dict[str, Any] = {"data": name, "rows": kind, "read": read.as_dict()}
-        self._say(label, read.lines())
+        self._say(label, read.lines()[self.brief :])
         if name == EVAL_PROMPTS:
             shared = overlaps(prompts, self._trained)
-            self._say(label, [overlap_words(other, tally, prompts) for other, tally in shared.items()])
+            if not self.brief:  # the run has said it
+                self._say(label, [overlap_words(other, tally, prompts) for other, tally in shared.items()])
             report["in_training_data"] = {other: tally.count for other, tally in shared.items()}
         else:
             self._trained.setdefault(name, []).append(prompts)
         if encoded is not None:
-            self._say(f"{label}, in tokens", encoded.lines())
+            self._say(f"{label}, in tokens", encoded.lines()[self.brief :])
             report["encoded"] = encoded.as_dict()
         yield report
         found: list[UserError] = []

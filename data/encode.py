@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..progress import meter
+from .pieces import fewest_tokens
 from .problems import RowProblems
 from .report import DataReport, Tally
 from .rows import Message, Row, Unusable, canonical
@@ -36,6 +37,8 @@ TOOLS_UNSEEN = "the chat template does not show the tools"
 
 # Rows rendered, tokenised and stored at a time.
 _CHUNK = 1000
+_HUGE = 1_000_000
+"""Characters; texts beyond them are looked at before they are tokenised, which takes a hundred bytes for each."""
 
 Encoded = tuple["Dataset", DataReport]
 # What one row needs tokenised, and what makes the encoded row of the ids, or raises Unusable to drop it. Without texts
@@ -147,6 +150,7 @@ def _demo_planner(encoder: "_Encoder") -> Planner:
         layout = encoder.lay_out(row, row.prompt, _side(row, "completion"))
         if encoder.fits(layout):
             return [], lambda ids: {}
+        encoder.check_size(row, layout.text)
 
         def finish(ids: list[list[int]]) -> dict[str, Any]:
             spans = encoder.spans(layout, ids)
@@ -174,6 +178,7 @@ def _pair_planner(encoder: "_Encoder") -> Planner:
         layouts = [good, encoder.lay_out(row, row.prompt, _side(row, "rejected"), good.before)]
         if encoder.fits(*layouts) and layouts[0].text != layouts[1].text:
             return [], lambda ids: {}
+        encoder.check_size(row, *(layout.text for layout in layouts))
         chosen = layouts[0].texts()
 
         def finish(ids: list[list[int]]) -> dict[str, Any]:
@@ -202,6 +207,7 @@ def _label_planner(encoder: "_Encoder") -> Planner:
         layout = encoder.lay_out(row, row.prompt + completion[:-1], completion[-1:])
         if encoder.fits(layout):
             return [], lambda ids: {"label": row.label}
+        encoder.check_size(row, layout.text)
 
         def finish(ids: list[list[int]]) -> dict[str, Any]:
             spans = encoder.spans(layout, ids)
@@ -218,8 +224,9 @@ def _label_planner(encoder: "_Encoder") -> Planner:
 def _prompt_planner(encoder: "_Encoder") -> Planner:
     def plan(row: Row) -> Plan:
         text = encoder.templater.fitted(row.prompt, row.tools, True, row.origin)[1]
-        if encoder.short(text):
+        if encoder.fits_alone(text):
             return [], lambda ids: {}
+        encoder.check_size(row, text)
 
         def finish(ids: list[list[int]]) -> dict[str, Any]:
             prompt = encoder.fit_prompt(ids[0], row, alone=True)
@@ -257,20 +264,51 @@ class _Encoder:
         # Of the row at hand; they count only if it is used in the end.
         self.remarks: set[str] = set()
         pieces = self.templater.pieces
-        limits = [each for each in (longest, spec.max_length, spec.max_prompt_length) if each is not None]
-        # one token beyond the bytes at each end: a BOS, and the EOS of a reply that has none
-        self._certain = min(limits) - 2 if longest is not None and pieces is not None and pieces.lossless else -1
+        self._longest = longest if pieces is not None and pieces.lossless else None
 
     def lay_out(self, row: Row, prompt: list[Message], reply: list[Message], before: str | None = None) -> Layout:
         return lay_out(self.templater, prompt, reply, row.tools, row.origin, before)
 
     def fits(self, *layouts: Layout) -> bool:
         """Whether it is certain without their ids that nothing of these is cut, dropped or remarked on."""
-        return all(layout.plain and self.short(layout.text) for layout in layouts)
+        spec = self.spec
+        return self._longest is not None and all(
+            layout.plain
+            and self._short(layout.text, self._longest, spec.max_length)
+            and self._short(layout.before, spec.max_prompt_length)
+            for layout in layouts
+        )
 
-    def short(self, text: str) -> bool:
-        """Whether the text has fewer tokens than every limit, for certain: no token is less than a byte."""
-        return len(text) <= self._certain and len(text.encode()) <= self._certain
+    def fits_alone(self, prompt: str) -> bool:
+        """The same for a prompt without a reply."""
+        limit = self.spec.max_length if self.spec.max_prompt_length is None else self.spec.max_prompt_length
+        return self._longest is not None and self._short(prompt, self._longest, limit)
+
+    @staticmethod
+    def _short(text: str, *limits: int | None) -> bool:
+        """Whether the text has fewer tokens than each limit, for certain: none is less than a byte, and at most two are
+        added, a BOS and the EOS of a reply that has none."""
+        most = min((each for each in limits if each is not None), default=None)
+        return most is None or (len(text) <= most - 2 and len(text.encode()) <= most - 2)
+
+    def check_size(self, row: Row, *texts: str) -> None:
+        """A text of millions of characters is not cut into tokens where it is plain that it is too long.
+
+        Raises:
+            Unusable: it is dropped, as `overflow` says.
+            UserError: it is an error, or would have to be cut.
+        """
+        limit = self.spec.max_length
+        for text in texts:
+            if len(text) <= _HUGE:
+                continue
+            fewest = fewest_tokens(self.templater.tokenizer, text)
+            if limit is not None and fewest <= limit:
+                continue
+            if self.spec.overflow == "drop" and limit is not None:
+                raise Unusable(TOO_LONG)
+            said = f"{len(text)} characters, at least {fewest} tokens, {TOO_LONG} = {limit}"
+            raise _TooLong(row.origin, said, "leave the row out, or set overflow to drop and a max_length")
 
     def spans(self, layout: Layout, ids: list[list[int]]) -> Spans:
         """Where the replies are, with what is worth noting noted."""
@@ -300,9 +338,10 @@ class _Encoder:
             raise UserError(self.spec.describe(), f"no row is left ({why})", "raise max_length or check the data")
 
     def _planned(self, row: Row, plan: Planner) -> Plan:
+        found: Exception
         try:
             return plan(row)
-        except UserError as error:
+        except (Unusable, UserError) as error:
             found = error  # the name of an exception ends with its clause
 
         def refuse(ids: list[list[int]]) -> dict[str, Any]:

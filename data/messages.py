@@ -36,6 +36,8 @@ _ROLES = {
 _CALLS = ("function_call", "tool_call", "tool_calls")
 # With which keys data say that a turn is not to be trained on (OpenAI, axolotl, ms-swift).
 _MASKS = ("weight", "train", "loss")
+_MOST_PRINTED = 1 << 20
+"""Characters of a printed list that Python's parser is asked to read: it takes a hundred times as much memory."""
 TRAINS = "train"
 """A message that holds `TRAINS: False` is read, and not trained on."""
 
@@ -73,6 +75,8 @@ def written_messages(text: str) -> list[Any] | None:
     except RecursionError:
         return None
     except ValueError:
+        if len(bare) > _MOST_PRINTED:
+            return None
         try:
             value = ast.literal_eval(bare)
         except (ValueError, SyntaxError, MemoryError, RecursionError):

@@ -13,9 +13,10 @@ from typing import Any, ClassVar
 from jinja2 import Environment, TemplateSyntaxError, nodes
 
 # What an expression may hold: nothing of what is said, all messages, one message, the content of one as it is, a
-# content without white space around it, or something with contents in it.
-_PLAIN, _ALL, _MESSAGE, _CONTENT, _TRIMMED, _MIXED = range(6)
-_SAID = (_CONTENT, _TRIMMED, _MIXED)
+# content without white space around it, one of these or a word of the template's own, or contents between words.
+_PLAIN, _ALL, _MESSAGE, _CONTENT, _TRIMMED, _EITHER, _MIXED = range(7)
+_WHOLE = (_CONTENT, _TRIMMED, _EITHER)
+_SAID = (*_WHOLE, _MIXED)
 # Tests whose answer is the same for every text (all are texts, none is empty).
 _BLIND_TESTS = {"defined", "undefined", "none", "string", "mapping", "sequence", "iterable", "number", "boolean"}
 # What a message has besides its keys: methods through which its content could be reached.
@@ -58,10 +59,7 @@ class _Reader:
     def learn(self, name: str, kind: int) -> None:
         known = self.names.get(name, kind)
         if known != kind:
-            texts = {known, kind} <= {_PLAIN, *_SAID}
-            if not texts:
-                raise _Depends
-            kind = _MIXED
+            kind = self.one_of({known, kind})
         if self.names.get(name) != kind:
             self.names[name], self.learning = kind, True
 
@@ -157,12 +155,16 @@ class _Reader:
         return _PLAIN if kinds == {_PLAIN} else _MIXED
 
     def either(self, *values: nodes.Node) -> int:
-        kinds = {self.kind(each) for each in values}
+        return self.one_of({self.kind(each) for each in values})
+
+    @staticmethod
+    def one_of(kinds: set[int]) -> int:
+        """What a value holds that is one of several."""
         if len(kinds) == 1:
-            return kinds.pop()
+            return next(iter(kinds))
         if kinds & {_ALL, _MESSAGE}:
             raise _Depends
-        return _MIXED
+        return _MIXED if _MIXED in kinds else _EITHER
 
     def below(self, node: nodes.Node, name: str) -> int:
         """What an attribute or key of that name holds."""
@@ -192,8 +194,8 @@ class _Reader:
         if node.node is None:
             raise _Depends
         held = self.kind(node.node)
-        if held in (_CONTENT, _TRIMMED) and node.name == "trim" and not (node.args or node.kwargs):
-            return _TRIMMED
+        if held in _WHOLE and node.name == "trim" and not (node.args or node.kwargs):
+            return _EITHER if held == _EITHER else _TRIMMED
         if held in _SAID and node.name == "string":
             return held
         if held == _ALL and node.name in ("length", "count"):
@@ -216,8 +218,8 @@ class _Reader:
         what = node.node
         if isinstance(what, nodes.Getattr) and what.attr == "strip" and not (node.args or node.kwargs):
             held = self.kind(what.node)
-            if held in (_CONTENT, _TRIMMED):
-                return _TRIMMED
+            if held in _WHOLE:
+                return _EITHER if held == _EITHER else _TRIMMED
         if isinstance(what, nodes.Getattr) and what.attr == "get" and self.kind(what.node) == _MESSAGE:
             name = node.args[0] if node.args else None
             if not isinstance(name, nodes.Const) or node.kwargs:

@@ -46,6 +46,15 @@ class Pieces:
         return [_joined(known[piece] for piece in pieces) for pieces in cut]
 
 
+def fewest_tokens(tokenizer: Any, text: str) -> int:
+    """So many tokens the text has at least: as many as there are longest ones in it.
+
+    Of characters that are not white space a quarter counts: a normaliser may leave out some, or join them.
+    """
+    longest = max(map(len, tokenizer.get_vocab()), default=1)
+    return (len(text) - sum(map(text.count, " \n\t\r"))) // (4 * longest)
+
+
 def _joined(parts: Iterable[list[int]]) -> list[int]:
     whole: list[int] = []
     for part in parts:

@@ -12,6 +12,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, TextIO, cast
 
@@ -95,10 +96,12 @@ def check_regular(path: Path, shown: str) -> None:
     """Refuse what is neither a file nor a folder: data are read more than once, and a pipe or a device may never end.
 
     Raises:
-        UserError: it is a pipe, a socket, a device, or a link that leads nowhere.
+        UserError: it is a pipe, a socket, a device, or a link that leads nowhere; or nothing is there.
     """
     if path.is_file():
         return
+    if not path.exists() and not path.is_symlink():
+        raise UserError(shown, "no such file", "check the path")
     kinds = {"fifo": "a pipe", "socket": "a socket", "char_device": "a device", "block_device": "a device"}
     what = next((words for name, words in kinds.items() if getattr(path, f"is_{name}")()), None)
     what = what or ("a link that leads nowhere" if path.is_symlink() else "no file")
@@ -117,11 +120,11 @@ def read_file(path: Path, shown: str, note: Note = _unsaid, bad: Bad = _refuse) 
     suffix = _suffix(path)
     if suffix is None:
         raise UserError(shown, f"unknown format {path.suffix!r}", f"use one of {', '.join(SUFFIXES)} (also with .gz)")
+    opener, encoding = gzip.open if path.name.lower().endswith(".gz") else open, "utf-8-sig"
     try:
         if suffix == ".parquet":
             yield from _read_parquet(path, shown)
             return
-        opener = gzip.open if path.name.lower().endswith(".gz") else open
         # tables come from spreadsheets, some of which save UTF-16; JSON is UTF-8 by its standard (RFC 8259)
         with opener(path, "rb") as raw:
             table = suffix in (".csv", ".tsv")
@@ -139,11 +142,24 @@ def read_file(path: Path, shown: str, note: Note = _unsaid, bad: Bad = _refuse) 
             else:
                 yield from _read_lines(text, shown, bad)
     except UnicodeDecodeError as error:
+        number = _undecodable(path, opener) if encoding == "utf-8-sig" else None
+        shown = shown if number is None else f"{shown}:{number}"
         like = ", but perhaps Windows-1252 (cp1252) as spreadsheets save" if suffix in (".csv", ".tsv") else ""
         problem = f"not UTF-8 ({error.reason}){like}"
         raise UserError(shown, problem, "save it as UTF-8") from error
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(shown, f"cannot be read ({error})", "check the file") from error
+
+
+def _undecodable(path: Path, opener: Callable[..., Any]) -> int | None:
+    """The first line that is not UTF-8; None where that is the first of all: the whole file is something else."""
+    with opener(path, "rb") as raw, suppress(OSError, EOFError, zlib.error):
+        for number, line in enumerate(raw, start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                return number if number > 1 else None
+    return None
 
 
 def _encoding(raw: IO[bytes]) -> str:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, PrivateAttr, create_model
 from pydantic_core import PydanticCustomError
 
-from ..errors import UserError, UserErrors
+from ..errors import Summary, UserError, UserErrors
 from ..stages.kinds import StageKind, stage_kind
 from ..values import is_number
 
@@ -284,7 +284,12 @@ class Recipe(Part):
             key = key.rpartition(".")[0]
         if key.count(".") < least:
             return error
-        return UserError(f"{self._places[key]}: {error.where}", error.problem, error.remedy) if key else error
+        if not key:
+            return error
+        where = f"{self._places[key]}: {error.where}"
+        if isinstance(error, Summary):
+            return Summary(where, error.problem, error.remedy, error.unsaid)
+        return UserError(where, error.problem, error.remedy)
 
     @contextmanager
     def placing(self) -> Generator[None]:

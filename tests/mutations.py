@@ -172,7 +172,7 @@ MUTATIONS = [
     ),
     Mutation(
         "P25", "a minibatch's mean counts once, whatever its tokens", "stages/ppo/update.py",
-        'totals[name] / totals["tokens"]', 'totals[name] / totals["steps"]',
+        'totals[name] / max(totals["tokens"], 1.0)', 'totals[name] / totals["steps"]',
     ),
     Mutation(
         "P25", "the entropy is averaged over padding", "stages/ppo/rollout.py",

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ...errors import UserError
-from ...files import whole_folder, write_whole
+from ...files import ADAPTER_CONFIG, whole_folder, write_whole
 from ...models.adapters import AdapterSet
 from ..callbacks import keep_rows
 from .rollout import Rollout
@@ -119,7 +119,7 @@ POLICIES = "policies"
 
 def keep_policy(adapters: AdapterSet, folder: Path, step: int) -> None:
     """Write the policy as it is now into `folder`/step-N; the folder appears whole or not at all."""
-    with whole_folder(folder / f"step-{step}") as beside:
+    with whole_folder(folder / f"step-{step}", lambda there: (there / ADAPTER_CONFIG).is_file()) as beside:
         adapters.save("default", beside)
 
 

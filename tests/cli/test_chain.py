@@ -103,7 +103,7 @@ def test_what_an_interrupted_run_of_another_recipe_left_is_not_continued(shop: W
     shop.during = stop
     with pytest.raises(KeyboardInterrupt):
         shop.run()
-    assert shop.states() == {"sft": "failed"}
+    assert shop.states() == {"sft": "stopped"}
     left = []
     shop.during = lambda name, output: left.append((output / "half").exists())
     shop.run("seed=1", until="sft")

@@ -233,7 +233,7 @@ def test_mt_bench_counts_both_orders_and_leaves_errors_out(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--annotations", "none.jsonl"], "none.jsonl: cannot be read"),
+        (["--annotations", "none.jsonl"], "none.jsonl: no such file"),
         (["--annotations", "a.jsonl", "--policies", "sft"], "--policies"),
         ([], "neither a run folder nor --annotations"),
     ],

@@ -269,12 +269,16 @@ def test_judges_are_called_what_their_plans_are_called(made: Path, tmp_path: Pat
     monkeypatch.syspath_prepend(str(made))
     (tmp_path / "votes.jsonl").write_text("")
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
+    config = {"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model" / "model.safetensors").touch()
+    (tmp_path / "somewhere").mkdir()
+    (tmp_path / "somewhere" / "adapter_config.json").write_text("{}")
     far = {"kind": "endpoint", "url": "http://127.0.0.1:9", "model": "far"}
     judges = [
         {"kind": "rubric", "checks": [{"kind": "max_words", "value": 2}]},
         {"kind": "reward", "stage": "rm"},
-        {"kind": "reward", "adapter": "somewhere"},
+        {"kind": "reward", "adapter": str(tmp_path / "somewhere")},
         {"kind": "function", "function": "overopt_judge:vowels"},
         {"kind": "model", "model": str(tmp_path / "model")},
         far,

@@ -76,7 +76,7 @@ def save(adapters: AdapterSet, folder: Path, kind: str, parent: Path | None, con
         tokenizer=tokenizer_info(tokenizer),
         parents=[] if parent is None else [{"stage": parent.name, "sha256": adapter_sha256(parent)}],
         config=config,
-        data={"spec": {"held_out": 0.4, "seed": 0, "system": None}},
+        data={"spec": {"held_out": 0.4, "seed": 0, "system": None}, "fingerprint": ""},
         seed=0,
         versions={},
         created="",

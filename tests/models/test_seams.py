@@ -197,10 +197,10 @@ MOVES = {
     "EPOCHS": (lambda p: p.delattr(Trainer, "_run_epoch"), lambda: SFTStageTrainer, "SFTStageTrainer._run_epoch"),
     "EPOCHS, one renamed": (
         lambda p: p.setattr(Trainer, "_inner_training_loop", lambda self: self), lambda: SFTStageTrainer,
-        "Trainer._initial_global_step",
+        "the call of SFTStageTrainer._finalize_training",
     ),
     "CALLBACK_STATE": (
-        lambda p: p.delattr("transformers.trainer_callback.EarlyStoppingCallback.state"), None, "EarlyStoppingCallback"
+        lambda p: p.delattr("transformers.trainer_callback.EarlyStoppingCallback"), None, "EarlyStoppingCallback"
     ),
     "COMPUTE_LOSS": (
         lambda p: p.delattr(KTOTrainer, "_compute_loss"), lambda: KTOStageTrainer, "KTOStageTrainer._compute_loss"

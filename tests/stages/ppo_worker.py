@@ -164,11 +164,10 @@ def trained(trainer: PPOTrainer, resume: str | None = None) -> dict[str, Any]:
     scores: dict[int, list[float]] = {}
     true = trainer._log_rollout
 
-    def listen(*args: Any, **kwargs: Any) -> None:
-        assert trainer.rollout is not None
-        texts[trainer.loop.iteration] = trainer.rollout.episodes.responses()
-        scores[trainer.loop.iteration] = trainer.rollout.scores_B.tolist()
-        true(*args, **kwargs)
+    def listen(rollout: Any, *args: Any, **kwargs: Any) -> None:
+        texts[trainer.loop.iteration] = rollout.episodes.responses()
+        scores[trainer.loop.iteration] = rollout.scores_B.tolist()
+        true(rollout, *args, **kwargs)
 
     trainer._log_rollout = listen
     names = trainer.adapters.names

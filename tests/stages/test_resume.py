@@ -103,3 +103,16 @@ def test_cut_off_and_run_again_equals_never_cut_off(
     assert found == wholes[kind]
     # KTO's rows are fewer
     assert found["metrics"]["steps"] == (9 if kind == "kto" else 15)
+
+
+def test_a_resumed_stage_logs_as_often_as_it_is_told_now(
+    make_job: Any, sft_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = resumed_job(make_job, "sft", sft_folder, "told")
+    with monkeypatch.context() as patch:
+        cut_off(patch, *PLACES["step 7"])
+        with pytest.raises(Killed):
+            run_stage(job)
+    run_stage(resumed_job(make_job, "sft", sft_folder, "told", train=EPOCHS | {"logging_steps": 4}))
+    rows = [json.loads(line) for line in (job.output_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 3, 6, 8, 12]

@@ -109,8 +109,8 @@ def reward_folder(folder: Path, mean: float = 0.4, std: float = 2.0, seed: int =
     adapters.save("reward", folder)
     lineage = Lineage(
         stage="reward", kind="reward", base={"spec": "tiny", "revision": None, "sha256": ""},
-        tokenizer=tokenizer_info(TOKENIZER), parents=[], config={}, data={}, seed=0, versions={}, created="",
-        seconds=0.0, reward={"mean": mean, "std": std},
+        tokenizer=tokenizer_info(TOKENIZER), parents=[], config={}, data={"spec": {}, "fingerprint": ""},
+        seed=0, versions={}, created="", seconds=0.0, reward={"mean": mean, "std": std},
     )  # fmt: skip
     write_lineage(folder, lineage)
     return folder
