@@ -11,10 +11,16 @@ from typing import Any
 import pytest
 import torch
 
+from preftune import stopping
 from preftune.models.base import Base
-from preftune.stages.callbacks import keep_rows
-from preftune.stages.checkpoints import newest, remove_older, seal
+from preftune.models.decoder import Decoder
+from preftune.stages.callbacks import Clock, LogFile, keep_rows
+from preftune.stages.checkpoints import Continuing, newest, remove_older, seal
+from preftune.stages.job import CheckpointPlan
 from preftune.stages.ppo.files import SampleLog
+from preftune.stopping import Stopped
+
+from .tiny_ppo import trainer
 
 WORKER = Path(__file__).with_name("ppo_worker.py")
 
@@ -142,3 +148,48 @@ def test_rows_of_the_steps_to_come_go_and_so_does_one_cut_off(tmp_path: Path) ->
     assert [row["completion"] for row in rows(file)] == texts
     keep_rows(file, lambda row: False)
     assert file.read_text() == ""
+
+
+def ended_run(folder: Path, *, stop_at: int | None = None) -> Any:
+    """A trainer that has run in the folder, from a checkpoint where it holds one.
+
+    Args:
+        stop_at: SIGTERM comes while that iteration is being drawn.
+    """
+    plan = CheckpointPlan(share=None, minutes=None)
+    made = trainer(folder / "checkpoints", callbacks=[LogFile(folder / "log.jsonl"), Clock(), Continuing("ppo", plan)])
+    found = newest(folder / "checkpoints", "ppo", 1)
+    true, steps = Decoder._step, [0]
+
+    def step(self: Any) -> bool:
+        steps[0] += 1
+        if made.loop.iteration == stop_at and steps[0] > 3:
+            signal.raise_signal(signal.SIGTERM)
+        return true(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Decoder, "_step", step)
+        made.train(None if found is None else str(found))
+    return made
+
+
+def test_a_signal_does_not_wait_for_a_rollout_to_be_drawn(tmp_path: Path) -> None:
+    """Drawing is left off, and drawn again from its beginning: what comes out is the same."""
+    whole = ended_run(tmp_path / "whole")
+    said = "ppo: stopped by SIGTERM at step 4 of 8, with a checkpoint"
+    with pytest.raises(Stopped, match=said), stopping.signals(), stopping.deferred():
+        ended_run(tmp_path / "stopped", stop_at=1)
+    kept = newest(tmp_path / "stopped" / "checkpoints", "ppo", 1)
+    assert kept is not None and kept.name == "checkpoint-4"
+    again = ended_run(tmp_path / "stopped")
+    assert_same(*({name: p.detach() for name, p in each.trainables.items()} for each in (whole, again)))
+    logs = [timeless(rows(tmp_path / name / "log.jsonl")) for name in ("whole", "stopped")]
+    assert logs[0] == logs[1] and len(logs[0]) == 2
+    assert again.episodes == whole.episodes == 16 and again.tokens == whole.tokens
+
+
+def test_a_signal_before_the_first_step_leaves_nothing(tmp_path: Path) -> None:
+    said = "at step 0 of 8, without a checkpoint: it starts anew"
+    with pytest.raises(Stopped, match=said), stopping.signals(), stopping.deferred():
+        ended_run(tmp_path, stop_at=0)
+    assert newest(tmp_path / "checkpoints", "ppo", 1) is None
