@@ -9,6 +9,7 @@ import pytest
 
 from preftune.cli.folder import Stamp, seal
 from preftune.cli.keys import key_of
+from preftune.models.loading import resolve_base
 
 from .conftest import EVAL, RECIPE
 
@@ -124,3 +125,20 @@ def test_damaged_kept_replies_are_drawn_again(run: Path, shell) -> None:
     kept[1].write_text("{")
     assert shell("eval", "run", run)[0] == 0
     assert (run / "eval" / "results.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("command", ["validate", "run"])
+def test_a_base_whose_weights_are_not_all_there_is_refused_before_anything_trains(
+    made: Path, tmp_path: Path, shell, command: str
+) -> None:
+    base = Path(shutil.copytree(resolve_base("random:llama").path, tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text()) | {"num_hidden_layers": 6}
+    (base / "config.json").write_text(json.dumps(config))
+    shutil.copy(made / "demos.jsonl", tmp_path)
+    recipe = (
+        f"name: t\nmodel: {{base: {base}}}\ndata: {{demos: {{path: demos.jsonl}}}}\nstages: {{sft: {{data: demos}}}}\n"
+    )
+    (tmp_path / "t.yaml").write_text(recipe)
+    where = [] if command == "validate" else ["--output-dir", tmp_path / "run"]
+    shell.refused(command, tmp_path / "t.yaml", *where, said=r"would be random: model\.layers\.4\.")
+    assert not (tmp_path / "run" / "sft").exists() and not (tmp_path / "run" / "recipe.yaml").exists()
