@@ -21,6 +21,7 @@ from types import FrameType, ModuleType
 FOLDERS_VARIABLE = "PREFTUNE_CODE_FOLDERS"
 """In the environment of the processes that we start: where they look besides."""
 
+_SAFE_PATH, _OURS = "PYTHONSAFEPATH", "PREFTUNE_SAFE_PATH"
 FILE_MODULE = "preftune_kind_"
 """How the module of a method's file is called: this, and a name of its own."""
 
@@ -85,13 +86,17 @@ def look_in(folders: Iterable[Path]) -> None:
     for folder in (*(str(each.resolve()) for each in folders), *handed):
         if folder not in _FINDER.folders:
             _FINDER.folders.append(folder)
+    if os.environ.pop(_OURS, None):
+        # what the code starts itself is for it to say
+        os.environ.pop(_SAFE_PATH, None)
     if _FINDER not in sys.meta_path:
         sys.meta_path.append(_FINDER)
 
 
 def environment() -> dict[str, str]:
     """What a process that we start has in its environment, to find the same code and to import nothing besides it."""
-    return {FOLDERS_VARIABLE: os.pathsep.join(_FINDER.folders), "PYTHONSAFEPATH": "1"}
+    folders = {FOLDERS_VARIABLE: os.pathsep.join(_FINDER.folders)}
+    return folders if _SAFE_PATH in os.environ else {**folders, _SAFE_PATH: "1", _OURS: "1"}
 
 
 def import_named(module: str) -> ModuleType:

@@ -155,7 +155,8 @@ def test_pip_imports_nothing_from_the_working_folder(beside: Path, monkeypatch: 
     assert not (beside / "ran").exists()
 
 
-def test_a_process_that_we_start_finds_the_same_code_and_no_more(beside: Path):
+def test_a_process_that_we_start_finds_the_same_code_and_no_more(beside: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
     (beside / "code").mkdir()
     (beside / "code" / "mine_e.py").write_text("def f(): return 7\n")
     own_code.look_in([beside / "code"])
@@ -163,7 +164,9 @@ def test_a_process_that_we_start_finds_the_same_code_and_no_more(beside: Path):
         "import sys; from pathlib import Path; from preftune import own_code\n"
         "own_code.look_in([Path.cwd()]); assert own_code.import_named('mine_e').f() == 7\n"
         "assert '' not in sys.path and str(Path.cwd()) not in sys.path\n"
+        "import os; assert 'PYTHONSAFEPATH' not in os.environ\n"
         "import importlib.util; assert importlib.util.find_spec('nobody_knows_this_one') is None\n"
     )
-    environment = {**os.environ, **own_code.environment()}
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONSAFEPATH"}
+    environment |= own_code.environment()
     subprocess.run([sys.executable, "-c", code], cwd=beside, env=environment, check=True)
