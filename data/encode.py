@@ -295,7 +295,7 @@ class _Encoder:
         """Whether the text has fewer tokens than each limit, for certain: none is less than a byte, and at most two are
         added, a BOS and the EOS of a reply that has none."""
         most = min((each for each in limits if each is not None), default=None)
-        return most is None or (len(text) <= most - 2 and len(text.encode()) <= most - 2)
+        return most is None or (len(text) <= most - 2 and len(text.encode("utf-8", "surrogatepass")) <= most - 2)
 
     def check_size(self, row: Row, *texts: str) -> None:
         """A text of millions of characters is not cut into tokens where it is plain that it is too long.
