@@ -64,6 +64,22 @@ def write_whole(file: Path, text: str) -> Path:
             beside.unlink(missing_ok=True)
 
 
+def to_disk(path: Path) -> None:
+    """See that a file, or what a folder lists, survives a machine that stops now."""
+    flags = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) if path.is_dir() else os.O_RDONLY
+    try:
+        handle = os.open(path, flags)
+    except OSError:  # no folders on Windows
+        return
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # which disks say that cannot do so
+            raise
+    finally:
+        os.close(handle)
+
+
 def read_regular(file: Path) -> str:
     """The text of a file. Raises OSError where there is none, or something else, such as a pipe, for which one would
     wait."""

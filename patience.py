@@ -60,6 +60,12 @@ class _Watch:
         if not self._armed or seconds < self._interval:
             self._set(seconds)
 
+    def disarm(self) -> None:
+        """At the end of the process, whose handlers Python takes away before it is over."""
+        if self._armed:
+            self._armed = False
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+
     def forget(self) -> None:
         """In a forked child, which inherits no timer."""
         self.deadline, self._armed = None, False
@@ -82,6 +88,7 @@ class _Watch:
 
 _WATCH = _Watch()
 _TIMED = hasattr(signal, "setitimer") and hasattr(signal, "SIGVTALRM")
+atexit.register(_WATCH.disarm)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_WATCH.forget)
 

@@ -12,6 +12,7 @@ import unicodedata
 HIDDEN = "***"
 
 _ADDRESS = re.compile(r"(?<=://)[^\s/@:'\"]*:[^\s/@'\"]*(?=@)")
+_USER = re.compile(r"(?<=://)[^\s/@:?#'\"]+(?=@)")
 _TOKEN = re.compile(
     # Hugging Face, OpenAI and its like, GitHub, GitLab, AWS, Google, Slack, Weights & Biases; a signed JSON token
     r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[\w-]{16,}|gh[opsur]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}"
@@ -42,7 +43,7 @@ def holds_key(text: str) -> bool:
 
 def redacted(text: str) -> str:
     """The text with `***` for what looks like a key or a password, and for each key in the environment."""
-    for pattern in (_ADDRESS, _TOKEN, _HEADER):
+    for pattern in (_ADDRESS, _USER, _TOKEN, _HEADER):
         text = pattern.sub(HIDDEN, text)
     text = _QUERY.sub(rf"\1{HIDDEN}", text)
     for name, value in os.environ.items():

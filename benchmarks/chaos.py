@@ -33,7 +33,7 @@ import os, time
 
 def slowed(function):
     def slow(*args, **kwargs):
-        time.sleep(0.04)
+        time.sleep(0.015)
         return function(*args, **kwargs)
     return slow
 

@@ -319,12 +319,14 @@ class Chain:
         try:
             return work()
         except BaseException as error:
+            if isinstance(error, Stopped) and not str(error).startswith(name):
+                error = Stopped(error.number, f"{name}: {error}")
             said = " ".join(printable(str(error)).split())[:300] or type(error).__name__
             seconds = round(time.monotonic() - began, 3)
             state = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
             with suppress(OSError):  # a full disk may be what this is about
                 self.folder.record(name, state=state, key=key, seconds=seconds, started=started, error=said)
-            raise
+            raise error
 
     def _report_is_old(self) -> bool:
         """Whether a report is missing, or was written before what lies in the run now: a kill came between."""

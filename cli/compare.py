@@ -22,8 +22,14 @@ _PREFERENCES = {"1": 1.0, "a": 1.0, "2": 2.0, "b": 2.0, "=": 1.5, "0": None}
 
 
 def open_votes(run: Path) -> list[Vote]:
-    """The votes that the run already has."""
+    """The votes that the run already has.
+
+    Raises:
+        UserError: they cannot be read, or what stands there is no file.
+    """
     file = votes_file(run)
+    if file.exists() and not file.is_file():
+        raise UserError(str(file), "is no file, and votes are kept there", "move it away")
     return list(read_votes(file)) if file.is_file() and file.stat().st_size else []
 
 

@@ -12,6 +12,7 @@ _WORDS = {
     errno.EROFS: "it lies on a read-only disk; use another folder",
     errno.EACCES: "permission denied; use another folder, or change its permissions",
     errno.EPERM: "not permitted; use another folder, or change its permissions",
+    errno.EEXIST: "something else stands in its place; move it away",
     errno.ENOTDIR: "a file stands where a folder is needed; use another folder",
     errno.EISDIR: "a folder stands where a file is written; move it away",
     errno.ENOTEMPTY: "a folder that is not empty stands in its place; move it away",
@@ -22,7 +23,9 @@ _WORDS = {
     errno.EMFILE: "too many files are open; raise the limit (ulimit -n)",
     errno.ENFILE: "too many files are open on this machine; close some",
 }
-_USERS = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
+_USERS = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG} | {
+    errno.ELOOP
+}
 """What another folder mends."""
 _KEPT = "what is finished is kept, and the same command continues"
 

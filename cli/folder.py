@@ -33,6 +33,7 @@ from ..files import (
     replace_folder,
     strangers,
     sweep,
+    to_disk,
     write_whole,
 )
 from ..intact import contents, damage
@@ -162,6 +163,7 @@ class RunFolder:
         seal(partial, stamp)
         foreign = strangers(final) if final.is_dir() else []
         replace_folder(partial, final)
+        to_disk(self.path)
         return f"{', '.join(foreign)}, not written by it, now in {final}.before" if foreign else ""
 
     def forget_partials(self, known: Collection[str]) -> list[str]:
@@ -252,7 +254,12 @@ def write_stamp(folder: Path, stamp: Stamp) -> None:
 def seal(folder: Path, stamp: Stamp) -> None:
     """Write into a complete folder what it was made for, and what it holds."""
     held = sorted({each.name for each in folder.iterdir()} - {STAMP})
-    write_stamp(folder, replace(stamp, files=contents(folder), holds=held))
+    files = contents(folder)
+    for name in files:
+        to_disk(folder / name)
+    write_stamp(folder, replace(stamp, files=files, holds=held))
+    to_disk(folder / STAMP)
+    to_disk(folder)
 
 
 def _read_stamp(folder: Path) -> Stamp | None:

@@ -23,8 +23,9 @@ def open_config(folder: Path, where: str = "model.base", **options: Any) -> PreT
         where: the place that names the folder, for errors.
 
     Raises:
-        UserError: it can be read with code of its own only.
+        UserError: it can be read with code of its own only, or asks for code from the hub.
     """
+    _check_kernels(folder, where)
     with _no_code(folder, where):
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
 
@@ -95,11 +96,7 @@ def check_model(folder: Path, where: str) -> None:
     if (named := config.get("transformers_weights")) not in (None, "model.safetensors"):
         said = f"the config.json of {shown!r} takes its weights from {named!r} (transformers_weights)"
         raise UserError(where, said, "save the model again: its weights are read from model.safetensors alone")
-    for key in _KERNELS:
-        for kernel in (config.get(key), config.get(f"_{key}")):
-            if isinstance(kernel, str) and "/" in kernel:
-                said = f"the config.json of {shown!r} asks for the code of a kernel from the hub ({key}: {kernel!r})"
-                raise UserError(where, said, f"take {key} out of it")
+    _check_kernels(folder, where)
     index = _json(folder / "model.safetensors.index.json").get("weight_map")
     for file in sorted(set(index.values())) if isinstance(index, dict) else ():
         if Path(str(file)).name != file or not str(file).endswith(".safetensors"):
@@ -114,6 +111,20 @@ def check_model(folder: Path, where: str) -> None:
         said or f"{shown!r} has no model.safetensors",
         "use its safetensors (where you trust it, save_pretrained writes them)" if pickles else "fetch the model again",
     )
+
+
+def _check_kernels(folder: Path, where: str) -> None:
+    """No part of the config names code on the hub that transformers would fetch and run."""
+    ahead: list[Any] = [_json(folder / "config.json")]
+    while ahead:
+        part = ahead.pop()
+        for key, value in part.items():
+            kernels = value.values() if isinstance(value, dict) else [value]
+            named = [each for each in kernels if isinstance(each, str) and "/" in each]
+            if key.removeprefix("_") in _KERNELS and named:
+                said = f"asks for the code of a kernel from the hub ({key}: {named[0]!r})"
+                raise UserError(where, f"the config.json of {str(folder)!r} {said}", f"take {key} out of it")
+        ahead += [each for each in part.values() if isinstance(each, dict)]
 
 
 def _json(file: Path) -> dict[str, Any]:

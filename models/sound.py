@@ -16,8 +16,8 @@ WHERE = "model.base"
 INDEX, WEIGHTS, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
 AGAIN = "fetch the model again, or give another one"
 
-_READ = (".json", ".safetensors", ".jinja", ".model", ".txt")
-"""Suffixes of the files that transformers reads."""
+_READ = (".json", ".safetensors", ".jinja", ".model", "vocab.txt", "merges.txt")
+"""How the names of the files end that transformers reads."""
 _OBJECTS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 """What transformers passes over in silence where it cannot be read, or fails on without saying what it was."""
 _LONGEST_HEADER = 100 << 20
@@ -45,7 +45,7 @@ def check_files(folder: Path, spec: str) -> None:
     """
     try:
         for path in sorted(folder.iterdir()):
-            if path.suffix in _READ and not path.is_file() and not path.is_dir():
+            if path.name.endswith(_READ) and not path.is_file() and not path.is_dir():
                 what = "a link that leads nowhere" if path.is_symlink() else "no file (a pipe or a device)"
                 raise UserError(WHERE, f"{path.name} of {spec!r} is {what}", AGAIN)
     except OSError as error:

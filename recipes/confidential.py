@@ -11,7 +11,7 @@ from .text import Path_, Text
 
 _WORDS = (
     *("token", "api_key", "apikey", "secret", "password", "passwd", "authorization", "credentials", "bearer"),
-    *("access_key", "private_key", "client_secret", "auth"),
+    *("access_key", "private_key", "client_secret", "auth", "cookie"),
 )
 # A variable's name, and words of the vocabulary.
 _NO_SECRETS = (
@@ -26,6 +26,8 @@ _NO_SECRETS = (
 )
 # One of the words as the key of a mapping.
 _NAMED = re.compile(rf"(?i)(?:{'|'.join(_WORDS).replace('_', '[_-]')})['\"]?\s*:")
+# An address that begins with what somebody logs in with.
+_LOGIN = re.compile(r"(?i)(?:https?|ftp|s3|wss?)://[^\s/@]+@\S+")
 _HUB = ("hub_token", "push_to_hub_token", "token", "use_auth_token", "hf_token")
 
 
@@ -55,7 +57,7 @@ def _is_secret(key: str, value: Any) -> bool:
         return False
     name = key.lower().replace("-", "_")
     by_name = name not in _NO_SECRETS and any(name == word or name.endswith(f"_{word}") for word in _WORDS)
-    return by_name or holds_key(value)
+    return by_name or holds_key(value) or _LOGIN.fullmatch(value.strip()) is not None
 
 
 def _leaves(values: Any, path: Path_) -> Iterator[tuple[Path_, Any]]:

@@ -10,7 +10,6 @@ its manifest is damaged, and passed over in words.
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import time
@@ -26,7 +25,7 @@ from transformers.training_args import TrainingArguments
 
 from .. import stopping
 from ..errors import UserError
-from ..files import LOG, write_whole
+from ..files import LOG, to_disk, write_whole
 from ..models import seams
 from ..progress import say
 from .job import CheckpointPlan
@@ -141,7 +140,7 @@ def seal(checkpoint: Path, *, processes: int, asked: bool) -> None:
     said = {"asked": asked, "processes": processes, "files": entries}
     write_whole(checkpoint / MANIFEST, json.dumps(said, indent=1) + "\n")
     for file in (*files, checkpoint / MANIFEST, checkpoint):
-        _to_disk(file)
+        to_disk(file)
 
 
 def settle(checkpoint: Path, final: Path) -> None:
@@ -149,7 +148,7 @@ def settle(checkpoint: Path, final: Path) -> None:
     if final.exists():
         shutil.rmtree(final)
     checkpoint.rename(final)
-    _to_disk(final.parent)
+    to_disk(final.parent)
 
 
 def remove_older(newest: Path, limit: int | None, keep: Iterable[str] = ()) -> None:
@@ -165,19 +164,6 @@ def remove_older(newest: Path, limit: int | None, keep: Iterable[str] = ()) -> N
     room = len(asked) if not limit else max(limit - 1, 0)
     for path in {*others} - {*asked[:room]}:
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _to_disk(path: Path) -> None:
-    """See that a file, or what a folder lists, survives a machine that stops now."""
-    flags = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) if path.is_dir() else os.O_RDONLY
-    try:
-        handle = os.open(path, flags)
-    except OSError:  # no folders on Windows
-        return
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _sha256(file: Path) -> str:
@@ -220,6 +206,8 @@ class Continuing(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
         self._saved = time.monotonic()
+        # a checkpoint brings the steps between two logs of the run that wrote it; they may be others now
+        state.compute_steps(args, state.max_steps)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         self.step_ended = False
@@ -351,7 +339,7 @@ def log_bytes(output_dir: Path) -> int:
     file = output_dir / LOG
     if not file.is_file():
         return 0
-    _to_disk(file)
+    to_disk(file)
     return file.stat().st_size
 
 

@@ -130,7 +130,7 @@ def test_the_working_folder_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_the_command_imports_nothing_from_the_working_folder(beside: Path):
     """All of a stage's heavy imports, in a folder where files are called like what they look for."""
-    (beside / "mine.py").write_text("import sibling\ndef f(prompts): return [sibling.one] * len(prompts)\n")
+    (beside / "mine.py").write_text("import sibling\ndef f(prompts, completions): return [sibling.one] * 4\n")
     (beside / "sibling.py").write_text("one = 1.0\n")
     (beside / "recipe.yaml").write_text(
         "name: x\nmodel: {base: 'random:llama'}\ndata: {p: {path: p.jsonl}}\n"

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -187,3 +188,19 @@ def test_a_template_cannot_leave_the_sandbox(attack: str):
     tokenizer.chat_template = attack
     with pytest.raises(UserError, match="the chat template refuses the turns"):
         Templater(tokenizer).text(TALK, None, False)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    "end", ["", "raise SystemExit(3)", "bounded(lambda: list(iter(lambda: 0, 1)), 0.2, 'here', 'it', 'x')"]
+)
+def test_a_process_ends_as_it_would_without(end: str):
+    """Python takes its handlers away before a process is over: the signal would then end it by itself."""
+    code = (
+        "import atexit, time\nfrom preftune.errors import UserError\nfrom preftune.patience import bounded, within\n"
+        "class Slow:\n    def __del__(self):\n"
+        "        end = time.process_time() + 0.5\n        while time.process_time() < end: pass\n"
+        f"slow = Slow()\nbounded(lambda: 1, 0.2, 'here', 'it', 'x')\ntry:\n    {end or 'pass'}\n"
+        "except UserError:\n    raise SystemExit(2)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False)
+    assert done.returncode == (3 if "3" in end else 2 if end else 0)

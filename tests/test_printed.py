@@ -45,6 +45,7 @@ def test_keys_are_known_by_their_form(key: str):
         ("https://me:pw@host/x", "https://***@host/x"),
         ("get http://:pw@h:8/ failed", "get http://***@h:8/ failed"),
         ("postgres://u:p%40@h", "postgres://***@h"),
+        ("https://abcdef@h/x", "https://***@h/x"),
         ("https://h/v1?a=b&api_key=xyz&c=d", "https://h/v1?a=b&api_key=***&c=d"),
         ("Authorization: Bearer abc.DEF-123_456~7", "Authorization: Bearer ***"),
         ("https://h/a@b?c=d@e mail me@home:8080", "https://h/a@b?c=d@e mail me@home:8080"),

@@ -92,8 +92,6 @@ def check_place(vote: Vote, replies: Sequence[Sequence[str]]) -> None:
 def append_vote(path: Path, row: dict[str, Any]) -> None:
     """Adds one line to the file; when this returns the vote is on disk, whatever happens to the process."""
     line = json.dumps(row, ensure_ascii=False) + "\n"
-    if path.exists() and not path.is_file():
-        raise UserError(str(path), "is no file, and votes are kept there", "move it away")
     with path.open("a+b") as file:
         end = file.seek(0, os.SEEK_END)
         if end:

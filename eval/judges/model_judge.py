@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 
 from ...errors import UserError
 from ...models.adapters import AdapterSet
-from ...models.auto import check_model, open_config
 from ...models.fingerprints import folder_sha256
 from ...progress import meter
 from ...stages.ppo.rewards import ModelScorer, RewardSource
@@ -56,9 +55,6 @@ def plan(entry: dict[str, Any], where: str, run_dir: Path | None) -> JudgePlan:
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise UserError(f"{where}.batch_size", f"is {batch_size!r}, expected 1 or more", "leave it out")
     target = _folder_or_hub_id(named, where, run_dir)
-    if Path(target).is_dir():
-        check_model(Path(target), f"{where}.model")
-        open_config(Path(target), f"{where}.model")
     name = judge_name(entry)
 
     def open_judge(adapters: AdapterSet, tokenizer: PreTrainedTokenizerBase) -> Judge:

@@ -12,6 +12,8 @@ from .read import Run, number
 from .reward_models import accuracy_words, reward_rows
 from .text import duration, fixed, listed, percent, percents, plus_minus, short, size
 
+_UNDONE = {"failed": "failed", "running": "was still running", "stopped": "was stopped before its end"}
+
 
 def verdict(run: Run) -> list[str]:
     """The outcome in sentences: one for each judge, then the doctor's worst finding."""
@@ -34,8 +36,8 @@ def verdict(run: Run) -> list[str]:
     elif not run.judges():
         sentences = ["The policies were sampled, and no judge compared them."]
     for stage in run.stages:
-        if stage.state in ("failed", "running"):
-            sentences.append(f"The stage {stage.name} {'failed' if stage.state == 'failed' else 'was still running'}.")
+        if stage.state in _UNDONE:
+            sentences.append(f"The stage {stage.name} {_UNDONE[stage.state]}.")
     found = worst(run)
     if found is not None:
         sentences.append(found)

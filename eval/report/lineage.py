@@ -17,7 +17,7 @@ from .text import duration, hash12, listed, short
 BASE = "base"
 NODE_ACROSS, NODE_DOWN = (144.0, 66.0), (132.0, 66.0)  # width, height
 PASS = 0.3  # room of an edge that passes a layer, in boxes
-_STATE_WORDS = {"done": "", "running": "running", "failed": "failed", "not run": "not run"}
+_STATE_WORDS = {"done": "", "running": "running", "stopped": "stopped", "failed": "failed", "not run": "not run"}
 
 
 @dataclass(frozen=True)

@@ -121,14 +121,19 @@ def test_where_transformers_has_the_architecture_the_code_beside_it_is_passed_ov
     [
         ({"attn_implementation": "evil/kernel"}, "kernel from the hub"),
         ({"_attn_implementation": "evil/kernel@main"}, "kernel from the hub"),
+        ({"text_config": {"attn_implementation": {"": "evil/kernel"}}}, "kernel from the hub"),
+        ({"_experts_implementation": "evil/kernel"}, "kernel from the hub"),
         ({"transformers_weights": "../other/model.safetensors"}, "transformers_weights"),
         ({"transformers_weights": "adapter_model.bin"}, "transformers_weights"),
     ],
 )
-def test_a_config_neither_fetches_code_nor_takes_weights_from_elsewhere(model: Path, keys: dict[str, str], said: str):
+def test_a_config_neither_fetches_code_nor_takes_weights_from_elsewhere(model: Path, keys: dict[str, Any], said: str):
     change(model / "config.json", **keys)
     with pytest.raises(UserError, match=said):
         check_model(model, "here")
+    if "kernel" in said:
+        with pytest.raises(UserError, match=said):
+            open_config(model, "here")
 
 
 @pytest.mark.parametrize("name", ["../other.safetensors", "/etc/passwd", "pytorch_model.bin", "a/b.safetensors"])

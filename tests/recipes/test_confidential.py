@@ -21,6 +21,8 @@ IN = {
     "hub token": ("stages.sft.train.hub_token", UNLIKE, "HF_TOKEN"),
     "another field": ("stages.sft.train.run_name", SECRET, "environment"),
     "password of an address": ("eval.judges.0.url", "https://me:pass-word@host.example/v1", "api_key_env"),
+    "login of an address": ("data.d.path", "https://abcdef@host.example/rows.jsonl", "environment"),
+    "cookie": ("eval.judges.0.parameters", "{extra_headers: {Cookie: " + UNLIKE + "}}", "api_key_env"),
     "query of an address": ("eval.judges.0.url", "https://host.example/v1?api_key=abcdef", "api_key_env"),
     "key of a judge": ("eval.judges.0.api_key", UNLIKE, "api_key_env"),
     "key in a header": ("eval.judges.0.parameters", "{extra_headers: {Authorization: " + UNLIKE + "}}", "api_key_env"),

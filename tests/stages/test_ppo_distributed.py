@@ -173,7 +173,7 @@ def test_only_the_first_process_writes(outcome: Outcome) -> None:
     assert [each["whole"]["first"] for each in outcome.found] == [True, False]
     # the resumed run had a folder for each process
     second = {file.name for file in (outcome.folder / "resumed1").rglob("*") if file.is_file()}
-    assert second == {"rng_state_1.pth", "ppo_rollout_1.safetensors"}
+    assert second == {"rng_state_1.pth", "ppo_rollout_1.safetensors", "progress_1.json"}
     first = {file.name for file in (outcome.folder / "resumed0").rglob("*") if file.is_file()}
     assert {"adapter_model.safetensors", "optimizer.pt", "ppo_state.json", "rollouts.jsonl"} <= first
     with (outcome.folder / "whole" / "log.jsonl").open(encoding="utf-8") as lines:

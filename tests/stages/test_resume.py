@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from preftune.errors import UserError
+from preftune.stages import checkpoints
 from preftune.stages.callbacks import ProgressBar
 from preftune.stages.job import CheckpointPlan, StageJob
 from preftune.stages.run import run_stage
@@ -103,3 +105,143 @@ def test_cut_off_and_run_again_equals_never_cut_off(
     assert found == wholes[kind]
     # KTO's rows are fewer
     assert found["metrics"]["steps"] == (9 if kind == "kto" else 15)
+
+
+def test_a_resumed_stage_logs_as_often_as_it_is_told_now(
+    make_job: Any, sft_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = resumed_job(make_job, "sft", sft_folder, "told")
+    with monkeypatch.context() as patch:
+        cut_off(patch, *PLACES["step 7"])
+        with pytest.raises(Killed):
+            run_stage(job)
+    run_stage(resumed_job(make_job, "sft", sft_folder, "told", train=EPOCHS | {"logging_steps": 4}))
+    rows = [json.loads(line) for line in (job.output_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 3, 6, 8, 12]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_step_is_made_after_the_last(
+    make_job: Any, sft_folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Cut off after its last step, in the middle of an epoch, again and again."""
+    train = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 2}
+    job = resumed_job(make_job, kind, sft_folder, kind, train=train)
+    with monkeypatch.context() as patch:
+        cut_off(patch, ProgressBar, "on_train_end", lambda *_: True)
+        for _ in range(3):
+            with pytest.raises(Killed):
+                run_stage(job)
+    assert run_stage(job)["steps"] == 2
+    lines = [json.loads(line) for line in (job.output_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2]
+    assert len([line for line in lines if "train_loss" in line]) == 1
+
+
+def halved(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def emptied(checkpoint: Path) -> None:
+    for file in checkpoint.iterdir():
+        file.unlink()
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "nothing in it": emptied,
+    "no manifest": lambda checkpoint: (checkpoint / "manifest.json").unlink(),
+    "half a manifest": lambda checkpoint: halved(checkpoint / "manifest.json"),
+    "no state": lambda checkpoint: (checkpoint / "trainer_state.json").unlink(),
+    "half an adapter": lambda checkpoint: halved(checkpoint / "adapter_model.safetensors"),
+    "half an optimizer": lambda checkpoint: halved(checkpoint / "optimizer.pt"),
+    "no random numbers": lambda checkpoint: (checkpoint / "rng_state.pth").unlink(),
+    "another progress": lambda checkpoint: (checkpoint / "progress_0.json").write_text("{}"),
+    "still being written": lambda checkpoint: checkpoint.rename(checkpoint.parent / ".saving"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over(
+    make_job: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str], damage: str
+) -> None:
+    train = {"max_steps": 4}
+    whole = make_job("sft", "whole", train=train, checkpoints=EVERY_STEP)
+    run_stage(whole)
+    job = make_job("sft", train=train, checkpoints=EVERY_STEP)
+    with monkeypatch.context() as patch:
+        cut_off(patch, ProgressBar, "on_step_begin", at_step(3))
+        with pytest.raises(Killed):
+            run_stage(job)
+    folder = job.output_dir / "checkpoints"
+    assert [each.name for each in folder.glob("checkpoint-*")] == ["checkpoint-3"]  # the last one alone is kept
+    DAMAGES[damage](folder / "checkpoint-3")
+    capfd.readouterr()
+    run_stage(job)
+    said = capfd.readouterr().err
+    assert "continues" not in said and ("is passed over" in said) == (
+        damage not in ("no manifest", "still being written")
+    )
+    adapters = [(each.output_dir / "adapter_model.safetensors").read_bytes() for each in (whole, job)]
+    assert adapters[0] == adapters[1] and not folder.exists()
+
+
+def test_what_the_recipe_asks_for_stays_and_the_rest_goes(make_job: Any) -> None:
+    train = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
+    job = make_job("sft", train=train, checkpoints=EVERY_STEP)
+    run_stage(job)
+    kept = {each.name for each in (job.output_dir / "checkpoints").iterdir()}
+    assert kept == {"checkpoint-4", "checkpoint-6"}
+
+
+def test_none_are_written_where_the_recipe_wants_none(make_job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = make_job("sft", train={"max_steps": 4, "save_strategy": "no"}, checkpoints=EVERY_STEP)
+    monkeypatch.setattr(checkpoints.Resumable, "_save_checkpoint", lambda *_: pytest.fail("a checkpoint"))
+    run_stage(job)
+
+
+def test_early_stopping_goes_on_with_the_patience_that_was_left(make_job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No evaluation is better than the first: with a patience of 3 the fourth ends it, wherever it was cut off."""
+    train = {"max_steps": None, "num_train_epochs": 9, "learning_rate": 0.0}
+    job = make_job("sft", held_out=0.3, train=train, method={"early_stopping_patience": 3}, checkpoints=EVERY_STEP)
+    with monkeypatch.context() as patch:
+        cut_off(patch, StageTrainer, "evaluate", lambda self, *_: self.state.epoch == 3)
+        with pytest.raises(Killed):
+            run_stage(job)
+    assert run_stage(job)["epochs"] == 4
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_stage_in_words(
+    make_job: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job("sft", train={"max_steps": 4}, checkpoints=CheckpointPlan(share=0.5, minutes=None))
+    true = checkpoints.seal
+
+    def full(checkpoint: Path, **given: Any) -> None:
+        raise OSError(28, "No space left on device", str(checkpoint))
+
+    monkeypatch.setattr(checkpoints, "seal", full)
+    with pytest.raises(UserError, match=r"the disk is full; free some space; .* continues from the stage's start"):
+        run_stage(job)
+    assert not (job.output_dir / "checkpoints" / ".saving").exists()
+    monkeypatch.setattr(checkpoints, "seal", true)
+    assert run_stage(job)["steps"] == 4
+
+
+def test_time_alone_asks_for_one_as_well(make_job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[int] = []
+    true = checkpoints.Resumable._save_checkpoint
+
+    def noted(self: Any, *args: Any) -> None:
+        saved.append(self.state.global_step)
+        true(self, *args)
+
+    monkeypatch.setattr(checkpoints.Resumable, "_save_checkpoint", noted)
+    now = [0.0]
+    monkeypatch.setattr(checkpoints.time, "monotonic", lambda: now[0])
+
+    def begin(self: Any, *_: Any, **__: Any) -> None:
+        now[0] += 25.0  # seconds a step
+
+    monkeypatch.setattr(ProgressBar, "on_step_begin", begin)
+    run_stage(make_job("sft", train={"max_steps": 9}, checkpoints=CheckpointPlan(share=None, minutes=1)))
+    assert saved == [3, 6, 9]
