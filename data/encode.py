@@ -5,6 +5,7 @@ Prompts are cut from the left (a BOS stays), replies from the right, and a reply
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,7 @@ Plan = tuple[list[str], Callable[[list[list[int]]], dict[str, Any]]]
 Planner = Callable[[Row], Plan]
 
 
-def encode_demos(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", spec: DataSpec) -> Encoded:
+def encode_demos(rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase", spec: DataSpec) -> Encoded:
     """Dataset[input_ids, labels]: labels are the ids within the assistant's turns (EOS included), and -100 elsewhere.
 
     Every assistant turn of `completion` is trained on, but for those that the row says are not to be. If a turn's place
@@ -60,7 +61,7 @@ def encode_demos(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", spec
     return encode_rows("demo", rows, tokenizer, spec)
 
 
-def encode_pairs(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", spec: DataSpec) -> Encoded:
+def encode_pairs(rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase", spec: DataSpec) -> Encoded:
     """Dataset[prompt_ids, chosen_ids, rejected_ids(, margin)]: the replies without the prompt, ending in EOS.
 
     The column `margin` is there if every row has one. Raises as `encode_demos`.
@@ -68,12 +69,12 @@ def encode_pairs(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", spec
     return encode_rows("pair", rows, tokenizer, spec)
 
 
-def encode_labels(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", spec: DataSpec) -> Encoded:
+def encode_labels(rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase", spec: DataSpec) -> Encoded:
     """Dataset[prompt_ids, completion_ids, label]: the last reply without its prompt. Raises as `encode_demos`."""
     return encode_rows("label", rows, tokenizer, spec)
 
 
-def encode_prompts(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", spec: DataSpec) -> Encoded:
+def encode_prompts(rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase", spec: DataSpec) -> Encoded:
     """Dataset[prompt_ids, prompt, columns]: prompt as messages, columns as one JSON text a row.
 
     `prompt_ids` end with the template's generation prompt. They must fit `max_prompt_length`, or else `max_length`.
@@ -82,20 +83,22 @@ def encode_prompts(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", sp
     return encode_rows("prompt", rows, tokenizer, spec)
 
 
-def encode_rows(kind: RowKind, rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", spec: DataSpec) -> Encoded:
+def encode_rows(kind: RowKind, rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase", spec: DataSpec) -> Encoded:
     """Encode rows of that kind; columns and errors are those of its encoder."""
     from datasets import Dataset, concatenate_datasets
 
     encoder = _Encoder(tokenizer, spec)
-    margins = kind == "pair" and all(row.margin is not None for row in rows)
-    features = _features(kind, margins)
+    features = _features(kind)
     parts = []
-    with meter("encoding rows", len(rows)) as show:
+    # rows that are read meanwhile are counted by their reader
+    with meter("encoding rows", len(rows)) if isinstance(rows, Sequence) else nullcontext(lambda done: None) as show:
         for chunk in encoder.chunks(rows, _PLANNERS[kind](encoder)):
             columns = {name: [row[name] for row in chunk] for name in features}
             parts.append(Dataset.from_dict(columns, features=features))
             show(encoder.report.read)
     dataset = concatenate_datasets(parts)
+    if not encoder.margins and kind == "pair":
+        dataset = dataset.remove_columns("margin")
     if kind == "label" and len(found := set(dataset["label"])) == 1:
         encoder.report.notes[ONE_CLASS.format(str(found.pop()).lower())] = Tally(encoder.report.used)
     return dataset, encoder.report
@@ -131,18 +134,18 @@ def measure_rows(
     return encoder.report
 
 
-def _features(kind: RowKind, margins: bool) -> "Features":
+def _features(kind: RowKind) -> "Features":
     """The columns of encoded rows of that kind."""
     from datasets import Features, Json, List, Value
 
     tokens = List(Value("int64"))
     columns: dict[RowKind, dict[str, Any]] = {
         "demo": {"input_ids": tokens, "labels": tokens},
-        "pair": {"prompt_ids": tokens, "chosen_ids": tokens, "rejected_ids": tokens},
+        "pair": {**dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), tokens), "margin": Value("float32")},
         "label": {"prompt_ids": tokens, "completion_ids": tokens, "label": Value("bool")},
         "prompt": {"prompt_ids": tokens, "prompt": List(Json()), "columns": Value("string")},
     }
-    return Features(columns[kind] | ({"margin": Value("float32")} if margins else {}))
+    return Features(columns[kind])
 
 
 def _demo_planner(encoder: "_Encoder") -> Planner:
@@ -174,6 +177,7 @@ def _demo_planner(encoder: "_Encoder") -> Planner:
 
 def _pair_planner(encoder: "_Encoder") -> Planner:
     def plan(row: Row) -> Plan:
+        encoder.margins = encoder.margins and row.margin is not None
         good = encoder.lay_out(row, row.prompt, _side(row, "chosen"))
         layouts = [good, encoder.lay_out(row, row.prompt, _side(row, "rejected"), good.before)]
         if encoder.fits(*layouts) and layouts[0].text != layouts[1].text:
@@ -261,6 +265,8 @@ class _Encoder:
         self.spec = spec
         self.report = DataReport()
         self.problems = RowProblems(spec.on_problem, self.report, spec.describe())
+        # Whether every row of a pair that has been looked at says by how much its chosen side is better.
+        self.margins = True
         # Of the row at hand; they count only if it is used in the end.
         self.remarks: set[str] = set()
         pieces = self.templater.pieces
@@ -289,7 +295,7 @@ class _Encoder:
         """Whether the text has fewer tokens than each limit, for certain: none is less than a byte, and at most two are
         added, a BOS and the EOS of a reply that has none."""
         most = min((each for each in limits if each is not None), default=None)
-        return most is None or (len(text) <= most - 2 and len(text.encode()) <= most - 2)
+        return most is None or (len(text) <= most - 2 and len(text.encode("utf-8", "surrogatepass")) <= most - 2)
 
     def check_size(self, row: Row, *texts: str) -> None:
         """A text of millions of characters is not cut into tokens where it is plain that it is too long.

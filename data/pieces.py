@@ -20,17 +20,22 @@ class Pieces:
     """One tokenizer's pieces. Made by `pieces_of`, which says whether it can be cut so.
 
     Attributes:
-        lossless: no text has more tokens than bytes in UTF-8, and two texts without special tokens have the same ids
-            only if they are the same.
+        lossless: no text has more tokens than bytes in UTF-8, and two texts without special tokens that it `covers`
+            have the same ids only if they are the same.
         special: finds the special tokens in a text.
     """
 
-    def __init__(self, backend: Any, special: dict[str, int], lossless: bool) -> None:
-        self.lossless = lossless
+    def __init__(self, backend: Any, special: dict[str, int], absent: bytes | None) -> None:
+        self.lossless, self._absent = absent is not None, absent or b""
         self._backend, self._special = backend, {token: [number] for token, number in special.items()}
         longest_first = sorted(special, key=len, reverse=True)
         self.special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._cut = re.compile(f"({self.special.pattern})")
+
+    def covers(self, text: str) -> bool:
+        """Whether every byte of the text has a token: one that has none may be left out."""
+        raw = text.encode("utf-8", "surrogatepass")
+        return not self._absent or len(raw.translate(None, self._absent)) == len(raw)
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, as the tokenizer gives them without `add_special_tokens`."""
@@ -79,8 +84,8 @@ def pieces_of(tokenizer: "PreTrainedTokenizerBase") -> Pieces | None:
     kept = backend.normalizer is None or type(backend.normalizer).__name__ == "NFC"
     if steps is None or not kept or backend.encode_special_tokens or tokenizer.split_special_tokens:
         return None
-    lossless = backend.normalizer is None and steps[-1:] == ["ByteLevel"] and _covers_bytes(backend)
-    return Pieces(backend, first, lossless)
+    by_bytes = backend.normalizer is None and steps[-1:] == ["ByteLevel"]
+    return Pieces(backend, first, _absent_bytes(backend) if by_bytes else None)
 
 
 def _steps(pre: Any) -> list[str] | None:
@@ -93,12 +98,15 @@ def _steps(pre: Any) -> list[str] | None:
     return [state["type"] for state in states]
 
 
-def _covers_bytes(backend: Any) -> bool:
-    """Whether every token stands for one byte or more, and every byte has one."""
-    from tokenizers import models, pre_tokenizers
+def _absent_bytes(backend: Any) -> bytes | None:
+    """The bytes that have no token; None where a token may stand for less than a byte."""
+    from tokenizers import models
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     model = backend.model
     plain = isinstance(model, models.BPE) and not (
         model.dropout or model.continuing_subword_prefix or model.end_of_word_suffix or model.byte_fallback
     )
-    return plain and all(backend.token_to_id(each) is not None for each in pre_tokenizers.ByteLevel.alphabet())
+    if not plain:
+        return None
+    return bytes(byte for byte, letter in bytes_to_unicode().items() if backend.token_to_id(letter) is None)

@@ -122,8 +122,12 @@ def _filled(
     reply = completion[0]["content"].strip()
     if reply not in whole[len(before) :]:
         return None
-    special = None if templater.pieces is None else templater.pieces.special
-    plain = special is not None and not any(special.search(each["content"]) for each in (*prompt, *completion))
+    pieces = templater.pieces
+    plain = (
+        pieces is not None
+        and pieces.covers(whole)
+        and not any(pieces.special.search(each["content"]) for each in (*prompt, *completion))
+    )
     return Layout(whole, [(len(before), len(whole))], [True], (), before, plain)
 
 

@@ -5,9 +5,10 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -15,10 +16,12 @@ import torch
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 
 from .. import stopping
-from ..data.load import load_rows
+from ..data.load import stream_rows
+from ..data.report import DataReport
+from ..data.rows import Fingerprint, Row
 from ..data.spec import DataSpec
-from ..data.split import split_rows
-from ..errors import UserError, user_code
+from ..data.split import check_sides, prompt_position
+from ..errors import user_code
 from ..files import CHECKPOINTS, LOGS, METRICS
 from ..models.adapters import AdapterSet
 from ..models.base import Base
@@ -43,9 +46,6 @@ from .trainers import StageTrainer, train
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-    from ..data.report import DataReport
-    from ..data.rows import Row
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ class StageData:
     origins: tuple[str, ...] = ()
 
 
-Encode = Callable[["list[Row]", PreTrainedTokenizerBase, DataSpec], "tuple[Dataset, DataReport]"]
+Encode = Callable[["Iterable[Row]", PreTrainedTokenizerBase, DataSpec], "tuple[Dataset, DataReport]"]
 
 
 def load_data(job: StageJob, encode: Encode, tokenizer: PreTrainedTokenizerBase) -> StageData:
@@ -135,32 +135,40 @@ def load_data(job: StageJob, encode: Encode, tokenizer: PreTrainedTokenizerBase)
 
 
 def _load_data(job: StageJob, encode: Encode, tokenizer: PreTrainedTokenizerBase) -> StageData:
-    loaded = load_rows(job.data, job.record.rows, job.folders)
-    train_rows, held_rows = (
-        split_rows(loaded.rows, job.data.held_out, job.data.seed) if job.data.held_out > 0 else (loaded.rows, [])
-    )
-    report: dict[str, Any] = {"read": loaded.report.as_dict()}
-    encoded: dict[str, Dataset] = {}
-    origins: tuple[str, ...] = ()
-    for name, rows in (("train", train_rows), ("held_out", held_rows)):
-        if rows:
-            encoded[name], part = encode(list(rows), tokenizer, job.data)
-            check_ids(encoded[name], tokenizer, job.base, f"data.{job.data_name}")
-            origins = tuple(part.origins) if name == "train" else origins
-            report[name] = part.as_dict()
-            logger.info("%s, %s rows of %s: %s", job.name, name, job.data_name, "; ".join(part.lines()))
-    train = encoded.get("train")
-    if train is None or not len(train):
-        raise UserError(
-            f"data.{job.data_name}",
-            f"no row is left to train on ({len(loaded.rows)} read, {len(train_rows)} after the split)",
-            "raise max_length, or see `preftune validate` for why rows were dropped",
-        )
+    data, where = job.data, f"data.{job.data_name}"
+    read, content, held_rows = DataReport(), Fingerprint(), list[Row]()
+
+    def train_rows() -> Iterator[Row]:
+        for row in stream_rows(data, job.record.rows, job.folders, read, where):
+            content.add(row)
+            if data.held_out > 0 and prompt_position(row, data.seed) < data.held_out:
+                held_rows.append(row)
+            else:
+                yield row
+
+    rows = train_rows()
+    if (first := next(rows, None)) is None:
+        check_sides(data.held_out, 0, len(held_rows))
+        raise AssertionError("a stream without rows raises")
+    report: dict[str, Any] = {"read": {}}
+
+    def encoded(name: str, part_rows: "Iterable[Row]") -> "tuple[Dataset, tuple[str, ...]]":
+        made, part = encode(part_rows, tokenizer, data)
+        check_ids(made, tokenizer, job.base, where)
+        report[name] = part.as_dict()
+        logger.info("%s, %s rows of %s: %s", job.name, name, job.data_name, "; ".join(part.lines()))
+        return made, tuple(part.origins)
+
+    train, origins = encoded("train", chain([first], rows))
+    if data.held_out > 0:
+        check_sides(data.held_out, read.used - len(held_rows), len(held_rows))
+    held = encoded("held_out", held_rows)[0] if held_rows else None
+    report["read"] = read.as_dict()
     new_tokens = job.method_value("max_new_tokens") if job.record.rows == "prompt" else None
-    for part in encoded.values():
-        check_context(part, job.base, f"data.{job.data_name}", new_tokens or 0)
-    held = encoded.get("held_out")
-    return StageData(train, held if held is not None and len(held) else None, loaded.fingerprint, report, origins)
+    for part in (train, held):
+        if part is not None:
+            check_context(part, job.base, where, new_tokens or 0)
+    return StageData(train, held, content.hexdigest(), report, origins)
 
 
 def check_ids(rows: "Dataset", tokenizer: PreTrainedTokenizerBase, base: Base, where: str) -> None:

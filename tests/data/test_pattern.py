@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from jinja2 import TemplateError
 
 from preftune.data.pattern import fills_in, read_pattern
-from preftune.data.pieces import fewest_tokens, pieces_of
+from preftune.data.pieces import Pieces, fewest_tokens, pieces_of
 from preftune.data.template import DEFAULT_CHAT_TEMPLATE, Templater
 
 SYSTEM_FIRST = (
@@ -121,3 +121,10 @@ def test_a_tokenizer_whose_special_tokens_take_white_space_is_not_cut(kit):
     tokenizer = kit.tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<mask>", lstrip=True, special=True)]})
     assert pieces_of(tokenizer) is None
+
+
+def test_a_byte_without_a_token_is_not_covered(kit):
+    pieces = pieces_of(kit.tokenizer())
+    assert pieces is not None and pieces.covers("\x04é")
+    poor = Pieces(None, {}, absent=b"\x04")
+    assert poor.lossless and poor.covers("é") and not poor.covers("\x04é")
