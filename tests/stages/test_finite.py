@@ -10,6 +10,7 @@ from preftune.models.adapters import AdapterSet
 from preftune.stages.dpo import build_dpo
 from preftune.stages.kto import build_kto
 from preftune.stages.reward import build_reward
+from preftune.stages.run import run_stage
 from preftune.stages.sft import build_sft
 
 from .tiny_ppo import tiny, trainer
@@ -107,3 +108,21 @@ def test_ppo_leaves_out_a_minibatch_that_is_not_finite(tmp_path: Path) -> None:
     made.train()
     assert made.skips.done == 1 and len(calls) > 1
     assert any(entry.get("nonfinite_skipped") == 1 for entry in made.state.log_history)
+
+
+@pytest.mark.parametrize(
+    ("kind", "train", "method"),
+    [
+        *((kind, {"learning_rate": 1e6}, {}) for kind in ("sft", "reward", "dpo", "kto")),
+        ("dpo", {}, {"beta": 1e38}),
+        ("kto", {}, {"beta": 1e38}),
+    ],
+)
+def test_a_stage_that_diverges_is_not_done(make_job, sft_folder: Path, kind: str, train: dict, method: dict) -> None:
+    parent = None if kind == "sft" else sft_folder
+    job = make_job(kind, parent=parent, train={"max_steps": 6, **train}, method=method)
+    with pytest.raises(
+        UserError, match=rf"stages\.{kind}: step \d: (the loss|the gradient's norm) is (nan|inf) on the"
+    ):
+        run_stage(job)
+    assert not (job.output_dir / "adapter_model.safetensors").exists()
