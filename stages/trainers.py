@@ -289,6 +289,10 @@ def take_up(trainer: Trainer) -> str | None:
     own = continuing(trainer)
     if own is None or not isinstance(trainer, Resumable):
         return None
+    if own.plan is not None and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        # torch and DeepSpeed read such a checkpoint's pickles without a limit
+        logger.warning("%s: the base is sharded, so no checkpoint is written to continue from", own.name)
+        own.plan = None
     folder = Path(str(args.output_dir))
     shutil.rmtree(folder / SAVING, ignore_errors=True)  # cut off while it was written
     checkpoint = newest(folder, own.name, args.world_size)
