@@ -224,12 +224,15 @@ class Chain:
     def _work(self, job: "StageJob") -> Mapping[str, Any]:
         if self._run_stage is not None:
             return self._run_stage(job)
+        from ..stages.run import finished, run_stage
+
+        if (metrics := finished(job)) is not None:
+            self.output.say(f"{job.name}: was cut off after its last step, and takes its place")
+            return metrics
         if self.options.launch is not None:
             from .launch import launch_stage
 
             return launch_stage(self.options.launch, self.path, job, self.options.from_adapter)
-        from ..stages.run import run_stage
-
         return run_stage(job)
 
     def _evaluation(self) -> Done:

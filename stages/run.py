@@ -21,13 +21,14 @@ from ..data.report import DataReport
 from ..data.rows import Fingerprint, Row
 from ..data.spec import DataSpec
 from ..data.split import check_sides, prompt_position
-from ..errors import user_code
-from ..files import CHECKPOINTS, LOGS, METRICS
+from ..errors import UserError, user_code
+from ..files import CHECKPOINTS, LINEAGE, LOGS, METRICS
 from ..models.adapters import AdapterSet
 from ..models.base import Base
 from ..models.context import check_context
 from ..models.lineage import (
     Lineage,
+    adapter_sha256,
     base_info,
     check_parent,
     library_versions,
@@ -253,6 +254,23 @@ def finish(
         )
         write_lineage(job.output_dir, lineage)
         _clear_checkpoints(job)
+    return metrics
+
+
+def finished(job: StageJob) -> dict[str, Any] | None:
+    """What a stage measured that was cut off after its end, before its folder took its place; None for any other.
+
+    Its lineage is the last that `finish` writes; what `finish` removes may still lie there, and goes here.
+    """
+    if not (job.output_dir / LINEAGE).is_file():
+        return None
+    try:
+        adapter_sha256(job.output_dir)
+        metrics = json.loads((job.output_dir / METRICS).read_text(encoding="utf-8"))
+    except (OSError, ValueError, UserError):
+        (job.output_dir / LINEAGE).unlink()  # a machine that stopped: made again from the last checkpoint
+        return None
+    _clear_checkpoints(job)
     return metrics
 
 

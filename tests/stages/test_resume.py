@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from preftune.errors import UserError
-from preftune.stages import checkpoints
+from preftune.stages import checkpoints, run
 from preftune.stages.callbacks import ProgressBar
 from preftune.stages.job import CheckpointPlan, StageJob
-from preftune.stages.run import run_stage
+from preftune.stages.run import finished, run_stage
 from preftune.stages.trainers import StageTrainer
 
 KINDS = ("sft", "reward", "dpo", "kto")
@@ -245,3 +245,19 @@ def test_time_alone_asks_for_one_as_well(make_job: Any, monkeypatch: pytest.Monk
     monkeypatch.setattr(ProgressBar, "on_step_begin", begin)
     run_stage(make_job("sft", train={"max_steps": 9}, checkpoints=CheckpointPlan(share=None, minutes=1)))
     assert saved == [3, 6, 9]
+
+
+def test_what_was_cut_off_after_its_end_is_not_made_again(make_job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = make_job("sft", train={"max_steps": 4}, checkpoints=EVERY_STEP)
+    assert finished(job) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_clear_checkpoints", lambda _job: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            run_stage(job)
+    assert (job.output_dir / "checkpoints").is_dir()
+    metrics = finished(job)
+    assert metrics is not None and metrics["steps"] == 4
+    assert not (job.output_dir / "checkpoints").exists()
+    # its weights are not all on the disk: it is made again
+    halved(job.output_dir / "adapter_model.safetensors")
+    assert finished(job) is None and not (job.output_dir / "lineage.json").exists()
