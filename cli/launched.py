@@ -35,9 +35,6 @@ def _launcher(config: str, said: str, *stage: str) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     _silence_elastic()
-    stopping.ignore()
-    # torchrun would take a signal for itself, and end the processes without their checkpoint
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
     process = ["-m", MODULE, "process", said, *stage]
     try:
         args = launch_command_parser().parse_args(["--config_file", config, *_cpu_options(config), *process])
@@ -86,7 +83,6 @@ def _silence_elastic() -> None:
 
 def _process(said: str, run_dir: str, name: str, from_adapter: str | None = None) -> int:
     """One of the stage's processes."""
-    stopping.listen(Path(said) / _STOP)
     try:
         _run(Path(run_dir), name, Path(from_adapter) if from_adapter else None)
     except UserError:
@@ -176,6 +172,17 @@ def main(role: str, *arguments: str) -> int:
         return 2
 
 
+def _hear_no_signal(role: str, *arguments: str) -> None:
+    """Leave signals to the chain, whose word comes as a file."""
+    if role == "launcher":
+        stopping.ignore()
+        # torchrun would take one for itself, and end the processes without their checkpoint
+        os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
+    else:
+        stopping.listen(Path(arguments[0]) / _STOP)
+
+
 if __name__ == "__main__":
     _end_with_parent()
+    _hear_no_signal(*sys.argv[1:])
     sys.exit(main(*sys.argv[1:]))
