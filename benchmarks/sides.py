@@ -42,7 +42,7 @@ def our_trainer(kind: str, rows: Path, train: dict[str, Any], output: Path, *, p
         lora=LORA,
         data=DataSpec((SourceSpec(str(rows)),), max_length=None),
         seed=train.pop("seed"),
-        train=train,
+        train={**train, "save_strategy": "no"},  # as on the other side
         output_dir=output,
         packed=packed,
     )
