@@ -37,11 +37,19 @@ class Summary(UserError):
 
     Args:
         unsaid: so many of them are not among those that follow.
+        of: those that follow.
     """
 
-    def __init__(self, where: str, problem: str, remedy: str, unsaid: int = 0) -> None:
-        self.unsaid = unsaid
+    def __init__(self, where: str, problem: str, remedy: str, unsaid: int = 0, of: Iterable[UserError] = ()) -> None:
+        self.unsaid, self.of = unsaid, tuple(of)
         super().__init__(where, problem, remedy)
+
+    def as_one(self) -> UserError:
+        """The first of those that it counts, and how many there are."""
+        if not self.of:
+            return self
+        first = self.of[0]
+        return UserError(first.where, first.problem, f"{first.remedy} ({self.problem}; `preftune validate` lists them)")
 
 
 class UserErrors(UserError):
@@ -61,6 +69,21 @@ class UserErrors(UserError):
         more = len(single) - len(said) + sum(each.unsaid for each in self.errors if isinstance(each, Summary))
         lines = [" ".join(str(each).split()) for each in shown]
         self.args = ("\n".join([*lines, *([f"... and {more} more"] if more > 0 else [])]),)
+
+
+@contextmanager
+def in_brief() -> Generator[None]:
+    """Within it several mistakes that a `Summary` counts are raised as one: the first of them, with their number.
+
+    Raises:
+        UserError: as many as there are besides.
+    """
+    try:
+        yield
+    except UserErrors as several:
+        counted = {id(each) for error in several.errors if isinstance(error, Summary) for each in error.of}
+        found = [error.as_one() if isinstance(error, Summary) else error for error in several.errors]
+        raise_found(new for old, new in zip(several.errors, found, strict=True) if id(old) not in counted)
 
 
 @contextmanager

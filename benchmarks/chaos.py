@@ -192,7 +192,7 @@ def repeated(folder: Path) -> dict[str, int]:
         log = partial / "log.jsonl"
         steps = [row["step"] for row in map(_parsed, log.read_text().split("\n")) if row] if log.is_file() else []
         kept = [int(each.name.rpartition("-")[2]) for each in partial.glob("checkpoints/checkpoint-*")]
-        if steps:
+        if steps and not (partial / "lineage.json").is_file():  # which it has at its end: then nothing is made again
             lost[partial.name[1:-8]] = max(steps) - max(kept, default=0)
     return lost
 

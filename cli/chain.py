@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from .. import stopping
 from ..data.template import writes_date
-from ..errors import UserError, gathering, nearest, raise_found
+from ..errors import UserError, gathering, in_brief, nearest, raise_found
 from ..files import EVALUATION, LINEAGE, RECIPE, STAMP, write_whole
 from ..printed import printable
 from ..recipes.build import eval_spec, stage_job
@@ -95,7 +95,7 @@ class Chain:
 
     def run(self) -> list[Done]:
         """Run everything. If a step raises, run.json says `failed`, later steps do not run, and the error goes on."""
-        with self.recipe.placing():
+        with self.recipe.placing(), in_brief():
             return self._run()
 
     def _run(self) -> list[Done]:

@@ -70,4 +70,4 @@ class RowProblems:
         drops = ", ".join(_REMEDIES[kind] for kind in self.counts)
         said = f"{total} of {self.report.read} rows have a problem: {kinds}"
         remedy = f"correct them, or leave them out and have them counted with {drops}"
-        raise_found([Summary(self.where, said, remedy, total - len(self._first)), *self._first])
+        raise_found([Summary(self.where, said, remedy, total - len(self._first), self._first), *self._first])

@@ -288,7 +288,7 @@ class Recipe(Part):
             return error
         where = f"{self._places[key]}: {error.where}"
         if isinstance(error, Summary):
-            return Summary(where, error.problem, error.remedy, error.unsaid)
+            return Summary(where, error.problem, error.remedy, error.unsaid, error.of)
         return UserError(where, error.problem, error.remedy)
 
     @contextmanager

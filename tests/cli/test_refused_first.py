@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from preftune.cli import main as cli
+
 PAIR = {"prompt": "Hello?", "chosen": "Hi there.", "rejected": "Go away."}
 RECIPE = """\
 name: t
@@ -85,3 +87,16 @@ def test_a_function_that_raises_shows_its_own_line(shell, recipe: Path):
     only = ("--only", "ppo", "stages.ppo.from=base", "--output-dir", recipe.parent / "run")
     where = r"rewards_of_mine\.py:6 in inner: LookupError: no such word"
     shell.refused("run", recipe, *only, said=where)
+
+
+def test_many_bad_rows_are_one_line_of_a_run_and_a_list_of_validate(recipe: Path, capfd: pytest.CaptureFixture[str]):
+    rows = [json.dumps(PAIR), *[json.dumps({"prompt": "Hello?", "chosen": "Hi."})] * 3]
+    (recipe.parent / "pairs.jsonl").write_text("".join(row + "\n" for row in rows))
+    run = recipe.parent / "run"
+    assert cli.run_command(["run", str(recipe), "--output-dir", str(run)]) == 2
+    lines = capfd.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and "pairs.jsonl:2: " in lines[0] and "3 of 4 rows have a problem" in lines[0]
+    assert not states(run)
+    assert cli.run_command(["validate", str(recipe)]) == 2
+    lines = capfd.readouterr().err.strip().splitlines()
+    assert [line for number in (2, 3, 4) for line in lines if f"pairs.jsonl:{number}: " in line] and len(lines) >= 4
