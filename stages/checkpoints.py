@@ -46,7 +46,7 @@ class Progress:
         seconds: of the training loop; evaluate_seconds: of them, in evaluation.
         log_bytes: length of log.jsonl: what stands behind it is written again.
         epoch_ends: what follows an epoch's last step (evaluation above all) was still to come.
-        skipped: steps left out because a number was not finite, all of them in the log.
+        skipped: steps left out because a number was not finite.
         more: of the kind of trainer.
     """
 
@@ -144,11 +144,22 @@ def seal(checkpoint: Path, *, processes: int, asked: bool) -> None:
 
 
 def settle(checkpoint: Path, final: Path) -> None:
-    """Move a sealed checkpoint to its place, where an older one of the same step makes room."""
+    """Move a sealed checkpoint to its place, where an older one of the same step makes room.
+
+    Cut off in between, `salvage` finds the new one.
+    """
     if final.exists():
-        shutil.rmtree(final)
+        final.rename(checkpoint.with_name("old"))
     checkpoint.rename(final)
     to_disk(final.parent)
+
+
+def salvage(folder: Path) -> None:
+    """Put a checkpoint in its place that was sealed and not yet moved; what else was being written goes."""
+    for _, sealed in checkpoints(folder / SAVING):
+        if (sealed / MANIFEST).is_file() and not (folder / sealed.name).exists():
+            sealed.rename(folder / sealed.name)
+    shutil.rmtree(folder / SAVING, ignore_errors=True)
 
 
 def remove_older(newest: Path, limit: int | None, keep: Iterable[str] = ()) -> None:

@@ -3,7 +3,6 @@
 import logging
 import math
 import os
-import shutil
 import time
 import warnings
 from collections.abc import Generator, Sequence
@@ -25,7 +24,6 @@ from ..models.pickles import check_pickles
 from ..progress import say
 from .callbacks import Clock, LogFile, ProgressBar, clock_of, keep_event_files
 from .checkpoints import (
-    SAVING,
     Continuing,
     Progress,
     Resumable,
@@ -36,6 +34,7 @@ from .checkpoints import (
     newest,
     read_progress,
     restore_stopping,
+    salvage,
 )
 from .finite import Skips, not_finite, rows_of
 from .job import StageJob
@@ -294,7 +293,9 @@ def take_up(trainer: Trainer) -> str | None:
         logger.warning("%s: the base is sharded, so no checkpoint is written to continue from", own.name)
         own.plan = None
     folder = Path(str(args.output_dir))
-    shutil.rmtree(folder / SAVING, ignore_errors=True)  # cut off while it was written
+    if args.process_index == 0:
+        salvage(folder)
+    trainer.accelerator.wait_for_everyone()  # all must find the same ones
     checkpoint = newest(folder, own.name, args.world_size)
     if checkpoint is None:
         return None

@@ -185,6 +185,17 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert adapters[0] == adapters[1] and not folder.exists()
 
 
+def test_a_sealed_checkpoint_that_was_not_moved_yet_is_found(tmp_path: Path) -> None:
+    beside = tmp_path / ".saving" / "checkpoint-4"
+    beside.mkdir(parents=True)
+    (beside / "weights").write_text("four")
+    checkpoints.seal(beside, processes=1, asked=False)
+    (tmp_path / ".saving" / "checkpoint-5").mkdir()  # not sealed
+    checkpoints.salvage(tmp_path)
+    assert [each.name for each in tmp_path.iterdir()] == ["checkpoint-4"]
+    assert checkpoints.newest(tmp_path, "sft", 1) == tmp_path / "checkpoint-4"
+
+
 def test_what_the_recipe_asks_for_stays_and_the_rest_goes(make_job: Any) -> None:
     train = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
     job = make_job("sft", train=train, checkpoints=EVERY_STEP)
