@@ -4,6 +4,7 @@ Nothing that is not ours is ever removed or replaced: a finished folder carries 
 """
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -78,6 +79,12 @@ def to_disk(path: Path) -> None:
             raise
     finally:
         os.close(handle)
+
+
+def sha256_of(file: Path) -> str:
+    """Hex SHA-256 of a file's bytes, read now (`models.cache.file_sha256` remembers it)."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def read_regular(file: Path) -> str:

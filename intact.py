@@ -1,6 +1,5 @@
 """Whether a finished folder still holds what was written into it: its stamp has the hash of every file that counts."""
 
-import hashlib
 import json
 import os
 from collections.abc import Collection
@@ -8,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .files import CHECKPOINTS, EVALUATION, LOG, LOGS, RECIPE, ROLLOUTS, STAMP, read_regular
+from .files import CHECKPOINTS, EVALUATION, LOG, LOGS, RECIPE, ROLLOUTS, STAMP, read_regular, sha256_of
 
-_BLOCK = 1 << 22
 _NOT_COUNTED = (CHECKPOINTS, LOGS, LOG, ROLLOUTS, "README.md", STAMP)
 """Directly in the folder."""
 
@@ -27,7 +25,7 @@ def contents(folder: Path) -> dict[str, list[int | str]]:
         folders[:] = [each for each in folders if each not in left_out]
         for file in (here / name for name in files if name not in left_out):
             if file.is_file():
-                found[str(file.relative_to(folder))] = [file.stat().st_size, _sha256(file)]
+                found[str(file.relative_to(folder))] = [file.stat().st_size, sha256_of(file)]
     return dict(sorted(found.items()))
 
 
@@ -50,7 +48,7 @@ def damage(folder: Path, only: Collection[str] | None = None) -> str | None:
             return f"{name} is gone"
         if (now := file.stat().st_size) != size:
             return f"{name} {'is cut off' if now < size else 'has grown'}: {now} bytes, {size} were written"
-        if _sha256(file) != sha256:
+        if sha256_of(file) != sha256:
             return f"{name} has other content than was written"
     return None
 
@@ -95,11 +93,3 @@ def read_json_object(file: Path) -> dict[str, Any]:
     if found is not None and not isinstance(found, dict):
         raise UserError(str(file), "holds no object", "run the recipe again, which makes what is damaged anew")
     return found or {}
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as handle:
-        while block := handle.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()

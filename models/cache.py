@@ -16,9 +16,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from ..errors import UserError
-from ..files import write_whole
-
-_BLOCK = 1 << 22
+from ..files import sha256_of, write_whole
 
 
 def cache_dir() -> Path:
@@ -74,15 +72,7 @@ def _build(name: str, target: Path, build: Callable[[Path], None]) -> None:
 
 def file_sha256(file: Path) -> str:
     """Hex SHA-256 of a file's bytes, remembered as `remembered` does."""
-    return remembered("file", [file], lambda: _file_sha256(file))
-
-
-def _file_sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as handle:
-        while block := handle.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+    return remembered("file", [file], lambda: sha256_of(file))
 
 
 def remembered(purpose: str, files: list[Path], compute: Callable[[], str]) -> str:

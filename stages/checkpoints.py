@@ -8,7 +8,6 @@ One is written beside its place, in `.saving`, and moved there when it is comple
 its manifest is damaged, and passed over in words.
 """
 
-import hashlib
 import json
 import re
 import shutil
@@ -25,7 +24,7 @@ from transformers.training_args import TrainingArguments
 
 from .. import stopping
 from ..errors import UserError
-from ..files import LOG, to_disk, write_whole
+from ..files import LOG, sha256_of, to_disk, write_whole
 from ..models import seams
 from ..progress import say
 from .job import CheckpointPlan
@@ -107,7 +106,7 @@ def _unusable(checkpoint: Path, world_size: int) -> str | None:
         files, processes = manifest["files"], manifest["processes"]
         for name, (size, digest) in files.items():
             file = checkpoint / name
-            if not file.is_file() or file.stat().st_size != size or _sha256(file) != digest:
+            if not file.is_file() or file.stat().st_size != size or sha256_of(file) != digest:
                 return f"{name} is damaged"
     except (OSError, ValueError, KeyError, TypeError):
         return f"{MANIFEST} is damaged"
@@ -136,7 +135,7 @@ def is_asked(checkpoint: Path) -> bool:
 def seal(checkpoint: Path, *, processes: int, asked: bool) -> None:
     """Write the manifest of a checkpoint whose other files are all there, and see that everything is on the disk."""
     files = [file for file in sorted(checkpoint.rglob("*")) if file.is_file() and file.name != MANIFEST]
-    entries = {file.relative_to(checkpoint).as_posix(): [file.stat().st_size, _sha256(file)] for file in files}
+    entries = {file.relative_to(checkpoint).as_posix(): [file.stat().st_size, sha256_of(file)] for file in files}
     said = {"asked": asked, "processes": processes, "files": entries}
     write_whole(checkpoint / MANIFEST, json.dumps(said, indent=1) + "\n")
     for file in (*files, checkpoint / MANIFEST, checkpoint):
@@ -175,11 +174,6 @@ def remove_older(newest: Path, limit: int | None, keep: Iterable[str] = ()) -> N
     room = len(asked) if not limit else max(limit - 1, 0)
     for path in {*others} - {*asked[:room]}:
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 @contextmanager
