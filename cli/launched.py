@@ -15,11 +15,11 @@ from typing import Any
 
 from .. import stopping
 from ..errors import UserError
+from ..faults import system_words
 from ..files import RECIPE, write_whole
 from ..models import seams
 from ..printed import printable
 from ..stopping import Stopped
-from .faults import system_words
 from .folder import RunFolder
 from .process import ignore_library_warnings, make_functions_importable
 

@@ -13,9 +13,9 @@ import typer
 
 from .. import own_code
 from ..errors import UserError, UserErrors
+from ..faults import system_words
 from ..printed import PrintableLogs, printable
 from ..stopping import Stopped
-from .faults import system_words
 
 if TYPE_CHECKING:
     from ..recipes.schema import Recipe

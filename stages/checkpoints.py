@@ -24,6 +24,7 @@ from transformers.training_args import TrainingArguments
 
 from .. import stopping
 from ..errors import UserError
+from ..faults import refusal
 from ..files import LOG, sha256_of, to_disk, write_whole
 from ..models import seams
 from ..progress import say
@@ -182,16 +183,13 @@ def _in_words(folder: Path, last: int | None) -> Generator[None]:
     try:
         yield
     except Exception as error:
-        said = " ".join(str(error).split())
-        # torch and safetensors raise classes of their own for what the system refuses
-        refused = isinstance(error, OSError) or type(error).__name__ == "SafetensorError" or "StreamWriter" in said
-        if not refused:
+        refused = refusal(error)
+        if refused is None:
             raise
-        full = (isinstance(error, OSError) and error.errno == 28) or "No space" in said or "os error 28" in said
+        problem, remedy = refused
         goes_on = "the stage's start" if last is None else f"step {last}"
-        what = "the disk is full" if full else said[:200]
-        remedy = f"{'free some space' if full else 'see to the folder'}; the same command continues from {goes_on}"
-        raise UserError(str(folder), f"a checkpoint cannot be written: {what}", remedy) from error
+        said = f"{remedy}; the same command continues from {goes_on}"
+        raise UserError(str(folder), f"a checkpoint cannot be written: {problem}", said) from error
 
 
 class Continuing(TrainerCallback):

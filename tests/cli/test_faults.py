@@ -13,9 +13,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from preftune.cli.faults import system_words
 from preftune.cli.process import exit_code_of
 from preftune.errors import UserError
+from preftune.faults import system_words
 from preftune.models import cache
 from preftune.models.cache import cache_dir, remembered
 from preftune.models.loading import resolve_base

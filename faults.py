@@ -30,6 +30,15 @@ _USERS = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, e
 _KEPT = "what is finished is kept, and the same command continues"
 
 
+def refusal(error: BaseException) -> tuple[str, str] | None:
+    """(what the system refused, what to do about it) where an error is of that kind itself; None for any other."""
+    words = _WORDS.get(_refused(error)[0])
+    if words is None:
+        return None
+    problem, _, remedy = words.partition("; ")
+    return problem, remedy
+
+
 def system_words(error: BaseException) -> tuple[int, str] | None:
     """(exit code, one line) for an error that came of what the system refused; None for any other."""
     for each in _chain(error):
