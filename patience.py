@@ -54,14 +54,12 @@ class _Watch:
         if not self._handles:
             signal.signal(signal.SIGVTALRM, self._tick)
             signal.siginterrupt(signal.SIGVTALRM, False)
-            # Python gives the signal back to the system before it ends, and the system ends the process with it
-            atexit.register(signal.setitimer, signal.ITIMER_VIRTUAL, 0)
             self._handles = True
         if not self._armed or seconds < self._interval:
             self._set(seconds)
 
     def disarm(self) -> None:
-        """At the end of the process, whose handlers Python takes away before it is over."""
+        """At the end: Python gives the signal back to the system before it is over, and the system ends the process."""
         if self._armed:
             self._armed = False
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
