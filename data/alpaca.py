@@ -4,8 +4,7 @@ from typing import Any
 
 from .fields import COMPLETION_NAMES, PROMPT_NAMES
 from .messages import to_messages
-from .rows import Message, text_message
-from .sources import RawRow
+from .rows import Message, RawRow, text_message
 from .spec import RowKind
 
 _INPUTS = ("input", "context")

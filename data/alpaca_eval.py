@@ -7,8 +7,7 @@ anything between how sure that is; 0 was a tie in older versions; null (or NaN) 
 from ..errors import UserError
 from ..values import is_number
 from .compared import ComparedFormat, Comparison, has_fields, read_name, said_nothing
-from .rows import Message, text_message
-from .sources import RawRow
+from .rows import Message, RawRow, text_message
 
 _OUTPUTS = frozenset({"output_1", "output_2", "preference"})
 _NAMES = frozenset({"generator_1", "generator_2", "preference"})

@@ -17,8 +17,7 @@ from typing import Any
 
 from ..errors import UserError
 from .compared import ComparedFormat, Comparison, read_id, read_name, said_nothing, verdict
-from .rows import Message, text_message
-from .sources import RawRow
+from .rows import Message, RawRow, text_message
 from .spec import RowKind
 
 _WINNERS = {

@@ -11,8 +11,7 @@ from functools import partial
 
 from ..errors import UserError
 from ..values import is_number
-from .rows import Message, Unusable
-from .sources import RawRow
+from .rows import Message, RawRow, Unusable
 from .spec import RowKind
 
 NO_VERDICT = "a comparison without a verdict"

@@ -4,7 +4,7 @@ from .alpaca_eval import ALPACA_EVAL
 from .arena import ARENA
 from .compared import ComparedFormat
 from .judged_games import ARENA_HARD, MT_BENCH
-from .sources import RawRow
+from .rows import RawRow
 
 COMPARED: tuple[ComparedFormat, ...] = (ALPACA_EVAL, ARENA, ARENA_HARD, MT_BENCH)
 

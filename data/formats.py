@@ -34,8 +34,7 @@ from .comparisons import COMPARED
 from .fields import COMPLETION_NAMES, CONVERSATION_NAMES, PROMPT_NAMES, SYSTEM_NAMES
 from .hh import dialogue_pair_as_ours, is_dialogue_pair
 from .messages import legacy_tools, to_messages, to_tools
-from .rows import Message, Row, Unusable, text_message
-from .sources import RawRow
+from .rows import Message, RawRow, Row, Unusable, text_message
 from .spec import OUR_COLUMNS, RowKind
 from .turns import SAME_SIDES, UNWANTED, check, first_turn, has_system, last_turn, single, until_reply
 from .voted import is_vote, vote_as_ours

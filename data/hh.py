@@ -6,8 +6,7 @@
 import re
 
 from .fields import COMPLETION_NAMES, PROMPT_NAMES
-from .rows import Message, Unusable, text_message
-from .sources import RawRow
+from .rows import Message, RawRow, Unusable, text_message
 from .spec import RowKind
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import UserError
 from .compared import ComparedFormat, Comparison, both_orders, has_fields, read_id, read_name, said_nothing, verdict
-from .sources import RawRow
+from .rows import RawRow
 
 _GRADE = re.compile(r"\[*([AB])(>>|>|=|<<|<)([AB])\]*")
 _WINNERS = {"model_1": 0.0, "model_2": 1.0, "tie": 0.5}

@@ -12,9 +12,9 @@ from ..progress import meter
 from .formats import normalise
 from .problems import RowProblems
 from .report import DataReport
-from .rows import Row, Unusable, fingerprint, text_message
+from .rows import Placed, Row, Unusable, fingerprint, text_message
 from .seen import Seen, number_of
-from .sources import Placed, read_source
+from .sources import read_source
 from .spec import DataSpec, RowKind, SourceSpec
 from .turns import has_system
 

@@ -9,6 +9,10 @@ from typing import Any
 
 # {"role": ..., "content": ...} and whatever else the format allows (name, tool_calls, tool_call_id, ...).
 Message = dict[str, Any]
+# What a file holds, before it is known what its fields mean.
+RawRow = dict[str, Any]
+# (origin: "file.jsonl:12" or "file.parquet: row 12", row)
+Placed = tuple[str, RawRow]
 
 
 @dataclass(frozen=True)

@@ -17,26 +17,18 @@ from pathlib import Path
 from typing import IO, Any, TextIO, cast
 
 from ..errors import UserError
+from .json_rows import Bad, read_json, read_lines
+from .rows import Placed
 from .spec import SourceSpec
-
-RawRow = dict[str, Any]
-# (origin: "file.jsonl:12" or "file.parquet: row 12", row)
-Placed = tuple[str, RawRow]
 
 # Takes (what, origin) of what a reader decided about a file by itself, so that it is said.
 Note = Callable[[str, str], None]
-# Takes what is wrong with one row: it raises, or the reader goes on behind that row.
-Bad = Callable[[UserError], None]
-
-MOST_CHARACTERS = 1 << 28
-"""Of one line: what is longer is no row of a data set, but a file of another kind."""
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _MARKS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 _DELIMITERS = {";": "a semicolon", "\t": "a tab", "|": "a bar"}
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def _unsaid(what: str, origin: str) -> None:
@@ -138,9 +130,9 @@ def read_file(path: Path, shown: str, note: Note = _unsaid, bad: Bad = _refuse) 
             if suffix in (".csv", ".tsv"):
                 yield from _read_csv(text, shown, "\t" if suffix == ".tsv" else ",", note, bad)
             elif suffix == ".json":
-                yield from _read_json(text.read(), shown, bad)
+                yield from read_json(text, shown, bad)
             else:
-                yield from _read_lines(text, shown, bad)
+                yield from read_lines(text, shown, bad)
     except UnicodeDecodeError as error:
         number = _undecodable(path, opener) if encoding == "utf-8-sig" else None
         shown = shown if number is None else f"{shown}:{number}"
@@ -165,81 +157,6 @@ def _undecodable(path: Path, opener: Callable[..., Any]) -> int | None:
 def _encoding(raw: IO[bytes]) -> str:
     """UTF-8 unless the file's first bytes say UTF-16."""
     return _MARKS.get(raw.read(2), "utf-8-sig")
-
-
-def _read_lines(text: TextIO, shown: str, bad: Bad) -> Iterator[Placed]:
-    number = 0
-    while line := text.readline(MOST_CHARACTERS):
-        number += 1
-        if len(line) == MOST_CHARACTERS and not line.endswith("\n"):
-            said = f"a line of more than {MOST_CHARACTERS} characters, expected one JSON object a line"
-            raise UserError(f"{shown}:{number}", said, "write a line break after each row")
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            bare = line.strip()
-            if not bare:
-                continue
-            origin = f"{shown}:{number}"
-            if isinstance(error, json.JSONDecodeError):
-                problem = f"broken JSON ({error.msg} at column {error.colno})"
-                remedy = "put one whole JSON object on each line"
-            else:  # a number of thousands of digits
-                problem, remedy = f"cannot be read ({error})", "correct the row"
-            bad(UserError(origin, problem, remedy))
-            continue
-        except RecursionError as error:  # brackets within brackets
-            bad(UserError(f"{shown}:{number}", f"cannot be read ({error})", "correct the row"))
-            continue
-        origin = f"{shown}:{number}"
-        if (problem := _problem(row, origin, "\\u" in line and bool(_SURROGATE.search(line)))) is not None:
-            bad(problem)
-            continue
-        yield origin, row
-
-
-def _read_json(text: str, shown: str, bad: Bad) -> Iterator[Placed]:
-    """An array of objects, or {"data": [...]}; a file with one object per line is accepted as well."""
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and text.lstrip().startswith("{"):
-            yield from _read_lines(io.StringIO(text), shown, bad)
-            return
-        problem = f"broken JSON ({error.msg} at column {error.colno})"
-        raise UserError(f"{shown}:{error.lineno}", problem, "correct the file") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(shown, f"cannot be read ({error})", "correct the file") from error
-    if isinstance(content, dict):
-        content = content["data"] if isinstance(content.get("data"), list) else [content]
-    if not isinstance(content, list):
-        raise UserError(shown, f"holds a {type(content).__name__}, expected an array of objects", "correct the file")
-    escaped = bool(_SURROGATE.search(text))
-    for number, row in enumerate(content, start=1):
-        origin = f"{shown}: row {number}"
-        if (problem := _problem(row, origin, escaped)) is not None:
-            bad(problem)
-            continue
-        yield origin, row
-
-
-def _problem(row: object, origin: str, escaped: bool) -> UserError | None:
-    """What is wrong with a row, which must be an object.
-
-    Args:
-        escaped: its JSON holds escapes of half characters (surrogates), which must come in pairs.
-    """
-    if not isinstance(row, dict):
-        said = f"a {type(row).__name__}, expected an object with named fields"
-        return UserError(origin, said, "correct the row")
-    if escaped:
-        try:
-            json.dumps(row, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            half = str(error.object)[error.start]
-            problem = f"half a character (the lone surrogate \\u{ord(half):04x}), which no tokenizer can read"
-            return UserError(origin, problem, "write the whole character, or leave it out")
-    return None
 
 
 def _read_csv(text: TextIO, shown: str, delimiter: str, note: Note, bad: Bad) -> Iterator[Placed]:

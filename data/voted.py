@@ -2,8 +2,7 @@
 
 from ..errors import UserError
 from ..values import is_number
-from .rows import Unusable, text_message
-from .sources import RawRow
+from .rows import RawRow, Unusable, text_message
 from .spec import RowKind
 
 TIE = "a vote for neither reply"

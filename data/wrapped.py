@@ -4,7 +4,7 @@
 """
 
 from .fields import PROMPT_NAMES
-from .sources import RawRow
+from .rows import RawRow
 from .spec import RowKind
 
 _SIDES = {"preferred_output": "chosen", "non_preferred_output": "rejected"}
