@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import seams
-from .prefix_tree import Integers, Kind, Tree, lay_out
+from .prefix_tree import Attended, Integers, Kind, Tree, lay_out
 from .transfer import to_device
 from .tree_pieces import attention_in_pieces
 from .trial import difference, difference_in_words
@@ -70,11 +70,12 @@ def flex_tree_attention(
     return _TreeAttention.apply(query, key, value, tree, window, scale)
 
 
-def probe(kind: Kind, window: int | None, device: torch.device) -> None:
-    """Try a kind of attention on a small tree, forward and backward, unless it has failed already.
+def probe(attended: Attended, device: torch.device) -> None:
+    """Try a layer's attention on a small tree, forward and backward, unless its kind has failed already.
 
     Its numbers, too: a kernel that is wrong here is not used.
     """
+    window, kind, scale = attended
     if not flex_applies(device, kind):
         return
     with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
@@ -86,10 +87,10 @@ def probe(kind: Kind, window: int | None, device: torch.device) -> None:
             to_device(torch.randn(1, n, count, size, generator=generator), device).to(dtype).transpose(1, 2)
             for count, size in sizes
         )
-        found = _attempt(inputs, tree, window, None), *_attempt_backward(inputs, tree, window, None, grad)
+        found = _attempt(inputs, tree, window, scale), *_attempt_backward(inputs, tree, window, scale, grad)
         if not flex_applies(device, kind):
             return
-        expected = _in_pieces(inputs, tree, window, None), *_backward(_in_pieces, inputs, tree, window, None, grad)
+        expected = _in_pieces(inputs, tree, window, scale), *_backward(_in_pieces, inputs, tree, window, scale, grad)
         for one, other in zip(found, expected, strict=True):
             why = difference_in_words(difference(one.flatten(-2), other.flatten(-2)), dtype, device)
             if why is not None:
@@ -188,20 +189,23 @@ def _flex(inputs: list[Tensor], tree: Tree, window: int | None, scale: float | N
     mask = block_mask(tree, window)
     if not query.is_cuda:
         return _output(flex_attention(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped))
-    return _compiled(kind_of(query, key, value), window, torch.is_grad_enabled())(
-        query, key, value, mask, query.shape[-1] ** -0.5 if scale is None else scale, grouped
-    )
+    run = _compiled(kind_of(query, key, value), window, None if scale is None else repr(scale), torch.is_grad_enabled())
+    return run(query, key, value, mask)
 
 
 def _output(found: Any) -> Tensor:
     return found
 
 
-def _by_kernel(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float, grouped: bool) -> Tensor:
-    """What is compiled. Run as it stands it would make the whole score matrix, in silence but for a warning."""
+def _by_kernel(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: str | None = None) -> Tensor:
+    """What is compiled. Run as it stands it would make the whole score matrix, in silence but for a warning.
+
+    scale: as text, because torch.compile takes a number for a variable, and the kernel wants a constant.
+    """
     if not torch.compiler.is_compiling():
         raise RuntimeError("torch.compile is switched off, or has left it to run uncompiled")
-    return _output(flex_attention(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped))
+    factor, grouped = None if scale is None else float(scale), query.shape[1] != key.shape[1]
+    return _output(flex_attention(query, key, value, block_mask=mask, scale=factor, enable_gqa=grouped))
 
 
 def compile_fully(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -210,12 +214,12 @@ def compile_fully(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 @functools.cache
-def _compiled(kind: Kind, window: int | None, gradient: bool) -> Callable[..., Tensor]:
+def _compiled(kind: Kind, window: int | None, scale: str | None, gradient: bool) -> Callable[..., Tensor]:
     """A kernel of its own for each kind of attention, mask and mode. torch.compile counts graphs by code object, so one
     that were shared would be at its limit with two models or two masks."""
     name = f"tree_attention_{kind.heads}_{kind.key_heads}_{kind.width}_{window}_{gradient}"
     code: CodeType = _by_kernel.__code__.replace(co_name=name)
-    return compile_fully(FunctionType(code, globals(), name))
+    return compile_fully(FunctionType(code, globals(), name, (scale,)))
 
 
 def block_mask(tree: Tree, window: int | None) -> BlockMask:

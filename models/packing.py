@@ -101,7 +101,7 @@ def _in_tree(
 ) -> Tensor:
     """Each token attends to its ancestors: in one piece on a GPU, block by block elsewhere; [1, N, heads, D]."""
     kind = kind_of(query, key, value)
-    tree.attended.append(Attended(window, kind))
+    tree.attended.append(Attended(window, kind, scaling))
     if query.device.type != "cpu":
         if flex_applies(query.device, kind) and not dropout:
             return flex_tree_attention(query, key, value, tree, window, scaling).transpose(1, 2)
@@ -360,8 +360,8 @@ class Packing:
         attended, packed_NH = _run(self._plain, tree, use_cache=False)
         _check_windows(self._backbone.config, attended)
         self._kinds[device.type, dtype] = {each.kind for each in attended}
-        for window, kind in dict.fromkeys(attended):
-            probe(kind, window, device)
+        for each in dict.fromkeys(attended):
+            probe(each, device)
         return tree.spread(packed_NH)
 
 

@@ -207,10 +207,12 @@ class Kind(NamedTuple):
 
 
 class Attended(NamedTuple):
-    """An attention layer that a tree has reached: its sliding window (None: there is none), and its kind."""
+    """An attention layer that a tree has reached: its sliding window (None: there is none), its kind, and by what its
+    scores are multiplied (None: one over the root of the width)."""
 
     window: int | None
     kind: Kind
+    scale: float | None
 
 
 def build_tree(

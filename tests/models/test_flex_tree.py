@@ -11,7 +11,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from preftune.models import flex_tree
 from preftune.models.flex_tree import SQUARE, block_mask, flex_applies, flex_tree_attention, kind_of, probe, squares
 from preftune.models.packing import tree_attention
-from preftune.models.prefix_tree import PIECE, Tree, build_tree, rounded
+from preftune.models.prefix_tree import PIECE, Attended, Tree, build_tree, rounded
 from preftune.models.tree_pieces import attention_in_pieces
 
 CPU = torch.device("cpu")
@@ -195,7 +195,7 @@ def test_the_probe_tries_the_backward_too(
     monkeypatch.setattr(flex_tree, "_flex", lambda *given: spoil(right(*given)))
     query, key, value = inputs(3)
     kind = kind_of(query, key, value)
-    probe(kind, None, CPU)
+    probe(Attended(None, kind, 0.3), CPU)
     assert list(flex_tree._failed) == ([] if why is None else [("cpu", kind)])
     assert why is None or why in flex_tree._failed["cpu", kind]
 
@@ -205,7 +205,7 @@ def test_uncompiled_it_is_an_error_and_not_slow(monkeypatch: pytest.MonkeyPatch)
     tree = whole_tree()
     query, key, value = (each.detach() for each in inputs(len(tree.ids_N)))
     with pytest.raises(RuntimeError, match=r"torch\.compile is switched off"):
-        flex_tree._by_kernel(query, key, value, block_mask(tree, None), 0.25, True)
+        flex_tree._by_kernel(query, key, value, block_mask(tree, None))
 
 
 def test_layouts_are_those_of_a_loop_over_tokens() -> None:
