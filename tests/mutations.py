@@ -228,6 +228,10 @@ MUTATIONS += [
         " & (index_T[:, None] < self.end_N[key_C])", "",
     ),
     Mutation(
+        "D6", "on a GPU a square whose last key is seen is seen whole", "models/flex_tree.py",
+        "(end_ST.min(1) >= first_Q[:, None] + SQUARE)", "(end_ST.max(1) >= first_Q[:, None] + SQUARE)",
+    ),
+    Mutation(
         "D7", "a prompt ends in a token that reaches into the reply", "data/spans.py",
         "if moved and (joined", "if not moved and (joined",
     ),

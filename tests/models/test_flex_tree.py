@@ -94,9 +94,10 @@ def test_flex_attention_sees_what_the_blocks_see(window: int | None) -> None:
     assert not flex_tree._failed
 
 
+@pytest.mark.checklist("D6")
 @pytest.mark.parametrize("window", [None, 1, 40, 128, 1000])
 @pytest.mark.parametrize("seed", range(3))
-def test_squares_hold_every_pair_and_full_ones_nothing_else(window: int | None, seed: int) -> None:
+def test_d06_squares_hold_every_pair_and_full_ones_nothing_else(window: int | None, seed: int) -> None:
     tree = rounded(whole_tree(rows=4 + seed, length=100 + 90 * seed, seed=seed), SQUARE)
     q = len(tree.ids_N) // SQUARE
     pairs = seen(tree, window).view(q, SQUARE, q, SQUARE)
