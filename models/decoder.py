@@ -22,12 +22,14 @@ from transformers import (
 from .. import stopping
 from .batching import left_pad
 from .causal import decoder_of
+from .compiled_step import step_for
 from .logprobs import LmHead
 from .packing import ATTENTION, attention_of
 from .prefill import prefill
+from .prepack import Product
 from .row_cache import RowCache
 from .sampling import Sampling, choose, uniforms
-from .token_step import Product, TokenStep, sees_everything
+from .token_step import sees_everything
 
 # Places are refilled, or the batch made smaller, once this share of it has ended: copying for every single row would
 # cost more than it saves.
@@ -96,7 +98,7 @@ class Decoder:
     def _open(self, joint: Mapping[nn.Module, Product]) -> None:
         """What a way of decoding keeps beside the requests."""
         self.whole_mask = sees_everything(self.backbone) and attention_of(self.backbone.config) in ("sdpa", ATTENTION)
-        self.token_step = TokenStep(self.backbone, joint) if TokenStep.applies(self.backbone) else None
+        self.token_step = step_for(self.backbone, joint)
         self.cache = RowCache(len(self.request_B), self.backbone.config.get_text_config().num_hidden_layers)
 
     def run(self) -> None:
@@ -138,18 +140,16 @@ class Decoder:
         cache = self.cache
         # rows that have ended count as short, so that they hold no column
         cache.make_room(int(self.length_B.max()) - 1)
-        column_C = torch.arange(cache.columns, device=self.device)
-        seen_BC = (column_C > cache.stop - self.length_B[:, None]) & (column_C <= cache.stop)
-        # additive, so that not every layer makes it so again
-        mask_BC = torch.zeros(seen_BC.shape, dtype=self.head.weight.dtype, device=self.device)
-        mask_BC = mask_BC.masked_fill_(~seen_BC, float("-inf"))
         if self.token_step is not None:
-            hidden_BH = self.token_step(self.newest_B, self.length_B - 1, mask_BC, cache)
+            hidden_BH = self.token_step(self.newest_B, self.length_B, cache)
         else:
+            # where it can be, ready made and additive: then neither transformers nor any layer makes it so again
+            dtype = self.head.weight.dtype
             hidden_BH = self.backbone(
                 input_ids=self.newest_B[:, None],
-                # where it can be, ready made: transformers then has no mask to make
-                attention_mask=mask_BC[:, None, None] if self.whole_mask else seen_BC.long(),
+                attention_mask=cache.mask(self.length_B, dtype)[:, None, None]
+                if self.whole_mask
+                else cache.seen(self.length_B).long(),
                 position_ids=self.length_B[:, None] - 1,
                 past_key_values=cache,
                 use_cache=True,

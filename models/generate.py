@@ -76,8 +76,8 @@ def merged(adapters: AdapterSet, role: str | None) -> Generator[None, None, None
 
 
 @contextmanager
-def _ready(
-    adapters: AdapterSet, role: str | None, merge: bool
+def ready(
+    adapters: AdapterSet, role: str | None, merge: bool = True
 ) -> Generator[tuple[LmHead, dict[nn.Module, Product]], None, None]:
     """The model in evaluation mode, speaking through that adapter, its weights laid out for many small products: its
     head, and what `prepacked` yields."""
@@ -178,7 +178,7 @@ def sample(
         "heard": on_tokens,
     }
     ways = _by_length(adapters, decoder_for(adapters), prompts, max_new_tokens, recompute)
-    with _ready(adapters, role, merge) as (head, joint):
+    with ready(adapters, role, merge) as (head, joint):
         return _decoded(ways, on_batch, adapters.causal, head, prompts, sampling, joint=joint, **asked)
 
 
@@ -318,7 +318,7 @@ def _trial(adapters: AdapterSet, kind: type[Decoder], device: torch.device) -> t
         steps = min(steps, limit.length // 2)
         prompts = [prompt[: limit.length - steps] for prompt in prompts]
     forget_lengths(adapters.backbone)
-    with _ready(adapters, None, False) as (head, joint):
+    with ready(adapters, None, False) as (head, joint):
         decoder = kind(
             adapters.causal,
             head,
