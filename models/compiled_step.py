@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from .prepack import Product, prepacks
 from .row_cache import RowCache
 from .token_kernels import TokenKernels, token_kernels
-from .token_step import TokenStep
+from .token_step import Past, TokenStep
 
 
 class CompiledStep(TokenStep):
@@ -32,8 +32,9 @@ class CompiledStep(TokenStep):
         heads = [layer.self_attn for layer in parts.layers]
         self.head_norms = [(_weight(each, "q_norm"), _weight(each, "k_norm")) for each in heads]
 
-    def __call__(self, ids_B: Tensor, length_B: Tensor, cache: RowCache) -> Tensor:
-        """As `TokenStep`."""
+    def __call__(self, ids_B: Tensor, length_B: Tensor, cache: Past) -> Tensor:
+        """As `TokenStep`, of a `RowCache`."""
+        assert isinstance(cache, RowCache)
         x_BE = self.embed(ids_B)
         cos_B1D, sin_B1D = (each.contiguous() for each in self.turning(x_BE, length_B))
         first_B = cache.stop + 1 - length_B

@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 
 from . import seams
 from .block_attention import token_attention
-from .row_cache import RowCache
 
 LLAMA_LIKE = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
 """Decoders of transformers whose layers are norm, attention with rotary positions, norm, gated MLP; Qwen3 also norms
@@ -66,6 +65,18 @@ class _LlamaLike(Protocol):
     layers: Sequence[_DecoderLayer]
 
 
+class Past(Protocol):
+    """Keys and values of the rows: `RowCache`, `StaticCache`."""
+
+    def mask(self, length_B: Tensor, dtype: torch.dtype) -> Tensor:
+        """What is added to the scores of one more token a row, the last of its `length` [B, C]."""
+        ...
+
+    def put(self, index: int, keys_BHD: Tensor, values_BHD: Tensor) -> tuple[Tensor, Tensor]:
+        """Write that token's keys and values into a layer; all that the mask speaks of [B, H, C, D]."""
+        ...
+
+
 class TokenStep:
     """A decoder's step.
 
@@ -94,8 +105,8 @@ class TokenStep:
         )
         return type(backbone).__name__ in LLAMA_LIKE and sees_everything(backbone) and not hooked
 
-    def __call__(self, ids_B: Tensor, length_B: Tensor, cache: RowCache) -> Tensor:
-        """Last hidden states [B, E] of one more token a row, whose keys and values go into the cache's column `stop`.
+    def __call__(self, ids_B: Tensor, length_B: Tensor, cache: Past) -> Tensor:
+        """Last hidden states [B, E] of one more token a row, whose keys and values go into the cache.
 
         Args:
             length_B: tokens of each row, these included.
@@ -131,7 +142,7 @@ class _Layer:
         self.groups = attention.num_key_value_groups
 
     def __call__(
-        self, x_BE: Tensor, cos_B1D: Tensor, sin_B1D: Tensor, mask_BHC: Tensor, cache: RowCache, index: int
+        self, x_BE: Tensor, cos_B1D: Tensor, sin_B1D: Tensor, mask_BHC: Tensor, cache: Past, index: int
     ) -> Tensor:
         b, d = len(x_BE), self.dim
         qkv_BHD = self.qkv(self.input_norm(x_BE)).view(b, -1, d)
