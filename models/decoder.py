@@ -261,9 +261,16 @@ class LibraryDecoder(StatefulDecoder):
             alike = [i for i in self.waiting if len(self.prompts[i]) == length][-self.places :]
             self.waiting = [i for i in self.waiting if i not in set(alike)]
             self._begin(alike)
+            self._forget(alike)
             self._generate(torch.tensor([list(self.prompts[i]) for i in alike], device=self.device))
             if self.done is not None:
                 self.done(self.asked - len(self.waiting))
+
+    def _forget(self, requests: Sequence[int]) -> None:
+        """A model that keeps its state in its modules (RecurrentGemma) takes a prompt of one token for the last batch's
+        next one; a forward without a cache ends that."""
+        if len(self.prompts[requests[0]]) == 1:
+            self.model(input_ids=torch.tensor([[self.pad_token_id] * 2], device=self.device), use_cache=False)
 
     def _generate(self, ids_BP: Tensor) -> None:
         settings = GenerationConfig(

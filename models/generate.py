@@ -334,12 +334,13 @@ def _tried(adapters: AdapterSet, kind: type[Decoder], device: torch.device, dtyp
 def _trial(adapters: AdapterSet, kind: type[Decoder], device: torch.device) -> torch.Tensor:
     """How far the log-probs of a few tokens are from the model's own forward's, as a share of its logits' spread.
 
-    A state of the library's own gathers its errors as it goes, so there the tokens are more.
+    A state of the library's own gathers its errors as it goes, so there the tokens are more. Where prompts of one
+    length go together, one row comes before the single token: it may be taken for the next token of what was before.
     """
     steps = 4 if kind in (Decoder, DeviceDecoder) else 16
     (row, _), limit = trial_rows(adapters.backbone, device), rotary_limit(adapters.backbone)
     ids = row.tolist()
-    prompts = [ids[:9], [*ids[:3], *ids[9:]], ids[2:8], ids[5:6]]
+    prompts = [ids[:9], [*ids[:3], *ids[6:]], ids[2:8], ids[5:6]]
     if limit is not None:
         steps = min(steps, limit.length // 2)
         prompts = [prompt[: limit.length - steps] for prompt in prompts]
