@@ -190,7 +190,7 @@ def _build(folder: Path, asked: RandomSpec) -> None:
     with quiet_transformers():
         if asked.name == LLAMA:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(asked.seed)
+                torch.default_generator.manual_seed(asked.seed)
                 model = LlamaForCausalLM(cast(LlamaConfig, config)).float()
             model.save_pretrained(folder)
         else:

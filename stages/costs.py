@@ -42,6 +42,7 @@ WEIGHTS, MERGED, CACHE, ADAPTERS = "weights", "merged weights", "key-value cache
 OPTIMISER, BUCKETS, LIBRARIES, HOLES = "optimiser", "gradient buckets", "libraries", "allocator"
 _REWARD = "reward"
 
+_ROWS_AT_ONCE = 32
 _TRAINER, _HOLES = 50_000_000, 0.4
 """What a process on a CPU holds beside the tensors that are counted: the trainer with what it imports, and of what a
 step makes, the share that the allocator holds for nothing and that oneDNN keeps of compiled products (`memory.Holes`
@@ -377,8 +378,16 @@ class _Stage:
                 OPTIMISER: trained * optimiser_bytes(str(self.args.optim)),
                 BUCKETS: trained * ADAPTER_BYTES if several else 0,
                 LIBRARIES: place.libraries,
+                MERGED: self._merged() if place.device == "cuda" and job.record.on_policy is not None else 0,
             }
         )
+
+    def _merged(self) -> int:
+        """Of the weights with the adapter in them, with which rollouts are drawn; a GPU keeps their memory."""
+        if self.job.quantization is not None:
+            return 0
+        laid_out_anew = self.place.device == "cpu" and self.job.dtype == "bfloat16"  # all of them, the head's too
+        return self.size.linear_bytes if laid_out_anew else self.size.adapted_bytes
 
     def disk_bytes(self) -> int:
         """The adapter, two checkpoints with the optimiser (a new one is written beside the old), and kept policies."""
@@ -443,16 +452,14 @@ class _Stage:
 
     def _rollout(self, rollout: int, times: Callable[[float], float | None]) -> Work:
         size, unit, cpu = self.size, BYTES[self.job.dtype], self.place.device == "cpu"
-        at_once = min(self._value("rollout_micro_batch_size") or rollout, rollout)
+        # without a number a GPU takes as many rows as its memory has room for; so many it should
+        at_once = min(self._value("rollout_micro_batch_size") or _ROWS_AT_ONCE, rollout)
         prompts, typical = self._prompts(at_once)
         width = max(map(len, prompts))
         columns = at_once * (width + self.new_tokens)
-        merged = size.adapted_bytes if self.job.quantization is None else 0
-        if cpu and self.job.dtype == "bfloat16" and self.job.quantization is None:
-            merged = size.linear_bytes  # every weight is laid out anew, the head's too
         holds = Counter(
             {
-                MERGED: merged,
+                MERGED: self._merged() if cpu else 0,
                 CACHE: (columns + at_once * width) * size.kv_bytes,
                 # raw, in fp32, and scaled
                 LOGITS: at_once * size.vocabulary * (unit + 4 + 4),
