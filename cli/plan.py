@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from ..data.spec import DataSpec
     from ..models.calibration import Timed
     from ..models.cards import Card
-    from ..models.lora import LoraSpec
     from ..models.outline import Outline
     from ..stages.costs import AnyRows, StageCost
     from ..stages.job import StageJob
@@ -109,7 +108,7 @@ class _Plan:
         self.has_gpu = torch.cuda.is_available()
         self.notes: list[str] = []
         self._rows: dict[tuple[str, str], tuple[AnyRows, AnyRows | None]] = {}
-        self._machines: dict[LoraSpec, Timed | None] = {}
+        self._machines: dict[str, Timed | None] = {}
         if self.outline.tokenizer is None:
             self.notes.append(f"{model.base} has no tokenizer: a token is taken to be {_BYTES_A_TOKEN} bytes of text")
 
@@ -275,13 +274,14 @@ class _Plan:
             return None
         device = torch.device("cuda" if self.has_gpu else "cpu")
         machine = Machine(self.outline.config, job.lora, job.torch_dtype(), device, job.packed)
-        if machine.lora not in self._machines:
+        key = repr(job.lora)
+        if key not in self._machines:
             try:
-                self._machines[machine.lora] = Timed(machine)
+                self._machines[key] = Timed(machine)
             except MemoryError as error:
                 self.notes.append(f"no time: {error}; name a GPU with --card")
-                self._machines[machine.lora] = None
-        return self._machines[machine.lora]
+                self._machines[key] = None
+        return self._machines[key]
 
 
 def _longer(spec: "DataSpec", factor: int) -> "DataSpec":

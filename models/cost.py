@@ -64,8 +64,18 @@ class Sizes:
     layers: int
 
 
+_COUNTED: dict[tuple[str, ...], Sizes] = {}
+
+
 def sizes(config: PreTrainedConfig, lora: LoraSpec, dtype: str, quantization: str | None = None) -> Sizes:
-    """Count a model of that architecture with an adapter."""
+    """Count a model of that architecture with an adapter; once in a process."""
+    key = (config.to_json_string(use_diff=False), repr(lora), dtype, str(quantization))
+    if key not in _COUNTED:
+        _COUNTED[key] = _count(config, lora, dtype, quantization)
+    return _COUNTED[key]
+
+
+def _count(config: PreTrainedConfig, lora: LoraSpec, dtype: str, quantization: str | None) -> Sizes:
     unit, text = BYTES[dtype], config.get_text_config()
     model = skeleton(config, getattr(torch, dtype), None)
     parameters = {id(each): each.numel() for each in model.parameters()}
@@ -92,7 +102,7 @@ def sizes(config: PreTrainedConfig, lora: LoraSpec, dtype: str, quantization: st
     }
     with torch.device("meta"), quiet_transformers():
         adapted = PeftModelForCausalLM(model, lora.config(model, "CAUSAL_LM"))
-    changed = [each.get_base_layer() for each in adapted.modules() if isinstance(each, LoraLayer)]
+    changed: list[Any] = [each.get_base_layer() for each in adapted.modules() if isinstance(each, LoraLayer)]
     return Sizes(
         **found,
         adapter=sum(each.numel() for each in adapted.parameters() if each.requires_grad),
