@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -109,6 +110,7 @@ def signals() -> Generator[None]:
         return
     kept: dict[int, Any] = {}
     _Asked.number, _Asked.depth = None, 0
+    told, sys.unraisablehook = sys.unraisablehook, partial(_lost, sys.unraisablehook)
     try:
         for number in NUMBERS:
             # who started us may want us to hear nothing of it (nohup, a shell's background job)
@@ -118,7 +120,18 @@ def signals() -> Generator[None]:
     finally:
         for number, handler in kept.items():
             signal.signal(number, handler)
-        _Asked.number = None
+        _Asked.number, sys.unraisablehook = None, told
+
+
+def _lost(told: Callable[[Any], object], found: Any) -> None:
+    """A `Stopped` that was raised where nobody can catch it, in a destructor or a callback, is raised once more."""
+    if not isinstance(found.exc_value, Stopped):
+        told(found)
+        return
+    _Asked.number = None
+    again = threading.Timer(0.01, os.kill, (os.getpid(), found.exc_value.number))
+    again.daemon = True
+    again.start()
 
 
 def listen(file: Path) -> None:

@@ -218,6 +218,8 @@ def torment(chaos: Chaos, kills: int, seconds: float) -> dict[str, Any]:
             after = chaos.random.uniform(0, seconds / 2) if done < kills else None
             attempt = chaos.attempt(folder, after, saving=bool(done % 2))
             wrong += [f"round {rounds}, kill {done}: {each}" for each in attempt.wrong]
+            if attempt.wrong:
+                print(attempt.said, file=sys.stderr)
             if attempt.code == 0:
                 break
             done, saving = done + 1, saving + attempt.saving

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,21 @@ def test_outside_of_training_a_signal_stops_at_once() -> None:
         signal.raise_signal(signal.SIGTERM)
     assert stopped.value.exit_code == 143
     assert stopping.requested() is None  # and the next command begins anew
+
+
+def test_a_signal_that_comes_within_a_destructor_is_not_lost(capsys) -> None:
+    class Falling:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(0)  # where Python takes the signal, and nobody can catch what it raises
+
+    waited = False
+    with pytest.raises(Stopped) as stopped, stopping.signals():
+        Falling()
+        waited = True
+        time.sleep(5)
+    assert waited and stopped.value.exit_code == 130
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_within_deferred_work_it_waits_for_a_place_to_stop() -> None:
