@@ -43,7 +43,7 @@ OPTIMISER, BUCKETS, LIBRARIES, HOLES = "optimiser", "gradient buckets", "librari
 _REWARD = "reward"
 
 _ROWS_AT_ONCE = 32
-_TRAINER, _HOLES = 50_000_000, 0.4
+_TRAINER, _HOLES = 50_000_000, 0.55
 """What a process on a CPU holds beside the tensors that are counted: the trainer with what it imports, and of what a
 step makes, the share that the allocator holds for nothing and that oneDNN keeps of compiled products (`memory.Holes`
 bounds the first). Measured on the smoke and quickstart recipes."""
