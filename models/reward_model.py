@@ -71,7 +71,7 @@ def create_reward_model(
     )
     prepare_model(model, tokenizer)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         config = lora.config(model, "SEQ_CLS", modules_to_save=["score"])
         asked = set(config.target_modules or ())
         with refused_by_peft():

@@ -58,8 +58,8 @@ MUTATIONS = [
         "position_ids=torch.arange(ids_BP.size(1), device=device).expand_as(ids_BP),",
     ),
     Mutation(
-        "P2", "a decoded token stands one position too far", "models/decoder.py",
-        "self.token_step(self.newest_B, self.length_B - 1,", "self.token_step(self.newest_B, self.length_B,",
+        "P2", "a decoded token stands one position too far", "models/token_step.py",
+        "position_ids=length_B[:, None] - 1)", "position_ids=length_B[:, None])",
     ),
     Mutation(
         "P6", "the mask goes by what equals EOS, not by length", "stages/ppo/rollout.py",
@@ -225,7 +225,11 @@ MUTATIONS += [
     Mutation("D5", "the prompt trains", "data/encode.py", "[IGNORED] * len(prompt) + trained", "prompt + trained"),
     Mutation(
         "D6", "a reply sees the other replies to its prompt", "models/prefix_tree.py",
-        " & (index_T[:, None] < self.end_N[span])", "",
+        " & (index_T[:, None] < self.end_N[key_C])", "",
+    ),
+    Mutation(
+        "D6", "on a GPU a square whose last key is seen is seen whole", "models/flex_tree.py",
+        "(end_ST.min(1) >= first_Q[:, None] + SQUARE)", "(end_ST.max(1) >= first_Q[:, None] + SQUARE)",
     ),
     Mutation(
         "D7", "a prompt ends in a token that reaches into the reply", "data/spans.py",

@@ -343,7 +343,7 @@ class OnPolicyTrainer(Resumable):
         began = time.perf_counter()
         epoch, place = divmod(slot, args.num_mini_batches)
         seed = seed_of(args.seed, "minibatches", loop.iteration, epoch, args.process_index)
-        rows = minibatches(len(rollout.episodes), args.num_mini_batches, seed, args.device)[place]
+        rows = minibatches(len(rollout.episodes), args.num_mini_batches, seed)[place]
         report = self.updater.gradients(rollout, rows, loop.kl_coef)
         if not report.finite and not self.skips.take():
             which = f"minibatch {slot + 1} of iteration {loop.iteration + 1} (prompts {self._prompts_of(rows)})"
