@@ -30,7 +30,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from . import seams
 from .block_attention import LONGEST_BLOCK, block_attention, token_attention
-from .flex_tree import SQUARE, flex_applies, flex_tree_attention, kind_of, probe
+from .flex_tree import flex_applies, flex_tree_attention, kind_of, probe
 from .prefix_tree import Attended, Kind, Rows, Tree, rounded
 from .rotary import forget_lengths, rotary_limit
 from .tree_pieces import attention_in_pieces
@@ -405,8 +405,6 @@ def _run(backbone: Callable[..., Any], tree: Tree, **kwargs: Any) -> tuple[list[
     """What the layers were that got the tree, and the states."""
     if tree.device.type == "cpu":
         tree = rounded(tree)
-    elif flex_applies(tree.device):
-        tree = rounded(tree, SQUARE, 2 * SQUARE)
     # a tree may serve several forwards: what each of them reaches is counted apart
     tree.attended.clear()
     output = backbone(
