@@ -91,7 +91,7 @@ class AdapterSet:
         if parent is not None:
             check_base(parent, base)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             config = lora.config(model, "CAUSAL_LM")
             asked = set(config.target_modules or ())
             with refused_by_peft():

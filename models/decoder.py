@@ -22,12 +22,14 @@ from transformers import (
 from .. import stopping
 from .batching import left_pad
 from .causal import decoder_of
+from .compiled_step import step_for
 from .logprobs import LmHead
 from .packing import ATTENTION, attention_of
-from .prefill import prefill
+from .prefill import Prefilled, prefill
+from .prepack import Product
 from .row_cache import RowCache
 from .sampling import Sampling, choose, uniforms
-from .token_step import Product, TokenStep, sees_everything
+from .token_step import sees_everything
 
 # Places are refilled, or the batch made smaller, once this share of it has ended: copying for every single row would
 # cost more than it saves.
@@ -59,7 +61,7 @@ class Decoder:
         eos_token_id: int | Sequence[int],
         pad_token_id: int,
         seed: int | Sequence[int],
-        batch_size: int,
+        batch_size: int | None,
         done: Callable[[int], None] | None,
         heard: Callable[[list[int], list[int]], None] | None = None,
         joint: Mapping[nn.Module, Product] | None = None,
@@ -85,18 +87,23 @@ class Decoder:
         self.asked = len(asked)
         self.waiting = sorted(asked, key=lambda i: (-len(prompts[i]), list(prompts[i])))[::-1]
         # A batch's worth of prompts is prefilled at once, more than there may be places for at that moment.
+        self.prefill: Prefilled | None = None
         self.prefilled: list[int] = []
-        rows = min(batch_size, self.asked)
+        rows = self._places(min(batch_size or self.asked, self.asked))
         self.request_B = torch.full((rows,), n, device=device)
         self.step_B, self.length_B = self.request_B.new_zeros(rows), self.request_B.new_zeros(rows)
         self.newest_B = self.request_B.new_full((rows,), pad_token_id)
         self.idle = rows
         self._open(joint or {})
 
+    def _places(self, asked: int) -> int:
+        """How many of so many rows are in flight at once."""
+        return asked
+
     def _open(self, joint: Mapping[nn.Module, Product]) -> None:
         """What a way of decoding keeps beside the requests."""
         self.whole_mask = sees_everything(self.backbone) and attention_of(self.backbone.config) in ("sdpa", ATTENTION)
-        self.token_step = TokenStep(self.backbone, joint) if TokenStep.applies(self.backbone) else None
+        self.token_step = step_for(self.backbone, joint)
         self.cache = RowCache(len(self.request_B), self.backbone.config.get_text_config().num_hidden_layers)
 
     def run(self) -> None:
@@ -119,37 +126,38 @@ class Decoder:
 
     def _admit(self) -> bool:
         """Waiting prompts take the idle places; whether one of them ended with its first token."""
-        if not self.prefilled:
+        if self.prefill is None:
             coming = [self.waiting.pop() for _ in range(min(len(self.request_B), len(self.waiting)))]
             prompts = [self.prompts[i] for i in coming]
             self.prefill, self.prefilled = prefill(self.backbone, prompts, self.pad_token_id, self.device), coming[::-1]
+        ready = self.prefill
         slots = (self.request_B == len(self.prompts)).nonzero().squeeze(-1)[: len(self.prefilled)]
         requests = [self.prefilled.pop() for _ in range(len(slots))]
-        source = self.prefill.rows([self.prompts[i] for i in requests])
-        self.cache.insert(slots, self.prefill, source)
+        source = ready.rows([self.prompts[i] for i in requests])
+        self.cache.insert(slots, ready, source)
         self.request_B[slots] = torch.tensor(requests, device=self.device)
         self.step_B[slots] = 0
-        self.length_B[slots] = self.prefill.length_B[source]
+        self.length_B[slots] = ready.length_B[source]
         self.idle -= len(slots)
-        return self._sample(self.prefill.last_BH[source], slots)
+        if not self.prefilled:
+            self.prefill = None  # used up: its memory is free for what comes
+        return self._sample(ready.last_BH[source], slots)
 
     def _step(self) -> bool:
         """One more token for every row; whether one ended."""
         cache = self.cache
         # rows that have ended count as short, so that they hold no column
         cache.make_room(int(self.length_B.max()) - 1)
-        column_C = torch.arange(cache.columns, device=self.device)
-        seen_BC = (column_C > cache.stop - self.length_B[:, None]) & (column_C <= cache.stop)
-        # additive, so that not every layer makes it so again
-        mask_BC = torch.zeros(seen_BC.shape, dtype=self.head.weight.dtype, device=self.device)
-        mask_BC = mask_BC.masked_fill_(~seen_BC, float("-inf"))
         if self.token_step is not None:
-            hidden_BH = self.token_step(self.newest_B, self.length_B - 1, mask_BC, cache)
+            hidden_BH = self.token_step(self.newest_B, self.length_B, cache)
         else:
+            # where it can be, ready made and additive: then neither transformers nor any layer makes it so again
+            dtype = self.head.weight.dtype
             hidden_BH = self.backbone(
                 input_ids=self.newest_B[:, None],
-                # where it can be, ready made: transformers then has no mask to make
-                attention_mask=mask_BC[:, None, None] if self.whole_mask else seen_BC.long(),
+                attention_mask=cache.mask(self.length_B, dtype)[:, None, None]
+                if self.whole_mask
+                else cache.seen(self.length_B).long(),
                 position_ids=self.length_B[:, None] - 1,
                 past_key_values=cache,
                 use_cache=True,
@@ -162,12 +170,17 @@ class Decoder:
         return self._choose(self.head.logits(hidden_BH), slots)
 
     def _choose(self, logits_BV: Tensor, slots: Tensor | slice) -> bool:
+        return bool(self._keep(logits_BV, slots).any())
+
+    def _keep(self, logits_BV: Tensor, slots: Tensor | slice) -> Tensor:
+        """Choose and keep; which of the rows ended [B]. Where nobody listens the device is not waited for, and what
+        changes stays where it is in memory."""
         n = len(self.prompts)
         request_B, step_B = self.request_B[slots], self.step_B[slots]
         token_B, logp_B = choose(logits_BV, self.uniforms_NS[request_B, step_B], self.sampling)
         self.tokens_NS[request_B, step_B] = token_B
         self.logps_NS[request_B, step_B] = logp_B
-        self.stopped_N[request_B] = stopped_B = torch.isin(token_B, self.eos_E)
+        self.stopped_N[request_B] = stopped_B = (token_B[:, None] == self.eos_E).any(-1)
         step_B = step_B + 1
         self.count_N[request_B] = step_B
         active_B = request_B != n
@@ -180,16 +193,18 @@ class Decoder:
         self.step_B[slots] = step_B * goes_on_B
         self.length_B[slots] = torch.where(goes_on_B, self.length_B[slots] + 1, 1)
         self.request_B[slots] = torch.where(goes_on_B, request_B, n)
-        return bool(ended_B.any())
+        return ended_B
 
     def _shrink(self) -> bool:
         """No prompt waits: idle places go. Nothing ends by it."""
-        keep = (self.request_B != len(self.prompts)).nonzero().squeeze(-1)
-        self.cache.keep(keep)
-        for name in ("request_B", "step_B", "length_B", "newest_B"):
-            setattr(self, name, getattr(self, name)[keep])
+        self._keep_rows((self.request_B != len(self.prompts)).nonzero().squeeze(-1))
         self.idle = 0
         return False
+
+    def _keep_rows(self, rows: Tensor) -> None:
+        self.cache.keep(rows)
+        for name in ("request_B", "step_B", "length_B", "newest_B"):
+            setattr(self, name, getattr(self, name)[rows])
 
 
 class StatefulDecoder(Decoder):
@@ -246,9 +261,16 @@ class LibraryDecoder(StatefulDecoder):
             alike = [i for i in self.waiting if len(self.prompts[i]) == length][-self.places :]
             self.waiting = [i for i in self.waiting if i not in set(alike)]
             self._begin(alike)
+            self._forget(alike)
             self._generate(torch.tensor([list(self.prompts[i]) for i in alike], device=self.device))
             if self.done is not None:
                 self.done(self.asked - len(self.waiting))
+
+    def _forget(self, requests: Sequence[int]) -> None:
+        """A model that keeps its state in its modules (RecurrentGemma) takes a prompt of one token for the last batch's
+        next one; a forward without a cache ends that."""
+        if len(self.prompts[requests[0]]) == 1:
+            self.model(input_ids=torch.tensor([[self.pad_token_id] * 2], device=self.device), use_cache=False)
 
     def _generate(self, ids_BP: Tensor) -> None:
         settings = GenerationConfig(

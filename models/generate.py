@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -23,11 +24,13 @@ from . import seams
 from .adapters import AdapterSet
 from .batching import TokenIds
 from .decoder import Decoder, LibraryDecoder, RecomputingDecoder, StatefulDecoder
+from .device_decoder import DeviceDecoder
 from .logprobs import LmHead
 from .lora import adapted_weight, merged_weight
 from .prepack import Product, merges_all, prepack, prepacked, prepacks
 from .rotary import forget_lengths, rotary_limit
 from .sampling import Sampling
+from .token_step import TokenStep
 from .trial import allowed, model_name, precision, quietly, short_windows, trial_rows
 
 logger = logging.getLogger(__name__)
@@ -67,7 +70,7 @@ def merged(adapters: AdapterSet, role: str | None) -> Generator[None, None, None
     originals = [w.data for w in weights]
     try:
         for layer, w in zip(layers, weights, strict=True):
-            w.data = merged_weight(layer, role)
+            w.data = _summed(layer, role)
         with adapters.using(None):
             yield
     finally:
@@ -75,9 +78,25 @@ def merged(adapters: AdapterSet, role: str | None) -> Generator[None, None, None
             w.data = data
 
 
+_SUMS: WeakKeyDictionary[nn.Module, torch.Tensor] = WeakKeyDictionary()
+
+
+def _summed(layer: LoraLayer, role: str) -> torch.Tensor:
+    """The layer's weight with that adapter in it."""
+    found = merged_weight(layer, role)
+    module: Any = layer
+    if found.device.type == "cpu":
+        return found
+    kept = _SUMS.get(module)
+    if kept is None or kept.shape != found.shape or kept.dtype != found.dtype or kept.device != found.device:
+        _SUMS[module] = found
+        return found
+    return kept.copy_(found)
+
+
 @contextmanager
-def _ready(
-    adapters: AdapterSet, role: str | None, merge: bool
+def ready(
+    adapters: AdapterSet, role: str | None, merge: bool = True
 ) -> Generator[tuple[LmHead, dict[nn.Module, Product]], None, None]:
     """The model in evaluation mode, speaking through that adapter, its weights laid out for many small products: its
     head, and what `prepacked` yields."""
@@ -134,7 +153,7 @@ def sample(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    batch_size: int = 32,
+    batch_size: int | None = 32,
     merge: bool = True,
     recompute: bool = False,
     on_batch: Callable[[int], None] | None = None,
@@ -150,7 +169,7 @@ def sample(
         eos_token_id: a completion ends with this token, or with the first of these.
         seed: with a prompt's place in the list it fixes that row's random stream, whatever the batch size; or one for
             each prompt, which does so alone.
-        batch_size: rows decoded at once.
+        batch_size: rows decoded at once, on a GPU no more than its memory holds; None: as many as it does, on a CPU 32.
         merge: fold the adapter into the base's weights while decoding (see `merged`).
         recompute: where rotary factors depend on a row's length, let a completion grow past the one at which they
             change: each of its tokens costs a forward over the whole row, and its log-probs are not what the whole row
@@ -163,7 +182,9 @@ def sample(
         ValueError: an empty prompt, or a setting out of its range.
         UserError: no way of drawing completions agrees with the base's own forward (`decoder_for`), or see `recompute`.
     """
-    check_request(prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    if batch_size is None and adapters.head.weight.device.type == "cpu":
+        batch_size = 32
+    check_request(prompts, max_new_tokens=max_new_tokens, **({} if batch_size is None else {"batch_size": batch_size}))
     sampling = Sampling(temperature, top_k, top_p)
     if not prompts:
         return Generation()
@@ -178,7 +199,7 @@ def sample(
         "heard": on_tokens,
     }
     ways = _by_length(adapters, decoder_for(adapters), prompts, max_new_tokens, recompute)
-    with _ready(adapters, role, merge) as (head, joint):
+    with ready(adapters, role, merge) as (head, joint):
         return _decoded(ways, on_batch, adapters.causal, head, prompts, sampling, joint=joint, **asked)
 
 
@@ -247,7 +268,7 @@ def _by_length(
 
 
 _DECODERS: tuple[type[Decoder], ...] = (Decoder, StatefulDecoder, LibraryDecoder, RecomputingDecoder)
-"""From the fastest to the one that can only be right."""
+"""From the fastest to the one that can only be right; on a GPU `DeviceDecoder` stands before them, where it can."""
 
 _TRIED = "_preftune_decoders"
 """The attribute of a backbone under which the outcome of `decoder_for`'s trials is found."""
@@ -264,20 +285,25 @@ def decoder_for(adapters: AdapterSet) -> type[Decoder]:
         UserError: none is.
     """
     backbone = adapters.backbone
-    tried: dict[tuple[str, torch.dtype], type[Decoder]] | None = getattr(backbone, _TRIED, None)
+    tried: dict[tuple[str, torch.dtype, type[Decoder]], type[Decoder]] | None = getattr(backbone, _TRIED, None)
     if tried is None:
         tried = {}
         setattr(backbone, _TRIED, tried)
     device = next(backbone.parameters()).device
-    key = (device.type, precision(backbone, device))
+    ways = _DECODERS[1 if keeps_a_state(backbone) else 0 :]
+    if device.type != "cpu" and Decoder in ways and TokenStep.applies(backbone):
+        ways = (DeviceDecoder, *ways)
+    key = (device.type, precision(backbone, device), ways[0])
     if key not in tried:
-        tried[key] = _try_decoders(adapters, device, key[1])
+        tried[key] = _try_decoders(adapters, ways, device, key[1])
     return tried[key]
 
 
-def _try_decoders(adapters: AdapterSet, device: torch.device, dtype: torch.dtype) -> type[Decoder]:
+def _try_decoders(
+    adapters: AdapterSet, ways: Sequence[type[Decoder]], device: torch.device, dtype: torch.dtype
+) -> type[Decoder]:
     name, why = model_name(adapters.backbone), ""
-    for kind in _DECODERS[1 if keeps_a_state(adapters.backbone) else 0 :]:
+    for kind in ways:
         try:
             found = _tried(adapters, kind, device, dtype)
         except (torch.OutOfMemoryError, UserError):
@@ -308,17 +334,18 @@ def _tried(adapters: AdapterSet, kind: type[Decoder], device: torch.device, dtyp
 def _trial(adapters: AdapterSet, kind: type[Decoder], device: torch.device) -> torch.Tensor:
     """How far the log-probs of a few tokens are from the model's own forward's, as a share of its logits' spread.
 
-    A state of the library's own gathers its errors as it goes, so there the tokens are more.
+    A state of the library's own gathers its errors as it goes, so there the tokens are more. Where prompts of one
+    length go together, one row comes before the single token: it may be taken for the next token of what was before.
     """
-    steps = 4 if kind is Decoder else 16
+    steps = 4 if kind in (Decoder, DeviceDecoder) else 16
     (row, _), limit = trial_rows(adapters.backbone, device), rotary_limit(adapters.backbone)
     ids = row.tolist()
-    prompts = [ids[:9], [*ids[:3], *ids[9:]], ids[2:8], ids[5:6]]
+    prompts = [ids[:9], [*ids[:3], *ids[6:]], ids[2:8], ids[5:6]]
     if limit is not None:
         steps = min(steps, limit.length // 2)
         prompts = [prompt[: limit.length - steps] for prompt in prompts]
     forget_lengths(adapters.backbone)
-    with _ready(adapters, None, False) as (head, joint):
+    with ready(adapters, None, False) as (head, joint):
         decoder = kind(
             adapters.causal,
             head,

@@ -95,6 +95,12 @@ class _GeneralClassifier(GenericForSequenceClassification):
         super().__init__(config)
         getattr(self, self.base_model_prefix).register_forward_hook(_with_all_fields)
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Not in transformers' sense: all its parts are transformers' own. In a model of somebody else's, buffers that
+        a decoder fills for its layers (Falcon-H1's multipliers) would stay what the memory held."""
+        return False
+
 
 def _with_all_fields(_module: nn.Module, _inputs: object, output: Any) -> Any:
     for name in ("past_key_values", "hidden_states", "attentions"):

@@ -185,11 +185,13 @@ def _taken_past_adapters(module: nn.Module) -> frozenset[str]:
     """Layers of a module whose weight or bias its forward takes by itself, instead of calling the layer.
 
     A state-space mixer (it has a convolution) hands its projections' weights to a kernel where there is one and calls
-    the layers where there is none; a weight that is written to would change the base. Elsewhere a weight is read in
-    branches that no supported setting takes (BLOOM's).
+    the layers where there is none; a weight that is written to would change the base; a layer that is never called
+    (LongCat's router) has no place where an adapter would run. Elsewhere a weight is read in branches that no supported
+    setting takes (BLOOM's).
     """
     mixer = any(isinstance(child, nn.Conv1d) for child in module.children())
-    return _read_by_itself(type(module), "(?:weight|bias)" if mixer else "weight\\.data")
+    read, written = (_named_before(type(module), what) for what in (r"\.(?:weight|bias)\b", r"\.weight\.data\b"))
+    return read if mixer else written | (read - _named_before(type(module), r"\("))
 
 
 @torch.no_grad()
@@ -205,12 +207,13 @@ def _gives_a_product(layer: nn.Linear | Conv1D) -> bool:
 
 
 @functools.cache
-def _read_by_itself(module: type[nn.Module], what: str) -> frozenset[str]:
+def _named_before(module: type[nn.Module], what: str) -> frozenset[str]:
+    """The names that stand as `self.NAME` before a pattern in the module's source."""
     try:
         source = inspect.getsource(module)
     except (OSError, TypeError):
         return frozenset()
-    return frozenset(re.findall(rf"\bself\.(\w+)\.{what}\b", source))
+    return frozenset(re.findall(rf"\bself\.(\w+){what}", source))
 
 
 def adapted_weight(layer: Any) -> Any:

@@ -5,9 +5,11 @@ from typing import Any
 
 import torch
 from peft import PeftModelForSequenceClassification
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from ..errors import UserError
 from .adapters import DEFAULT
 from .base import Base
 from .fused_lora import use_fused_lora
@@ -69,11 +71,12 @@ def create_reward_model(
     )
     prepare_model(model, tokenizer)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         config = lora.config(model, "SEQ_CLS", modules_to_save=["score"])
         asked = set(config.target_modules or ())
         with refused_by_peft():
             peft = PeftModelForSequenceClassification(model, config, adapter_name=DEFAULT)
+    _check_trained_whole(peft)
     say_adapted(peft, asked)
     use_fused_lora(peft)
     # PEFT's new dropout layers are in training mode, whatever mode the model is in.
@@ -114,8 +117,6 @@ def load_reward_model(
     Raises:
         UserError: no reward adapter there, or one of another base.
     """
-    from ..errors import UserError
-
     check_base(folder, base)
     config, tensors = read_adapter(folder)
     if SCORE not in tensors:
@@ -128,6 +129,18 @@ def load_reward_model(
     config.modules_to_save = ["score"]
     fill({**lora_state(lora_layers(peft), DEFAULT), SCORE: _score(peft).weight}, tensors, str(folder))
     return peft.requires_grad_(False).eval()
+
+
+def _check_trained_whole(model: PeftModelForSequenceClassification) -> None:
+    """PEFT trains every module whole that has a usual head's name, a router that is called classifier too.
+
+    Raises:
+        UserError: there is one beside the score.
+    """
+    whole = [name for name, each in model.get_base_model().named_modules() if isinstance(each, ModulesToSaveWrapper)]
+    if others := sorted({*whole} - {"score"}):
+        problem = f"PEFT would train {', '.join(others)} whole in a reward model, as if it were a head"
+        raise UserError("model.base", problem, "take another base for the reward model")
 
 
 def _score(model: PeftModelForSequenceClassification) -> nn.Linear:

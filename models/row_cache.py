@@ -9,6 +9,7 @@ Legend of shape suffixes: B rows, H key-value heads, C columns, D head dimension
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache
@@ -52,6 +53,16 @@ class RowCache(Cache):
             )
         self.stop = kept
 
+    def seen(self, length_B: Tensor) -> Tensor:
+        """Where each row's tokens stand [B, C], the one that comes into column `stop` among its `length`."""
+        column_C = torch.arange(self.columns, device=length_B.device)
+        return (column_C > self.stop - length_B[:, None]) & (column_C <= self.stop)
+
+    def mask(self, length_B: Tensor, dtype: torch.dtype) -> Tensor:
+        """The same to add to scores [B, C]: 0, or -inf."""
+        seen_BC = self.seen(length_B)
+        return torch.zeros(seen_BC.shape, dtype=dtype, device=seen_BC.device).masked_fill_(~seen_BC, float("-inf"))
+
     def insert(self, slots: Tensor, prefilled: Prefilled, source: Tensor) -> None:
         """Copy prompts into rows.
 
@@ -81,13 +92,18 @@ class RowCache(Cache):
                 buffer[: len(rows)] = buffer[rows]
         self.rows = len(rows)
 
-    def put(self, index: int, keys_BHD: Tensor, values_BHD: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the newest column of a layer; all that the rows have there [B, H, C, D]."""
+    def buffers(self, index: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, C, D] of a layer."""
         layer = self._layers()[index]
         assert layer.keys is not None and layer.values is not None
-        layer.keys[: self.rows, :, self.stop] = keys_BHD
-        layer.values[: self.rows, :, self.stop] = values_BHD
         return layer.keys[: self.rows], layer.values[: self.rows]
+
+    def put(self, index: int, keys_BHD: Tensor, values_BHD: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the newest column of a layer; all that the rows have there [B, H, C, D]."""
+        keys_BHCD, values_BHCD = self.buffers(index)
+        keys_BHCD[:, :, self.stop] = keys_BHD
+        values_BHCD[:, :, self.stop] = values_BHD
+        return keys_BHCD, values_BHCD
 
     def _layers(self) -> "list[_Layer]":
         return self.layers  # type: ignore[return-value]

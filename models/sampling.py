@@ -53,7 +53,7 @@ def choose(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling) -> tuple[Te
     """The next token of each row and its log-probability.
 
     Args:
-        logits_BV: raw logits [B, V].
+        logits_BV: raw logits [B, V]. They are used up: in fp32 the probabilities are made in their place.
         uniform_B: one draw in [0, 1) a row, see `invert_cdf`.
 
     Returns:
@@ -62,7 +62,7 @@ def choose(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling) -> tuple[Te
     if sampling.temperature == 0:
         token_B1 = logits_BV.argmax(-1, keepdim=True)
         return token_B1.squeeze(-1), logits_BV.float().log_softmax(-1).gather(-1, token_B1).squeeze(-1)
-    scaled_BV = logits_BV.float() / sampling.temperature
+    scaled_BV = logits_BV.float().div_(sampling.temperature)
     probs_BV = torch.softmax(scaled_BV, -1, out=scaled_BV)
     token_B1 = invert_cdf(filter_probs(probs_BV, sampling), uniform_B)
     # A token that can be drawn has a probability far above fp32's smallest, so its logarithm loses nothing.

@@ -84,7 +84,7 @@ def _build(folder: Path, seed: int) -> None:
         pad_token_id=tokenizer.pad_token_id,
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         model = LlamaForCausalLM(config).float()
     with quiet_transformers():
         model.save_pretrained(folder)

@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 
 from . import seams
 from .block_attention import token_attention
-from .row_cache import RowCache
 
 LLAMA_LIKE = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
 """Decoders of transformers whose layers are norm, attention with rotary positions, norm, gated MLP; Qwen3 also norms
@@ -66,6 +65,18 @@ class _LlamaLike(Protocol):
     layers: Sequence[_DecoderLayer]
 
 
+class Past(Protocol):
+    """Keys and values of the rows: `RowCache`, `StaticCache`."""
+
+    def mask(self, length_B: Tensor, dtype: torch.dtype) -> Tensor:
+        """What is added to the scores of one more token a row, the last of its `length` [B, C]."""
+        ...
+
+    def put(self, index: int, keys_BHD: Tensor, values_BHD: Tensor) -> tuple[Tensor, Tensor]:
+        """Write that token's keys and values into a layer; all that the mask speaks of [B, H, C, D]."""
+        ...
+
+
 class TokenStep:
     """A decoder's step.
 
@@ -94,21 +105,26 @@ class TokenStep:
         )
         return type(backbone).__name__ in LLAMA_LIKE and sees_everything(backbone) and not hooked
 
-    def __call__(self, ids_B: Tensor, position_B: Tensor, mask_BC: Tensor, cache: RowCache) -> Tensor:
-        """Last hidden states [B, E] of one more token a row, whose keys and values go into the cache's column `stop`.
+    def __call__(self, ids_B: Tensor, length_B: Tensor, cache: Past) -> Tensor:
+        """Last hidden states [B, E] of one more token a row, whose keys and values go into the cache.
 
         Args:
-            mask_BC: additive, -inf where a row must not look; in the model's dtype.
+            length_B: tokens of each row, these included.
         """
         x_BE = self.embed(ids_B)
-        cos_B1D, sin_B1D = self.rotary(x_BE[:, None], position_ids=position_B[:, None])
-        # rotate_half negates the half that it moves to the front; here the sine carries the sign
-        half = sin_B1D.shape[-1] // 2
-        signed_B1D = torch.cat([-sin_B1D[..., :half], sin_B1D[..., half:]], dim=-1)
+        cos_B1D, signed_B1D = self.turning(x_BE, length_B)
+        mask_BC = cache.mask(length_B, x_BE.dtype)
         mask_BHC = mask_BC[:, None].expand(-1, self.heads, -1).contiguous()
         for index, layer in enumerate(self.layers):
             x_BE = layer(x_BE, cos_B1D, signed_B1D, mask_BHC, cache, index)
         return self.norm(x_BE)
+
+    def turning(self, x_BE: Tensor, length_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine [B, 1, D] of the newest tokens' positions. rotate_half negates the half that it moves to the
+        front; here the sine carries the sign."""
+        cos_B1D, sin_B1D = self.rotary(x_BE[:, None], position_ids=length_B[:, None] - 1)
+        half = sin_B1D.shape[-1] // 2
+        return cos_B1D, torch.cat([-sin_B1D[..., :half], sin_B1D[..., half:]], dim=-1)
 
 
 class _Layer:
@@ -126,7 +142,7 @@ class _Layer:
         self.groups = attention.num_key_value_groups
 
     def __call__(
-        self, x_BE: Tensor, cos_B1D: Tensor, sin_B1D: Tensor, mask_BHC: Tensor, cache: RowCache, index: int
+        self, x_BE: Tensor, cos_B1D: Tensor, sin_B1D: Tensor, mask_BHC: Tensor, cache: Past, index: int
     ) -> Tensor:
         b, d = len(x_BE), self.dim
         qkv_BHD = self.qkv(self.input_norm(x_BE)).view(b, -1, d)

@@ -85,8 +85,12 @@ def check_batch(job: StageJob, batch_size: int, rows: int) -> None:
 
 
 def ppo_problems(job: StageJob, args: "PPOConfig") -> list[UserError]:
-    """What the config takes and a run would refuse: no reward, two lengths of the run."""
+    """What the config takes and a run would refuse: no reward, two lengths of the run, gradients that vanish."""
     found = []
+    if job.dtype == "float16" or args.fp16:
+        key = "model.dtype" if job.dtype == "float16" else f"stages.{job.name}.train.fp16"
+        said = "float16, in which PPO's gradients vanish: its loss is not scaled up"
+        found.append(UserError(key, said, "use bfloat16, or float32"))
     if not job.rewards:
         found.append(no_reward(job))
     elif not any(each.weight for each in job.rewards):

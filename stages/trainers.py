@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from ..errors import UserError
@@ -65,7 +66,7 @@ class StageTrainer(Resumable):
             seams.require(each, type(self))
         self.skips = Skips()
         self._bad: tuple[str, float] | None = None
-        with _without_rename_warnings():
+        with _without_rename_warnings(), _in_full_precision(kwargs["model"]):
             super().__init__(*args, **kwargs)
         self._use_compact_head()
 
@@ -365,6 +366,18 @@ def settle_dropout(job: StageJob, args: Any, model: torch.nn.Module, *, referenc
             f"false, and the model drops at a rate of {rate:g}: its reference would be noisy, and no longer its start",
             "leave it out (dropout is off in this stage)",
         )
+
+
+@contextmanager
+def _in_full_precision(model: nn.Module) -> Generator[None]:
+    """Within it TRL builds a trainer. On a quantised base it rounds what trains to bfloat16, in which a step smaller
+    than 1/256 of a weight is lost, and a policy is no longer its parent's copy; afterwards what was there is there
+    again, in fp32."""
+    held = {name: each.data for name, each in model.named_parameters() if each.requires_grad}
+    yield
+    for name, each in model.named_parameters():
+        if name in held and each.dtype != held[name].dtype:
+            each.data = held[name].to(each.device)
 
 
 @contextmanager

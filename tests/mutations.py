@@ -58,8 +58,8 @@ MUTATIONS = [
         "position_ids=torch.arange(ids_BP.size(1), device=device).expand_as(ids_BP),",
     ),
     Mutation(
-        "P2", "a decoded token stands one position too far", "models/decoder.py",
-        "self.token_step(self.newest_B, self.length_B - 1,", "self.token_step(self.newest_B, self.length_B,",
+        "P2", "a decoded token stands one position too far", "models/token_step.py",
+        "position_ids=length_B[:, None] - 1)", "position_ids=length_B[:, None])",
     ),
     Mutation(
         "P6", "the mask goes by what equals EOS, not by length", "stages/ppo/rollout.py",

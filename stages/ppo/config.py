@@ -57,6 +57,8 @@ class PPOConfig(PPOSettings, TrainingArguments):
         for name, hint in get_type_hints(PPOSettings, include_extras=True).items():
             if (wanted := expected(hint, getattr(self, name))) is not None:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected {wanted}")
+        if self.fp16:
+            raise ValueError("fp16 is true, expected bf16 or neither: the loss is not scaled, gradients would vanish")
         if self.per_device_train_batch_size < 1:
             raise ValueError(f"per_device_train_batch_size is {self.per_device_train_batch_size}, expected at least 1")
         if self.missing_eos_penalty is not None and self.missing_eos_score is not None:

@@ -323,7 +323,7 @@ class Sampling(Protocol):
     temperature: float
     top_k: int
     top_p: float
-    rollout_micro_batch_size: int
+    rollout_micro_batch_size: int | None
 
 
 def generate(

@@ -33,7 +33,10 @@ class PPOSettings:
         default=0, metadata={"help": "0: all tokens. A cut biases the ratio; see top_p."}
     )
     top_p: Annotated[float, Interval(gt=0, le=1)] = field(default=1.0, metadata={"help": "1: all tokens."})
-    rollout_micro_batch_size: Positive = field(default=32, metadata={"help": "Prompts decoded at once on one device."})
+    rollout_micro_batch_size: Positive | None = field(
+        default=None,
+        metadata={"help": "Prompts decoded at once on one device; None: 32 on a CPU, on a GPU as many as memory holds."},
+    )
 
     kl_coef: Annotated[float, Ge(0)] = field(
         default=0.05, metadata={"help": "KL coefficient beta (the starting one if adaptive)."}

@@ -10,6 +10,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     CohereConfig,
+    FalconH1Config,
     Llama4TextConfig,
     MambaConfig,
 )
@@ -61,3 +62,20 @@ def test_a_decoder_without_a_classifier_gets_one_that_plain_peft_loads(kind: Any
         torch.testing.assert_close(alone.eval()(ids).logits, wanted, rtol=0, atol=1e-5)
         found = beside.heads["reward"](beside.hidden("reward", ids, torch.ones_like(ids)))[:, -1:]
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+
+
+def test_buffers_that_a_decoder_fills_for_its_layers_are_filled(tmp_path: Path):
+    """Falcon-H1's multipliers are not among the stored weights."""
+    tokenizer: Any = byte_tokenizer()
+    config = FalconH1Config(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, head_dim=16, mamba_d_ssm=32, mamba_n_heads=2,
+        mamba_d_head=16, mamba_d_state=4, mamba_n_groups=1, ssm_multipliers=[0.5, 2.0, 3.0, 0.25, 0.75], **HEADS,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).float().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    base = resolve_base(str(tmp_path))
+    buffers = dict(load_model(base, task="reward").named_buffers())
+    wanted = {name: each for name, each in load_model(base).named_buffers() if "mup_vector" in name}
+    assert len(wanted) == 2
+    for name, each in wanted.items():
+        torch.testing.assert_close(buffers[name], each, rtol=0, atol=0)

@@ -10,13 +10,16 @@ from transformers import (
     DeepseekV3Config,
     LlamaConfig,
     LlamaForCausalLM,
+    LongcatFlashConfig,
     MambaConfig,
     Phi3Config,
     PreTrainedModel,
+    RecurrentGemmaConfig,
     Zamba2Config,
 )
 
 from preftune.errors import UserError
+from preftune.models import generate
 from preftune.models.adapters import AdapterSet
 from preftune.models.base import Base
 from preftune.models.causal import decoder_of, head_of
@@ -26,7 +29,9 @@ from preftune.models.loading import resolve_base
 from preftune.models.lora import LoraSpec, linear_names
 from preftune.models.merging import merge_adapter
 from preftune.models.packing import use_packed_forward
+from preftune.models.reward_model import create_reward_model
 from preftune.models.tiny import byte_tokenizer
+from preftune.models.tokens import load_tokenizer
 
 SMALL: dict[str, Any] = {
     "vocab_size": 60,
@@ -180,6 +185,24 @@ def test_the_sampler_that_agrees_is_taken(config, kind, merge):
         torch.testing.assert_close(torch.tensor(logps), own_logprobs(adapters, prompt, reply), atol=1e-4, rtol=0)
 
 
+def test_what_a_model_keeps_in_its_modules_does_not_reach_the_next_prompt(monkeypatch):
+    """RecurrentGemma takes a prompt of one token for the next token of the batch before."""
+    config = RecurrentGemmaConfig(**SMALL | {"num_hidden_layers": 3}, lru_width=32, head_dim=8, attention_window_size=4)
+    adapters = adapted(small(config))
+    assert decoder_for(adapters) is LibraryDecoder
+    prompt = [7]
+    settings: dict[str, Any] = {"max_new_tokens": 5, "eos_token_id": -1, "pad_token_id": 0, "seed": 0}
+    for _ in range(2):
+        out = sample(adapters, "default", [prompt], **settings)
+        wanted = own_logprobs(adapters, prompt, out.tokens[0])
+        torch.testing.assert_close(torch.tensor(out.logprobs[0]), wanted, atol=1e-4, rtol=0)
+    # the trial would say so if the state were not let go of, and if nothing else helped
+    monkeypatch.setattr(LibraryDecoder, "_forget", lambda self, requests: None)
+    monkeypatch.setattr(generate, "_DECODERS", (Decoder, LibraryDecoder))
+    with pytest.raises(UserError, match="by transformers' generate, prompts of one length together it is off"):
+        decoder_for(adapted(small(config)))
+
+
 def test_a_cache_that_a_model_forgets_is_noticed(caplog):
     """Its layers keep nothing of what the step before has said."""
     model = small()
@@ -291,3 +314,22 @@ def test_experts_that_are_adapted_merge_into_a_model(tmp_path):
     ids = torch.tensor([PROMPTS[0]])
     with torch.no_grad(), adapters.using("default"):
         torch.testing.assert_close(merged_model(ids).logits, adapters.model(ids).logits, atol=0.15, rtol=0)
+
+
+def test_a_router_that_is_never_called_gets_no_adapter(tmp_path):
+    """LongCat's reads its weight alone: an adapter would run merged and not beside. In a reward model PEFT would train
+    it whole, because it is called classifier."""
+    config = LongcatFlashConfig(
+        **{key: each for key, each in LATENT.items() if not key.startswith("n_") and "moe" not in key}
+        | {"num_layers": 1, "num_hidden_layers": 2, "ffn_hidden_size": 48, "expert_ffn_hidden_size": 16, "head_dim": 4},
+        qk_head_dim=12, moe_topk=2, n_routed_experts=4, zero_expert_num=2,
+    )  # fmt: skip
+    model = small(config)
+    assert "classifier" not in linear_names(model) and "q_a_proj" in linear_names(model)
+    tokenizer: Any = byte_tokenizer()
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    base = resolve_base(str(tmp_path))
+    with pytest.raises(UserError, match=r"PEFT would train model\.layers\.0\.mlp\.router\.classifier whole"):
+        create_reward_model(base, load_tokenizer(base), LoraSpec(r=2, alpha=4))
