@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import seams
-from .prefix_tree import SQUARE, Attended, Integers, Kind, Rows, Tree
+from .prefix_tree import SQUARE, TRIAL_SQUARES, Attended, Integers, Kind, Rows, Tree
 from .transfer import to_device
 from .tree_pieces import attention_in_pieces
 from .trial import difference, difference_in_words
@@ -98,7 +98,7 @@ def _small_tree(device: torch.device) -> Tree:
     """Two rows that share their beginning, over two squares."""
     ids_BL = numpy.arange(2 * SQUARE).reshape(2, SQUARE)
     ids_BL[1, : SQUARE // 2] = ids_BL[0, : SQUARE // 2]
-    return Rows(ids_BL, numpy.ones(ids_BL.shape, bool)).tree(device, whole=True)
+    return Rows(ids_BL, numpy.ones(ids_BL.shape, bool)).tree(device, whole=True, squares=TRIAL_SQUARES)
 
 
 class _TreeAttention(torch.autograd.Function):

@@ -37,6 +37,11 @@ SQUARE = 128
 multiple of them, and to two at least: a size of one is another kernel to torch.compile."""
 
 
+TRIAL_SQUARES = 11
+"""Squares of a tree with which attention is tried: torch.compile takes sizes that are equal at first for one that always
+is, and no model has so many heads."""
+
+
 PIECE = 512
 """Tokens of a piece: where a tree has no kernel of its own, so many attend at once to their common ancestors."""
 
@@ -322,16 +327,17 @@ class Rows:
         both = torch.stack([input_ids_BL, attention_mask_BL.to(input_ids_BL.dtype)]).cpu().numpy()
         return cls(both[0], both[1] != 0)
 
-    def tree(self, device: torch.device, *, whole: bool) -> Tree:
+    def tree(self, device: torch.device, *, whole: bool, squares: int = 2) -> Tree:
         """Their tree on that device.
 
         Args:
             whole: attention takes it in one piece, so it is one block, of whole squares.
+            squares: of those at least so many.
         """
         if (device, whole) not in self._trees:
             key = (self._key, whole)
             if key not in self._layouts:
                 found = lay_out(self.ids_BL, self.mask_BL, self.ids_BL.size if whole else None)
-                self._layouts[key] = found.rounded(SQUARE, 2 * SQUARE) if whole else found
+                self._layouts[key] = found.rounded(SQUARE, squares * SQUARE) if whole else found
             self._trees[device, whole] = Tree(self._layouts[key], device)
         return self._trees[device, whole]
