@@ -95,7 +95,7 @@ def probe(attended: Attended, device: torch.device) -> None:
 
 
 def _small_tree(device: torch.device) -> Tree:
-    """Two rows that share their beginning, over two squares."""
+    """Two rows that share their beginning."""
     ids_BL = numpy.arange(2 * SQUARE).reshape(2, SQUARE)
     ids_BL[1, : SQUARE // 2] = ids_BL[0, : SQUARE // 2]
     return Rows(ids_BL, numpy.ones(ids_BL.shape, bool)).tree(device, whole=True, squares=TRIAL_SQUARES)

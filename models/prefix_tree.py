@@ -38,8 +38,8 @@ multiple of them, and to two at least: a size of one is another kernel to torch.
 
 
 TRIAL_SQUARES = 11
-"""Squares of a tree with which attention is tried: torch.compile takes sizes that are equal at first for one that always
-is, and no model has so many heads."""
+"""Squares of a tree with which attention is tried: torch.compile takes sizes that are equal at first for one, and no
+model has so many heads."""
 
 
 PIECE = 512
