@@ -35,7 +35,7 @@ class PPOSettings:
     top_p: Annotated[float, Interval(gt=0, le=1)] = field(default=1.0, metadata={"help": "1: all tokens."})
     rollout_micro_batch_size: Positive | None = field(
         default=None,
-        metadata={"help": "Prompts decoded at once on one device; None: 32 on a CPU, on a GPU as many as memory holds."},
+        metadata={"help": "Prompts decoded at once on one device; None: 32 on a CPU, on a GPU what memory holds."},
     )
 
     kl_coef: Annotated[float, Ge(0)] = field(

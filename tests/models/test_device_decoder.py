@@ -49,8 +49,9 @@ def alike(one: Generation, other: Generation) -> bool:
     )
 
 
+@pytest.mark.checklist("P2")
 @pytest.mark.parametrize("name", CONFIGS)
-def test_completions_are_those_of_the_other_decoder(name, draw):
+def test_p02_a_gpus_decoder_draws_what_the_other_one_draws(name, draw):
     adapters = build(name)
     expected = draw(Decoder, adapters, PROMPTS)
     for batch_size in (1, 4, None):
