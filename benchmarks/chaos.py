@@ -98,10 +98,15 @@ class Chaos:
                 start_new_session=True,
             )
             began, hit = self._watch(process, folder, after, saving=saving)
+            before = (self.work / "said").stat().st_size
             code = process.wait()
-        text = (self.work / "said").read_text(encoding="utf-8", errors="replace")
-        made = Attempt(code if code >= 0 else None, hit, time.monotonic() - began, said=text)
+        words = (self.work / "said").read_bytes()
+        made = Attempt(
+            code if code >= 0 else None, hit, time.monotonic() - began, said=words.decode("utf-8", errors="replace")
+        )
         made.wrong = self._judge(made, ended=after is not None and process.returncode != 0)
+        if code == 0 and b": runs" in words[before:]:
+            made.wrong.append("it went on after the signal")
         return made
 
     def _watch(
@@ -241,6 +246,8 @@ def main() -> int:
     args = parser.parse_intermixed_args()
     words = [*args.words, *(["--launch", str(Path(args.launch).resolve())] if args.launch else [])]
     with tempfile.TemporaryDirectory(prefix="chaos-") as work:
+        # what a shell has started in the background ignores Ctrl-C, and so would all that is started here
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         chaos = Chaos(Path(work), args.recipe, words, signal.Signals[f"SIG{args.signal}"], args.seed)
         seconds = chaos.in_peace()
         found = torment(chaos, args.kills, seconds)

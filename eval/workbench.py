@@ -15,6 +15,7 @@ from ..errors import UserError
 from ..files import ADAPTER_CONFIG
 from ..models.adapters import AdapterSet, module_name
 from ..models.context import check_context
+from ..models.devices import own_gpu
 from ..models.lineage import adapter_sha256, tokenizer_info
 from ..models.loading import load_model
 from ..models.lora import LoraSpec
@@ -61,7 +62,7 @@ class Workbench:
             spec.base,
             dtype=_dtype(spec.dtype),
             quantization=spec.quantization,
-            device="cuda" if torch.cuda.is_available() else None,
+            device=own_gpu() if torch.cuda.is_available() else None,
             packed=spec.packed,
         )
         prepare_model(model, tokenizer)

@@ -75,7 +75,9 @@ def _score(
     head: LmHead, hidden_BSH: torch.Tensor, labels_BS: torch.Tensor, num_items: Any, mean_logits: bool
 ) -> FusedCausalLMOutput:
     mask_BS = labels_BS != IGNORED
-    hidden_NH, targets_N = hidden_BSH[mask_BS], labels_BS[mask_BS]
+    # the mask itself as an index, twice, would make a GPU wait twice
+    index_N = mask_BS.nonzero(as_tuple=True)
+    hidden_NH, targets_N = hidden_BSH[index_N], labels_BS[index_N]
     logps_N, entropy_N, top1_N = head.token_logprobs(hidden_NH, targets_N, return_top1=True)
 
     def spread(values_N: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from .base import Base, content_sha256, is_hub
 from .cache import cache_dir, remembered
 from .causal import decoder_of
 from .described import check_complete, check_config
+from .devices import own_gpu
 from .gguf import convert_gguf
 from .heads import load_classifier
 from .packing import use_packed_forward
@@ -128,7 +129,7 @@ def load_model(
         task: "causal", or "reward": a sequence classifier with one label whose `score` head is fp32, has no bias and is
             drawn from `seed` with standard deviation 1/sqrt(hidden + 1).
         quantization: needs bitsandbytes.
-        device: where to put it; stays on the CPU when None.
+        device: where to put it. None: it stays on the CPU, and quantised it goes to this process' own GPU.
         packed: run forwards over padded rows without the padding and the repeated prefixes (see `packing`).
 
     Raises:
@@ -137,7 +138,7 @@ def load_model(
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
     if quantization is not None:
         made = quantization_config(quantization, dtype)
-        options |= {"quantization_config": made, "device_map": {"": device or "cuda"}}
+        options |= {"quantization_config": made, "device_map": {"": own_gpu() if device is None else device}}
     with quiet_transformers(bar=sum(file.stat().st_size for file in weight_files(base.path, base.spec)) > _BAR_BYTES):
         if task == "reward":
             model = load_classifier(base.path, base.spec, seed, options)

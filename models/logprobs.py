@@ -10,20 +10,24 @@ Legend of shape suffixes: N tokens, C tokens of a chunk, H hidden size, V vocabu
 response, R positions of the longest response.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, overload
 
+import numpy
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from . import seams
+from .transfer import to_device
 
-CHUNK_ELEMENTS = {"cpu": 6 << 20}
+CHUNK_ELEMENTS = {"cpu": 6 << 20, "cuda": 64 << 20}
 """Logits of one chunk by device, 16 Mi elsewhere. On a CPU, passes over what stays in its caches cost a tenth less than
-over larger ones; smaller chunks re-read the head's weight more often."""
+over larger ones; smaller chunks re-read the head's weight more often. On a GPU a chunk of a large vocabulary must still
+be hundreds of tokens, or its products leave most of the card idle: a quarter of a GB in fp32, a few times."""
 
 
 def chunk_rows(weight_VH: torch.Tensor) -> int:
@@ -201,6 +205,7 @@ def response_logprobs(
     temperature: float = 1.0,
     chunk: int | None = None,
     differentiable_entropy: bool = False,
+    tokens: "ResponseTokens | None" = None,
 ) -> ResponseLogprobs:
     """Log-probs of the response tokens of prompt + response rows: the one place of shift and temperature.
 
@@ -213,42 +218,98 @@ def response_logprobs(
         length_B: its number of tokens, EOS included.
         head: the frozen output head.
         temperature: the one that the rollout sampled with (P1: for policy, old and reference alike).
+        tokens: where the response tokens stand, where that is known; None: `start_B` and `length_B` are read, for which
+            a GPU's queue must be done.
 
     Returns:
         fp32 log-probs and entropies [B, R], R = length_B.max().
     """
-    index_BR, mask_BR = response_positions(start_B, length_B)
-    targets_N = input_ids_BT.gather(1, index_BR)[mask_BR]
+    if tokens is None:
+        tokens = ResponseTokens.of(start_B.cpu().numpy(), length_B.cpu().numpy(), input_ids_BT.shape, start_B.device)
     logps_N, entropy_N = head.token_logprobs(
-        _take(hidden_BTH, index_BR - 1, mask_BR),
-        targets_N,
+        hidden_BTH.flatten(0, 1)[tokens.before_N],
+        input_ids_BT.flatten()[tokens.token_N],
         temperature,
         chunk,
         differentiable_entropy=differentiable_entropy,
     )
-    zeros_BR = torch.zeros(mask_BR.shape, dtype=torch.float32, device=hidden_BTH.device)
-    return ResponseLogprobs(zeros_BR.masked_scatter(mask_BR, logps_N), zeros_BR.masked_scatter(mask_BR, entropy_N))
+    zeros = torch.zeros(tokens.shape, dtype=torch.float32, device=hidden_BTH.device).flatten()
+    logps_BR, entropy_BR = (zeros.index_copy(0, tokens.place_N, x_N).view(tokens.shape) for x_N in (logps_N, entropy_N))
+    return ResponseLogprobs(logps_BR, entropy_BR)
 
 
-def response_positions(start_B: torch.Tensor, length_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where response tokens stand in their rows: (index_BR, mask_BR). Outside the mask the index points at `start`."""
-    if int(start_B.min()) < 1:
-        raise ValueError(f"a response starts at position {int(start_B.min())}, expected >= 1: nothing predicts it")
-    step_R = torch.arange(int(length_B.max()), device=start_B.device)
+@dataclass(frozen=True)
+class ResponseTokens:
+    """Where the response tokens of rows [B, T] stand, row by row.
+
+    token_N: of each token, its place among the B * T; before_N: of the one whose state predicts it. place_N: its place
+    in `shape` = (B, R).
+    """
+
+    token_N: torch.Tensor
+    before_N: torch.Tensor
+    place_N: torch.Tensor
+    shape: tuple[int, int]
+
+    @classmethod
+    def of(
+        cls,
+        start_B: NDArray[numpy.int64],
+        length_B: NDArray[numpy.int64],
+        rows: Sequence[int],
+        device: torch.device,
+    ) -> "ResponseTokens":
+        """Worked out in the processor's memory, so that no device is asked.
+
+        Args:
+            rows: (B, T).
+            device: where they are needed.
+
+        Raises:
+            ValueError: a response begins its row.
+        """
+        _check_starts(int(start_B.min()))
+        (b, t), longest = rows, int(length_B.max())
+        row_N, step_N = numpy.nonzero(numpy.arange(longest) < length_B[:, None])
+        token_N = row_N * t + start_B[row_N] + step_N
+        flat = to_device(numpy.concatenate([token_N, token_N - 1, row_N * longest + step_N]), device)
+        return cls(*flat.split(len(token_N)), shape=(b, longest))
+
+
+def response_positions(
+    start_B: torch.Tensor, length_B: torch.Tensor, longest: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where response tokens stand in their rows: (index_BR, mask_BR). Outside the mask the index points at `start`.
+
+    Args:
+        longest: R, where it is known; None: it is asked for, and whether each response has something before it.
+    """
+    if longest is None:
+        _check_starts(int(start_B.min()))
+        longest = int(length_B.max())
+    step_R = torch.arange(longest, device=start_B.device)
     mask_BR = step_R < length_B[:, None]
     return torch.where(mask_BR, start_B[:, None] + step_R, start_B[:, None]), mask_BR
 
 
-def states_before_response(hidden_BTH: torch.Tensor, start_B: torch.Tensor, length_B: torch.Tensor) -> torch.Tensor:
-    """The hidden states [B, R, H] from which each response token was chosen: what a value head reads (V(s_t))."""
-    index_BR, _ = response_positions(start_B, length_B)
+def states_before_response(
+    hidden_BTH: torch.Tensor, start_B: torch.Tensor, length_B: torch.Tensor, longest: int | None = None
+) -> torch.Tensor:
+    """The hidden states [B, R, H] from which each response token was chosen: what a value head reads (V(s_t)).
+
+    After a response's end stand other states of its row, each once: one that stood there many times would be one index
+    of many gradients, which a GPU adds up one after the other.
+    """
+    if longest is None:
+        longest = int(length_B.max())
+    step_R = torch.arange(longest, device=start_B.device)
     rows_B1 = torch.arange(hidden_BTH.shape[0], device=hidden_BTH.device)[:, None]
-    return hidden_BTH[rows_B1, index_BR - 1]
+    return hidden_BTH[rows_B1, (start_B[:, None] - 1 + step_R) % hidden_BTH.shape[1]]
 
 
-def _take(hidden_BTH: torch.Tensor, index_BR: torch.Tensor, mask_BR: torch.Tensor) -> torch.Tensor:
-    rows_BR = torch.arange(hidden_BTH.shape[0], device=hidden_BTH.device)[:, None].expand_as(index_BR)
-    return hidden_BTH[rows_BR[mask_BR], index_BR[mask_BR]]
+def _check_starts(first: int) -> None:
+    if first < 1:
+        raise ValueError(f"a response starts at position {first}, expected >= 1: nothing predicts it")
 
 
 class _Spec(NamedTuple):

@@ -7,7 +7,7 @@ back to [B, L, H]. Nothing downstream notices, except the clock.
 
 Tokens attend to their ancestors in the tree. On a CPU the attention runs block by block, because a tree's mask over all
 tokens would cost more than the sharing saves; a block starts with whole rows and repeats the prefix it needs. On a GPU
-FlexAttention takes the tree in one piece.
+FlexAttention takes the tree in one piece; where it does not run, the tree has blocks there too.
 
 Whether a decoder really hands the tree to its attention, takes positions and builds no mask of its own, nobody can say
 who has not tried: before the first packed forward two rows go through it, and where their numbers are not those of each
@@ -19,7 +19,7 @@ Legend of shape suffixes: B rows, L padded positions, N distinct tokens, H hidde
 import functools
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -30,9 +30,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from . import seams
 from .block_attention import LONGEST_BLOCK, block_attention, token_attention
-from .flex_tree import flex_applies, flex_tree_attention
-from .prefix_tree import Tree, build_tree, rounded
+from .flex_tree import SQUARE, flex_applies, flex_tree_attention, kind_of, probe
+from .prefix_tree import Attended, Kind, Rows, Tree, rounded
 from .rotary import forget_lengths, rotary_limit
+from .tree_pieces import attention_in_pieces
 from .trial import SHARED, check_causal, difference, difference_in_words, model_name, precision, quietly, trial_rows
 
 with seams.importing(seams.ATTENTION_FUNCTIONS):
@@ -99,11 +100,12 @@ def _in_tree(
     query: Tensor, key: Tensor, value: Tensor, tree: Tree, window: int | None, *, dropout: float, scaling: float | None
 ) -> Tensor:
     """Each token attends to its ancestors: in one piece on a GPU, block by block elsewhere; [1, N, heads, D]."""
-    tree.attended.append(window)
-    if flex_applies(query.device) and not dropout:
-        out = flex_tree_attention(query, key, value, tree.flex_mask(window), scaling)
-        if out is not None:
-            return out.transpose(1, 2)
+    kind = kind_of(query, key, value)
+    tree.attended.append(Attended(window, kind, scaling))
+    if query.device.type != "cpu":
+        if flex_applies(query.device, kind) and not dropout:
+            return flex_tree_attention(query, key, value, tree, window, scaling).transpose(1, 2)
+        return attention_in_pieces(query, key, value, tree, window, dropout=dropout, scale=scaling).transpose(1, 2)
     if _as_products(query, value, dropout) and tree.longest_block() <= LONGEST_BLOCK:
         runs = tree.runs()
         masks = [tree.mask((start, start + t), window, query.dtype)[0, 0] for start, _, t in runs]
@@ -149,6 +151,8 @@ def use_packed_forward(backbone: PreTrainedModel, packed: bool = True) -> bool:
     `Packing`). Calls that it does not understand (a cache, embeddings, a 4-D mask, hidden states of every layer) go to
     the model's own forward. Calling it twice changes nothing.
 
+    The new forward also takes `rows`: the same ids and mask as a `Rows`, from whoever takes several forwards of them.
+
     Args:
         backbone: a transformers decoder (`causal.decoder_of`).
         packed: whether packing may be tried at all.
@@ -172,12 +176,13 @@ def use_packed_forward(backbone: PreTrainedModel, packed: bool = True) -> bool:
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        rows: Rows | None = None,
         **kwargs: Any,
     ) -> Any:
         if input_ids is None or attention_mask is None or not _understood(input_ids, attention_mask, kwargs):
             given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
             return plain(**{name: x for name, x in given.items() if x is not None}, **kwargs)
-        return packing(input_ids, attention_mask, position_ids, kwargs)
+        return packing(input_ids, attention_mask, position_ids, kwargs, rows)
 
     backbone.forward = forward
     setattr(backbone, _PACKING, packing)
@@ -214,6 +219,9 @@ class Packing:
     other, must get the numbers that the model's own forward gives to each row by itself, unpadded. Then and not
     earlier, because until then the base may be moved, sharded, quantised or get an adapter.
 
+    On a GPU the trial also says which kinds of attention the backbone has, and each is probed, its backward too, before
+    the first batch: where one does not run in one piece, trees have blocks.
+
     Rows on either side of a length at which rotary factors change are computed apart, whatever the way.
     """
 
@@ -223,24 +231,33 @@ class Packing:
         self._takes = _taken(plain)
         self._limit = rotary_limit(backbone)
         self._ways: dict[tuple[str, torch.dtype], Way] = {}
+        self._kinds: dict[tuple[str, torch.dtype], set[Kind]] = {}
         self._off = not packable
         if packable:
             _attend(backbone.config, ATTENTION)
 
-    def __call__(self, ids_BL: Tensor, mask_BL: Tensor, position_BL: Tensor | None, kwargs: dict[str, Any]) -> Any:
+    def __call__(
+        self,
+        ids_BL: Tensor,
+        mask_BL: Tensor,
+        position_BL: Tensor | None,
+        kwargs: dict[str, Any],
+        known: Rows | None = None,
+    ) -> Any:
         """The last hidden states of padded rows; what else is asked for goes with the padded way."""
         way = self.way(ids_BL.device)
         parts = self._parts(mask_BL, way)
         if len(parts) == 1 and way == "padded":
             return self._padded(ids_BL, mask_BL, position_BL, kwargs)
         if len(parts) == 1 and way == "packed":
-            return BaseModelOutputWithPast(last_hidden_state=self._packed(ids_BL, mask_BL, kwargs))
+            states_BLH = self._packed(Rows.of(ids_BL, mask_BL) if known is None else known, ids_BL.device, kwargs)
+            return BaseModelOutputWithPast(last_hidden_state=states_BLH)
         hidden: list[Tensor] = []
         for rows in parts:
             part = torch.tensor(rows, device=ids_BL.device)
             ids, mask = ids_BL[part], mask_BL[part]
             if way == "packed":
-                hidden.append(self._packed(ids, mask, kwargs))
+                hidden.append(self._packed(Rows.of(ids, mask), ids.device, kwargs))
             elif way == "padded":
                 hidden.append(self._rows_of_one_kind(ids, mask, kwargs))
             else:
@@ -278,12 +295,12 @@ class Packing:
         position = {} if position_BL is None or "position_ids" not in self._takes else {"position_ids": position_BL}
         return self._plain(input_ids=ids_BL, attention_mask=mask_BL, **position, **kwargs)
 
-    def _packed(self, ids_BL: Tensor, mask_BL: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        tree = build_tree(ids_BL, mask_BL, ids_BL.numel() if flex_applies(ids_BL.device) else None)
+    def _packed(self, rows: Rows, device: torch.device, kwargs: dict[str, Any]) -> Tensor:
+        kinds = self._kinds.get((device.type, precision(self._backbone, device)), ())
+        tree = rows.tree(device, whole=flex_applies(device, *kinds))
         if self._limit is not None:
             forget_lengths(self._backbone)
-        hidden_NH = forward_tree(self._plain, tree, **{**kwargs, "use_cache": False})
-        return hidden_NH[tree.index_BL].masked_fill(~tree.mask_BL[..., None], 0)
+        return tree.spread(forward_tree(self._plain, tree, **{**kwargs, "use_cache": False}))
 
     def _rows_of_one_kind(self, ids_BL: Tensor, mask_BL: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Padded rows, no wider than the longest of them: rotary factors go by a forward's width."""
@@ -327,7 +344,7 @@ class Packing:
 
         name = model_name(self._backbone)
         if not self._off:
-            if (why := fails(lambda: self._tried_tree(ids_BL, mask_BL))) is None:
+            if (why := fails(lambda: self._tried_tree(Rows.of(ids_BL, mask_BL), device, dtype))) is None:
                 return "packed"
             self._off = True
             _attend(self._backbone.config, "sdpa")
@@ -338,11 +355,14 @@ class Packing:
         logger.warning("%s: rows of different lengths are computed apart: padded states %s", name, why)
         return "alone"
 
-    def _tried_tree(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
-        tree = build_tree(ids_BL, mask_BL, ids_BL.numel() if flex_applies(ids_BL.device) else None)
-        packed_NH = forward_tree(self._plain, tree, use_cache=False)
-        _check_windows(self._backbone.config, tree)
-        return packed_NH[tree.index_BL]
+    def _tried_tree(self, rows: Rows, device: torch.device, dtype: torch.dtype) -> Tensor:
+        tree = rows.tree(device, whole=flex_applies(device))
+        attended, packed_NH = _run(self._plain, tree, use_cache=False)
+        _check_windows(self._backbone.config, attended)
+        self._kinds[device.type, dtype] = {each.kind for each in attended}
+        for each in dict.fromkeys(attended):
+            probe(each, device)
+        return tree.spread(packed_NH)
 
 
 def _spread(hidden_NH: Tensor, mask_BL: Tensor) -> Tensor:
@@ -356,7 +376,7 @@ def _taken(forward: Callable[..., Any]) -> set[str]:
     return set(inspect.signature(forward).parameters)
 
 
-def _check_windows(config: PreTrainedConfig, tree: Tree) -> None:
+def _check_windows(config: PreTrainedConfig, attended: Sequence[Attended]) -> None:
     """The tree met as many attention layers with a sliding window as there are. The probe's rows are too short for one
     to show in their numbers.
 
@@ -367,7 +387,7 @@ def _check_windows(config: PreTrainedConfig, tree: Tree) -> None:
     kinds = getattr(text, "layer_types", None)
     window = getattr(text, "sliding_window", None)
     expected = list(kinds).count("sliding_attention") if kinds else text.num_hidden_layers if window else 0
-    met = sum(each is not None for each in tree.attended)
+    met = sum(each.window is not None for each in attended)
     if met != expected:
         raise seams.TREE_HANDOVER.moved([f"the sliding window of {expected - met} layer(s)"])
 
@@ -378,17 +398,26 @@ def forward_tree(backbone: Callable[..., Any], tree: Tree, **kwargs: Any) -> Ten
     Raises:
         SeamMoved: no attention layer got the tree.
     """
-    if tree.ids_N.device.type == "cpu":
+    return _run(backbone, tree, **kwargs)[1]
+
+
+def _run(backbone: Callable[..., Any], tree: Tree, **kwargs: Any) -> tuple[list[Attended], Tensor]:
+    """What the layers were that got the tree, and the states."""
+    if tree.device.type == "cpu":
         tree = rounded(tree)
+    elif flex_applies(tree.device):
+        tree = rounded(tree, SQUARE, 2 * SQUARE)
+    # a tree may serve several forwards: what each of them reaches is counted apart
+    tree.attended.clear()
     output = backbone(
         input_ids=tree.ids_N[None],
-        attention_mask=torch.ones(_NO_MASK, device=tree.ids_N.device),
+        attention_mask=torch.ones(_NO_MASK, device=tree.device),
         position_ids=tree.depth_N[None],
         tree=tree,
         **kwargs,
     )
     seams.check(seams.TREE_HANDOVER, tree)
-    return output.last_hidden_state[0]
+    return list(tree.attended), output.last_hidden_state[0]
 
 
 def packs(backbone: PreTrainedModel) -> bool:

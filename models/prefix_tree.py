@@ -1,17 +1,26 @@
 """The prefix tree of a batch: its distinct tokens, who sees whom, and the blocks in which attention runs.
 
-Legend of shape suffixes: B rows, L padded positions, N distinct tokens, T tokens of a block.
+A tree is laid out in the processor's memory, with numpy, from rows that lie there too; what a forward needs of it goes
+to the device in one copy, so that a GPU is never asked, and never waited for, between two forwards.
+
+Legend of shape suffixes: B rows, L padded positions, M real tokens of all rows, N distinct tokens, T tokens of a block
+or piece, C those tokens and their ancestors, H hidden size.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
+import numpy
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from ..data.template import common_prefix
 from .block_attention import Run
-from .flex_tree import tree_block_mask
+from .transfer import to_device
+
+Integers = NDArray[numpy.int64]
 
 BLOCK_TOKENS, BLOCK_ROWS = 448, 4
 """At most so many tokens, and about so many rows, make one attention block: smaller ones repeat more prefixes, larger
@@ -23,50 +32,146 @@ ROUND_TO = 32
 milliseconds, some memory that it keeps), which costs more than a few tokens too many."""
 
 
-@dataclass(frozen=True)
-class Tree:
-    """The distinct tokens of a batch in depth-first order.
+PIECE = 512
+"""Tokens of a piece: where a tree has no kernel of its own, so many attend at once to their common ancestors."""
 
-    Attributes:
-        ids_N: token ids.
-        depth_N: position of each token in the rows that hold it.
-        end_N: index after the last descendant: j is i's ancestor or i itself when j <= i < end[j].
-        blocks: (start, stop) of each attention block; no token's ancestors lie outside its block.
-        index_BL: where each padded position's token lies (0 where there is padding).
-        mask_BL: the batch's attention mask, boolean.
-        masks: what was already made: masks by block, window and dtype; the runs.
-        attended: the sliding window (None: there is none) of every attention layer that this tree has reached.
+
+class Piece(NamedTuple):
+    """Tokens that attend together: those from `start` to `stop`. `ancestor`: where tokens before `start` lie that any
+    of them sees."""
+
+    start: int
+    stop: int
+    ancestor: Integers
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A prefix tree in the processor's memory; what the fields mean stands at `Tree`'s properties of the same names.
+
+    mask_BL: whether a token counts.
     """
 
-    ids_N: Tensor
-    depth_N: Tensor
-    end_N: Tensor
+    ids_N: Integers
+    depth_N: Integers
+    end_N: Integers
     blocks: tuple[tuple[int, int], ...]
-    index_BL: Tensor
-    mask_BL: Tensor
+    index_BL: Integers
+    mask_BL: NDArray[numpy.bool_]
+
+    def rounded(self, multiple: int, least: int = 0) -> "Layout":
+        """With tokens at the end that nobody sees and whose states nobody reads, up to a multiple of so many.
+
+        They repeat the first token, at its own place: a token that no row has there, as padding's, may have an
+        embedding of zeros, whose norm has no gradient, and a zero times that is not a zero.
+        """
+        n = len(self.ids_N)
+        missing = max(n + -n % multiple, least) - n
+        if not missing:
+            return self
+        ids_N, depth_N = (numpy.concatenate([each, each[:1].repeat(missing)]) for each in (self.ids_N, self.depth_N))
+        end_N = numpy.concatenate([self.end_N, numpy.arange(n + 1, n + missing + 1)])
+        return replace(self, ids_N=ids_N, depth_N=depth_N, end_N=end_N, blocks=(*self.blocks, (n, n + missing)))
+
+    def pieces(self) -> Iterator[Piece]:
+        """The blocks, long ones cut: no piece is longer than `PIECE`, whatever the tree's or a row's length."""
+        for begin, end in self.blocks:
+            for start in range(begin, end, PIECE):
+                ancestor = numpy.flatnonzero(self.end_N[begin:start] > start) + begin
+                yield Piece(start, min(start + PIECE, end), ancestor)
+
+
+@dataclass(frozen=True)
+class Tree:
+    """The distinct tokens of a batch in depth-first order, on a device.
+
+    Attributes:
+        layout: the tree in the processor's memory.
+        device: where its tensors are.
+        masks: what was already made: masks by block, window and dtype; the runs.
+        attended: what every attention layer was that this tree has reached.
+    """
+
+    layout: Layout
+    device: torch.device
     masks: dict[Any, Any] = field(default_factory=dict)
-    attended: list[int | None] = field(default_factory=list)
+    attended: "list[Attended]" = field(default_factory=list)
+
+    @cached_property
+    def _tensors(self) -> tuple[Tensor, ...]:
+        """ids_N, depth_N, end_N; node_M and place_M: where the rows' tokens lie in the tree, and in the flat rows."""
+        layout = self.layout
+        place_M = numpy.flatnonzero(layout.mask_BL)
+        found = (layout.ids_N, layout.depth_N, layout.end_N, layout.index_BL.reshape(-1)[place_M], place_M)
+        sizes = [len(each) for each in found]
+        return to_device(numpy.concatenate(found), self.device).split(sizes)
+
+    @property
+    def ids_N(self) -> Tensor:
+        """Token ids."""
+        return self._tensors[0]
+
+    @property
+    def depth_N(self) -> Tensor:
+        """Position of each token in the rows that hold it."""
+        return self._tensors[1]
+
+    @property
+    def end_N(self) -> Tensor:
+        """Index after the last descendant: j is i's ancestor or i itself when j <= i < end[j]."""
+        return self._tensors[2]
+
+    @property
+    def blocks(self) -> tuple[tuple[int, int], ...]:
+        """(start, stop) of each attention block; no token's ancestors lie outside its block."""
+        return self.layout.blocks
+
+    @property
+    def index_BL(self) -> Tensor:
+        """Where each padded position's token lies (0 where there is padding)."""
+        return to_device(self.layout.index_BL, self.device)
+
+    def spread(self, hidden_NH: Tensor) -> Tensor:
+        """The tokens' states to their places in the rows [B, L, H]; zero where there is padding.
+
+        Only real tokens are read: padding that read the first token would make one index of thousands, which the
+        backward adds up one after the other.
+        """
+        node_M, place_M = self._tensors[3:]
+        b, length = self.layout.mask_BL.shape
+        flat = hidden_NH[node_M]
+        if len(place_M) < b * length:
+            flat = hidden_NH.new_zeros(b * length, hidden_NH.size(-1)).index_copy(0, place_M, flat)
+        return flat.view(b, length, -1)
 
     def mask(self, block: tuple[int, int], window: int | None, dtype: torch.dtype) -> Tensor:
         """Additive mask [1, 1, T, T] of a block: 0 for ancestors within the layer's sliding window, else -inf."""
         key = (block, window, dtype)
         if key not in self.masks:
-            span = slice(*block)
-            index_T = torch.arange(*block, device=self.ids_N.device)
-            seen_TT = (index_T <= index_T[:, None]) & (index_T[:, None] < self.end_N[span])
-            if window:
-                depth_T = self.depth_N[span]
-                seen_TT &= depth_T[:, None] - depth_T < window
-            blank_TT = torch.zeros(seen_TT.shape, dtype=dtype, device=seen_TT.device)
-            self.masks[key] = blank_TT.masked_fill_(~seen_TT, float("-inf"))[None, None]
+            index_T = torch.arange(*block, device=self.device)
+            self.masks[key] = self._additive(index_T, index_T, window, dtype)
         return self.masks[key]
 
-    def flex_mask(self, window: int | None) -> Any:
-        """The same for the whole tree, as FlexAttention wants it."""
-        key = ("flex", window)
+    def pieces(self, window: int | None, dtype: torch.dtype) -> list[tuple[Piece, Tensor | None, Tensor]]:
+        """The pieces, where the keys of each lie [C] (None: from its start to its stop), and its mask [1, 1, T, C]."""
+        key = ("pieces", window, dtype)
         if key not in self.masks:
-            self.masks[key] = tree_block_mask(self.depth_N, self.end_N, window)
+            found: list[tuple[Piece, Tensor | None, Tensor]] = []
+            for piece in self.layout.pieces():
+                index_T = key_C = torch.arange(piece.start, piece.stop, device=self.device)
+                if len(piece.ancestor):
+                    key_C = torch.cat([to_device(piece.ancestor, self.device), index_T])
+                seen = self._additive(index_T, key_C, window, dtype)
+                found.append((piece, key_C if len(piece.ancestor) else None, seen))
+            self.masks[key] = found
         return self.masks[key]
+
+    def _additive(self, index_T: Tensor, key_C: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
+        seen_TC = (key_C <= index_T[:, None]) & (index_T[:, None] < self.end_N[key_C])
+        if window:
+            seen_TC &= self.depth_N[index_T][:, None] - self.depth_N[key_C] < window
+        blank_TC = torch.zeros(seen_TC.shape, dtype=dtype, device=seen_TC.device)
+        return blank_TC.masked_fill_(~seen_TC, float("-inf"))[None, None]
 
     def runs(self) -> tuple[Run, ...]:
         """The blocks, those together that follow one another and look the same: independent rows of one length, say."""
@@ -82,80 +187,145 @@ class Tree:
         return self.masks["runs"]
 
     def _alike(self, a: int, b: int, t: int) -> bool:
-        ends, depths = ((each[a : a + t], each[b : b + t]) for each in (self.end_N, self.depth_N))
-        return torch.equal(ends[0] + (b - a), ends[1]) and torch.equal(*depths)
+        end_N, depth_N = self.layout.end_N, self.layout.depth_N
+        same_ends = numpy.array_equal(end_N[a : a + t] + (b - a), end_N[b : b + t])
+        return same_ends and numpy.array_equal(depth_N[a : a + t], depth_N[b : b + t])
 
     def longest_block(self) -> int:
         """Tokens of the longest block."""
         return max(stop - start for start, stop in self.blocks)
 
 
+class Kind(NamedTuple):
+    """What an attention kernel is compiled for: dtype, query heads, key-value heads, widths of keys and of values."""
+
+    dtype: torch.dtype
+    heads: int
+    key_heads: int
+    width: int
+    value_width: int
+
+
+class Attended(NamedTuple):
+    """An attention layer that a tree has reached: its sliding window (None: there is none), its kind, and by what its
+    scores are multiplied (None: one over the root of the width)."""
+
+    window: int | None
+    kind: Kind
+    scale: float | None
+
+
 def build_tree(
     input_ids_BL: Tensor, attention_mask_BL: Tensor, block_tokens: int | None = None, apart_tokens: int | None = None
 ) -> Tree:
+    """The prefix tree of the rows' real tokens, on their device; the arguments are those of `lay_out`."""
+    rows = Rows.of(input_ids_BL, attention_mask_BL)
+    return Tree(lay_out(rows.ids_BL, rows.mask_BL, block_tokens, apart_tokens), input_ids_BL.device)
+
+
+def rounded(tree: Tree, multiple: int = ROUND_TO, least: int = 0) -> Tree:
+    """The tree with tokens at its end that nobody meets (`Layout.rounded`); the same one each time it is asked for."""
+    key = ("rounded", multiple, least)
+    if key not in tree.masks:
+        layout = tree.layout.rounded(multiple, least)
+        tree.masks[key] = None if layout is tree.layout else Tree(layout, tree.device)
+    return tree.masks[key] or tree
+
+
+def lay_out(
+    ids_BL: Integers,
+    mask_BL: NDArray[numpy.bool_],
+    block_tokens: int | None = None,
+    apart_tokens: int | None = None,
+) -> Layout:
     """The prefix tree of the rows' real tokens.
 
     Rows in sorted order share their prefix with the row before or with none, so laying out each row's new tokens after
     the last one's gives the depth-first order directly.
 
     Args:
-        input_ids_BL: token ids [B, L], padded on either side.
-        attention_mask_BL: 1 where a token counts [B, L]; every row holds at least one.
+        ids_BL: token ids [B, L], padded on either side.
+        mask_BL: whether a token counts [B, L]; every row holds at least one.
         block_tokens: a block is closed before the row that would make it longer; None: by the rows' mean length.
         apart_tokens: with so many tokens a block is also closed before a row that shares nothing with it.
     """
-    mask_BL = attention_mask_BL.bool()
-    rows = [ids[kept] for ids, kept in zip(input_ids_BL.cpu().numpy(), mask_BL.cpu().numpy(), strict=True)]
-    rows = [row.tolist() for row in rows]
+    rows = [ids[kept] for ids, kept in zip(ids_BL, mask_BL, strict=True)]
+    capacity = sum(map(len, rows))
     if block_tokens is None:
-        block_tokens = min(BLOCK_TOKENS, BLOCK_ROWS * -(-sum(map(len, rows)) // len(rows)))
-    ids: list[int] = []
-    depth: list[int] = []
-    end: list[int] = []
+        block_tokens = min(BLOCK_TOKENS, BLOCK_ROWS * -(-capacity // len(rows)))
+    # numbers written with their largest byte first are in order as text is
+    keys = [row.astype(">u4").tobytes() for row in rows]
+    ids_N, depth_N, end_N = (numpy.empty(capacity, numpy.int64) for _ in range(3))
+    paths: list[Integers] = [ids_N] * len(rows)
     blocks: list[tuple[int, int]] = []
-    paths: list[list[int]] = [[] for _ in rows]
-    previous: list[int] = []
-    path: list[int] = []
-    start = 0
-    for i in sorted(range(len(rows)), key=rows.__getitem__):
+    previous = path = ids_N[:0]
+    start = total = 0
+    for i in sorted(range(len(rows)), key=keys.__getitem__):
         row = rows[i]
-        shared = common_prefix(row, previous)
-        full = len(ids) - start + len(row) - shared > block_tokens
-        if path and (full or (apart_tokens and not shared and len(ids) - start >= apart_tokens)):
-            blocks.append((start, len(ids)))
-            start, shared = len(ids), 0
-        path = path[:shared] + list(range(len(ids), len(ids) + len(row) - shared))
-        ids += row[shared:]
-        depth += range(shared, len(row))
-        end += [0] * (len(row) - shared)
-        for node in path:
-            end[node] = len(ids)
-        previous, paths[i] = row, path
-    blocks.append((start, len(ids)))
-    device = input_ids_BL.device
-    index_BL = torch.zeros(input_ids_BL.shape, dtype=torch.long)
-    index_BL[mask_BL.cpu()] = torch.tensor([node for each in paths for node in each])
-    return Tree(
-        torch.tensor(ids, device=device),
-        torch.tensor(depth, device=device),
-        torch.tensor(end, device=device),
-        tuple(blocks),
-        index_BL.to(device),
-        mask_BL,
-    )
+        shared = _shared(row, previous)
+        full = total - start + len(row) - shared > block_tokens
+        if len(path) and (full or (apart_tokens and not shared and total - start >= apart_tokens)):
+            blocks.append((start, total))
+            start, shared = total, 0
+        stop = total + len(row) - shared
+        path = numpy.concatenate([path[:shared], numpy.arange(total, stop)])
+        ids_N[total:stop], depth_N[total:stop] = row[shared:], numpy.arange(shared, len(row))
+        end_N[path] = stop
+        previous, paths[i], total = row, path, stop
+    blocks.append((start, total))
+    index_BL = numpy.zeros(ids_BL.shape, numpy.int64)
+    index_BL[mask_BL] = numpy.concatenate(paths)
+    return Layout(ids_N[:total], depth_N[:total], end_N[:total], tuple(blocks), index_BL, mask_BL)
 
 
-def rounded(tree: Tree, multiple: int = ROUND_TO) -> Tree:
-    """The tree with tokens at its end that nobody sees and whose states nobody reads, up to a multiple of so many.
+def _shared(a: Integers, b: Integers) -> int:
+    """Length of the longest common prefix."""
+    n = min(len(a), len(b))
+    differs = numpy.flatnonzero(a[:n] != b[:n])
+    return int(differs[0]) if len(differs) else n
 
-    They repeat the first token, at its own place: a token that no row has there, as padding's, may have an embedding of
-    zeros, whose norm has no gradient, and a zero times that is not a zero.
+
+class Rows:
+    """Padded rows in the processor's memory, and the trees that were made of them.
+
+    Whoever takes several forwards of the same rows hands one of these to each, so that they share a tree and its masks.
+
+    Args:
+        ids_BL: token ids [B, L], padded on either side.
+        mask_BL: whether a token counts [B, L].
+        layouts: of trees by `key` that outlive these rows; None: none do.
+        key: what these rows are among those.
     """
-    n = len(tree.ids_N)
-    missing = -n % multiple
-    if not missing:
-        return tree
-    ids_N, depth_N = (torch.cat([each, each[:1].expand(missing)]) for each in (tree.ids_N, tree.depth_N))
-    end_N = torch.cat([tree.end_N, torch.arange(n + 1, n + missing + 1, device=tree.end_N.device)])
-    blocks = (*tree.blocks, (n, n + missing))
-    return replace(tree, ids_N=ids_N, depth_N=depth_N, end_N=end_N, blocks=blocks, masks={})
+
+    def __init__(
+        self,
+        ids_BL: Integers,
+        mask_BL: NDArray[numpy.bool_],
+        layouts: dict[Any, Layout] | None = None,
+        key: object = None,
+    ) -> None:
+        self.ids_BL, self.mask_BL = ids_BL, mask_BL
+        self._layouts: dict[Any, Layout] = {} if layouts is None else layouts
+        self._key = key
+        self._trees: dict[tuple[torch.device, bool], Tree] = {}
+
+    @classmethod
+    def of(cls, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> "Rows":
+        """Read from where they are: on a GPU, once its queue is done."""
+        if input_ids_BL.device.type == "cpu":
+            return cls(input_ids_BL.numpy(), attention_mask_BL.numpy() != 0)
+        both = torch.stack([input_ids_BL, attention_mask_BL.to(input_ids_BL.dtype)]).cpu().numpy()
+        return cls(both[0], both[1] != 0)
+
+    def tree(self, device: torch.device, *, whole: bool) -> Tree:
+        """Their tree on that device.
+
+        Args:
+            whole: attention takes it in one piece, so it is one block.
+        """
+        if (device, whole) not in self._trees:
+            key = (self._key, whole)
+            if key not in self._layouts:
+                self._layouts[key] = lay_out(self.ids_BL, self.mask_BL, self.ids_BL.size if whole else None)
+            self._trees[device, whole] = Tree(self._layouts[key], device)
+        return self._trees[device, whole]

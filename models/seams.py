@@ -205,10 +205,10 @@ ONEDNN_BF16 = Seam(
 FLEX_ATTENTION = Seam(
     "flex-attention",
     "torch",
-    tuple(f"torch.nn.attention.flex_attention.{n}" for n in ("BlockMask", "create_block_mask", "flex_attention")),
+    tuple(f"torch.nn.attention.flex_attention.{n}" for n in ("BlockMask", "flex_attention")),
     "a GPU attends to a prefix tree in one piece with it",
     "the packed forward would not run on a GPU",
-    _found("torch.nn.attention.flex_attention:create_block_mask", "torch.nn.attention.flex_attention:flex_attention"),
+    _found("torch.nn.attention.flex_attention:BlockMask", "torch.nn.attention.flex_attention:flex_attention"),
 )
 
 MODULE_HOOKS = Seam(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from ..files import write_whole
 from ..models.memory import reset_peak_memory
@@ -40,7 +41,10 @@ def keep_event_files(trainer: Trainer, folder: Path) -> None:
 
 
 class LogFile(TrainerCallback):
-    """Every log of the trainer as one JSON object a line, with its step. What is not finite is written as null."""
+    """Every log of the trainer as one JSON object a line, with its step. What is not finite is written as null.
+
+    The last step is logged too, though `logging_steps` may pass it by: it says how the run ended.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -53,6 +57,10 @@ class LogFile(TrainerCallback):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # a resumed run replays the steps after its checkpoint: their old lines go
         keep_rows(self.path, lambda row: state.global_step > 0 and row["step"] <= state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        if state.global_step >= state.max_steps and args.logging_strategy != IntervalStrategy.NO:
+            control.should_log = True
 
     def on_log(
         self,

@@ -86,7 +86,17 @@ def stage_config(config_class: type[ConfigT], job: StageJob, *, held_out: bool, 
     if hasattr(config_class, new) and old in values:  # its new name, used so that transformers does not warn
         values.setdefault(new, values.pop(old))
     with refusals_in_words(job):
-        return config_class(**values)
+        return one_device(config_class(**values))
+
+
+def one_device(args: ConfigT) -> ConfigT:
+    """The same config, for a process that uses one GPU however many it sees.
+
+    With more the Trainer would wrap the model in DataParallel, whose replicas run forwards that are bound to the
+    original; TRL's trainers refuse it. The Trainer has no public setting for that.
+    """
+    args._n_gpu = min(args.n_gpu, 1)  # pyright: ignore[reportPrivateUsage]: see above
+    return args
 
 
 def keeps_checkpoints(job: StageJob) -> bool:

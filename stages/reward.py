@@ -68,7 +68,6 @@ def build_reward(job: StageJob) -> RewardStage:
         job.torch_dtype(),
         seed=job.seed,
         quantization=job.quantization,
-        device="cuda" if job.quantization else None,
         packed=job.packed,
     )
     settle_dropout(job, args, model, reference=False)

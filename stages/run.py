@@ -26,6 +26,7 @@ from ..files import CHECKPOINTS, LINEAGE, LOGS, METRICS
 from ..models.adapters import AdapterSet
 from ..models.base import Base
 from ..models.context import check_context
+from ..models.devices import say_unused_gpus
 from ..models.lineage import (
     Lineage,
     adapter_sha256,
@@ -65,6 +66,7 @@ def run_stage(job: StageJob) -> dict[str, Any]:
     run = job.record.runner()
     job.output_dir.mkdir(parents=True, exist_ok=True)
     set_seed(job.seed)
+    say_unused_gpus()
     if job.deterministic:
         deterministic_kernels(job.name)
     if job.kind in KINDS:
@@ -200,7 +202,6 @@ def open_adapters(job: StageJob, tokenizer: PreTrainedTokenizerBase) -> AdapterS
             job.base,
             dtype=job.torch_dtype(),
             quantization=job.quantization,
-            device="cuda" if job.quantization else None,
             packed=job.packed,
         )
     prepare_model(model, tokenizer)

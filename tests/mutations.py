@@ -229,7 +229,11 @@ MUTATIONS += [
     Mutation("D5", "the prompt trains", "data/encode.py", "[IGNORED] * len(prompt) + trained", "prompt + trained"),
     Mutation(
         "D6", "a reply sees the other replies to its prompt", "models/prefix_tree.py",
-        " & (index_T[:, None] < self.end_N[span])", "",
+        " & (index_T[:, None] < self.end_N[key_C])", "",
+    ),
+    Mutation(
+        "D6", "on a GPU a square whose last key is seen is seen whole", "models/flex_tree.py",
+        "(end_ST.min(1) >= first_Q[:, None] + SQUARE)", "(end_ST.max(1) >= first_Q[:, None] + SQUARE)",
     ),
     Mutation(
         "D7", "a prompt ends in a token that reaches into the reply", "data/spans.py",

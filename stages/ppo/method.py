@@ -15,6 +15,7 @@ from torch import nn
 
 from ...models.adapters import DEFAULT, REF, REWARD, VALUE, AdapterSet
 from ...models.masked import masked_sum
+from ...models.transfer import to_device
 from ..advantages import gae, whiten
 from ..losses import kl_loss, ppo_policy_loss, value_loss
 from .config import PPOConfig
@@ -178,7 +179,7 @@ class PPO:
         """In micro-batches of like length."""
         trunk, adapters, device = self.trunk, self.trunk.adapters, episodes.start_B.device
         out = [torch.zeros(episodes.mask_BR.shape, device=device) for _ in range(4)]
-        everyone = torch.arange(len(episodes), device=device)
+        everyone = torch.arange(len(episodes))
         for rows in micro_batches(episodes, everyone, FORWARD_ONLY * self.config.per_device_train_batch_size):
             part = episodes.rows(rows)
             with adapters.using(DEFAULT):
@@ -190,8 +191,9 @@ class PPO:
             if values_BR is None:
                 with adapters.using(VALUE):
                     values_BR = trunk.values(trunk.hidden(part), part)
+            here = to_device(rows, device)
             for whole_BR, own_BR in zip(out, (old.logps_BR, ref.logps_BR, old.entropy_BR, values_BR), strict=True):
-                whole_BR[rows, : own_BR.shape[1]] = own_BR
+                whole_BR[here, : own_BR.shape[1]] = own_BR
         return Forwards(*out)
 
     def rollout(

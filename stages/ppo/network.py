@@ -41,6 +41,7 @@ class Trunk:
                 attention_mask=mask_BT,
                 position_ids=(mask_BT.cumsum(-1) - 1).clamp(min=0),
                 use_cache=False,
+                rows=episodes.host.forward_rows,
             )
         return output.last_hidden_state
 
@@ -56,11 +57,12 @@ class Trunk:
             self.head,
             temperature=self.temperature,
             differentiable_entropy=differentiable_entropy,
+            tokens=episodes.tokens,
         )
 
     def values(self, hidden_BTH: torch.Tensor, episodes: Episodes) -> torch.Tensor:
         """V(s_t) [B, R], s_t being everything before response token t; zero outside the response."""
-        states_BRH = states_before_response(hidden_BTH, episodes.start_B, episodes.length_B)
+        states_BRH = states_before_response(hidden_BTH, episodes.start_B, episodes.length_B, episodes.host.longest)
         return torch.where(episodes.mask_BR, self.adapters.heads["value"](states_BRH), 0.0)
 
     def scores(self, role: str, episodes: Episodes) -> torch.Tensor:

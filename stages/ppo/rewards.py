@@ -21,6 +21,7 @@ from ...models.batching import row_batches
 from ...models.lineage import adapter_sha256, check_lineage, read_lineage
 from ...models.loading import model_folder
 from ...models.masked import masked_moments
+from ...models.transfer import to_device
 from ..reward_functions import RewardFunction, call_reward_function, import_function
 from .network import Trunk
 from .rollout import Episodes, PromptText, Reduce, micro_batches
@@ -172,9 +173,8 @@ class AdapterScorer:
     def __call__(self, responses: Responses) -> torch.Tensor:
         episodes = responses.episodes
         scores_B = torch.zeros(len(episodes), device=episodes.start_B.device)
-        everyone = torch.arange(len(episodes), device=episodes.start_B.device)
-        for rows in micro_batches(episodes, everyone, self.batch_size):
-            scores_B[rows] = self.trunk.scores(self.role, episodes.rows(rows))
+        for rows in micro_batches(episodes, torch.arange(len(episodes)), self.batch_size):
+            scores_B[to_device(rows, scores_B.device)] = self.trunk.scores(self.role, episodes.rows(rows))
         return scores_B
 
 

@@ -10,8 +10,10 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, Protocol
 
+import numpy
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -20,10 +22,12 @@ from ...data.template import prompt_ids
 from ...errors import UserError
 from ...models.adapters import AdapterSet
 from ...models.generate import Generation, sample
-from ...models.logprobs import response_positions
+from ...models.logprobs import ResponseTokens, response_positions
 from ...models.masked import masked_mean, masked_moments, masked_sum, mean_and_variance
 from ...models.memory import release_free_memory
+from ...models.prefix_tree import Integers, Layout, Rows
 from ...models.tokens import end_token_ids
+from ...models.transfer import to_device
 
 PromptText = str | list[Message]
 """A prompt as the data have it: text, or messages."""
@@ -123,6 +127,9 @@ class Episodes:
     length_B: int64, response tokens, EOS included.
     finished_B: bool, whether the response ended in EOS.
     sampler_logps_BR: fp32, the sampler's own log-probs; only for comparison.
+
+    Shapes, masks and layouts are worked out in the processor's memory (`host`): a GPU that is asked for them is waited
+    for.
     """
 
     input_ids_BT: torch.Tensor
@@ -134,10 +141,22 @@ class Episodes:
     def __len__(self) -> int:
         return len(self.start_B)
 
+    @cached_property
+    def host(self) -> "OnHost":
+        """The same in the processor's memory. On a CPU it is the same memory."""
+        ids_BT, start_B, length_B = (x.cpu().numpy() for x in (self.input_ids_BT, self.start_B, self.length_B))
+        return OnHost(ids_BT, start_B, length_B)
+
     @property
     def mask_BR(self) -> torch.Tensor:
         """True on response tokens, the first stop token included, nothing after it."""
-        return response_positions(self.start_B, self.length_B)[1]
+        return response_positions(self.start_B, self.length_B, self.host.longest)[1]
+
+    @property
+    def tokens(self) -> ResponseTokens:
+        """Where the response tokens stand."""
+        host = self.host
+        return ResponseTokens.of(host.start_B, host.length_B, self.input_ids_BT.shape, self.start_B.device)
 
     @property
     def attention_mask_BT(self) -> torch.Tensor:
@@ -146,25 +165,76 @@ class Episodes:
         return (step_T < (self.start_B + self.length_B)[:, None]).long()
 
     def rows(self, index: torch.Tensor) -> "Episodes":
-        """The given rows, cut to their own longest row and longest response."""
-        start_B, length_B = self.start_B[index], self.length_B[index]
-        total, longest = int((start_B + length_B).max()), int(length_B.max())
-        return Episodes(
-            self.input_ids_BT[index, :total],
-            start_B,
-            length_B,
-            self.finished_B[index],
-            self.sampler_logps_BR[index, :longest],
+        """The given rows, cut to their own longest row and longest response.
+
+        Args:
+            index: best in the processor's memory.
+        """
+        host = self.host.take(index.cpu().numpy())
+        here = to_device(index, self.start_B.device)
+        part = Episodes(
+            self.input_ids_BT[here, : host.ids_BT.shape[1]],
+            self.start_B[here],
+            self.length_B[here],
+            self.finished_B[here],
+            self.sampler_logps_BR[here, : host.longest],
         )
+        part.__dict__["host"] = host  # known, so never asked for
+        return part
 
     def responses(self) -> list[list[int]]:
         """Token ids of each response, EOS included."""
         return [
             row[start : start + length].tolist()
             for row, start, length in zip(
-                self.input_ids_BT.cpu(), self.start_B.tolist(), self.length_B.tolist(), strict=True
+                self.host.ids_BT, self.host.start_B.tolist(), self.host.length_B.tolist(), strict=True
             )
         ]
+
+
+class OnHost:
+    """Episodes in the processor's memory, and the prefix trees that were laid out of some of them.
+
+    The layouts stay as long as the whole rollout: the same rows are forwarded under several adapters, in every epoch.
+
+    Args:
+        layouts, rows: of the whole rollout, and which of its rows these are; None: these are the whole.
+    """
+
+    def __init__(
+        self,
+        ids_BT: Integers,
+        start_B: Integers,
+        length_B: Integers,
+        layouts: dict[Any, Layout] | None = None,
+        rows: Integers | None = None,
+    ) -> None:
+        self.ids_BT, self.start_B, self.length_B = ids_BT, start_B, length_B
+        self._layouts: dict[Any, Layout] = {} if layouts is None else layouts
+        self._rows = numpy.arange(len(start_B)) if rows is None else rows
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest response."""
+        return int(self.length_B.max())
+
+    @property
+    def total_B(self) -> Integers:
+        """Tokens of each row, prompt and response."""
+        return self.start_B + self.length_B
+
+    def take(self, index: Integers) -> "OnHost":
+        """The given rows, cut to their own longest row."""
+        width = int(self.total_B[index].max())
+        ids_BT = self.ids_BT[index, :width]
+        return OnHost(ids_BT, self.start_B[index], self.length_B[index], self._layouts, self._rows[index])
+
+    @cached_property
+    def forward_rows(self) -> Rows:
+        """What a packed forward of them is laid out by."""
+        total_B = self.total_B
+        mask_BT = numpy.arange(self.ids_BT.shape[1]) < total_B[:, None]
+        return Rows(self.ids_BT, mask_BT, self._layouts, (self._rows.tobytes(), total_B.tobytes()))
 
 
 @dataclass(frozen=True)
@@ -188,9 +258,9 @@ class Rollout:
 
     def rows(self, index: torch.Tensor) -> "Rollout":
         """The given rows, cut to their own longest row and longest response."""
-        episodes = self.episodes.rows(index)
+        episodes, here = self.episodes.rows(index), to_device(index, self.scores_B.device)
         r = episodes.sampler_logps_BR.shape[1]
-        cut = {name: x[index, :r] if x.dim() > 1 else x[index] for name, x in self._own().items()}
+        cut = {name: x[here, :r] if x.dim() > 1 else x[here] for name, x in self._own().items()}
         return Rollout(episodes, **cut)
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -237,12 +307,13 @@ layer, and more rows share more of their prompts."""
 
 
 def micro_batches(episodes: Episodes, rows: torch.Tensor, size: int) -> list[torch.Tensor]:
-    """Split `rows` into forwards of `size` sequences of like length, to pad little.
+    """Split `rows` into forwards of `size` sequences of like length, to pad little; all in the processor's memory.
 
     Every number and every summed loss is per row, so the split changes nothing but the time.
     """
-    total = (episodes.start_B + episodes.length_B)[rows]
-    return list(rows[total.argsort(descending=True, stable=True)].split(size))
+    rows = rows.cpu()
+    order = numpy.argsort(-episodes.host.total_B[rows.numpy()], kind="stable")
+    return list(rows[torch.from_numpy(order)].split(size))
 
 
 class Sampling(Protocol):

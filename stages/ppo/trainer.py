@@ -34,6 +34,7 @@ from ... import stopping
 from ...errors import UserError
 from ...models import seams
 from ...models.adapters import DEFAULT, REF, AdapterSet
+from ...models.devices import say_unused_gpus
 from ...models.dropout import no_dropout
 from ...models.lora import LoraSpec
 from ...models.memory import release_free_memory
@@ -44,6 +45,7 @@ from ..checkpoints import Progress, Resumable, checkpoints, continuing, log_byte
 from ..finite import Skips, not_finite
 from ..kl_control import kl_controller
 from ..losses import token_rewards
+from ..options import one_device
 from .config import PPOConfig
 from .files import (
     POLICIES,
@@ -148,7 +150,7 @@ class OnPolicyTrainer(Resumable):
         check_vocabulary(self.prompts.ids, self.tokenizer, size, "train_dataset")
         super().__init__(
             model=self.adapters.model,
-            args=args,
+            args=one_device(args),
             train_dataset=train_dataset,
             processing_class=self.tokenizer,
             data_collator=_no_collator,
@@ -341,7 +343,7 @@ class OnPolicyTrainer(Resumable):
         began = time.perf_counter()
         epoch, place = divmod(slot, args.num_mini_batches)
         seed = seed_of(args.seed, "minibatches", loop.iteration, epoch, args.process_index)
-        rows = minibatches(len(rollout.episodes), args.num_mini_batches, seed, args.device)[place]
+        rows = minibatches(len(rollout.episodes), args.num_mini_batches, seed)[place]
         report = self.updater.gradients(rollout, rows, loop.kl_coef)
         if not report.finite and not self.skips.take():
             which = f"minibatch {slot + 1} of iteration {loop.iteration + 1} (prompts {self._prompts_of(rows)})"
@@ -420,8 +422,7 @@ class OnPolicyTrainer(Resumable):
                 "the base is to be sharded (DeepSpeed or FSDP), but PPO keeps a whole frozen base on each device",
                 "launch with distributed_type MULTI_GPU or MULTI_CPU, or quantize the base",
             )
-        # a process of ours drives one device: no DataParallel. The Trainer has no public setting for that
-        self.args._n_gpu = min(self.args.n_gpu, 1)  # pyright: ignore[reportPrivateUsage]: see above
+        say_unused_gpus()
 
     def _autocast(self) -> AbstractContextManager[None]:
         """The context of a forward: mixed precision where the settings ask for it."""

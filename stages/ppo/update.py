@@ -31,7 +31,7 @@ SAMPLER_FULL, SAMPLER_LOW = 2e-3, 0.15
 class StepReport:
     """What one minibatch was, and what was done with it.
 
-    sums: over its valid tokens, all processes, in the order of `names`.
+    sums: over its valid tokens, all processes, in the order of `names`, in the processor's memory.
     norms: of the gradients before clipping, by their names in the log (policy, value).
     """
 
@@ -67,11 +67,12 @@ class Updater:
         config, method = self.config, self.method
         for parameter in method.trainables.values():
             parameter.grad = None
-        tokens = float(self.reduce(rollout.episodes.length_B[rows].sum().double(), "sum"))
-        sums = torch.zeros(len(method.statistics), dtype=torch.float64, device=rows.device)
+        device, own = rollout.scores_B.device, int(rollout.episodes.host.length_B[rows.cpu().numpy()].sum())
+        tokens = float(self.reduce(torch.tensor(own, dtype=torch.float64, device=device), "sum"))
+        sums = torch.zeros(len(method.statistics), dtype=torch.float64, device=device)
         for part in micro_batches(rollout.episodes, rows, config.per_device_train_batch_size):
             sums += method.backward(rollout.rows(part), tokens, kl_coef)
-        sums = self.reduce(sums, "sum")
+        sums = self.reduce(sums, "sum").cpu()
         self._reduce_gradients()
         norms = method.clip(self._clip)
         report = StepReport(method.statistics, sums, tokens, norms)
@@ -99,12 +100,12 @@ class Updater:
         return float(nn.utils.clip_grad_norm_(parameters, limit))
 
 
-def minibatches(size: int, count: int, seed: int, device: torch.device) -> list[torch.Tensor]:
+def minibatches(size: int, count: int, seed: int) -> list[torch.Tensor]:
     """`count` minibatches of a fresh permutation of `size` rows; `size` must be a multiple of `count`."""
     if size % count:
         raise ValueError(f"{size} episodes in {count} minibatches, expected a multiple")
     order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
-    return list(order.to(device).split(size // count))
+    return list(order.split(size // count))
 
 
 def add_report(totals: dict[str, float], report: StepReport, seconds: float) -> None:

@@ -4,7 +4,8 @@
     python tests/device/rehearse.py FILE.py ARGUMENTS              a script
     python tests/device/rehearse.py FILE.py::FUNCTION '{"n": 1}'   a function of a file, with arguments as JSON
 
-SHADOW_N=2 shows two devices, SHADOW_CC=8.9 another compute capability, SHADOW_GB=24 another size of memory. With
+SHADOW_N=2 shows two devices, SHADOW_CC=8.9 another compute capability, SHADOW_GB=24 another size of memory,
+SHADOW_BACKEND=none compiles nothing. With
 SHADOW_REPORT=FILE what was launched, waited for and held is written there as JSON at the end, and what the function
 returned.
 """

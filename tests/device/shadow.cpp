@@ -8,6 +8,8 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/detail/CUDAHooksInterface.h>
+#include <ATen/native/transformers/attention.h>
+#include <ATen/native/transformers/sdp_utils_cpp.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
@@ -73,34 +75,102 @@ C10_REGISTER_GUARD_IMPL(CUDA, Guard)
 
 // ---------------------------------------------------------------------------------------------------- memory
 
-struct Memory { int64_t live = 0, peak = 0, allocations = 0; };
+// What PyTorch's caching allocator would keep of the card: which pieces fit into what was freed before, and when it must
+// ask the card for more. Its rules and sizes (c10/cuda/CUDACachingAllocator.cpp), without streams.
+class Cache {
+ public:
+  struct Block { int64_t size; bool large, used; Block *before, *after; };
+  int64_t reserved = 0, peak = 0, asked = 0;
+
+  Block* take(int64_t bytes) {
+    int64_t size = std::max<int64_t>(kRound, round(bytes, kRound));
+    bool large = size > kSmall;
+    auto found = idle[large].lower_bound({size, nullptr});
+    Block* block = found == idle[large].end() ? from_card(size, large) : found->second;
+    if (found != idle[large].end()) idle[large].erase(found);
+    int64_t rest = block->size - size;
+    if (large ? rest > kSmall : rest >= kRound) {
+      auto* tail = new Block{rest, large, false, block, block->after};
+      if (tail->after) tail->after->before = tail;
+      block->after = tail;
+      block->size = size;
+      idle[large].insert({rest, tail});
+    }
+    block->used = true;
+    return block;
+  }
+
+  void give_back(Block* block) {
+    block->used = false;
+    for (Block* other : {block->before, block->after}) {
+      if (!other || other->used) continue;
+      idle[block->large].erase({other->size, other});
+      Block *first = other == block->before ? other : block, *second = first->after;
+      first->size += second->size;
+      first->after = second->after;
+      if (second->after) second->after->before = first;
+      delete second;
+      block = first;
+    }
+    idle[block->large].insert({block->size, block});
+  }
+
+  void empty() {
+    for (auto& pool : idle)
+      for (auto it = pool.begin(); it != pool.end();) {
+        Block* block = it->second;
+        if (block->before || block->after) { ++it; continue; }
+        reserved -= block->size;
+        delete block;
+        it = pool.erase(it);
+      }
+  }
+
+ private:
+  static constexpr int64_t kRound = 512, kSmall = 1 << 20, kPiece = 2 << 20, kLargePiece = 20 << 20, kLarge = 10 << 20;
+  std::set<std::pair<int64_t, Block*>> idle[2];
+
+  static int64_t round(int64_t size, int64_t to) { return (size + to - 1) / to * to; }
+  Block* from_card(int64_t size, bool large) {
+    int64_t piece = !large ? kPiece : size < kLarge ? kLargePiece : round(size, kPiece);
+    reserved += piece;
+    peak = std::max(peak, reserved);
+    asked++;
+    return new Block{piece, large, false, nullptr, nullptr};
+  }
+};
+
+struct Memory { int64_t live = 0, peak = 0, allocations = 0; Cache cache; };
 // Never destroyed: tensors may outlive what is static.
 std::mutex& lock_ = *new std::mutex;
 std::vector<Memory>& memory = *new std::vector<Memory>(devices);
 
 // The CPU memory that stands for a piece of a device's.
-struct Held { Storage storage; int64_t bytes; DeviceIndex index; };
+struct Held { Storage storage; int64_t bytes; DeviceIndex index; Cache::Block* block; };
 
 void let_go(void* context) {
   auto* held = static_cast<Held*>(context);
   {
     std::lock_guard<std::mutex> guard(lock_);
     memory[held->index].live -= held->bytes;
+    if (held->block) memory[held->index].cache.give_back(held->block);
   }
   delete held;
 }
 
 DataPtr as_device_memory(Storage storage, DeviceIndex index) {
   auto bytes = static_cast<int64_t>(storage.nbytes());
+  Cache::Block* block = nullptr;
   {
     std::lock_guard<std::mutex> guard(lock_);
     Memory& m = memory[index];
+    if (bytes) block = m.cache.take(bytes);
     m.live += bytes;
     m.peak = std::max(m.peak, m.live);
     m.allocations += bytes > 0;
   }
   void* data = storage.mutable_data();
-  return {data, new Held{std::move(storage), bytes, index}, &let_go, Device(kCUDA, index)};
+  return {data, new Held{std::move(storage), bytes, index, block}, &let_go, Device(kCUDA, index)};
 }
 
 struct DeviceMemory final : public Allocator {
@@ -499,6 +569,125 @@ Tensor& copy_(Tensor& self, const Tensor& source, bool non_blocking) {
   return self;
 }
 
+// ---------------------------------------------------------------------------------------------------- attention
+
+// Which of its kernels a card takes, in outline: flash without a mask in 16 bits, the memory-efficient one with a mask or
+// in 32 bits where every query head has its own keys, else products with all scores in memory.
+int64_t attention_kernel(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& mask,
+                         double dropout, bool causal, std::optional<double>, bool) {
+  bool own_keys = query.size(-3) == key.size(-3), half = query.scalar_type() != kFloat;
+  bool fits = query.dim() == 4 && query.size(-1) <= 256 && query.size(-1) == value.size(-1) && dropout == 0.0 &&
+              query.scalar_type() != kDouble && !(causal && mask);
+  if (fits && !mask && half) return static_cast<int64_t>(sdp::SDPBackend::flash_attention);
+  if (fits && own_keys) return static_cast<int64_t>(sdp::SDPBackend::efficient_attention);
+  return static_cast<int64_t>(sdp::SDPBackend::math);
+}
+const bool attention_is_set = [] {
+  at::native::_fused_sdp_choice_stub.set_cuda_dispatch_ptr(&attention_kernel);
+  return true;
+}();
+
+// Keys and values with a head for each query head, and their gradients back to the heads that there are.
+Tensor for_each_head(const Tensor& x, const Tensor& query) {
+  return x.size(1) == query.size(1) ? x : x.repeat_interleave(query.size(1) / x.size(1), 1);
+}
+Tensor to_own_heads(const Tensor& gradient, const Tensor& like) {
+  if (gradient.size(1) == like.size(1)) return gradient;
+  return gradient.unflatten(1, {like.size(1), gradient.size(1) / like.size(1)}).sum(2);
+}
+
+struct Attended { Tensor out, log_sum_exp; };
+
+Attended attend(const char* name, const Tensor& query, const Tensor& key, const Tensor& value,
+                const std::optional<Tensor>& mask, bool causal, std::optional<double> scale) {
+  auto run = [q = host_alias(query), k = host_alias(key), v = host_alias(value), causal, scale,
+              m = mask && mask->defined() ? std::optional(host_alias(*mask)) : std::nullopt] {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return at::_scaled_dot_product_flash_attention_for_cpu(q, for_each_head(k, q), for_each_head(v, q), 0.0, causal, m, scale);
+  };
+  auto [out, log_sum_exp] = run();
+  launched(name, [run, out, log_sum_exp]() mutable {
+    auto [again, sums] = run();
+    out.copy_(again);
+    log_sum_exp.copy_(sums);
+  });
+  auto index = query.device().index();
+  return {to_device(out, index), to_device(log_sum_exp, index)};
+}
+
+std::vector<Tensor> attend_back(const char* name, const Tensor& gradient, const Tensor& query, const Tensor& key,
+                                const Tensor& value, const std::optional<Tensor>& mask, const Tensor& out,
+                                const Tensor& log_sum_exp, bool causal, std::optional<double> scale) {
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  Tensor q = host_alias(query), k = host_alias(key), v = host_alias(value);
+  auto m = mask && mask->defined() ? std::optional(host_alias(*mask)) : std::nullopt;
+  auto [to_q, to_k, to_v] = at::_scaled_dot_product_flash_attention_for_cpu_backward(
+      host_alias(gradient), q, for_each_head(k, q), for_each_head(v, q), host_alias(out), host_alias(log_sum_exp), 0.0,
+      causal, m, scale);
+  launched(name, [name] { TORCH_CHECK(false, name, " in a captured graph is not rehearsed"); });
+  auto index = query.device().index();
+  return {to_device(to_q, index), to_device(to_own_heads(to_k, k), index), to_device(to_own_heads(to_v, v), index)};
+}
+
+Tensor no_random_state() { return new_empty({}, kLong, std::nullopt, on(current), std::nullopt, std::nullopt); }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> efficient_attention(
+    const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& mask, bool, double,
+    bool causal, std::optional<double> scale) {
+  auto [out, sums] = attend("aten::_scaled_dot_product_efficient_attention", query, key, value, mask, causal, scale);
+  return {out, sums, no_random_state(), no_random_state()};
+}
+std::tuple<Tensor, Tensor, Tensor, Tensor> efficient_attention_back(
+    const Tensor& gradient, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& mask,
+    const Tensor& out, const Tensor& sums, const Tensor&, const Tensor&, double, std::array<bool, 4> wanted, bool causal,
+    std::optional<double> scale) {
+  TORCH_CHECK(!wanted[3], "a gradient for the mask is not rehearsed");
+  if (!gradient.defined()) return {};
+  auto to = attend_back("aten::_scaled_dot_product_efficient_attention_backward", gradient, query, key, value, mask, out,
+                        sums, causal, scale);
+  return {to[0], to[1], to[2], Tensor()};
+}
+std::tuple<Tensor, Tensor, Tensor, Tensor, c10::SymInt, c10::SymInt, Tensor, Tensor, Tensor> flash_attention(
+    const Tensor& query, const Tensor& key, const Tensor& value, double, bool causal, bool, std::optional<double> scale) {
+  auto [out, sums] = attend("aten::_scaled_dot_product_flash_attention", query, key, value, {}, causal, scale);
+  return {out, sums, Tensor(), Tensor(), query.size(2), key.size(2), no_random_state(), no_random_state(), Tensor()};
+}
+std::tuple<Tensor, Tensor, Tensor> flash_attention_back(
+    const Tensor& gradient, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out,
+    const Tensor& sums, const Tensor&, const Tensor&, c10::SymInt, c10::SymInt, double, bool causal, const Tensor&,
+    const Tensor&, std::optional<double> scale) {
+  if (!gradient.defined()) return {};
+  auto to = attend_back("aten::_scaled_dot_product_flash_attention_backward", gradient, query, key, value, {}, out, sums,
+                        causal, scale);
+  return {to[0], to[1], to[2]};
+}
+
+// ---------------------------------------------------------------------------------------------------- what a CPU lacks
+
+// A product of 16-bit factors, summed and given in 32.
+Tensor& addmm_into(const Tensor& self, const Tensor& a, const Tensor& b, ScalarType type, const Scalar& beta,
+                   const Scalar& alpha, Tensor& out) {
+  auto run = [s = host_alias(self), x = host_alias(a), y = host_alias(b), o = host_alias(out), type, beta, alpha]() mutable {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    o.copy_(at::addmm(s.to(type), x.to(type), y.to(type), beta, alpha));
+  };
+  run();
+  launched("aten::addmm.dtype_out", run);
+  return out;
+}
+Tensor& mm_into(const Tensor& a, const Tensor& b, ScalarType type, Tensor& out) {
+  return addmm_into(out, a, b, type, 0, 1, out);
+}
+Tensor addmm_as(const Tensor& self, const Tensor& a, const Tensor& b, ScalarType type, const Scalar& beta,
+                const Scalar& alpha) {
+  Tensor out = new_empty({a.size(0), b.size(1)}, type, std::nullopt, a.device(), std::nullopt, std::nullopt);
+  return addmm_into(self, a, b, type, beta, alpha, out);
+}
+Tensor mm_as(const Tensor& a, const Tensor& b, ScalarType type) {
+  Tensor out = new_empty({a.size(0), b.size(1)}, type, std::nullopt, a.device(), std::nullopt, std::nullopt);
+  return mm_into(a, b, type, out);
+}
+
 void place(Tensor& self, Storage storage, int64_t offset, IntArrayRef size, IntArrayRef stride) {
   self.unsafeGetTensorImpl()->set_storage_keep_dtype(std::move(storage));
   self.unsafeGetTensorImpl()->set_sizes_and_strides(size, stride, offset);
@@ -541,11 +730,17 @@ void reset() { std::lock_guard<std::mutex> guard(lock_); tally = Tally(); }
 std::vector<int64_t> memory_of(int64_t index) {
   std::lock_guard<std::mutex> guard(lock_);
   const Memory& m = memory.at(index);
-  return {m.live, m.peak, m.allocations};
+  return {m.live, m.peak, m.allocations, m.cache.reserved, m.cache.peak, m.cache.asked};
 }
 void reset_peak(int64_t index) {
   std::lock_guard<std::mutex> guard(lock_);
-  memory.at(index).peak = memory.at(index).live;
+  Memory& m = memory.at(index);
+  m.peak = m.live;
+  m.cache.peak = m.cache.reserved;
+}
+void empty_cache() {
+  std::lock_guard<std::mutex> guard(lock_);
+  for (auto& m : memory) m.cache.empty();
 }
 int64_t exchange_device(int64_t index) { return exchange(static_cast<DeviceIndex>(index)); }
 std::optional<Generator> generator(int64_t index) { return default_generator(static_cast<DeviceIndex>(index)); }
@@ -583,6 +778,14 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("set_.source_Storage", set_to_storage);
   m.impl("set_.source_Tensor", set_to_tensor);
   m.impl("record_stream", record_stream);
+  m.impl("addmm.dtype", addmm_as);
+  m.impl("addmm.dtype_out", addmm_into);
+  m.impl("mm.dtype", mm_as);
+  m.impl("mm.dtype_out", mm_into);
+  m.impl("_scaled_dot_product_efficient_attention", efficient_attention);
+  m.impl("_scaled_dot_product_efficient_attention_backward", efficient_attention_back);
+  m.impl("_scaled_dot_product_flash_attention", flash_attention);
+  m.impl("_scaled_dot_product_flash_attention_backward", flash_attention_back);
 }
 TORCH_LIBRARY(shadow, m) {
   m.def("launches() -> str", launches);
@@ -592,6 +795,7 @@ TORCH_LIBRARY(shadow, m) {
   m.def("reset() -> ()", reset);
   m.def("memory(int index) -> int[]", memory_of);
   m.def("reset_peak(int index) -> ()", reset_peak);
+  m.def("empty_cache() -> ()", empty_cache);
   m.def("exchange_device(int index) -> int", exchange_device);
   m.def("generator(int index) -> Generator?", generator);
   m.def("wait(str name) -> ()", explicit_wait);

@@ -90,6 +90,21 @@ def peak_bytes(index: int = 0) -> int:
     return _device.memory(index)[1]
 
 
+def reserved_bytes(index: int = 0) -> int:
+    """Bytes that PyTorch's caching allocator would hold of the card now, those that no tensor uses included."""
+    return _device.memory(index)[3]
+
+
+def peak_reserved_bytes(index: int = 0) -> int:
+    """The most of them since `reset_peak`: what the card must have."""
+    return _device.memory(index)[4]
+
+
+def card_allocations(index: int = 0) -> int:
+    """How often since the start what had been freed did not do, and the card was asked for more. Each of them waits."""
+    return _device.memory(index)[5]
+
+
 def reset_peak(index: int = 0) -> None:
     """The peak is what is held now."""
     _device.reset_peak(index)
@@ -120,10 +135,11 @@ def _stream(*_: object) -> tuple[int, int, int]:
 
 
 def _memory_stats(index: int) -> dict[str, Any]:
-    live, peak, allocations = _device.memory(index)
-    sizes = {"current": live, "peak": peak, "allocated": peak, "freed": peak - live}
-    stats = {name: {"all": sizes} for name in ("allocated_bytes", "active_bytes", "requested_bytes", "reserved_bytes")}
-    return {**stats, "allocation": {"all": {"allocated": allocations}}, "num_alloc_retries": 0, "num_ooms": 0}
+    live, peak, allocations, reserved, peak_reserved, asked = _device.memory(index)
+    used, held = {"current": live, "peak": peak}, {"current": reserved, "peak": peak_reserved}
+    stats = {name: {"all": used} for name in ("allocated_bytes", "active_bytes", "requested_bytes")}
+    counts = {"allocation": {"all": {"allocated": allocations}}, "num_device_alloc": asked}
+    return {**stats, **counts, "reserved_bytes": {"all": held}, "num_alloc_retries": 0, "num_ooms": 0}
 
 
 # Two functions: the compiler knows them by identity.
@@ -154,7 +170,7 @@ _answers(
     _cuda_getArchFlags=lambda: f"sm_{CAPABILITY[0]}{CAPABILITY[1]}",
     _cuda_synchronize=_synchronize,
     _cuda_ipc_collect=lambda: None,
-    _cuda_emptyCache=lambda: None,
+    _cuda_emptyCache=_device.empty_cache,
     _host_emptyCache=lambda: None,
     _cuda_getCurrentStream=_stream,
     _cuda_getDefaultStream=_stream,
@@ -289,10 +305,12 @@ def _storage_to(storage: Any, *, device: torch.device, non_blocking: bool = Fals
 
 def _compile_without_kernels() -> None:
     """What is compiled is traced and differentiated as on a GPU, then run operation by operation: there is no GPU that
-    could run a kernel."""
+    could run a kernel. SHADOW_BACKEND names another backend; "none": nothing is compiled, which is faster."""
     compile_, backend = torch.compile, os.environ.get("SHADOW_BACKEND", "aot_eager")
 
     def compiled(*args: Any, **kwargs: Any) -> Any:
+        if backend == "none":
+            return args[0]
         return compile_(*args, **{**kwargs, "backend": kwargs.get("backend", backend), "mode": None, "options": None})
 
     torch.compile = compiled

@@ -120,6 +120,28 @@ def test_memory_is_counted(device) -> None:
     assert found == {"kept": 4000, "peak": 8004, "allocations": 3, "torch": 8004, "total": 24}
 
 
+def reuses() -> list[int]:
+    import shadow
+    import torch
+
+    found = []
+    kept = torch.empty(3 << 20, dtype=torch.uint8, device="cuda")  # 20 MiB are asked of the card for it
+    found.append(shadow.reserved_bytes() >> 20)
+    for _ in range(3):
+        torch.empty(5 << 20, dtype=torch.uint8, device="cuda")  # out of the same piece, again and again
+    found += [shadow.reserved_bytes() >> 20, shadow.card_allocations()]
+    grown = [torch.empty(size << 20, dtype=torch.uint8, device="cuda") for size in (11, 12, 13)]
+    found += [shadow.reserved_bytes() >> 20, shadow.card_allocations()]
+    del grown, kept
+    torch.cuda.empty_cache()
+    return [*found, shadow.reserved_bytes(), torch.cuda.max_memory_reserved() >> 20]
+
+
+def test_the_cards_memory_is_that_of_the_caching_allocator(device) -> None:
+    # 11 MiB fit into what is left of the first piece; 12 and 13 get pieces of their own, of whole 2 MiB
+    assert device.call(reuses) == [20, 20, 1, 46, 3, 0, 46]
+
+
 def waits() -> str:
     import shadow
     import torch

@@ -10,11 +10,10 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from preftune.models import seams
 from preftune.models.adapters import AdapterSet
-from preftune.models.flex_tree import flex_applies, flex_tree_attention
 from preftune.models.loading import load_model, resolve_base
 from preftune.models.lora import LoraSpec
 from preftune.models.packing import ATTENTION, forward_tree, packs_now, tree_attention, use_packed_forward
-from preftune.models.prefix_tree import build_tree, rounded
+from preftune.models.prefix_tree import build_tree, lay_out, rounded
 
 SMALL: dict[str, Any] = dict(
     vocab_size=50,
@@ -132,7 +131,7 @@ def test_the_size_of_blocks_changes_nothing(monkeypatch, block_tokens):
     ids, mask = batch(3)
     with torch.no_grad():
         plain = model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state * mask[..., None]
-        monkeypatch.setattr("preftune.models.packing.build_tree", lambda i, m, _: build_tree(i, m, block_tokens))
+        monkeypatch.setattr("preftune.models.prefix_tree.lay_out", lambda i, m, _: lay_out(i, m, block_tokens))
         use_packed_forward(model)
         packed = model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     torch.testing.assert_close(packed, plain, atol=1e-5, rtol=1e-5)
@@ -190,34 +189,6 @@ def test_without_a_tree_the_attention_is_plain_sdpa():
     out, _ = tree_attention(module, q, q, q, None)
     expected = torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
     torch.testing.assert_close(out, expected.transpose(1, 2))
-
-
-# uncompiled on purpose: see the docstring
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
-@pytest.mark.parametrize("window", [None, 4])
-def test_flex_attention_sees_what_the_blocks_see(window):
-    """On the CPU without compiling it; on a GPU the packed forward runs it compiled."""
-    ids, mask = batch(6)
-    tree = build_tree(ids, mask, ids.numel())
-    n = len(tree.ids_N)
-    q, k, v = (torch.randn(1, heads, n, 16) for heads in (4, 2, 2))
-    expected, _ = tree_attention(torch.nn.Module(), q, k, v, None, sliding_window=window, tree=tree)
-    found = flex_tree_attention(q, k, v, tree.flex_mask(window), None)
-    assert found is not None
-    torch.testing.assert_close(found.transpose(1, 2), expected, atol=1e-5, rtol=1e-5)
-
-
-def test_where_flex_attention_fails_the_blocks_take_over(monkeypatch, caplog):
-    def broken(*args, **kwargs):
-        raise RuntimeError("no kernel")
-
-    monkeypatch.setattr("preftune.models.flex_tree.flex_attention", broken)
-    monkeypatch.setattr("preftune.models.flex_tree._state", {"works": True})
-    q = torch.randn(1, 2, 3, 16)
-    tree = build_tree(torch.tensor([[5, 6, 7]]), torch.ones(1, 3))
-    assert flex_tree_attention(q, q, q, tree.flex_mask(None), None) is None
-    assert "no kernel" in caplog.text
-    assert not flex_applies(torch.device("cuda"))
 
 
 def test_rows_that_share_nothing_make_blocks_of_their_own() -> None:

@@ -168,7 +168,7 @@ MOVES = {
     "SOFTMAX_BACKWARD": (lambda p: p.setattr(torch.ops, "aten", SimpleNamespace()), None, "_softmax_backward_data"),
     "ONEDNN_LINEAR": (lambda p: p.setattr(torch.ops, "mkldnn", SimpleNamespace()), None, "_linear_pointwise"),
     "ONEDNN_BF16": (lambda p: p.setattr(torch.ops, "mkldnn", SimpleNamespace()), None, "_is_mkldnn_bf16_supported"),
-    "FLEX_ATTENTION": (lambda p: p.delattr("torch.nn.attention.flex_attention.create_block_mask"), None, "block_mask"),
+    "FLEX_ATTENTION": (lambda p: p.delattr("torch.nn.attention.flex_attention.BlockMask"), None, "BlockMask"),
     "MODULE_HOOKS": (None, _without_hooks, "_forward_hooks"),
     "DROPOUT": (None, _with_a_new_rate, "layers.0.self_attn.score_dropout"),
     "ATTENTION_FUNCTIONS": (lambda p: p.delattr("transformers.masking_utils.sdpa_mask"), None, "sdpa_mask"),

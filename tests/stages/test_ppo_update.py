@@ -108,7 +108,7 @@ def test_p18_optimiser_steps_are_epochs_times_minibatches_freshly_shuffled(
     assert all(sorted(epoch) == list(range(8)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 6
     with pytest.raises(ValueError, match="expected a multiple"):
-        minibatches(8, 3, 5, torch.device("cpu"))
+        minibatches(8, 3, 5)
 
 
 @pytest.mark.checklist("P19")

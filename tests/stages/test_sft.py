@@ -24,6 +24,15 @@ def test_the_loss_falls_and_only_the_adapter_changes(make_job):
     assert stage.adapters.digest(None) == before[None]
 
 
+def test_the_last_step_is_logged_though_the_logs_pass_it_by(make_job):
+    job = make_job("sft", train={"max_steps": 3, "logging_steps": 2, "learning_rate": 1e-2})
+    metrics = run_stage(job)
+    rows = [json.loads(line) for line in (job.output_dir / "log.jsonl").read_text().splitlines()]
+    losses = {row["step"]: row["loss"] for row in rows if "loss" in row}
+    assert list(losses) == [1, 2, 3]
+    assert metrics["final_loss"] == losses[3]
+
+
 def test_every_row_trains_its_eos(make_job):
     stage = build_sft(make_job("sft"))
     assert isinstance(stage.trainer.train_dataset, Dataset)
