@@ -38,7 +38,7 @@ def on_both() -> dict:
 
 
 def counted() -> dict:
-    """Of every step: waits before it looked, launches, bytes that are held at its end."""
+    """Of every step: rows, waits before it looked, launches, bytes that are held at its end."""
     import shadow
 
     from preftune.models.device_decoder import DeviceDecoder
@@ -49,7 +49,8 @@ def counted() -> dict:
         shadow.reset()
         self.waits = None
         ended = step(self)
-        steps.append([shadow.syncs() if self.waits is None else self.waits, shadow.launches(), shadow.live_bytes()])
+        waits = shadow.syncs() if self.waits is None else self.waits
+        steps.append([len(self.request_B), waits, shadow.launches(), shadow.live_bytes()])
         return ended
 
     def looked(self):
@@ -125,9 +126,9 @@ def test_completions_are_the_cpus_and_no_generator_is_touched(device):
 
 
 def test_steps_wait_for_nothing_allocate_nothing_and_become_one_launch(device):
-    """4 steps are the trial's; then 8 of the 20 prompts take 40 steps, of which the second is captured, and 8 more."""
-    steps = device.call(counted)["steps"]
-    first, second = steps[4:44], steps[44:84]
+    """8 of the 20 prompts take 40 steps, of which the second is captured, and 8 more as many."""
+    steps = [step[1:] for step in device.call(counted)["steps"] if step[0] == 8]
+    first, second = steps[:40], steps[40:80]
     assert [waits for waits, _, _ in first] == [0, 1, *[0] * 38]
     assert [waits for waits, _, _ in second] == [0] * 40
     assert len({live for _, _, live in first[2:]}) == 1 and len({live for _, _, live in second}) == 1

@@ -70,12 +70,13 @@ def test_places_are_refilled_and_given_up(batch_size, draw):
     assert done == sorted(done) and done[-1] == 40
 
 
-def test_what_has_ended_is_read_every_eight_steps(draw, monkeypatch):
+@pytest.mark.parametrize(("new", "expected"), [(41, [0, 8, 16, 24, 32, 40]), (12, [0, 8, 11])])
+def test_what_has_ended_is_read_every_eight_steps_and_when_it_must_have(new, expected, draw, monkeypatch):
     adapters, looks = build("llama"), []
     plain = DeviceDecoder._look
     monkeypatch.setattr(DeviceDecoder, "_look", lambda self: looks.append(len(Plain.keys)) or plain(self))
-    draw(DeviceDecoder, adapters, PROMPTS[:4], max_new_tokens=41)
-    assert looks == [0, 8, 16, 24, 32, 40]
+    draw(DeviceDecoder, adapters, PROMPTS[:4], max_new_tokens=new)
+    assert looks == expected
 
 
 def test_steps_have_few_shapes(draw, monkeypatch):
