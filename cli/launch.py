@@ -46,6 +46,16 @@ def processes_of(config: Path) -> int:
     return int(getattr(load_config_from_file(str(config)), "num_processes", None) or 1)
 
 
+def is_sharded(config: Path) -> bool:
+    """Whether a config that `check_launch` has read divides the base among its processes."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    found = load_config_from_file(str(config))
+    kind = str(getattr(found.distributed_type, "value", found.distributed_type))
+    stage = (getattr(found, "deepspeed_config", None) or {}).get("zero_stage", 0)
+    return kind == "FSDP" or (kind == "DEEPSPEED" and int(stage) == 3)
+
+
 def launch_stage(config: Path, run_dir: Path, job: "StageJob", from_adapter: Path | None) -> Mapping[str, Any]:
     """Run a stage of RUN/recipe.yaml in processes of its own, which write into the job's output folder.
 

@@ -115,12 +115,21 @@ def validate(recipe: RecipeArgument, overrides: RecipeOverrides = None, json: As
 
 
 @app.command()
-def plan(recipe: RecipeArgument, overrides: RecipeOverrides = None, json: AsJson = False) -> None:
-    """Rows, steps, memory and FLOPs of every stage, roughly, before anything runs."""
+def plan(
+    recipe: RecipeArgument,
+    overrides: RecipeOverrides = None,
+    card: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A GPU (rtx-4090, a100-80gb, ...) instead of this machine.")
+    ] = None,
+    launch: Launch = None,
+    seconds: Annotated[float, typer.Option(min=0, help="At most so long this machine is measured; 0: no time.")] = 10,
+    json: AsJson = False,
+) -> None:
+    """Memory by phase and part, time, FLOPs and disk of every stage, from config.json alone, before anything runs."""
     from .output import Output
     from .plan import plan_recipe
 
-    plan_recipe(recipe, overrides or [], Output(json))
+    plan_recipe(recipe, overrides or [], Output(json), card=card, launch=launch, seconds=seconds)
 
 
 @app.command()

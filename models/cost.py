@@ -1,101 +1,160 @@
-"""What it takes to train a LoRA adapter, estimated before anything runs: parameters, FLOPs and memory."""
+"""What a model costs before anything runs, from its config alone: parameters, bytes and FLOPs.
 
-import math
+Everything is counted in the real model and the real LoRA on torch's meta device, so it holds for every architecture and
+every choice of target modules. What a step holds beside its weights is rehearsed (`rehearsal.py`).
+"""
+
+from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftModelForCausalLM
-from safetensors import safe_open
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from peft.tuners.lora import LoraLayer
+from transformers import PreTrainedConfig
 
-from . import seams
+from .causal import decoder_of
 from .lora import LoraSpec
 from .quiet import quiet_transformers
-
-with seams.importing(seams.CONV1D):
-    from transformers.pytorch_utils import Conv1D
+from .rehearsal import BYTES_QUANTISED, quantised_layers, skeleton
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Of one number of that dtype."""
 
-_QUANTIZED = {"4bit": 0.5, "8bit": 1.0}
-"""Bytes of a quantised weight; the scales of its blocks are some hundredths of that."""
+ADAPTER_BYTES = 4
+"""Of an adapter's parameter, and of its gradient: fp32, whatever the base has."""
 
-_ADAPTER_BYTES = 16
-"""Of one trained parameter: fp32 weight, gradient, and AdamW's two moments."""
-
-_KEPT = 16
-"""Vectors of the hidden size that the backward pass keeps of each token and block, the residual stream included."""
+_STATES = {"8bit": 2, "adafactor": 1, "sgd": 0, "lion": 4, "adagrad": 4, "rmsprop": 4}
+_ADAM = 8
 
 
-def weight_bytes(config: PreTrainedConfig, parameters: int, dtype: str, quantization: str | None) -> int:
-    """Bytes of a frozen base: quantised linear layers, and embeddings, norms and head in `dtype`.
+def optimiser_bytes(optim: str) -> int:
+    """Bytes of an optimiser's state for one trained parameter, by transformers' name of it; AdamW keeps two in fp32."""
+    return next((size for word, size in _STATES.items() if word in optim), _ADAM)
 
-    Args:
-        parameters: of the base.
+
+@dataclass(frozen=True)
+class Sizes:
+    """What does not depend on the rows.
+
+    Attributes:
+        parameters: of the base, tied ones once.
+        decoder: of them, those of the decoder's layers: what a token is multiplied with.
+        head: those of the output head: what a token with a loss is multiplied with.
+        weight_bytes: of the base as it lies in memory.
+        largest_layer_bytes: of one decoder layer, as it lies in memory.
+        adapter: parameters of one adapter.
+        adapted_bytes, linear_bytes: of the weights that the adapter changes, and of all linear layers and the head.
+        kv_bytes: of one token's keys and values in all layers.
+        vocabulary, hidden, layers: of the model.
     """
-    if quantization is None:
-        return parameters * BYTES[dtype]
+
+    parameters: int
+    decoder: int
+    head: int
+    weight_bytes: int
+    largest_layer_bytes: int
+    adapter: int
+    adapted_bytes: int
+    linear_bytes: int
+    kv_bytes: int
+    vocabulary: int
+    hidden: int
+    layers: int
+
+
+_COUNTED: dict[tuple[str, ...], Sizes] = {}
+
+
+def sizes(config: PreTrainedConfig, lora: LoraSpec, dtype: str, quantization: str | None = None) -> Sizes:
+    """Count a model of that architecture with an adapter; once in a process."""
+    key = (config.to_json_string(use_diff=False), repr(lora), dtype, str(quantization))
+    if key not in _COUNTED:
+        _COUNTED[key] = _count(config, lora, dtype, quantization)
+    return _COUNTED[key]
+
+
+def _count(config: PreTrainedConfig, lora: LoraSpec, dtype: str, quantization: str | None) -> Sizes:
+    unit, text = BYTES[dtype], config.get_text_config()
+    model = skeleton(config, getattr(torch, dtype), None)
+    parameters = {id(each): each.numel() for each in model.parameters()}
+    small = {id(linear.weight) for _, _, linear in quantised_layers(model)} if quantization else set[int]()
+    packed = BYTES_QUANTISED[quantization] if quantization else unit
+
+    def held(part: Any) -> float:
+        unique: dict[int, int] = {id(each): each.numel() for each in part.parameters()}
+        return sum(count * (packed if key in small else unit) for key, count in unique.items())
+
+    head: Any = model.get_output_embeddings()
+    linear: int = sum(each.weight.numel() for _, _, each in quantised_layers(model)) + int(head.weight.numel())
+    decoder = decoder_of(model)
+    layers = decoder_layers(decoder)
+    embedding = {id(each) for each in model.get_input_embeddings().parameters()} | {id(head.weight)}
+    found = {
+        "parameters": sum(parameters.values()),
+        "decoder": sum(count for key, count in parameters.items() if key not in embedding),
+        "head": head.weight.numel(),
+        "weight_bytes": round(held(model)),
+        "largest_layer_bytes": round(max(map(held, layers), default=0)),
+        "linear_bytes": linear * unit,
+        "kv_bytes": kv_bytes(config, unit),
+    }
     with torch.device("meta"), quiet_transformers():
-        model = AutoModelForCausalLM.from_config(config)
-    head = model.get_output_embeddings()
-    linear = (each for each in model.modules() if isinstance(each, (torch.nn.Linear, Conv1D)) and each is not head)
-    small = min(sum(each.weight.numel() for each in linear), parameters)
-    return round(small * _QUANTIZED[quantization]) + (parameters - small) * BYTES[dtype]
+        adapted = PeftModelForCausalLM(model, lora.config(model, "CAUSAL_LM"))
+    changed: list[Any] = [each.get_base_layer() for each in adapted.modules() if isinstance(each, LoraLayer)]
+    return Sizes(
+        **found,
+        adapter=sum(each.numel() for each in adapted.parameters() if each.requires_grad),
+        adapted_bytes=sum(each.weight.numel() for each in changed) * unit,
+        vocabulary=head.weight.shape[0],
+        hidden=text.hidden_size,
+        layers=text.num_hidden_layers,
+    )
 
 
-def parameters_in(files: Iterable[Path]) -> int:
-    """The number of weights in safetensors files, read from their headers alone."""
-    total = 0
-    for file in files:
-        with safe_open(file, "pt") as tensors:
-            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
-    return total
+def decoder_layers(decoder: Any) -> list[Any]:
+    """The layers of a decoder: its longest list of modules."""
+    lists = [list(each) for each in decoder.modules() if isinstance(each, torch.nn.ModuleList)]
+    return max(lists, key=len, default=[])
+
+
+def kv_bytes(config: PreTrainedConfig, unit: int) -> int:
+    """Bytes of one token's keys and values in all layers."""
+    text: Any = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * text.num_hidden_layers * heads * width * unit
 
 
 def adapter_parameters(config: PreTrainedConfig, lora: LoraSpec) -> int:
-    """The number of weights in a LoRA adapter for a model of that architecture: r * (inputs + outputs) a linear layer.
-
-    Counted in PEFT's own adapter on a model without memory (torch's meta device), so it holds for every architecture
-    and every choice of target modules.
-    """
-    with torch.device("meta"), quiet_transformers():
-        model = AutoModelForCausalLM.from_config(config)
-        adapted = PeftModelForCausalLM(model, lora.config(model, "CAUSAL_LM"))
-    return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+    """Weights of a LoRA adapter for a model of that architecture: r * (inputs + outputs) a linear layer."""
+    return sizes(config, lora, "float32").adapter
 
 
-def training_flops(parameters: int, tokens: float, passes: float) -> float:
-    """FLOPs of taking `tokens` through a model that many times: 2 a parameter, token and pass (arXiv 2001.08361).
+def training_flops(found: Sizes, tokens: float, passes: float, scored: float = 0, head_passes: float = 0) -> float:
+    """FLOPs of taking tokens through a model: 2 a parameter, token and pass (arXiv 2001.08361), without attention.
 
     Args:
-        passes: a forward is one; the backward through a frozen model, which only carries gradients to the adapter's
-            layers, is another one.
+        tokens, passes: through the decoder. A forward is one pass; the backward through a frozen model, which only
+            carries gradients to the adapter's layers, is another one.
+        scored, head_passes: tokens that go through the LM head, and how often.
     """
-    return 2 * parameters * tokens * passes
+    return 2 * found.decoder * tokens * passes + 2 * found.head * scored * head_passes
 
 
-def activation_bytes(
-    *, rows: int, tokens: int, hidden_size: int, layers: int, dtype: str, gradient_checkpointing: bool = False
-) -> int:
-    """Bytes that the forward keeps for the backward.
+def activation_bytes(found: Sizes, tokens: int, unit: int, *, checkpointing: bool) -> int:
+    """By a rule of thumb, for a model that cannot be rehearsed: what the forward keeps of `tokens` for the backward.
 
-    Args:
-        rows: sequences in one micro-batch; a pair is two.
-        tokens: of each.
-        gradient_checkpointing: a tenth is kept then, and the rest is computed a second time.
+    Sixteen vectors of the hidden size a token and layer; with checkpointing one of them, and one layer's in full.
     """
-    kept = rows * tokens * hidden_size * layers * _KEPT * BYTES[dtype]
-    return kept // 10 if gradient_checkpointing else kept
+    vector = tokens * found.hidden * unit
+    return vector * (found.layers + 16) if checkpointing else vector * found.layers * 16
 
 
-def training_bytes(*, base: int, adapter: int, activations: int) -> int:
-    """Bytes in use while an adapter is trained: the frozen base, the adapter with its optimiser, the activations.
-
-    Args:
-        base: its bytes (`weight_bytes`).
-        adapter: its parameters, held in fp32 with gradient and AdamW's state.
-        activations: see `activation_bytes`.
-    """
-    return base + adapter * _ADAPTER_BYTES + activations
+def total(parts: Iterable[Counter[str]]) -> Counter[str]:
+    """Bytes by part, added up."""
+    added: Counter[str] = Counter()
+    for each in parts:
+        added.update(each)
+    return added

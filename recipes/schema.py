@@ -28,7 +28,7 @@ class Part(BaseModel):
 
 
 class Model(Part):
-    """The frozen base. `base`: a hub id, a folder, a .gguf file, pypi:DIST==VERSION or random:llama.
+    """The frozen base. `base`: a hub id, a folder, a .gguf file, pypi:DIST==VERSION or random:NAME.
 
     `packed: false` runs padded rows as they are, without leaving out padding and repeated prefixes. `template_date`:
     the day that a chat template writes which writes today's; a run keeps the day of its first start.

@@ -15,7 +15,7 @@ import pytest
 from preftune.eval.judges.endpoint_judge import PairwiseEndpointJudge, ScoreEndpointJudge
 from preftune.eval.judges.registry import plan_judges
 from preftune.eval.samples import EncodedPrompt, Sample
-from preftune.models.tiny import random_llama
+from preftune.models.tiny import random_model
 
 pytestmark = pytest.mark.slow
 _STARTS_WITHIN = 180
@@ -29,7 +29,7 @@ def served(tmp_path_factory) -> Iterator[tuple[str, str]]:
             f"{package} cannot be imported: `transformers serve` needs transformers[serving], as preftune[test] has it"
         )
         pytest.importorskip(package, reason=why)
-    model = str(random_llama("random:llama"))
+    model = str(random_model("random:llama"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -14,9 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from preftune import UserError, load_model, resolve_base
+from preftune import UserError, load_model, load_tokenizer, resolve_base
 from preftune.models import wheels
 from preftune.models.cache import build_once, cache_dir
+from preftune.models.tiny import SHAPES, RandomSpec
 
 from .conftest import IDS
 
@@ -35,6 +36,51 @@ def test_random_llama_is_about_a_million_parameters_and_the_same_everywhere(base
     assert out.stdout.strip() == base.sha256
     assert out.stderr == ""
     assert resolve_base("random:llama?seed=0").sha256 == base.sha256 != resolve_base("random:llama?seed=1").sha256
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    # what the models' own files hold, tied embeddings once
+    [("qwen3-1.7b", 1_720_574_976), ("llama-3.2-3b", 3_212_749_824), ("llama-3.1-8b", 8_030_261_248)],
+)
+def test_random_models_have_the_real_shapes(name, parameters):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(RandomSpec.read(f"random:{name}").config())
+    assert sum(each.numel() for each in model.parameters()) == parameters
+
+
+def test_a_random_model_of_a_real_shape_is_built_file_by_file(monkeypatch):
+    kind, values = SHAPES["llama-3.1-8b"]
+    few = dict(vocab_size=300, hidden_size=32, intermediate_size=64, num_attention_heads=4, head_dim=8)
+    monkeypatch.setitem(SHAPES, "small", (kind, {**values, **few, "num_key_value_heads": 2}))
+    monkeypatch.setattr("preftune.models.tiny._SHARD_BYTES", 20_000)
+    base = resolve_base("random:small?layers=2&seed=3")
+    assert len(list(base.path.glob("*.safetensors"))) > 2
+    model = load_model(base, dtype=torch.bfloat16)
+    weights = model.state_dict()
+    assert len(model.model.layers) == 2
+    assert weights["lm_head.weight"].float().std() == pytest.approx(0.02, rel=0.05)
+    assert not torch.equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"])
+    # a weight is drawn by its name: another number of layers changes none
+    one = load_model(resolve_base("random:small?layers=1&seed=3"), dtype=torch.bfloat16).state_dict()
+    assert all(torch.equal(each, weights[key]) for key, each in one.items())
+    assert load_tokenizer(base)("abc", add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "remedy"),
+    [
+        ("random:lama", "did you mean 'random:llama'"),
+        ("random:llama?layers=2", r"write random:llama or random:llama\?seed=1"),
+        ("random:qwen3-1.7b?seed=x", "random:qwen3-1.7b"),
+        ("random:qwen3-1.7b?layers=0", "write layers=1"),
+        ("random:", "did you mean 'random:llama'"),
+        ("random:zzz", "use one of random:llama, random:qwen3-1.7b"),
+    ],
+)
+def test_a_random_model_that_there_is_not(spec, remedy):
+    with pytest.raises(UserError, match=remedy):
+        resolve_base(spec)
 
 
 def test_a_loaded_model_is_frozen_and_in_evaluation_mode(base):

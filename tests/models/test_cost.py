@@ -1,28 +1,32 @@
-"""The estimates of `preftune plan`, against numbers counted by hand."""
+"""What a model costs, against numbers counted by hand."""
 
-from typing import Any
+import math
 
 import pytest
 from transformers import AutoConfig, GPT2Config
 
 from preftune.models.base import Base
-from preftune.models.cost import (
-    activation_bytes,
-    adapter_parameters,
-    parameters_in,
-    training_bytes,
-    training_flops,
-    weight_bytes,
-)
+from preftune.models.cards import CARDS, card_named, room
+from preftune.models.cost import adapter_parameters, kv_bytes, optimiser_bytes, sizes, training_flops
 from preftune.models.lora import LoraSpec
+from preftune.models.outline import outline
+from preftune.models.tiny import RandomSpec
+
+# random:llama: 264 tokens (tied), hidden 128, 4 layers, 2 of 4 heads hold keys and values, inner 384
+LINEAR = 4 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 384)
+EMBEDDING, NORMS = 264 * 128, 4 * 2 * 128 + 128
 
 
-def test_weights_are_counted_from_the_files(base: Base):
-    # random:llama: 264 tokens (tied), hidden 128, 4 layers, 2 of 4 heads hold keys and values, inner 384
-    attention = 2 * 128 * 128 + 2 * 128 * 64
-    block = attention + 3 * 128 * 384 + 2 * 128
-    assert parameters_in(base.path.glob("*.safetensors")) == 264 * 128 + 4 * block + 128
-    assert parameters_in([]) == 0
+def test_a_model_is_counted_from_its_config(base: Base):
+    found = sizes(AutoConfig.from_pretrained(base.path), LoraSpec(r=16), "bfloat16")
+    assert found.parameters == LINEAR + EMBEDDING + NORMS
+    assert (found.decoder, found.head) == (LINEAR + NORMS, EMBEDDING)
+    assert found.weight_bytes == 2 * found.parameters
+    assert found.adapted_bytes == 2 * LINEAR
+    assert found.linear_bytes == 2 * (LINEAR + EMBEDDING)
+    assert found.largest_layer_bytes == 2 * (LINEAR // 4 + 2 * 128)
+    # keys and values of 2 heads of 32 in 4 layers
+    assert found.kv_bytes == 2 * 4 * 2 * 32 * 2 == kv_bytes(AutoConfig.from_pretrained(base.path), 2)
 
 
 @pytest.mark.parametrize(
@@ -45,20 +49,36 @@ def test_an_adapter_of_another_architecture_is_counted_as_well():
         assert adapter_parameters(config, LoraSpec(r=2)) == 2 * 3 * 32 * (4 + 2 + 5 + 5)
 
 
-def test_flops_and_bytes_by_hand():
-    assert training_flops(1_000, tokens=50, passes=3) == 300_000
-    shape: dict[str, Any] = {"rows": 2, "tokens": 10, "hidden_size": 8, "layers": 3}
-    assert activation_bytes(**shape, dtype="float32") == 2 * 10 * 8 * 3 * 16 * 4
-    assert activation_bytes(**shape, dtype="bfloat16") == 2 * 10 * 8 * 3 * 16 * 2
-    assert activation_bytes(**shape, dtype="bfloat16", gradient_checkpointing=True) == 1536
-    # the base in 16 bits, and fp32 weight, gradient and two moments of each trained parameter
-    assert training_bytes(base=2_000, adapter=10, activations=7) == 2_000 + 160 + 7
+def test_a_quantised_base_keeps_its_embedding_norms_and_head():
+    config = RandomSpec.read("random:llama").config()
+    rest = EMBEDDING + NORMS
+    assert sizes(config, LoraSpec(), "bfloat16", "8bit").weight_bytes == LINEAR + 2 * rest
+    # nf4: a byte a block of 64 for its scale, and 4 for 256 of these
+    four = LINEAR * (0.5 + 1 / 64 + 4 / (64 * 256))
+    assert sizes(config, LoraSpec(), "float32", "4bit").weight_bytes == round(four + 4 * rest)
 
 
-def test_a_quantised_base_keeps_its_embedding_norms_and_head(base: Base):
-    config = AutoConfig.from_pretrained(base.path)
-    linear = 4 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 384)
-    rest = 264 * 128 + 4 * 2 * 128 + 128
-    assert weight_bytes(config, linear + rest, "bfloat16", None) == 2 * (linear + rest)
-    assert weight_bytes(config, linear + rest, "bfloat16", "8bit") == linear + 2 * rest
-    assert weight_bytes(config, linear + rest, "float32", "4bit") == linear // 2 + 4 * rest
+def test_flops_and_optimisers_by_hand(base: Base):
+    found = sizes(AutoConfig.from_pretrained(base.path), LoraSpec(), "float32")
+    assert training_flops(found, tokens=50, passes=3) == 300 * (LINEAR + NORMS)
+    assert training_flops(found, 50, 3, scored=10, head_passes=2) == 300 * (LINEAR + NORMS) + 40 * EMBEDDING
+    assert [optimiser_bytes(name) for name in ("adamw_torch_fused", "paged_adamw_8bit", "sgd")] == [8, 2, 0]
+
+
+def test_cards_are_found_as_people_write_them():
+    assert card_named("RTX 4090") == card_named("NVIDIA GeForce RTX-4090") == card_named("rtx-4090")
+    assert len({card.name for card in CARDS}) == len(CARDS)
+    with pytest.raises(Exception, match="did you mean 'rtx-4090'"):
+        card_named("rtx 4080")
+    assert 0.9 * 24e9 < room(24 * 10**9) < 23e9
+
+
+def test_an_outline_needs_a_config_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("PREFTUNE_CACHE", str(tmp_path / "cache"))
+    found = outline("random:llama-3.1-8b")
+    assert found.tokenizer is not None and found.config.num_hidden_layers == 32
+    assert sum(file.stat().st_size for file in (tmp_path / "cache").rglob("*") if file.is_file()) < 1e6
+    found.config.save_pretrained(tmp_path / "bare")
+    assert outline(str(tmp_path / "bare")).tokenizer is None
+    large = sizes(outline(str(tmp_path / "bare")).config, LoraSpec(r=8), "bfloat16")
+    assert math.isclose(large.weight_bytes, 16.06e9, rel_tol=0.001)

@@ -1,0 +1,527 @@
+"""What a stage will hold and do, before it runs: from its job, its rows in tokens and the base's config.
+
+A stage is a list of `Work`: a step, on which rows, how often. The heaviest rows give its memory (`rehearsal.py`), usual
+ones its time (`calibration.py`). What it holds all the time comes on top: weights, adapters, optimiser.
+"""
+
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from transformers import PreTrainedConfig
+
+from ..data.spec import RowKind
+from ..models.batching import TokenIds
+from ..models.cost import ADAPTER_BYTES, BYTES, Sizes, activation_bytes, optimiser_bytes, sizes, training_flops
+from ..models.rehearsal import (
+    ACTIVATIONS,
+    GRADIENTS,
+    LOGITS,
+    Batch,
+    Build,
+    Parts,
+    Program,
+    forward_only,
+    policy_step,
+    prefill_only,
+    rehearsed,
+    score_step,
+)
+from .job import StageJob
+from .options import stage_config
+from .ppo.rollout import FORWARD_ONLY
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Device = Literal["cpu", "cuda"]
+WEIGHTS, MERGED, CACHE, ADAPTERS = "weights", "merged weights", "key-value cache", "adapters"
+OPTIMISER, BUCKETS, LIBRARIES, HOLES = "optimiser", "gradient buckets", "libraries", "allocator"
+_REWARD = "reward"
+
+_ROWS_AT_ONCE = 32
+_TRAINER, _HOLES = 50_000_000, 0.4
+"""What a process on a CPU holds beside the tensors that are counted: the trainer with what it imports, and of what a
+step makes, the share that the allocator holds for nothing and that oneDNN keeps of compiled products (`memory.Holes`
+bounds the first). Measured on the smoke and quickstart recipes."""
+
+
+class Rows:
+    """The encoded rows of a stage, or of its held-out part.
+
+    Attributes:
+        lengths: tokens of each row; of a pair both sides, each with the prompt.
+        longest: of one sequence.
+        known: whether rows were read; else they are assumed to be as long as they may be.
+    """
+
+    def __init__(self, dataset: "Dataset", kind: RowKind, every: int = 1) -> None:
+        """Args: every: of so many ids one counts, where bytes stand for tokens."""
+        self.known, self._dataset, self._kind, self._every = True, dataset, kind, every
+        both = [[*map(len, self.sequences([row]))] for row in range(len(dataset))]
+        self.lengths = [*map(sum, both)]
+        self.longest = max(map(max, both), default=0)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def sequences(self, rows: Sequence[int]) -> list[TokenIds]:
+        """Token ids of these rows; of pairs the chosen ones, then the rejected ones, as TRL lays them out."""
+        found: list[dict[str, Any]] = [self._dataset[i] for i in rows]
+        if self._kind == "pair":
+            sides = ("chosen_ids", "rejected_ids")
+            return [(row["prompt_ids"] + row[side])[:: self._every] for side in sides for row in found]
+        names = {"demo": ("input_ids",), "label": ("prompt_ids", "completion_ids"), "prompt": ("prompt_ids",)}
+        return [[token for name in names[self._kind] for token in row[name]][:: self._every] for row in found]
+
+    def scored(self, rows: Sequence[int]) -> int:
+        """Tokens with a loss in these rows."""
+        found: list[dict[str, Any]] = [self._dataset[i] for i in rows]
+        if self._kind == "demo":
+            return sum(label >= 0 for row in found for label in row["labels"][:: self._every])
+        names = {"pair": ("chosen_ids", "rejected_ids"), "label": ("completion_ids",), "prompt": ()}
+        return sum(len(row[name][:: self._every]) for row in found for name in names[self._kind])
+
+
+class AssumedRows:
+    """Rows that were not read: each as long as it may be, with nothing in common.
+
+    Args:
+        count: how many; 0 where that is not known.
+    """
+
+    known = False
+
+    def __init__(self, count: int, longest: int, kind: RowKind) -> None:
+        self._count, self.longest, self._sides = count, longest, 2 if kind == "pair" else 1
+        self._scored = kind != "prompt"
+        self.lengths = [longest * self._sides] * count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def sequences(self, rows: Sequence[int]) -> list[TokenIds]:
+        # each begins with a token of its own, so that nothing is shared
+        return [[n, *[0] * (self.longest - 1)] for n in range(len(rows) * self._sides)]
+
+    def scored(self, rows: Sequence[int]) -> int:
+        return len(rows) * self._sides * self.longest if self._scored else 0
+
+
+AnyRows = Rows | AssumedRows
+Step = Literal["policy", "policy and reference", "score", "forward", "prefill"]
+
+
+@dataclass(frozen=True)
+class Work:
+    """One kind of forward, with or without its backward.
+
+    Attributes:
+        phase: what the plan calls it.
+        step: what runs.
+        heaviest: the rows with the most tokens that are to be expected.
+        typical: usual ones.
+        scored: tokens with a loss among these.
+        times: how often, on each device; None where that is not known.
+        trl: whether the head is that of TRL's trainers.
+        passes: micro-batches whose gradients add up.
+        holds: bytes that this phase alone holds.
+        decodes: (rows at once, new tokens) of a rollout, whose prompts are `typical`.
+    """
+
+    phase: str
+    step: Step
+    heaviest: Batch
+    typical: tuple[TokenIds, ...]
+    scored: int
+    times: float | None
+    trl: bool = True
+    passes: int = 1
+    holds: Parts = field(default_factory=Counter)
+    decodes: tuple[int, int] | None = None
+
+    def program(self) -> Program:
+        """What is rehearsed."""
+        if self.step == "score":
+            return score_step(self.heaviest, passes=self.passes)
+        if self.step == "forward":
+            return forward_only(self.heaviest, trl=self.trl)
+        if self.step == "prefill":
+            return prefill_only(self.heaviest)
+        both = self.step == "policy and reference"
+        return policy_step(self.heaviest, reference=both, passes=self.passes, trl=self.trl)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a stage runs.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        processes: how many, one device each.
+        sharded: whether the frozen base is divided among them (FSDP, ZeRO-3).
+        libraries: bytes that a process holds before it loads anything; on a GPU they are not on the device.
+    """
+
+    device: Device
+    processes: int = 1
+    sharded: bool = False
+    libraries: int = 0
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What a stage costs.
+
+    Attributes:
+        rows, tokens, longest, steps: of its data and its run; rows, tokens and steps are None where that is not known.
+        trained: parameters that train.
+        flops: of all devices together; None as above.
+        phases: bytes by part on each device, of each phase at its peak.
+        disk: bytes that it writes, checkpoints included.
+        approximate: why the activations are by a rule of thumb; None: they are rehearsed.
+    """
+
+    rows: int | None
+    tokens: int | None
+    longest: int
+    steps: int | None
+    trained: int
+    flops: float | None
+    phases: dict[str, Parts]
+    disk: int
+    work: tuple[Work, ...]
+    approximate: str | None = None
+
+    @property
+    def peak(self) -> tuple[str, int]:
+        """The phase that holds the most, and how many bytes."""
+        return max(((name, sum(parts.values())) for name, parts in self.phases.items()), key=lambda each: each[1])
+
+
+def stage_cost(
+    job: StageJob, config: PreTrainedConfig, rows: AnyRows, held: AnyRows | None, place: Place, reply: int | None = None
+) -> StageCost:
+    """What a stage costs, on each device.
+
+    Args:
+        job: its base and folders are not looked at.
+        rows, held: to train on, and held out.
+        reply: tokens that a sampled reply is expected to have; None: as many as it may.
+
+    Raises:
+        UserError: the stage's config refuses a value.
+    """
+    stage = _Stage(job, sizes(config, job.lora, job.dtype, job.quantization), rows, held, place, reply)
+    work = stage.trained() if job.record.on_policy is None else stage.on_policy()
+    peaks, why = _peaks(stage, config, work)
+    phases: dict[str, Parts] = {}
+    for each, peak in zip(work, peaks, strict=True):
+        parts = +(stage.constant() + peak + each.holds)
+        if place.device == "cpu":
+            parts[HOLES] = _TRAINER + round(_HOLES * sum(peak.values()))
+        if each.phase not in phases or parts.total() > phases[each.phase].total():
+            phases[each.phase] = parts
+    return StageCost(
+        rows=len(rows) or None,
+        tokens=stage.tokens(),
+        longest=rows.longest + stage.new_tokens,
+        steps=stage.steps(),
+        trained=stage.trained_parameters(),
+        flops=stage.flops(),
+        phases=phases,
+        disk=stage.disk_bytes(),
+        work=tuple(work),
+        approximate=why,
+    )
+
+
+def _peaks(stage: "_Stage", config: PreTrainedConfig, work: Sequence[Work]) -> tuple[list[Parts], str | None]:
+    """What each piece of work holds at its peak; and why that is a rule of thumb, where it is."""
+    job, size = stage.job, stage.size
+    build = Build(
+        config,
+        job.lora,
+        job.torch_dtype(),
+        job.quantization,
+        stage.place.device,
+        stage.checkpointing,
+    )
+    try:
+        return rehearsed(build, [each.program() for each in work]), None
+    except Exception as error:  # a model that looks at its numbers cannot be run without them
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+    unit = BYTES[job.dtype]
+    found: list[Parts] = []
+    for each in work:
+        backward = each.step not in ("forward", "prefill")
+        tokens = each.heaviest.tokens
+        kept = activation_bytes(size, tokens, unit, checkpointing=stage.checkpointing) if backward else 0
+        found.append(Counter({ACTIVATIONS: kept or 16 * tokens * size.hidden * unit, LOGITS: 3 * 4 * (16 << 20)}))
+    return found, said
+
+
+class _Stage:
+    """A stage's settings as they will be, and what follows from them."""
+
+    def __init__(
+        self, job: StageJob, size: Sizes, rows: AnyRows, held: AnyRows | None, place: Place, reply: int | None
+    ) -> None:
+        self.job, self.size, self.rows, self.held, self.place = job, size, rows, held, place
+        kind = job.record
+        # what the config says of this machine's devices is not read from it
+        self.args: Any = stage_config(kind.config_class(), job, held_out=held is not None)
+        self.batch: int = self.args.per_device_train_batch_size
+        self.checkpointing = self._checkpoints_layers()
+        self.shared = job.method_value("value") == "shared"
+        self.new_tokens: int = 0 if kind.on_policy is None else job.method_value("max_new_tokens")
+        self.reply = self.new_tokens if reply is None else min(reply, self.new_tokens)
+
+    def _checkpoints_layers(self) -> bool:
+        names = ("gradient_checkpointing", "activation_checkpointing")
+        asked = next((self.job.train[name] for name in names if self.job.train.get(name) is not None), None)
+        if asked is not None or self.place.device == "cpu":
+            return bool(asked)
+        known = {each.name: each.default for each in fields(type(self.args))}
+        return any(known.get(name) is True for name in names)
+
+    # --- how often ----------------------------------------------------------------------------------------------------
+
+    def steps(self) -> int | None:
+        """Optimiser steps of the run."""
+        args, n = self.args, len(self.rows)
+        if (policy := self.job.record.on_policy) is not None:
+            iterations = self.iterations()
+            return (
+                None
+                if iterations is None
+                else iterations * self._value(policy.epochs) * self._value(policy.mini_batches)
+            )
+        if args.max_steps > 0:
+            return args.max_steps
+        return math.ceil(math.ceil(n / self.rows_a_step()) * args.num_train_epochs) if n else None
+
+    def rows_a_step(self) -> int:
+        return self.batch * self.args.gradient_accumulation_steps * self.place.processes
+
+    def iterations(self) -> int | None:
+        """Rollouts of an on-policy run."""
+        policy = self.job.record.on_policy
+        assert policy is not None
+        rollout = self._value("rollout_batch_size")
+        if (episodes := self._value("total_episodes")) is not None:
+            return episodes // rollout
+        if self.args.max_steps > 0:
+            return self.args.max_steps // (self._value(policy.epochs) * self._value(policy.mini_batches))
+        n = len(self.rows)
+        return max(1, math.ceil(n * self.args.num_train_epochs / rollout)) if n else None
+
+    def _value(self, name: str) -> Any:
+        return self.job.method_value(name)
+
+    def tokens(self) -> int | None:
+        """Tokens of the rows that the run sees, replies included."""
+        if (steps := self.steps()) is None:
+            return None
+        mean = sum(self.rows.lengths) / len(self.rows) if len(self.rows) else self.rows.longest
+        if self.job.record.on_policy is None:
+            return round(mean * steps * self.rows_a_step())
+        return round((self.iterations() or 0) * self._value("rollout_batch_size") * (mean + self.reply))
+
+    def flops(self) -> float | None:
+        """Of the whole run, by the passes of the kind's record; what rows share is counted once where it is packed."""
+        if (tokens := self.tokens()) is None:
+            return None
+        kind = self.job.record
+        again = 1 if self.checkpointing else 0
+        if (policy := kind.on_policy) is None:
+            work = self.trained()[0]
+            share = self._packed_share(work)
+            scored = tokens * work.scored / max(sum(map(len, work.typical)), 1)
+            head = 0 if kind.produces == _REWARD else 3 if kind.needs_reference else 2
+            return training_flops(self.size, tokens * share, kind.passes + again, scored, head)
+        epochs = self._value(policy.epochs)
+        sides = policy.epoch_passes // (2 if self.shared else 1)
+        passes = policy.rollout_passes - self.shared + (sides + again) * epochs
+        scored = tokens * self.reply / max(self.reply + sum(self.rows.lengths) / max(len(self.rows), 1), 1)
+        return training_flops(self.size, tokens, passes, scored, 3 + 2 * epochs)
+
+    def _packed_share(self, work: Work) -> float:
+        made = Batch.of(work.typical, 0, packed=self.job.packed, device=self.place.device)
+        return made.tokens / max(sum(map(len, work.typical)), 1)
+
+    # --- what is held all the time ------------------------------------------------------------------------------------
+
+    def trained_parameters(self) -> int:
+        """Of the adapters that train, their heads left out."""
+        separate = self.job.record.on_policy is not None and self._value("value") == "separate"
+        return self.size.adapter * (2 if separate else 1)
+
+    def constant(self) -> Parts:
+        """What every phase holds on each device."""
+        job, size, place = self.job, self.size, self.place
+        weights = size.weight_bytes
+        if place.sharded and place.processes > 1:
+            # the layer that runs and the next one are whole
+            weights = weights // place.processes + 2 * size.largest_layer_bytes
+        stages = sum(each.kind == "stage" for each in job.rewards)
+        frozen = size.adapter * (int(job.record.needs_reference) + stages)
+        trained = self.trained_parameters()
+        several = place.processes > 1 and job.record.on_policy is None
+        return Counter(
+            {
+                WEIGHTS: weights,
+                ADAPTERS: (trained + frozen) * ADAPTER_BYTES,
+                OPTIMISER: trained * optimiser_bytes(str(self.args.optim)),
+                BUCKETS: trained * ADAPTER_BYTES if several else 0,
+                LIBRARIES: place.libraries,
+                MERGED: self._merged() if place.device == "cuda" and job.record.on_policy is not None else 0,
+            }
+        )
+
+    def _merged(self) -> int:
+        """Of the weights with the adapter in them, with which rollouts are drawn; a GPU keeps their memory."""
+        if self.job.quantization is not None:
+            return 0
+        laid_out_anew = self.place.device == "cpu" and self.job.dtype == "bfloat16"  # all of them, the head's too
+        return self.size.linear_bytes if laid_out_anew else self.size.adapted_bytes
+
+    def disk_bytes(self) -> int:
+        """The adapter, two checkpoints with the optimiser (a new one is written beside the old), and kept policies."""
+        adapter, trained = self.size.adapter * ADAPTER_BYTES, self.trained_parameters()
+        checkpoint = trained * (ADAPTER_BYTES + optimiser_bytes(str(self.args.optim)))
+        every = self.job.method_value("keep_every")
+        kept = (self.iterations() or 0) // every if every else 0
+        return adapter * (1 + kept) + 2 * checkpoint
+
+    # --- what is done -------------------------------------------------------------------------------------------------
+
+    def trained(self) -> list[Work]:
+        """The work of a stage on TRL's trainers."""
+        kind, args = self.job.record, self.args
+        step: Step = (
+            "score" if kind.produces == _REWARD else "policy and reference" if kind.needs_reference else "policy"
+        )
+        steps, passes = self.steps(), args.gradient_accumulation_steps
+        times = None if steps is None else steps * passes
+        work = [self._step("training step", step, self.rows, self.batch, times, passes=passes)]
+        if self.held is not None:
+            size = args.per_device_eval_batch_size
+            epochs = math.ceil(args.num_train_epochs) if args.max_steps <= 0 else 1
+            times = epochs * math.ceil(len(self.held) / size)
+            work.append(self._step("evaluation", "forward", self.held, size, times))
+        return work
+
+    def _step(self, phase: str, step: Step, rows: AnyRows, count: int, times: float | None, *, passes: int = 1) -> Work:
+        heaviest, typical = _batches(rows, count, self.job.seed)
+        score = self.job.record.produces == _REWARD
+        return Work(
+            phase,
+            step,
+            self._batch(rows.sequences(heaviest), 0 if score else rows.scored(heaviest)),
+            tuple(rows.sequences(typical)),
+            0 if score else rows.scored(typical),
+            times,
+            passes=passes,
+        )
+
+    def _batch(self, sequences: Sequence[TokenIds], scored: int) -> Batch:
+        return Batch.of(sequences, scored, packed=self.job.packed, device=self.place.device)
+
+    def on_policy(self) -> list[Work]:
+        """The work of a stage that samples its own rows."""
+        policy, processes, iterations = self.job.record.on_policy, self.place.processes, self.iterations()
+        assert policy is not None
+        rollout = self._value("rollout_batch_size") // processes
+        mini = rollout // self._value(policy.mini_batches)
+        times = lambda each: None if iterations is None else iterations * each  # noqa: E731
+        size = min(self.batch, mini)
+        updates = times(self._value(policy.epochs) * self._value(policy.mini_batches) * math.ceil(mini / size))
+        passes = math.ceil(mini / size)
+        work = [
+            self._rollout(rollout, times),
+            *self._forwards(rollout, times),
+            self._update("policy", size, updates, passes),
+        ]
+        if self._value("value") == "separate":
+            work.append(self._update("score", size, updates, passes))
+        return work
+
+    def _rollout(self, rollout: int, times: Callable[[float], float | None]) -> Work:
+        size, unit, cpu = self.size, BYTES[self.job.dtype], self.place.device == "cpu"
+        # without a number a GPU takes as many rows as its memory has room for; so many it should
+        at_once = min(self._value("rollout_micro_batch_size") or _ROWS_AT_ONCE, rollout)
+        prompts, typical = self._prompts(at_once)
+        width = max(map(len, prompts))
+        columns = at_once * (width + self.new_tokens)
+        holds = Counter(
+            {
+                MERGED: self._merged() if cpu else 0,
+                CACHE: (columns + at_once * width) * size.kv_bytes,
+                # raw, in fp32, and scaled
+                LOGITS: at_once * size.vocabulary * (unit + 4 + 4),
+                GRADIENTS: self.trained_parameters() * ADAPTER_BYTES,
+            }
+        )
+        batch = self._batch(prompts, 0) if cpu else Batch.even(at_once, width, 0)
+        calls = times(math.ceil(rollout / at_once))
+        return Work("rollout", "prefill", batch, tuple(typical), 0, calls, holds=holds, decodes=(at_once, self.reply))
+
+    def _forwards(self, rollout: int, times: Callable[[float], float | None]) -> list[Work]:
+        """The rollout's log-probs under policy and reference, its values, its scores."""
+        count = min(FORWARD_ONLY * self.batch, rollout)
+        calls = math.ceil(rollout / count)
+        batch, typical = self._episodes(count)
+        held = Counter({GRADIENTS: self.trained_parameters() * ADAPTER_BYTES})
+        policies = Work(
+            "log-probs and scores", "forward", batch, typical, count * self.reply, times(2 * calls), False, holds=held
+        )
+        scalars = sum(each.kind == "stage" for each in self.job.rewards) + (self._value("value") == "separate")
+        scores = Work(
+            "log-probs and scores", "forward", self._unscored(batch), typical, 0, times(calls * scalars), holds=held
+        )
+        return [policies, *([scores] if scalars else [])]
+
+    def _update(self, step: Step, count: int, times: float | None, passes: int) -> Work:
+        batch, typical = self._episodes(count)
+        scored = count * self.reply if step == "policy" else 0
+        batch = batch if scored else self._unscored(batch)
+        separate = self._value("value") == "separate"
+        # the other adapter's gradients wait for the optimiser
+        held = Counter({GRADIENTS: self.size.adapter * ADAPTER_BYTES if separate else 0})
+        return Work("update", step, batch, typical, scored, times, False, passes, held)
+
+    @staticmethod
+    def _unscored(batch: Batch) -> Batch:
+        return replace(batch, scored=0)
+
+    def _prompts(self, count: int) -> tuple[list[TokenIds], list[TokenIds]]:
+        """Prompts as long as those of a rollout may be, and usual ones."""
+        size = self._value("rollout_batch_size") // self.place.processes
+        drawn, _ = _batches(self.rows, size, self.job.seed)
+        ordered = sorted(self.rows.sequences(drawn), key=len)
+        middle = max(0, (len(ordered) - count) // 2)
+        return ordered[-count:], ordered[middle : middle + count]
+
+    def _episodes(self, count: int) -> tuple[Batch, tuple[TokenIds, ...]]:
+        """The longest prompts of a rollout with replies as long as they may be; usual ones with usual replies."""
+        heaviest, typical = self._prompts(count)
+        longest = [[*each, *[-1 - n] * self.new_tokens] for n, each in enumerate(heaviest)]
+        usual = tuple([*each, *[n] * self.reply] for n, each in enumerate(typical, start=3))
+        return self._batch(longest, len(longest) * self.new_tokens), usual
+
+
+def _batches(rows: AnyRows, count: int, seed: int) -> tuple[list[int], list[int]]:
+    """The heaviest batch of one shuffled pass over the rows, and the one that is nearest to the mean."""
+    if not len(rows):
+        return [*range(count)], [*range(count)]
+    order = [*range(len(rows))]
+    random.Random(seed).shuffle(order)
+    batches = [order[start : start + count] for start in range(0, len(order), count)]
+    full = [each for each in batches if len(each) == count] or batches
+    weight = {i: sum(rows.lengths[row] for row in each) for i, each in enumerate(full)}
+    mean = sum(weight.values()) / len(full)
+    return full[max(weight, key=lambda i: weight[i])], full[min(weight, key=lambda i: abs(weight[i] - mean))]
