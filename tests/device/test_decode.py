@@ -7,6 +7,8 @@ pytestmark = pytest.mark.slow
 
 def draw(device: str, dtype: str = "float32", **changes):
     """Completions of a tiny model, its adapter changed so that it counts."""
+    from typing import Any
+
     import torch
 
     from preftune import AdapterSet, LoraSpec, load_model, resolve_base
@@ -20,8 +22,11 @@ def draw(device: str, dtype: str = "float32", **changes):
         if "lora_B" in name:
             parameter.data.copy_(torch.empty(parameter.shape).normal_(std=0.2, generator=generator))
     prompts = [[5 + i % 7] * (1 + i % 5) for i in range(20)]
-    settings = dict(max_new_tokens=24, seed=3, eos_token_id=list(range(3, 30)), pad_token_id=0, batch_size=8)
-    return sample(adapters, "default", prompts, **(settings | changes)).__dict__
+    settings: dict[str, Any] = {
+        **{"max_new_tokens": 24, "seed": 3, "eos_token_id": list(range(3, 30)), "pad_token_id": 0, "batch_size": 8},
+        **changes,
+    }
+    return sample(adapters, "default", prompts, **settings).__dict__
 
 
 def on_both() -> dict:
@@ -97,6 +102,8 @@ def memory() -> dict:
 
 def merged_twice() -> dict:
     """Where merged weights lie, in two rollouts of an adapter that changes between them."""
+    from typing import Any
+
     import torch
 
     from preftune import AdapterSet, LoraSpec, load_model, resolve_base
@@ -104,16 +111,13 @@ def merged_twice() -> dict:
 
     base = resolve_base("random:llama")
     adapters = AdapterSet.create(load_model(base, device="cuda", dtype=torch.float32), base, LoraSpec(r=4, alpha=8))
-    layer = adapters.model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+    layer: Any = adapters.model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
     places, sums = [], []
     for value in (0.1, 0.2):
         layer.lora_B["default"].weight.data.fill_(value)
         with merged(adapters, "default"):
             places.append(layer.base_layer.weight.data_ptr())
-            expected = value * 2 * layer.lora_A["default"].weight.sum(0)
-            change = layer.base_layer.weight - layer.base_layer.weight.clone()
             sums.append(float(layer.base_layer.weight.sum()))
-            del expected, change
         places.append(layer.base_layer.weight.data_ptr())
     return {"places": places, "sums": sums}
 

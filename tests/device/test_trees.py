@@ -7,6 +7,8 @@ pytestmark = pytest.mark.slow
 
 def micro_batches(value: str) -> dict:
     """Waits and trees of each micro-batch of an update, of two epochs over one minibatch."""
+    from typing import Any
+
     import shadow
     import torch
     from datasets import Dataset
@@ -19,13 +21,15 @@ def micro_batches(value: str) -> dict:
     def kernel(inputs, tree, window, scale):
         # in its place: here it runs operation by operation, and uploads constants that a GPU's kernel has in itself
         flex_tree.block_mask(tree, window)
-        return attention_in_pieces(*inputs, tree, window, scale=scale)
+        query, key, value = inputs
+        return attention_in_pieces(query, key, value, tree, window, scale=scale)
 
-    flex_tree._flex = kernel
+    patched: Any = flex_tree
+    patched._flex = kernel
     laid_out: list[int] = []
     lay_out = prefix_tree.lay_out
 
-    def counted(ids_BL, *args):
+    def counted(ids_BL: Any, *args: Any) -> Any:
         laid_out.append(len(ids_BL))
         return lay_out(ids_BL, *args)
 
@@ -45,7 +49,7 @@ def micro_batches(value: str) -> dict:
             max_new_tokens=12,
             report_to="none",
             save_strategy="no",
-            value=value,
+            value=value,  # type: ignore[arg-type]
             kl_in="loss",
             mismatch_tolerance=10.0,
         ),
@@ -54,7 +58,8 @@ def micro_batches(value: str) -> dict:
         reward_funcs=lambda completions, **_: [float(len(each)) for each in completions],
     )
     waits: list[dict[str, int]] = []
-    cut, backward = Rollout.rows, made.method.backward
+    method: Any = made.method
+    cut, backward = Rollout.rows, method.backward
 
     def rows(self, index):
         shadow.reset()
@@ -67,7 +72,7 @@ def micro_batches(value: str) -> dict:
         return found
 
     trees: list[int] = []
-    Rollout.rows, made.method.backward = rows, step
+    Rollout.rows, method.backward = rows, step
     made.train()
     return {"waits": waits, "trees": trees, "device": made.args.device.type, "packed": len(laid_out)}
 
@@ -107,7 +112,8 @@ def losses(fails: str, call: int, where: str, checkpointing: bool = False) -> di
             raise RuntimeError("out of resource: shared memory")
 
     def in_pieces(inputs, tree, window, scale):
-        return attention_in_pieces(*inputs, tree, window, scale=scale)
+        query, key, value = inputs
+        return attention_in_pieces(query, key, value, tree, window, scale=scale)
 
     flex = flex_tree._flex if fails == "nothing" else in_pieces
     calls, uses = {"forward": 0, "backward": 0}, []
