@@ -103,7 +103,8 @@ def _in_tree(
     kind = kind_of(query, key, value)
     tree.attended.append(Attended(window, kind, scaling))
     if query.device.type != "cpu":
-        if flex_applies(query.device, kind) and not dropout:
+        # one that fails falls back within: layers that are computed again in the backward must keep what they kept
+        if tree.layout.whole and not dropout:
             return flex_tree_attention(query, key, value, tree, window, scaling).transpose(1, 2)
         return attention_in_pieces(query, key, value, tree, window, dropout=dropout, scale=scaling).transpose(1, 2)
     if _as_products(query, value, dropout) and tree.longest_block() <= LONGEST_BLOCK:

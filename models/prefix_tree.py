@@ -59,7 +59,7 @@ class Piece(NamedTuple):
 class Layout:
     """A prefix tree in the processor's memory; what the fields mean stands at `Tree`'s properties of the same names.
 
-    mask_BL: whether a token counts.
+    mask_BL: whether a token counts. whole: attention takes it in one piece.
     """
 
     ids_N: Integers
@@ -68,6 +68,7 @@ class Layout:
     blocks: tuple[tuple[int, int], ...]
     index_BL: Integers
     mask_BL: NDArray[numpy.bool_]
+    whole: bool = False
 
     def rounded(self, multiple: int, least: int = 0) -> "Layout":
         """With tokens at the end that nobody sees and whose states nobody reads, up to a multiple of so many.
@@ -338,6 +339,6 @@ class Rows:
             key = (self._key, whole)
             if key not in self._layouts:
                 found = lay_out(self.ids_BL, self.mask_BL, self.ids_BL.size if whole else None)
-                self._layouts[key] = found.rounded(SQUARE, squares * SQUARE) if whole else found
+                self._layouts[key] = replace(found.rounded(SQUARE, squares * SQUARE), whole=True) if whole else found
             self._trees[device, whole] = Tree(self._layouts[key], device)
         return self._trees[device, whole]
