@@ -66,6 +66,7 @@ NO_SUBJECT = {
         "CONV1D",
         "TOKENIZER_CORE",
         "QUANTIZER_MARKS",
+        "FAKE_TENSORS",
         "FUSED_HEAD",
         "HOOK_MARK",
         "LAUNCHER",
@@ -179,6 +180,9 @@ MOVES = {
     "DECODER_PARTS, one renamed": (None, _renamed_norm, "self_attn.q_norm"),
     "CACHE_LAYER": (None, lambda: _NewCacheLayer, "what_is_new"),
     "CONV1D": (lambda p: p.delattr("transformers.pytorch_utils.Conv1D"), None, "Conv1D"),
+    "FAKE_TENSORS": (
+        lambda p: p.delattr("torch._subclasses.fake_tensor.FakeTensorMode"), None, "fake_tensor:FakeTensorMode"
+    ),
     "BASE_NAME": (None, lambda: SimpleNamespace(config=SimpleNamespace()), "_name_or_path"),
     "TOKENIZER_CORE": (
         lambda p: p.delattr(_owner(PreTrainedTokenizerFast, "backend_tokenizer"), "backend_tokenizer"),
