@@ -209,13 +209,14 @@ def _parsed(line: str) -> dict[str, Any]:
         return {}
 
 
-def torment(chaos: Chaos, kills: int, seconds: float) -> dict[str, Any]:
-    """End the command so many times, over as many chains as that takes, and compare each that came to its end."""
+def torment(chaos: Chaos, kills: int, within: float) -> dict[str, Any]:
+    """End the command so many times, each within so many seconds of its first word, over as many chains as that takes,
+    and compare each that came to its end."""
     done, saving, rounds, wrong, lost = 0, 0, 0, list[str](), dict[str, int]()
     while done < kills:
         folder = chaos.work / f"round-{rounds}"
         while True:
-            after = chaos.random.uniform(0, seconds / 2) if done < kills else None
+            after = chaos.random.uniform(0, within) if done < kills else None
             attempt = chaos.attempt(folder, after, saving=bool(done % 2))
             wrong += [f"round {rounds}, kill {done}: {each}" for each in attempt.wrong]
             if attempt.wrong:
@@ -243,6 +244,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--signal", choices=("KILL", "TERM", "INT"), default="KILL")
     parser.add_argument("--launch", help="an accelerate config")
+    parser.add_argument("--within", type=float, help="seconds; default: half of what the recipe takes in peace")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", help="of the result file; default: chaos_SIGNAL")
     args = parser.parse_intermixed_args()
@@ -252,7 +254,7 @@ def main() -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         chaos = Chaos(Path(work), args.recipe, words, signal.Signals[f"SIG{args.signal}"], args.seed)
         seconds = chaos.in_peace()
-        found = torment(chaos, args.kills, seconds)
+        found = torment(chaos, args.kills, args.within or seconds / 2)
     result = {
         "machine": machine(),
         "recipe": args.recipe,

@@ -13,7 +13,7 @@ from .. import own_code, stopping
 from ..errors import UserError
 from ..files import METRICS
 from ..models import seams
-from .launched import MODULE, ask_to_stop, read_error, read_stopped
+from .launched import MODULE, PARENT, ask_to_stop, read_error, read_stopped
 from .process import StageFailed
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def launch_stage(config: Path, run_dir: Path, job: "StageJob", from_adapter: Pat
     stage = [str(run_dir), job.name, *([str(from_adapter)] if from_adapter else [])]
     # what is importable here, and functions beside the recipe, must be found in there too
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(each for each in sys.path if each)}
-    environment |= own_code.environment()
+    environment |= own_code.environment() | {PARENT: str(os.getpid())}
     with tempfile.TemporaryDirectory(prefix="preftune-launch-") as said:
         command = [sys.executable, "-m", MODULE, "launcher", str(config), said, *stage]
         # they hear of a signal through a file: a terminal's Ctrl-C reaches them too, and should not be heard twice

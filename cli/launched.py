@@ -25,6 +25,8 @@ from .process import ignore_library_warnings, make_functions_importable
 
 MODULE = f"{__package__}.launched"
 """What `python -m` takes."""
+PARENT = "PREFTUNE_LAUNCHED_BY"
+"""The environment's word for the process that started this one."""
 
 
 def _launcher(config: str, said: str, *stage: str) -> int:
@@ -126,6 +128,9 @@ def _end_with_parent() -> None:
         import signal
 
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.environ.get(PARENT, str(os.getppid())) != str(os.getppid()):
+            os._exit(1)  # it had ended before it was asked for
+    os.environ[PARENT] = str(os.getpid())
 
 
 _STOP, _STOPPED = "stop", "stopped"

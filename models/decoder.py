@@ -4,6 +4,7 @@ Shape suffixes: N requests, S steps, B rows in flight, C columns of the cache, H
 E tokens that end a completion.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -30,6 +31,8 @@ from .prepack import Product
 from .row_cache import RowCache
 from .sampling import Sampling, choose, uniforms
 from .token_step import sees_everything
+
+logger = logging.getLogger(__name__)
 
 # Places are refilled, or the batch made smaller, once this share of it has ended: copying for every single row would
 # cost more than it saves.
@@ -89,7 +92,10 @@ class Decoder:
         # A batch's worth of prompts is prefilled at once, more than there may be places for at that moment.
         self.prefill: Prefilled | None = None
         self.prefilled: list[int] = []
-        rows = self._places(min(batch_size or self.asked, self.asked))
+        wanted = min(batch_size or self.asked, self.asked)
+        rows = self._places(wanted)
+        if batch_size is not None and rows < wanted:
+            logger.info("%d prompts are decoded at once, not %d: memory holds no more", rows, wanted)
         self.request_B = torch.full((rows,), n, device=device)
         self.step_B, self.length_B = self.request_B.new_zeros(rows), self.request_B.new_zeros(rows)
         self.newest_B = self.request_B.new_full((rows,), pad_token_id)

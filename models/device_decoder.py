@@ -67,7 +67,14 @@ class DeviceDecoder(Decoder):
             self._advance()
         self.most = [each + 1 for each in self.most]
         self.unseen += 1
-        return (self.heard is not None or self.unseen == LOOK_EVERY) and self._look()
+        due = self.heard is not None or self.unseen == LOOK_EVERY or self._one_is_full()
+        return due and self._look()
+
+    def _one_is_full(self) -> bool:
+        """Whether a row must have ended by now, because it has as many tokens as were asked for."""
+        n, prompts, new = len(self.prompts), self.prompts, self.max_new_tokens
+        rows = zip(self.serving, self.most, strict=True)
+        return any(request != n and most == len(prompts[request]) + new for request, most in rows)
 
     def _advance(self) -> None:
         hidden_BH = self.step(self.newest_B, self.length_B, self.cache)

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import seams
-from .prefix_tree import Attended, Integers, Kind, Tree, lay_out
+from .prefix_tree import SQUARE, TRIAL_SQUARES, Attended, Integers, Kind, Rows, Tree
 from .transfer import to_device
 from .tree_pieces import attention_in_pieces
 from .trial import difference, difference_in_words
@@ -36,10 +36,6 @@ with seams.importing(seams.FLEX_ATTENTION):
 FoundT = TypeVar("FoundT")
 
 logger = logging.getLogger(__name__)
-
-SQUARE = 128
-"""Tokens of a square's side. A tree is filled up to a multiple of it, and to two at least: a size of one is another
-kernel to torch.compile."""
 
 _failed: dict[tuple[str, Kind], str] = {}
 """Why FlexAttention does not run, by device type and kind."""
@@ -99,11 +95,10 @@ def probe(attended: Attended, device: torch.device) -> None:
 
 
 def _small_tree(device: torch.device) -> Tree:
-    """Two rows that share their beginning, over two squares."""
+    """Two rows that share their beginning."""
     ids_BL = numpy.arange(2 * SQUARE).reshape(2, SQUARE)
     ids_BL[1, : SQUARE // 2] = ids_BL[0, : SQUARE // 2]
-    whole = lay_out(ids_BL, numpy.ones(ids_BL.shape, bool), ids_BL.size)
-    return Tree(whole.rounded(SQUARE, 2 * SQUARE), device)
+    return Rows(ids_BL, numpy.ones(ids_BL.shape, bool)).tree(device, whole=True, squares=TRIAL_SQUARES)
 
 
 class _TreeAttention(torch.autograd.Function):

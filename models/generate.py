@@ -291,7 +291,7 @@ def decoder_for(adapters: AdapterSet) -> type[Decoder]:
         setattr(backbone, _TRIED, tried)
     device = next(backbone.parameters()).device
     ways = _DECODERS[1 if keeps_a_state(backbone) else 0 :]
-    if device.type != "cpu" and Decoder in ways and TokenStep.applies(backbone):
+    if device.type == "cuda" and Decoder in ways and TokenStep.applies(backbone):
         ways = (DeviceDecoder, *ways)
     key = (device.type, precision(backbone, device), ways[0])
     if key not in tried:

@@ -201,7 +201,7 @@ def _gives_a_product(layer: nn.Linear | Conv1D) -> bool:
         return True
     try:
         found = layer(layer.weight.new_zeros(1, layer.weight.shape[1]))
-    except (RuntimeError, AssertionError, TypeError, ValueError):
+    except (RuntimeError, AssertionError, TypeError, ValueError, IndexError):
         return True  # quantised, or not where it will run: PEFT knows these
     return isinstance(found, Tensor) and found.shape[-1] == layer.weight.shape[0]
 

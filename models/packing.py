@@ -30,8 +30,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from . import seams
 from .block_attention import LONGEST_BLOCK, block_attention, token_attention
-from .flex_tree import SQUARE, flex_applies, flex_tree_attention, kind_of, probe
-from .prefix_tree import Attended, Kind, Rows, Tree, rounded
+from .flex_tree import flex_applies, flex_tree_attention, kind_of, probe
+from .prefix_tree import TRIAL_SQUARES, Attended, Kind, Rows, Tree, rounded
 from .rotary import forget_lengths, rotary_limit
 from .tree_pieces import attention_in_pieces
 from .trial import SHARED, check_causal, difference, difference_in_words, model_name, precision, quietly, trial_rows
@@ -103,7 +103,8 @@ def _in_tree(
     kind = kind_of(query, key, value)
     tree.attended.append(Attended(window, kind, scaling))
     if query.device.type != "cpu":
-        if flex_applies(query.device, kind) and not dropout:
+        # one that fails falls back within: layers that are computed again in the backward must keep what they kept
+        if tree.layout.whole and not dropout:
             return flex_tree_attention(query, key, value, tree, window, scaling).transpose(1, 2)
         return attention_in_pieces(query, key, value, tree, window, dropout=dropout, scale=scaling).transpose(1, 2)
     if _as_products(query, value, dropout) and tree.longest_block() <= LONGEST_BLOCK:
@@ -356,7 +357,7 @@ class Packing:
         return "alone"
 
     def _tried_tree(self, rows: Rows, device: torch.device, dtype: torch.dtype) -> Tensor:
-        tree = rows.tree(device, whole=flex_applies(device))
+        tree = rows.tree(device, whole=flex_applies(device), squares=TRIAL_SQUARES)
         attended, packed_NH = _run(self._plain, tree, use_cache=False)
         _check_windows(self._backbone.config, attended)
         self._kinds[device.type, dtype] = {each.kind for each in attended}
@@ -405,8 +406,6 @@ def _run(backbone: Callable[..., Any], tree: Tree, **kwargs: Any) -> tuple[list[
     """What the layers were that got the tree, and the states."""
     if tree.device.type == "cpu":
         tree = rounded(tree)
-    elif flex_applies(tree.device):
-        tree = rounded(tree, SQUARE, 2 * SQUARE)
     # a tree may serve several forwards: what each of them reaches is counted apart
     tree.attended.clear()
     output = backbone(

@@ -32,6 +32,16 @@ ROUND_TO = 32
 milliseconds, some memory that it keeps), which costs more than a few tokens too many."""
 
 
+SQUARE = 128
+"""Where attention takes a tree in one piece, it does so in squares of so many tokens. The tree is filled up to a
+multiple of them, and to two at least: a size of one is another kernel to torch.compile."""
+
+
+TRIAL_SQUARES = 11
+"""Squares of a tree with which attention is tried: torch.compile takes sizes that are equal at first for one, and no
+model has so many heads."""
+
+
 PIECE = 512
 """Tokens of a piece: where a tree has no kernel of its own, so many attend at once to their common ancestors."""
 
@@ -49,7 +59,7 @@ class Piece(NamedTuple):
 class Layout:
     """A prefix tree in the processor's memory; what the fields mean stands at `Tree`'s properties of the same names.
 
-    mask_BL: whether a token counts.
+    mask_BL: whether a token counts. whole: attention takes it in one piece.
     """
 
     ids_N: Integers
@@ -58,6 +68,7 @@ class Layout:
     blocks: tuple[tuple[int, int], ...]
     index_BL: Integers
     mask_BL: NDArray[numpy.bool_]
+    whole: bool = False
 
     def rounded(self, multiple: int, least: int = 0) -> "Layout":
         """With tokens at the end that nobody sees and whose states nobody reads, up to a multiple of so many.
@@ -223,11 +234,11 @@ def build_tree(
     return Tree(lay_out(rows.ids_BL, rows.mask_BL, block_tokens, apart_tokens), input_ids_BL.device)
 
 
-def rounded(tree: Tree, multiple: int = ROUND_TO, least: int = 0) -> Tree:
+def rounded(tree: Tree, multiple: int = ROUND_TO) -> Tree:
     """The tree with tokens at its end that nobody meets (`Layout.rounded`); the same one each time it is asked for."""
-    key = ("rounded", multiple, least)
+    key = ("rounded", multiple)
     if key not in tree.masks:
-        layout = tree.layout.rounded(multiple, least)
+        layout = tree.layout.rounded(multiple)
         tree.masks[key] = None if layout is tree.layout else Tree(layout, tree.device)
     return tree.masks[key] or tree
 
@@ -317,15 +328,17 @@ class Rows:
         both = torch.stack([input_ids_BL, attention_mask_BL.to(input_ids_BL.dtype)]).cpu().numpy()
         return cls(both[0], both[1] != 0)
 
-    def tree(self, device: torch.device, *, whole: bool) -> Tree:
+    def tree(self, device: torch.device, *, whole: bool, squares: int = 2) -> Tree:
         """Their tree on that device.
 
         Args:
-            whole: attention takes it in one piece, so it is one block.
+            whole: attention takes it in one piece, so it is one block, of whole squares.
+            squares: of those at least so many.
         """
         if (device, whole) not in self._trees:
             key = (self._key, whole)
             if key not in self._layouts:
-                self._layouts[key] = lay_out(self.ids_BL, self.mask_BL, self.ids_BL.size if whole else None)
+                found = lay_out(self.ids_BL, self.mask_BL, self.ids_BL.size if whole else None)
+                self._layouts[key] = replace(found.rounded(SQUARE, squares * SQUARE), whole=True) if whole else found
             self._trees[device, whole] = Tree(self._layouts[key], device)
         return self._trees[device, whole]

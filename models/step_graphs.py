@@ -1,5 +1,6 @@
 """A decode step as a CUDA graph: launched as one, where a GPU would otherwise wait for the host's next operation."""
 
+import functools
 import logging
 from collections.abc import Callable, Hashable
 
@@ -43,8 +44,7 @@ class StepGraphs:
                 step()
         except RuntimeError as error:
             self.works = False
-            said = " ".join(str(error).split())[:200]
-            logger.warning("a decode step cannot be a CUDA graph (%s): it is launched one operation at a time", said)
+            _say(" ".join(str(error).split())[:200])
         else:
             self.made[key] = graph
 
@@ -52,3 +52,9 @@ class StepGraphs:
         """The memory that the step works on is another from now on."""
         self.made.clear()
         self.met.clear()
+
+
+@functools.cache
+def _say(why: str) -> None:
+    """Once for each reason, not once a rollout."""
+    logger.warning("a decode step cannot be a CUDA graph (%s): it is launched one operation at a time", why)

@@ -62,6 +62,10 @@ MUTATIONS = [
         "position_ids=length_B[:, None] - 1)", "position_ids=length_B[:, None])",
     ),
     Mutation(
+        "P2", "a token decoded on a GPU sees one column too many", "models/static_cache.py",
+        "self.column_C[: self.seen] >= length_B[:, None]", "self.column_C[: self.seen] > length_B[:, None]",
+    ),
+    Mutation(
         "P6", "the mask goes by what equals EOS, not by length", "stages/ppo/rollout.py",
         "return (step_T < (self.start_B + self.length_B)[:, None]).long()",
         "return (step_T < 0) | (self.input_ids_BT != 2)",

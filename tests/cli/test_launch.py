@@ -153,3 +153,11 @@ def test_a_killed_chain_leaves_no_process_behind() -> None:
         process.kill()
         # the end of the pipe comes when the child, which holds its other end, is gone
         assert process.communicate(timeout=30) == ("", None)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process is not told that its parent has ended")
+def test_a_process_whose_parent_ended_before_it_could_ask_ends(tmp_path) -> None:
+    command = [sys.executable, "-m", launched.MODULE, "process", str(tmp_path), "no run", "sft"]
+    environment = {**os.environ, launched.PARENT: "0"}
+    ended = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (1, "")

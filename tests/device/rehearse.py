@@ -5,7 +5,7 @@
     python tests/device/rehearse.py FILE.py::FUNCTION '{"n": 1}'   a function of a file, with arguments as JSON
 
 SHADOW_N=2 shows two devices, SHADOW_CC=8.9 another compute capability, SHADOW_GB=24 another size of memory,
-SHADOW_BACKEND=none compiles nothing. With
+SHADOW_BACKEND=eager compiles less. With
 SHADOW_REPORT=FILE what was launched, waited for and held is written there as JSON at the end, and what the function
 returned.
 """

@@ -745,6 +745,13 @@ void empty_cache() {
 int64_t exchange_device(int64_t index) { return exchange(static_cast<DeviceIndex>(index)); }
 std::optional<Generator> generator(int64_t index) { return default_generator(static_cast<DeviceIndex>(index)); }
 void explicit_wait(std::string name) { waits(name); }
+
+// For a kernel that Python computes on the host: its arguments there, its results back here, and that it was launched.
+Tensor on_host(const Tensor& t) { return host_alias(t); }
+Tensor from_host(const Tensor& t, int64_t index) { return to_device(t, static_cast<DeviceIndex>(index)); }
+void python_kernel(std::string name) {
+  launched(name, [name] { TORCH_CHECK(false, name, " in a captured graph is not rehearsed"); });
+}
 void set_sync_debug(int64_t mode) { sync_debug_mode = static_cast<int>(mode); }
 
 void graph_begin(int64_t id) {
@@ -799,6 +806,9 @@ TORCH_LIBRARY(shadow, m) {
   m.def("exchange_device(int index) -> int", exchange_device);
   m.def("generator(int index) -> Generator?", generator);
   m.def("wait(str name) -> ()", explicit_wait);
+  m.def("on_host(Tensor t) -> Tensor", on_host);
+  m.def("from_host(Tensor t, int index) -> Tensor", from_host);
+  m.def("launched(str name) -> ()", python_kernel);
   m.def("set_sync_debug(int mode) -> ()", set_sync_debug);
   m.def("graph_begin(int id) -> ()", graph_begin);
   m.def("graph_end() -> ()", graph_end);

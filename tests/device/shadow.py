@@ -20,6 +20,7 @@ from building import built  # noqa: E402
 ctypes.CDLL(os.environ.get("SHADOW_LIBRARY") or str(built()), mode=ctypes.RTLD_GLOBAL)
 
 import torch  # noqa: E402
+from torch.utils._pytree import tree_map_only  # noqa: E402
 
 DEVICES = int(os.environ.get("SHADOW_N", "1"))
 CAPABILITY = tuple(int(part) for part in os.environ.get("SHADOW_CC", "9.0").split("."))
@@ -305,15 +306,30 @@ def _storage_to(storage: Any, *, device: torch.device, non_blocking: bool = Fals
 
 def _compile_without_kernels() -> None:
     """What is compiled is traced and differentiated as on a GPU, then run operation by operation: there is no GPU that
-    could run a kernel. SHADOW_BACKEND names another backend; "none": nothing is compiled, which is faster."""
+    could run a kernel. SHADOW_BACKEND names another backend."""
     compile_, backend = torch.compile, os.environ.get("SHADOW_BACKEND", "aot_eager")
 
     def compiled(*args: Any, **kwargs: Any) -> Any:
-        if backend == "none":
-            return args[0]
         return compile_(*args, **{**kwargs, "backend": kwargs.get("backend", backend), "mode": None, "options": None})
 
     torch.compile = compiled
+
+
+def _flex_attention_is_a_kernel() -> None:
+    """Its scores are in no memory of a card's, so they are made in the host's: PyTorch's own way without a compiler."""
+    from torch._higher_order_ops import flex_attention as forward
+    from torch._higher_order_ops.flex_attention import flex_attention_backward as backward
+    from torch._higher_order_ops.flex_attention import sdpa_dense, sdpa_dense_backward
+
+    for operator, compute in ((forward, sdpa_dense), (backward, sdpa_dense_backward)):
+
+        def kernel(*args: Any, name: str = operator.name(), compute: Callable[..., Any] = compute) -> Any:
+            index = args[0].device.index
+            results = compute(*tree_map_only(torch.Tensor, _device.on_host, args))
+            _device.launched(name)
+            return tree_map_only(torch.Tensor, lambda each: _device.from_host(each, index), results)
+
+        operator.py_impl(torch._C.DispatchKey.CUDA)(kernel)
 
 
 _stand_in()
@@ -321,3 +337,4 @@ _storages: Any = torch.UntypedStorage
 _storages.to = _storage_to
 _storages.cpu = lambda storage: _storage_to(storage, device=torch.device("cpu"))
 _compile_without_kernels()
+_flex_attention_is_a_kernel()

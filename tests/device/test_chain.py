@@ -99,7 +99,7 @@ def test_the_chain_in_bfloat16_with_checkpointing_has_the_cpus_numbers_to_its_ro
 
 
 def test_a_chain_that_sees_two_gpus_uses_one_and_says_how_to_use_both(device: Any) -> None:
-    there, said = on_the_device(device, SHADOW_N="2", SHADOW_BACKEND="none")
+    there, said = on_the_device(device, SHADOW_N="2", SHADOW_BACKEND="eager")
     assert said.count("2 GPUs are visible") == 1
     assert "--launch" in said
     assert (there / "report.html").exists()

@@ -142,6 +142,38 @@ def test_the_cards_memory_is_that_of_the_caching_allocator(device) -> None:
     assert device.call(reuses) == [20, 20, 1, 46, 3, 0, 46]
 
 
+def attends() -> list[list[float]]:
+    """Of FlexAttention over few and over twice as many tokens: the peak, launches, and how far it is from SDPA."""
+    import shadow
+    import torch
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def causal(_batch, _head, query, key):
+        return query >= key
+
+    found, compiled = [], torch.compile(flex_attention, dynamic=True)
+    for n in (256, 512):
+        mask = create_block_mask(causal, None, None, n, n, device="cuda")
+        q, k, v = (torch.randn(1, h, n, 16, device="cuda", requires_grad=True) for h in (4, 2, 2))
+        shadow.reset()
+        shadow.reset_peak()
+        before = shadow.live_bytes()
+        out = compiled(q, k, v, block_mask=mask, enable_gqa=True)
+        out.square().sum().backward()
+        peak = shadow.peak_bytes() - before
+        launches = sum(count for name, count in shadow.launches_by_name().items() if name.startswith("flex"))
+        expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        found.append([peak, launches, float((out - expected).detach().abs().max())])
+    return found
+
+
+def test_flex_attention_is_a_kernel_whose_scores_are_in_no_memory(device) -> None:
+    few, many = device.call(attends)
+    assert many[0] < 2.1 * few[0]
+    assert few[1] == many[1] == 2
+    assert max(few[2], many[2]) < 1e-5
+
+
 def waits() -> str:
     import shadow
     import torch

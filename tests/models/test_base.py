@@ -75,7 +75,7 @@ def test_a_random_model_of_a_real_shape_is_built_file_by_file(monkeypatch):
         ("random:qwen3-1.7b?seed=x", "random:qwen3-1.7b"),
         ("random:qwen3-1.7b?layers=0", "write layers=1"),
         ("random:", "did you mean 'random:llama'"),
-        ("random:zzz", "use one of random:llama, random:qwen3-1.7b"),
+        ("random:zzz", "did you mean 'random:llama'"),
     ],
 )
 def test_a_random_model_that_there_is_not(spec, remedy):

@@ -67,10 +67,13 @@ def test_a_decoder_without_a_classifier_gets_one_that_plain_peft_loads(kind: Any
 def test_buffers_that_a_decoder_fills_for_its_layers_are_filled(tmp_path: Path):
     """Falcon-H1's multipliers are not among the stored weights."""
     tokenizer: Any = byte_tokenizer()
-    config = FalconH1Config(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, head_dim=16, mamba_d_ssm=32, mamba_n_heads=2,
-        mamba_d_head=16, mamba_d_state=4, mamba_n_groups=1, ssm_multipliers=[0.5, 2.0, 3.0, 0.25, 0.75], **HEADS,
-    )  # fmt: skip
+    sizes: dict[str, Any] = {
+        **HEADS,
+        **{"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "head_dim": 16, "mamba_d_ssm": 32},
+        **{"mamba_n_heads": 2, "mamba_d_head": 16, "mamba_d_state": 4, "mamba_n_groups": 1},
+        "ssm_multipliers": [0.5, 2.0, 3.0, 0.25, 0.75],
+    }
+    config = FalconH1Config(**sizes)
     AutoModelForCausalLM.from_config(config).float().save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     base = resolve_base(str(tmp_path))

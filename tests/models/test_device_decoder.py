@@ -49,8 +49,9 @@ def alike(one: Generation, other: Generation) -> bool:
     )
 
 
+@pytest.mark.checklist("P2")
 @pytest.mark.parametrize("name", CONFIGS)
-def test_completions_are_those_of_the_other_decoder(name, draw):
+def test_p02_a_gpus_decoder_draws_what_the_other_one_draws(name, draw):
     adapters = build(name)
     expected = draw(Decoder, adapters, PROMPTS)
     for batch_size in (1, 4, None):
@@ -69,12 +70,13 @@ def test_places_are_refilled_and_given_up(batch_size, draw):
     assert done == sorted(done) and done[-1] == 40
 
 
-def test_what_has_ended_is_read_every_eight_steps(draw, monkeypatch):
+@pytest.mark.parametrize(("new", "expected"), [(41, [0, 8, 16, 24, 32, 40]), (12, [0, 8, 11])])
+def test_what_has_ended_is_read_every_eight_steps_and_when_it_must_have(new, expected, draw, monkeypatch):
     adapters, looks = build("llama"), []
     plain = DeviceDecoder._look
     monkeypatch.setattr(DeviceDecoder, "_look", lambda self: looks.append(len(Plain.keys)) or plain(self))
-    draw(DeviceDecoder, adapters, PROMPTS[:4], max_new_tokens=41)
-    assert looks == [0, 8, 16, 24, 32, 40]
+    draw(DeviceDecoder, adapters, PROMPTS[:4], max_new_tokens=new)
+    assert looks == expected
 
 
 def test_steps_have_few_shapes(draw, monkeypatch):

@@ -9,9 +9,9 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
 from preftune.models import flex_tree
-from preftune.models.flex_tree import SQUARE, block_mask, flex_applies, flex_tree_attention, kind_of, probe, squares
+from preftune.models.flex_tree import block_mask, flex_applies, flex_tree_attention, kind_of, probe, squares
 from preftune.models.packing import tree_attention
-from preftune.models.prefix_tree import PIECE, Attended, Tree, build_tree, rounded
+from preftune.models.prefix_tree import PIECE, SQUARE, Attended, Tree, build_tree, lay_out, rounded
 from preftune.models.tree_pieces import attention_in_pieces
 
 CPU = torch.device("cpu")
@@ -30,7 +30,12 @@ def whole_tree(rows: int = 6, length: int = 150, seed: int = 0) -> Tree:
     mask = torch.ones_like(ids)
     for i in range(rows):
         mask[i, length - 7 * i :] = 0
-    return build_tree(ids, mask, ids.numel())
+    return Tree(lay_out(ids.numpy(), mask.numpy() > 0, ids.numel()), CPU)
+
+
+def squared(tree: Tree) -> Tree:
+    """Two squares at least."""
+    return Tree(tree.layout.rounded(SQUARE, 2 * SQUARE), CPU)
 
 
 def inputs(n: int) -> list[Any]:
@@ -86,7 +91,7 @@ def test_no_mask_of_a_piece_grows_with_the_tree() -> None:
 @pytest.mark.parametrize("window", [None, 4, 100])
 def test_flex_attention_sees_what_the_blocks_see(window: int | None) -> None:
     """On the CPU without compiling it; on a GPU the packed forward runs it compiled."""
-    for tree in (whole_tree(), rounded(whole_tree(), SQUARE, 2 * SQUARE), rounded(whole_tree(2, 20), SQUARE, 256)):
+    for tree in (whole_tree(), rounded(whole_tree(), SQUARE), squared(whole_tree(2, 20))):
         with torch.no_grad():
             q, k, v = inputs(len(tree.ids_N))
             found, expected = by_flex(q, k, v, tree, window), by_blocks(q, k, v, tree, window)

@@ -187,7 +187,8 @@ def test_the_sampler_that_agrees_is_taken(config, kind, merge):
 
 def test_what_a_model_keeps_in_its_modules_does_not_reach_the_next_prompt(monkeypatch):
     """RecurrentGemma takes a prompt of one token for the next token of the batch before."""
-    config = RecurrentGemmaConfig(**SMALL | {"num_hidden_layers": 3}, lru_width=32, head_dim=8, attention_window_size=4)
+    sizes: dict[str, Any] = {"num_hidden_layers": 3, "lru_width": 32, "head_dim": 8, "attention_window_size": 4}
+    config = RecurrentGemmaConfig(**SMALL | sizes)
     adapters = adapted(small(config))
     assert decoder_for(adapters) is LibraryDecoder
     prompt = [7]
@@ -319,11 +320,12 @@ def test_experts_that_are_adapted_merge_into_a_model(tmp_path):
 def test_a_router_that_is_never_called_gets_no_adapter(tmp_path):
     """LongCat's reads its weight alone: an adapter would run merged and not beside. In a reward model PEFT would train
     it whole, because it is called classifier."""
-    config = LongcatFlashConfig(
-        **{key: each for key, each in LATENT.items() if not key.startswith("n_") and "moe" not in key}
-        | {"num_layers": 1, "num_hidden_layers": 2, "ffn_hidden_size": 48, "expert_ffn_hidden_size": 16, "head_dim": 4},
-        qk_head_dim=12, moe_topk=2, n_routed_experts=4, zero_expert_num=2,
-    )  # fmt: skip
+    sizes: dict[str, Any] = {
+        **{key: each for key, each in LATENT.items() if not key.startswith("n_") and "moe" not in key},
+        **{"num_layers": 1, "num_hidden_layers": 2, "ffn_hidden_size": 48, "expert_ffn_hidden_size": 16, "head_dim": 4},
+        **{"qk_head_dim": 12, "moe_topk": 2, "n_routed_experts": 4, "zero_expert_num": 2},
+    }
+    config = LongcatFlashConfig(**sizes)
     model = small(config)
     assert "classifier" not in linear_names(model) and "q_a_proj" in linear_names(model)
     tokenizer: Any = byte_tokenizer()
