@@ -18,29 +18,6 @@ def release_free_memory() -> None:
         trim(0)
 
 
-class Holes:
-    """Keeps down what a CPU's allocator holds for nothing in a long row of steps.
-
-    Batches of ever other sizes leave holes of ever other sizes, and a process that needs no more than at first grows
-    by a percent a step, to half as much again. Handing everything back costs a step a tenth of its time, so it is done
-    when the process has grown by `GROWTH` since the step after the last time.
-    """
-
-    GROWTH = 0.2
-
-    def __init__(self) -> None:
-        self._before: int | None = None
-
-    def look(self) -> None:
-        """Called after each step."""
-        held = resident_bytes()
-        if self._before is None:
-            self._before = held
-        elif held > self._before * (1 + self.GROWTH):
-            release_free_memory()
-            self._before = None
-
-
 def resident_bytes() -> int:
     """What this process has in memory now."""
     import psutil

@@ -45,8 +45,9 @@ _REWARD = "reward"
 _ROWS_AT_ONCE = 32
 _TRAINER, _HOLES = 50_000_000, 0.55
 """What a process on a CPU holds beside the tensors that are counted: the trainer with what it imports, and of what a
-step makes, the share that the allocator holds for nothing and that oneDNN keeps of compiled products (`memory.Holes`
-bounds the first). Measured on the smoke and quickstart recipes."""
+step makes, the share that the allocator holds for nothing and that oneDNN keeps of compiled products. Fitted to the
+smoke recipe and to 40 steps of the quickstart's SFT. Both shares grow with the steps and with the stages that one
+process has run before: a long chain holds more than this says."""
 
 
 class Rows:

@@ -20,7 +20,7 @@ from ..models import seams
 from ..models.causal import head_of
 from ..models.dropout import dropout_rate, no_dropout
 from ..models.lm_head import use_compact_head
-from ..models.memory import Holes, peak_memory_bytes, release_free_memory
+from ..models.memory import peak_memory_bytes
 from ..models.pickles import check_pickles
 from ..progress import say
 from .callbacks import Clock, LogFile, ProgressBar, clock_of, keep_event_files
@@ -66,7 +66,6 @@ class StageTrainer(Resumable):
             seams.require(each, type(self))
         self.skips = Skips()
         self._bad: tuple[str, float] | None = None
-        self._holes = Holes()
         with _without_rename_warnings(), _in_full_precision(kwargs["model"]):
             super().__init__(*args, **kwargs)
         self._use_compact_head()
@@ -115,9 +114,7 @@ class StageTrainer(Resumable):
             if not self.skips.allowed:
                 raise self._not_finite("the loss", value)
             self._bad = ("the loss", value)
-            loss = torch.zeros_like(loss)
-        if loss.device.type == "cpu":
-            self._holes.look()
+            return torch.zeros_like(loss)
         return loss
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
@@ -253,7 +250,6 @@ def train(trainer: Trainer, rows: int) -> dict[str, float | None]:
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)
     checkpoint = take_up(trainer)
-    release_free_memory()  # no stage grows on top of what another one left
     with _without_rename_warnings():
         output = trainer.train(resume_from_checkpoint=checkpoint)
     seams.require(seams.TRAINED_TOKENS, trainer)
