@@ -178,7 +178,8 @@ class _Plan:
             said = "the base is to be sharded, but an on-policy stage keeps a whole frozen base on each device"
             raise UserError("--launch", said, "launch with distributed_type MULTI_GPU or MULTI_CPU")
         cpu = device == "cpu"
-        place = Place("cpu" if cpu else "cuda", self.processes, self.sharded, self.libraries if cpu else 0)
+        memory = None if self.card is None else self.card.gigabytes * 10**9
+        place = Place("cpu" if cpu else "cuda", self.processes, self.sharded, self.libraries if cpu else 0, memory)
         cost = stage_cost(job, self.outline.config, rows, held, place, self._reply(job))
         if cost.approximate is not None:
             note = f"{job.name}: activations by a rule of thumb, its model cannot be rehearsed ({cost.approximate})"
