@@ -60,7 +60,7 @@ def settle_checkpointing(job: StageJob, args: TrainingArguments, rows: "Dataset"
 
 
 def peak_without(job: StageJob, config: PreTrainedConfig, rows: AssumedRows, place: Place) -> int | None:
-    """Bytes that the stage holds at its peak without activation checkpointing; None where its plan is a rule of thumb."""
+    """Bytes that the stage holds at its peak without checkpointing; None where its plan is a rule of thumb."""
     train = {key: value for key, value in job.train.items() if key not in _KEYS} | {_KEYS[0]: False}
     try:
         cost = stage_cost(replace(job, train=train), config, rows, None, place)

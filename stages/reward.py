@@ -12,6 +12,7 @@ from trl.trainer.reward_trainer import RewardTrainer
 
 from ..data.encode import encode_pairs
 from ..models.batching import right_pad, row_batches
+from ..models.causal import decoder_of
 from ..models.reward_model import create_reward_model, save_reward_model
 from .activations import settle_checkpointing
 from .job import StageJob
@@ -103,7 +104,8 @@ def run_reward(job: StageJob) -> dict[str, Any]:
         metrics |= _held_out(model, stage.held, data.held, pad, batch_size)
     if trainer.is_world_process_zero():
         save_reward_model(model, job.base, job.output_dir)
-    return finish(job, stage.tokenizer, data, trainer.args, metrics, reward=reference)
+    backbone = decoder_of(model.get_base_model())
+    return finish(job, stage.tokenizer, data, trainer.args, metrics, backbone=backbone, reward=reference)
 
 
 @torch.no_grad()

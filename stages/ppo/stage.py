@@ -59,7 +59,7 @@ def run_ppo(job: StageJob) -> dict[str, Any]:
     if trainer.is_world_process_zero():
         adapters.save("default", job.output_dir)
     parents = tuple(folder for folder in (job.parent, *stages) if folder is not None)
-    return finish(job, tokenizer, data, args, _metrics(trainer), parents=parents)
+    return finish(job, tokenizer, data, args, _metrics(trainer), backbone=adapters.backbone, parents=parents)
 
 
 def _metrics(trainer: PPOTrainer) -> dict[str, float | None]:
