@@ -2,7 +2,9 @@
 
 import ctypes
 import sys
+from contextlib import suppress
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
@@ -26,18 +28,25 @@ def resident_bytes() -> int:
 
 
 def reset_peak_memory() -> None:
-    """Forget the accelerator's peak so far. A process' own peak cannot be reset."""
+    """Forget the peak so far, the accelerator's or, without one, this process'. Only Linux lets go of the latter."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+        return
+    with suppress(OSError):
+        (_PROCESS / "clear_refs").write_text(_FORGET_PEAK)
 
 
 def peak_memory_bytes() -> int | None:
-    """The accelerator's peak since `reset_peak_memory`; without one, the process' peak resident size so far.
+    """The peak since `reset_peak_memory`: of the accelerator's tensors; without one, of what the process has resident.
 
     None where the system does not count it.
     """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    with suppress(OSError, StopIteration):
+        # the kernel's own count for this process: getrusage also knows what was before the program was started
+        said = (_PROCESS / "status").read_text(encoding="utf-8").splitlines()
+        return int(next(line for line in said if line.startswith("VmHWM:")).split()[1]) * 1024
     if find_spec("resource") is not None:
         import resource
 
@@ -46,3 +55,8 @@ def peak_memory_bytes() -> int | None:
     import psutil
 
     return getattr(psutil.Process().memory_info(), "peak_wset", None)
+
+
+_PROCESS = Path("/proc/self")
+_FORGET_PEAK = "5"
+"""proc(5): written to clear_refs, it sets the peak resident size to the current one, and clears nothing."""
