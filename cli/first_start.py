@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from ..data.template import writes_date
 from ..files import RECIPE
 from ..recipes.build import base_dtype
-from ..recipes.schema import Model, Recipe
+from ..recipes.schema import Precision, Recipe
 
 if TYPE_CHECKING:
     from ..models.base import Base
@@ -34,7 +34,7 @@ def fix_dtype(recipe: Recipe, folder: Path) -> str:
     if model.dtype != "auto":
         return ""
     before = _before(folder, "dtype")
-    if before in get_args(Model.model_fields["dtype"].annotation) and before != "auto":
+    if before in get_args(Precision):
         model.dtype = before
         return f"model.dtype: auto is {before}, as at this run's first start"
     from ..models.devices import device_name

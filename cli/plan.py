@@ -194,7 +194,8 @@ class _Plan:
             said = "the base is to be sharded, but an on-policy stage keeps a whole frozen base on each device"
             raise UserError("--launch", said, "launch with distributed_type MULTI_GPU or MULTI_CPU")
         cpu = device == "cpu"
-        place = Place("cpu" if cpu else "cuda", self.processes, self.sharded, self.libraries if cpu else 0)
+        memory = None if self.card is None else self.card.memory
+        place = Place("cpu" if cpu else "cuda", self.processes, self.sharded, self.libraries if cpu else 0, memory)
         cost = stage_cost(job, self.outline.config, rows, held, place, self._replies(job)[1])
         if cost.approximate is not None:
             self._note(

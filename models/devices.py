@@ -3,6 +3,7 @@
 import functools
 import logging
 import os
+from typing import Literal
 
 import torch
 
@@ -26,7 +27,7 @@ _FAST_BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 """What a CPU that multiplies in bfloat16 says of itself: x86's words, then ARM's."""
 
 
-def auto_dtype() -> str:
+def auto_dtype() -> Literal["bfloat16", "float32"]:
     """What `dtype: auto` stands for here: bfloat16 where the GPU, or without one the CPU, computes in it, else float32.
 
     A device that only emulates it (a V100, a T4, a CPU without instructions for it) is slower in bfloat16 than in

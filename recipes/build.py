@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..files import ADAPTER_CONFIG, LINEAGE
 from ..intact import read_json_object
-from .schema import BASE, Data, Recipe, Stage
+from .schema import BASE, Data, Precision, Recipe, Stage
 
 if TYPE_CHECKING:
     from ..data.spec import DataSpec
@@ -87,7 +87,7 @@ def nonfinite_skips(stage: Stage) -> int:
     return 0 if word == "stop" else int(word.removeprefix("skip(").removesuffix(")"))
 
 
-def base_dtype(recipe: Recipe) -> str:
+def base_dtype(recipe: Recipe) -> Precision:
     """The precision of the base; what `auto` stands for here where the recipe says that.
 
     A stage that asks for `fp16` in its `train` means a float32 base that is cast to float16 in its products.

@@ -17,6 +17,7 @@ from ..values import is_number
 BASE = "base"
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
+Precision = Literal["float32", "bfloat16", "float16"]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 """What numpy, torch and transformers all take."""
 
@@ -37,7 +38,7 @@ class Model(Part):
 
     base: str
     revision: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", Precision] = "auto"
     quantization: Literal["4bit", "8bit"] | None = None
     chat_template: str | None = None
     template_date: date | None = None

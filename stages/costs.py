@@ -14,17 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from transformers import PreTrainedConfig
 
 from ..data.spec import RowKind
-from ..models.batching import TokenIds
-from ..models.cost import (
-    ADAPTER_BYTES,
-    BYTES,
-    Sizes,
-    activation_bytes,
-    is_paged,
-    optimiser_bytes,
-    sizes,
-    training_flops,
-)
+from ..models.batching import TOKENS_PER_BATCH, TokenIds, tokens_in
+from ..models.cost import ADAPTER_BYTES, BYTES, activation_bytes, is_paged, optimiser_bytes, sizes, training_flops
 from ..models.rehearsal import (
     ACTIVATIONS,
     GRADIENTS,
@@ -41,7 +32,6 @@ from ..models.rehearsal import (
 )
 from .job import StageJob
 from .options import stage_config
-from .ppo.rollout import FORWARD_ONLY
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -197,12 +187,14 @@ class Place:
         processes: how many, one device each.
         sharded: whether the frozen base is divided among them (FSDP, ZeRO-3).
         libraries: bytes that a process holds before it loads anything; on a GPU they are not on the device.
+        memory: bytes of the GPU, where it is known.
     """
 
     device: Device
     processes: int = 1
     sharded: bool = False
     libraries: int = 0
+    memory: int | None = None
 
 
 @dataclass(frozen=True)
@@ -255,7 +247,7 @@ def stage_cost(
     Raises:
         UserError: the stage's config refuses a value.
     """
-    stage = _Stage(job, sizes(config, job.lora, job.dtype, job.quantization), rows, held, place, replies)
+    stage = _Stage(job, config, rows, held, place, replies)
     work = stage.trained() if job.record.on_policy is None else stage.on_policy()
     peaks, why = _peaks(stage, config, work)
     phases: dict[str, Parts] = {}
@@ -309,9 +301,16 @@ class _Stage:
     """A stage's settings as they will be, and what follows from them."""
 
     def __init__(
-        self, job: StageJob, size: Sizes, rows: AnyRows, held: AnyRows | None, place: Place, replies: Sequence[int]
+        self,
+        job: StageJob,
+        config: PreTrainedConfig,
+        rows: AnyRows,
+        held: AnyRows | None,
+        place: Place,
+        replies: Sequence[int],
     ) -> None:
-        self.job, self.size, self.rows, self.held, self.place = job, size, rows, held, place
+        self.job, self.config, self.rows, self.held, self.place = job, config, rows, held, place
+        self.size = sizes(config, job.lora, job.dtype, job.quantization)
         kind = job.record
         # what the config says of this machine's devices is not read from it
         self.args: Any = stage_config(kind.config_class(), job, held_out=held is not None)
@@ -528,15 +527,24 @@ class _Stage:
 
     def _forwards(self, rollout: int, times: Callable[[float], float | None]) -> list[Work]:
         """The rollout's log-probs under policy and reference, its values, its scores."""
-        count = min(FORWARD_ONLY * self.batch, rollout)
+        tokens = self._forward_tokens()
+        longest = max(map(len, self._prompts(rollout)[0]), default=0) + self.new_tokens
+        batch, *_ = self._episodes(max(1, min(rollout, tokens // longest)))
+        usual = math.ceil(sum(map(len, self._prompts(rollout)[0])) / rollout + self.reply)
+        _, typical, scored, longer = self._episodes(count := max(1, min(rollout, tokens // usual)))
         calls = math.ceil(rollout / count)
-        batch, typical, scored, longer = self._episodes(count)
         held = Counter({GRADIENTS: self.trained_parameters() * ADAPTER_BYTES})
         phase = "log-probs and scores"
         policies = Work(phase, "forward", batch, typical, scored, times(2 * calls), False, holds=held, longer=longer)
         scalars = sum(each.kind == "stage" for each in self.job.rewards) + (self._value("value") == "separate")
         scores = replace(policies, heaviest=self._unscored(batch), scored=0, times=times(calls * scalars), trl=True)
         return [policies, *([scores] if scalars else [])]
+
+    def _forward_tokens(self) -> int:
+        place, size = self.place, self.size
+        if place.device == "cpu" or place.memory is None:
+            return TOKENS_PER_BATCH
+        return tokens_in(place.memory, size.weight_bytes, self.config, self.job.torch_dtype())
 
     def _update(self, step: Step, count: int, times: float | None, passes: int) -> Work:
         batch, typical, scored, longer = self._episodes(count)

@@ -213,7 +213,6 @@ def graphs(limit: int | None) -> dict:
     return {"graphs": stats["unique_graphs"], "failed": list(flex_tree._failed.values())}
 
 
-@pytest.mark.xfail(strict=True, reason="each is compiled twice: 8 graphs where 4 would do")
 def test_each_kind_of_mask_and_mode_is_compiled_once(device) -> None:
     # with and without a window, forward and backward, each in the precision that it met
     assert device.call(graphs, limit=None) == {"graphs": 4, "failed": []}

@@ -4,9 +4,10 @@ import sys
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from preftune.models import memory
-from preftune.models.batching import left_pad, right_pad, row_batches, token_batches
+from preftune.models.batching import left_pad, right_pad, row_batches, token_batches, tokens_in
 from preftune.models.heads import ScalarHead, score_at
 
 CPU = torch.device("cpu")
@@ -19,6 +20,20 @@ def test_batches_hold_rows_of_like_length_the_longest_first():
     assert list(row_batches(lengths, 2)) == [[1, 4], [3, 0], [2]]
     assert list(row_batches(lengths, 2, longest_first=False)) == [[2, 0], [3, 1], [4]]
     assert list(row_batches([], 2)) == list(token_batches([])) == []
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "weights", "hidden", "inner", "expected"),
+    [
+        (24, 3.4, 2048, 6144, 16_384),  # 1.7B in 16 bits: all that makes it faster
+        (24, 6, 4096, 14_336, 8192),  # 8B in 4 bits
+        (24, 15.5, 4096, 14_336, 1024),  # 8B in 16 bits: never none
+        (80, 15.5, 4096, 14_336, 16_384),
+    ],
+)
+def test_forwards_on_a_gpu_hold_as_many_tokens_as_it_has_room_for(gigabytes, weights, hidden, inner, expected):
+    config = LlamaConfig(hidden_size=hidden, intermediate_size=inner)
+    assert tokens_in(gigabytes * 10**9, int(weights * 1e9), config, torch.bfloat16) == expected
 
 
 def test_padding_stands_where_its_name_says():
