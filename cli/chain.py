@@ -405,7 +405,12 @@ def _free_memory() -> None:
     """Release what a finished stage held before the next one loads."""
     gc.collect()
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
+    if torch is None:
+        return
+    from ..models.memory import release_free_memory
+
+    release_free_memory()
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 

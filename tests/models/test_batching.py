@@ -60,8 +60,21 @@ def test_the_peak_is_at_least_what_was_held():
     memory.release_free_memory()
 
 
+@pytest.mark.skipif(torch.cuda.is_available() or sys.platform != "linux", reason="only Linux forgets a process' peak")
+def test_a_peak_is_of_what_came_after_it_was_forgotten():
+    held = torch.ones(1 << 24)
+    before = memory.peak_memory_bytes()
+    size = held.numel() * 4
+    del held
+    memory.release_free_memory()
+    memory.reset_peak_memory()
+    after = memory.peak_memory_bytes()
+    assert before is not None and after is not None and after < before - size / 2
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the accelerator's peak is told there")
-def test_without_the_resource_module_the_peak_is_psutils_or_unknown(monkeypatch):
+def test_without_the_resource_module_the_peak_is_psutils_or_unknown(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "_PROCESS", tmp_path)
     monkeypatch.setattr(memory, "find_spec", lambda name: None)
     for counted in ({"peak_wset": 123}, {}):
         process = type("Process", (), {"memory_info": lambda self, counted=counted: type("Info", (), counted)()})
