@@ -206,7 +206,7 @@ def _reward_stage(adapters: AdapterSet, tokenizer: Any, folder: Path) -> Path:
     adapters.save("reward", folder)
     lineage = Lineage(
         stage="reward", kind="reward", base=base_info(base()), tokenizer=tokenizer_info(tokenizer), parents=[],
-        config={}, data={}, seed=0, versions=library_versions(), created="", seconds=0.0,
+        config={}, data={"spec": {}, "fingerprint": ""}, seed=0, versions=library_versions(), created="", seconds=0.0,
         reward={"mean": 0.0, "std": 1.0},
     )  # fmt: skip
     write_lineage(folder, lineage)

@@ -6,12 +6,11 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from datetime import UTC, date, datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .. import stopping
-from ..data.template import writes_date
 from ..errors import UserError, gathering, in_brief, nearest, raise_found
 from ..files import EVALUATION, LINEAGE, RECIPE, STAMP, write_whole
 from ..printed import printable
@@ -20,6 +19,7 @@ from ..recipes.graph import needed_for, order, parents
 from ..recipes.schema import Recipe
 from ..stopping import Stopped
 from ..values import is_number
+from .first_start import fix_date, fix_dtype
 from .folder import RunFolder, Stamp, finished_entry, seal
 from .keys import Keys, counted, difference, idle_settings, key_of
 from .output import Output, duration
@@ -116,6 +116,8 @@ class Chain:
             # 2. the base and the data
             self.base = (self._resolve or _resolve_base)(self.recipe.model.base, self.recipe.model.revision)
             fix_date(self.recipe, self.base, self.path)
+            if said := fix_dtype(self.recipe, self.path):
+                self.output.say(said)
             self.parts = Keys(self.recipe, self.base, self.path)
             self.parts.read_data(selected, evaluation=evaluates)
             for words in self.parts.evaluated_in_training():
@@ -355,26 +357,6 @@ def _at_home(path: Path) -> Path:
         raise UserError("--output-dir", f"{str(path)!r}: no user of that name", "write the path out") from error
 
 
-def fix_date(recipe: Recipe, base: "Base", folder: Path) -> None:
-    """Give the run the day that its chat template writes: the day of its first start, so that no row ever changes."""
-    model = recipe.model
-    if model.template_date is not None or not writes_date(base.path, model.chat_template):
-        return
-    import yaml
-
-    from ..bounded_yaml import load_bounded
-
-    try:
-        before = load_bounded((folder / RECIPE).read_text(encoding="utf-8"))["model"]["template_date"]
-        model.template_date = date.fromisoformat(str(before))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
-        model.template_date = _today()
-
-
-def _today() -> date:
-    return date.today()
-
-
 def write_recipe(folder: Path, recipe: Recipe) -> None:
     """Write RUN/recipe.yaml: the recipe with everything resolved, so that it can be run on its own."""
     import yaml
@@ -423,7 +405,12 @@ def _free_memory() -> None:
     """Release what a finished stage held before the next one loads."""
     gc.collect()
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
+    if torch is None:
+        return
+    from ..models.memory import release_free_memory
+
+    release_free_memory()
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 

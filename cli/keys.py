@@ -11,7 +11,7 @@ from ..data.report import DataReport
 from ..data.spec import DataSpec, RowKind
 from ..eval.judges.kinds import judge_parts
 from ..models.fingerprints import code_sha256, content, folder_sha256
-from ..recipes.build import data_spec, data_values, folders, lora_values, reward_stages
+from ..recipes.build import base_dtype, data_spec, data_values, folders, lora_values, reward_stages
 from ..recipes.graph import parents
 from ..recipes.schema import BASE, Recipe
 from ..stages.kinds import source_file
@@ -185,7 +185,7 @@ class Keys:
         return {
             "format": FORMAT,
             "base": self.base.sha256,
-            "model.dtype": model.dtype,
+            "model.dtype": base_dtype(self.recipe),
             "model.quantization": model.quantization,
             "model.chat_template": template,
             **({} if model.template_date is None else {"model.template_date": str(model.template_date)}),

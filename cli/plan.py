@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from ..recipes.build import folders, stage_job
+from ..recipes.build import base_dtype, folders, stage_job
 from ..recipes.graph import order
 from ..recipes.load import load_recipe
 from ..recipes.schema import Recipe
@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from ..models.outline import Outline
     from ..stages.costs import AnyRows, StageCost
     from ..stages.job import StageJob
+    from ..stages.times import Seconds
 
 _CARDS = (24, 48, 80)
-"""GB of the cards that a plan speaks of."""
+"""GB of the cards that a plan speaks of; each is taken to have 10^9 bytes a GB, as the smallest that are sold so do."""
 _BYTES_A_TOKEN = 4
 """Of text in a base whose tokenizer is not there."""
 
@@ -59,11 +60,11 @@ def plan_recipe(
     output.say(plan.about())
     if output.json:
         output.rows(rows)
-        return
-    hidden = ("memory", "fits", "with", "devices")
-    output.rows([{key: value for key, value in row.items() if key not in hidden} for row in rows])
-    output.rows(_memory_rows(rows))
-    output.rows(_fit_rows(rows))
+    else:
+        hidden = ("memory", "fits", "with", "devices", "seconds at most")
+        output.rows([{key: value for key, value in row.items() if key not in hidden} for row in rows])
+        output.rows(_memory_rows(rows))
+        output.rows(_fit_rows(rows))
     for line in plan.notes:
         output.say(line)
 
@@ -84,8 +85,10 @@ def _memory_rows(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 def _fit_rows(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for row in rows:
         yield {"stage": row["stage"]} | {
-            f"on {size} GB": "fits" if fits else row["with"][size] or "does not fit, by no single change"
-            for size, fits in row["fits"].items()
+            f"on {name} GB" if name.isdigit() else f"on {name}": (
+                "fits" if fits else row["with"][name] or "does not fit, by no single change"
+            )
+            for name, fits in row["fits"].items()
         }
 
 
@@ -97,16 +100,22 @@ class _Plan:
     ) -> None:
         import torch
 
+        from ..models.cards import room
         from ..models.outline import outline
 
         model = recipe.model
+        if model.dtype == "auto":
+            model.dtype = base_dtype(recipe) if card is None else "bfloat16" if card.bf16 else "float32"
         self.recipe, self.output, self.card = recipe, output, card
         self.outline: Outline = outline(model.base, model.revision, model.chat_template, model.template_date)
         self.processes, self.sharded = _launched(launch)
         self.seconds = seconds / len(recipe.stages)
         self.libraries = _libraries()
         self.has_gpu = torch.cuda.is_available()
-        self.notes: list[str] = []
+        self.cards = {str(size): room(size * 10**9) for size in _CARDS}
+        if card is not None:
+            self.cards[card.name] = room(card.memory)
+        self.notes: list[str] = [self._times_in_words()] if seconds or card else []
         self._rows: dict[tuple[str, str], tuple[AnyRows, AnyRows | None]] = {}
         self._machines: dict[str, Timed | None] = {}
         if self.outline.tokenizer is None:
@@ -139,7 +148,12 @@ class _Plan:
         costs = {device: self._cost(job, rows, held, device) for device in self._devices()}
         here = next(iter(costs.values()))
         gpu = costs.get("gpu", here)
-        found = {size: _fits(gpu.peak[1], size) for size in _CARDS}
+        found = {name: gpu.peak[1] <= space for name, space in self.cards.items()}
+        if gpu.paged:
+            self._note(
+                f"{name}: {gpu.paged / 1e9:.1f} GB of optimiser are paged: not counted, because they leave for the "
+                "machine's memory when a GPU has no room for them"
+            )
         spent = self._time(job, here)
         return {
             "stage": name,
@@ -153,8 +167,9 @@ class _Plan:
             "disk GB": here.disk / 1e9,
             "memory GB": here.peak[1] / 1e9,
             "at": here.peak[0],
-            "seconds": spent,
-            "time": None if spent is None else duration(spent),
+            "seconds": None if spent is None else spent.expected,
+            "seconds at most": None if spent is None else spent.most,
+            "time": None if spent is None else _range(spent),
             "devices": self.processes,
             "memory": {
                 device: {key: dict(parts) for key, parts in cost.phases.items()} for device, cost in costs.items()
@@ -162,6 +177,9 @@ class _Plan:
             "fits": found,
             "with": self._changes(job, rows, held, [size for size, fits in found.items() if not fits]),
         }
+
+    def _note(self, line: str) -> None:
+        self.notes += [line] if line not in self.notes else []
 
     def _devices(self) -> list[str]:
         """For which devices memory is counted: the one that will run first."""
@@ -176,26 +194,28 @@ class _Plan:
             said = "the base is to be sharded, but an on-policy stage keeps a whole frozen base on each device"
             raise UserError("--launch", said, "launch with distributed_type MULTI_GPU or MULTI_CPU")
         cpu = device == "cpu"
-        place = Place("cpu" if cpu else "cuda", self.processes, self.sharded, self.libraries if cpu else 0)
-        cost = stage_cost(job, self.outline.config, rows, held, place, self._reply(job))
+        memory = None if self.card is None else self.card.memory
+        place = Place("cpu" if cpu else "cuda", self.processes, self.sharded, self.libraries if cpu else 0, memory)
+        cost = stage_cost(job, self.outline.config, rows, held, place, self._replies(job)[1])
         if cost.approximate is not None:
-            note = f"{job.name}: activations by a rule of thumb, its model cannot be rehearsed ({cost.approximate})"
-            self.notes += [note] if note not in self.notes else []
+            self._note(
+                f"{job.name}: activations by a rule of thumb, its model cannot be rehearsed ({cost.approximate})"
+            )
         return cost
 
     def _changes(
-        self, job: "StageJob", rows: "AnyRows", held: "AnyRows | None", sizes: Sequence[int]
-    ) -> dict[int, str | None]:
+        self, job: "StageJob", rows: "AnyRows", held: "AnyRows | None", names: Sequence[str]
+    ) -> dict[str, str | None]:
         """For each card that is too small, the first single change with which it would not be."""
-        found: dict[int, str | None] = dict.fromkeys(sizes)
-        for words, changed in _changes(job) if sizes else ():
+        found: dict[str, str | None] = dict.fromkeys(names)
+        for words, changed in _changes(job) if names else ():
             try:
                 peak = self._cost(changed, rows, held, "gpu").peak[1]
             except UserError:
                 continue
-            for size in sizes:
-                if found[size] is None and _fits(peak, size):
-                    found[size] = f"{words}: {peak / 1e9:.1f} GB"
+            for name in names:
+                if found[name] is None and peak <= self.cards[name]:
+                    found[name] = f"{words}: {peak / 1e9:.1f} GB"
             if all(found.values()):
                 break
         return found
@@ -239,30 +259,56 @@ class _Plan:
         on_policy = job.record.on_policy is not None
         return made[0], None if on_policy else made[1]
 
-    def _reply(self, job: "StageJob") -> int | None:
-        """How long a sampled reply is expected to be: as those that its policy was taught."""
-        if job.record.on_policy is None:
-            return None
+    def _replies(self, job: "StageJob") -> "tuple[str, Sequence[int]]":
+        """How long sampled replies are expected to be: as those that their policy was taught, of which data entry."""
         name = self.recipe.stages[job.name].parent
-        while name in self.recipe.stages:
+        while job.record.on_policy is not None and name in self.recipe.stages:
             stage = self.recipe.stages[name]
             rows = self._rows.get((stage.data, "demo"), (None, None))[0]
             if stage.record.rows == "demo" and rows is not None and rows.known and len(rows):
-                return max(1, round(rows.scored(range(len(rows))) / len(rows)))
+                return stage.data, [max(1, rows.scored([row])) for row in range(len(rows))]
             name = stage.parent
-        return None
+        return "", ()
 
     # --- time -----------------------------------------------------------------------------------------------------
 
-    def _time(self, job: "StageJob", cost: "StageCost") -> float | None:
+    def _times_in_words(self) -> str:
+        from ..models.cards import DECODING_SHARE, TRAINING_SHARE
+
+        if self.card is None:
+            return (
+                "times: of the training loops alone, from steps of a few layers of this base, timed on this machine now"
+            )
+        return (
+            f"times: of the training loops alone, by the published figures of {self.card.name}, of whose rate "
+            f"{TRAINING_SHARE:.0%} are taken to be reached in training and of whose bandwidth {DECODING_SHARE:.0%} in "
+            "sampling. These shares are assumed; no card was measured"
+        )
+
+    def _time(self, job: "StageJob", cost: "StageCost") -> "Seconds | None":
         from ..models.cost import sizes
         from ..stages.times import card_seconds, measured_seconds
 
         if self.card is not None:
             size = sizes(self.outline.config, job.lora, job.dtype, job.quantization)
-            return card_seconds(job, cost, size, self.card, self.processes)
-        timed = self._timed(job)
-        return None if timed is None else measured_seconds(cost, timed, self.seconds)
+            found = card_seconds(job, cost, size, self.card, self.processes)
+        else:
+            timed = self._timed(job)
+            found = None if timed is None else measured_seconds(cost, timed, self.seconds)
+        if found is not None and job.record.on_policy is not None:
+            self._note(f"{job.name}: {self._lengths_in_words(job)}")
+        return found
+
+    def _lengths_in_words(self, job: "StageJob") -> str:
+        entry, lengths = self._replies(job)
+        most = job.method_value("max_new_tokens")
+        if not lengths:
+            return f"how long replies will be is not known: its time is an upper bound, for {most} tokens each"
+        mean = sum(min(each, most) for each in lengths) / len(lengths)
+        return (
+            f"replies are taken to be as long as those of data.{entry}, {mean:.0f} tokens on average; "
+            f"its time at most is for {most} tokens each"
+        )
 
     def _timed(self, job: "StageJob") -> "Timed | None":
         """This machine with a few of the base's layers; None, and a note, where it cannot be measured."""
@@ -291,10 +337,10 @@ def _longer(spec: "DataSpec", factor: int) -> "DataSpec":
     return replace(spec, max_length=times(spec.max_length), max_prompt_length=times(spec.max_prompt_length))
 
 
-def _fits(peak: int, gigabytes: int) -> bool:
-    from ..models.cards import room
-
-    return peak <= room(gigabytes * 10**9)
+def _range(spent: "Seconds") -> str:
+    """In words; an upper bound beside it where replies may be longer than they are expected to be."""
+    expected = duration(spent.expected)
+    return expected if spent.most <= spent.expected else f"{expected} (at most {duration(spent.most)})"
 
 
 def _libraries() -> int:

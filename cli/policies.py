@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import UserError, nearest
 from ..files import RECIPE
-from ..recipes.build import data_spec, eval_spec, folders, policy_folder
+from ..recipes.build import base_dtype, data_spec, eval_spec, folders, policy_folder
 from ..recipes.graph import policies
 from ..recipes.load import load_recipe
 from ..recipes.schema import BASE, Recipe
@@ -93,7 +93,7 @@ def sampling_spec(recipe: Recipe, base: "Base", run: Path) -> "EvalSpec":
         reference=BASE,
         prompts=data_spec(recipe.data[stage.data], recipe.seed),
         folders=folders(recipe),
-        dtype=recipe.model.dtype,
+        dtype=base_dtype(recipe),
         quantization=recipe.model.quantization,
         seed=recipe.seed,
         kl=False,

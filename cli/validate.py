@@ -11,7 +11,7 @@ from ..data.report import DataReport
 from ..data.spec import RowKind
 from ..data.split import check_sides
 from ..errors import UserError, gathering, raise_found
-from ..recipes.build import data_spec, eval_spec, folders, stage_job
+from ..recipes.build import base_dtype, data_spec, eval_spec, folders, stage_job
 from ..recipes.graph import lines_of_descent, order, unused_stages
 from ..recipes.load import load_recipe
 from ..recipes.schema import Data, Recipe
@@ -55,6 +55,10 @@ def validate_recipe(recipe: str, overrides: Sequence[str], output: Output) -> No
                         output.rows([row])
         with gathering(found):
             check_settings(loaded, base, order(loaded), Path("runs") / loaded.name)
+            if loaded.model.dtype == "auto":
+                from ..models.devices import device_name
+
+                output.say(f"model.dtype: auto is {base_dtype(loaded)} on {device_name()}")
             output.say(f"stages: the config of each of {len(loaded.stages)} stages can be built")
         raise_found(found)
     output.say("nothing wrong found")

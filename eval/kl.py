@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..models.adapters import AdapterSet
-from ..models.batching import TOKENS_PER_BATCH, right_pad, token_batches
+from ..models.batching import forward_tokens, right_pad, token_batches
 from ..models.logprobs import LmHead, chunk_rows, response_positions, states_before_response
 from .statistics.intervals import mean_se, ratio_se
 
@@ -66,7 +66,7 @@ def sequence_kls(
     *,
     temperature: float,
     pad_token_id: int,
-    max_tokens: int = TOKENS_PER_BATCH,
+    max_tokens: int | None = None,
     chunk: int | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[float]:
@@ -75,7 +75,7 @@ def sequence_kls(
     Args:
         policy, reference: adapter names; None is the base.
         prompts, responses: token ids; the responses were drawn from the policy at `temperature`.
-        max_tokens: padded tokens in one forward.
+        max_tokens: padded tokens in one forward; None: as many as memory has room for (`forward_tokens`).
         chunk: response tokens projected to the vocabulary at once; None fits the vocabulary's size.
         on_batch: called with the number of responses done so far.
 
@@ -89,7 +89,7 @@ def sequence_kls(
     lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
     device = next(adapters.model.parameters()).device
     head = adapters.head
-    for rows in token_batches(lengths, max_tokens):
+    for rows in token_batches(lengths, max_tokens or forward_tokens(adapters.backbone)):
         ids_BL, mask_BL = right_pad([[*prompts[i], *responses[i]] for i in rows], pad_token_id, device)
         start_B = torch.tensor([len(prompts[i]) for i in rows], device=device)
         length_B = torch.tensor([len(responses[i]) for i in rows], device=device)

@@ -8,7 +8,7 @@ import torch
 
 from ..data.encode import IGNORED
 from ..models.adapters import AdapterSet
-from ..models.batching import TOKENS_PER_BATCH, right_pad, token_batches
+from ..models.batching import forward_tokens, right_pad, token_batches
 from .statistics.intervals import Z95, ratio_se
 
 
@@ -41,7 +41,7 @@ def sequence_nlls(
     labels: Sequence[Sequence[int]],
     *,
     pad_token_id: int,
-    max_tokens: int = TOKENS_PER_BATCH,
+    max_tokens: int | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[float]:
     """Summed NLL in nats of each row's labelled tokens; the label `IGNORED` counts for nothing.
@@ -53,7 +53,7 @@ def sequence_nlls(
     done = 0
     device = next(adapters.model.parameters()).device
     head = adapters.head
-    for rows in token_batches([len(row) for row in input_ids], max_tokens):
+    for rows in token_batches([len(row) for row in input_ids], max_tokens or forward_tokens(adapters.backbone)):
         ids_BL, mask_BL = right_pad([input_ids[i] for i in rows], pad_token_id, device)
         labels_BL, _ = right_pad([labels[i] for i in rows], IGNORED, device)
         # Position t predicts token t + 1.

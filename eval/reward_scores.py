@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..models.adapters import AdapterSet
-from ..models.batching import TOKENS_PER_BATCH, right_pad, token_batches
+from ..models.batching import forward_tokens, right_pad, token_batches
 
 
 @torch.no_grad()
@@ -15,14 +15,14 @@ def reward_scores(
     rows: Sequence[Sequence[int]],
     pad_token_id: int,
     *,
-    max_tokens: int = TOKENS_PER_BATCH,
+    max_tokens: int | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[float]:
     """Raw reward of each row of token ids (prompt and response), read at its last token; in the rows' order."""
     scores = [0.0] * len(rows)
     done = 0
     device = next(adapters.model.parameters()).device
-    for batch in token_batches([len(row) for row in rows], max_tokens):
+    for batch in token_batches([len(row) for row in rows], max_tokens or forward_tokens(adapters.backbone)):
         ids_BL, mask_BL = right_pad([rows[i] for i in batch], pad_token_id, device)
         hidden_BLH = adapters.hidden(role, ids_BL, mask_BL)
         last_B = mask_BL.sum(-1) - 1

@@ -7,11 +7,45 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
 
 TokenIds = Sequence[int]
 
 TOKENS_PER_BATCH = 4096
-"""Padded tokens of one forward. They bound its activations; the projection to the vocabulary has chunks of its own."""
+"""Padded tokens of one forward without gradients on a CPU, where more of them make nothing faster."""
+
+_FEWEST, _MOST, _SHARE = 1024, 16_384, 8
+"""On a GPU: from so many to so many, in one eighth of the memory that the weights, and the merged ones, leave free."""
+
+
+def forward_tokens(backbone: PreTrainedModel) -> int:
+    """Padded tokens of one forward without gradients: they bound its activations.
+
+    On a GPU as many as its memory has room for, by its size and not by what happens to be free: the same card takes
+    the same batches when a run goes on. The projection to the vocabulary has chunks of its own.
+    """
+    device = next(backbone.parameters()).device
+    if device.type != "cuda":
+        return TOKENS_PER_BATCH
+    held = sum(weight.numel() * weight.element_size() for weight in backbone.parameters())
+    return tokens_in(torch.cuda.get_device_properties(device).total_memory, held, backbone.config, backbone.dtype)
+
+
+def tokens_in(memory: int, weights: int, config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """`forward_tokens` on a GPU of so many bytes, with so many bytes of weights."""
+    room = max(0, memory - 2 * weights) // _SHARE // _token_bytes(config.get_text_config(), dtype)
+    return min(max(1 << room.bit_length() >> 1, _FEWEST), _MOST)
+
+
+def _token_bytes(text: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """What a token takes in the widest moment of a layer, generously: the residual stream and attention's inputs, the
+    feed-forward's two inner states and their product, a norm in fp32."""
+    hidden: int = text.hidden_size
+    inner: int = getattr(text, "intermediate_size", None) or 4 * hidden
+    # of a mixture of experts, as many as see the token
+    expert: int = getattr(text, "moe_intermediate_size", None) or 0
+    inner = max(inner, expert * (getattr(text, "num_experts_per_tok", None) or 1))
+    return dtype.itemsize * (6 * hidden + 3 * inner) + 8 * hidden
 
 
 def token_batches(lengths: Sequence[int], max_tokens: int = TOKENS_PER_BATCH) -> Iterator[list[int]]:

@@ -6,6 +6,8 @@ apart so, and the whole model's time follows. Memory allows no more of a large m
 """
 
 import copy
+import itertools
+import statistics
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -21,6 +23,7 @@ from .base import Base
 from .batching import TokenIds, right_pad
 from .generate import sample
 from .lora import LoraSpec
+from .memory import bound_compiled_products
 from .packing import use_packed_forward
 from .quiet import quiet_transformers
 
@@ -58,14 +61,23 @@ class Timed:
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
+        bound_compiled_products()
         self._models = [_random_model(machine, layers) for layers in FEW]
 
     def seconds(self, run: Callable[["Few"], None], limit: float) -> float:
         """Seconds of `run` on the whole model, measured for about `limit` seconds."""
-        one, four = (_middle(run, few, limit / len(self._models)) for few in self._models)
-        each = max(0.0, (four - one) / (self._models[1].layers - self._models[0].layers or 1))
+        return self._whole(*(_least(run, few, limit / len(self._models)) for few in self._models))
+
+    def decoding(self, prompts: Sequence[TokenIds], new_tokens: int) -> tuple[float, float]:
+        """Seconds until these prompts, together, have their first token each, and of one more token for each."""
+        (first, step), (more_first, more_step) = (_decoded(few, prompts, new_tokens) for few in self._models)
+        return self._whole(first, more_first), self._whole(step, more_step)
+
+    def _whole(self, one: float, four: float) -> float:
+        """Of the whole model, from what both of few layers took."""
+        fewest, more = (few.layers for few in self._models)
         layers = self.machine.config.get_text_config().num_hidden_layers
-        return one + each * (layers - self._models[0].layers)
+        return one + max(0.0, four - one) / (more - fewest or 1) * (layers - fewest)
 
 
 class Few:
@@ -134,26 +146,32 @@ def look(rows: Sequence[TokenIds], scored: int) -> Callable[[Few], None]:
     return run
 
 
-def rollout(prompts: Sequence[TokenIds], new_tokens: int) -> Callable[[Few], None]:
-    """Replies of that many tokens to these prompts, at once."""
+def _decoded(few: Few, prompts: Sequence[TokenIds], new_tokens: int) -> tuple[float, float]:
+    """Seconds until the first token of all, and of the usual step after it. A GPU is waited for at each step."""
 
-    def run(few: Few) -> None:
+    def draw(count: int) -> list[float]:
+        at = [time.perf_counter()]
         sample(
             few.adapters,
             DEFAULT,
             prompts,
-            max_new_tokens=new_tokens,
+            max_new_tokens=count,
             eos_token_id=-1,
             pad_token_id=0,
             seed=0,
             batch_size=len(prompts),
+            on_tokens=lambda *_: at.append(time.perf_counter()),
         )
+        return [end - start for start, end in itertools.pairwise(at)]
 
-    return run
+    draw(2)  # the first time also tries which way of decoding is right
+    first, *steps = draw(new_tokens)
+    return first, statistics.median(steps)
 
 
-def _middle(run: Callable[[Few], None], few: Few, limit: float) -> float:
-    """The median of what fits into the limit, after a first time that is not counted; at least one."""
+def _least(run: Callable[[Few], None], few: Few, limit: float) -> float:
+    """The least of what fits into the limit, after a first time that is not counted; at least one. What else the
+    machine does makes a step longer, and never shorter."""
     began = time.perf_counter()
     run(few)
     found: list[float] = []
@@ -162,7 +180,7 @@ def _middle(run: Callable[[Few], None], few: Few, limit: float) -> float:
         run(few)
         _wait(few.machine.device)
         found.append(time.perf_counter() - start)
-    return sorted(found)[len(found) // 2]
+    return min(found)
 
 
 def _wait(device: torch.device) -> None:

@@ -25,13 +25,23 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 ADAPTER_BYTES = 4
 """Of an adapter's parameter, and of its gradient: fp32, whatever the base has."""
 
-_STATES = {"8bit": 2, "adafactor": 1, "sgd": 0, "lion": 4, "adagrad": 4, "rmsprop": 4}
-_ADAM = 8
+_STATES = {"ademamix": 3, "sgd": 0, "lion": 1, "adagrad": 1, "rmsprop": 1}
+"""Numbers that optimisers keep of a parameter, by a word of transformers' names; AdamW, and what is not here: two."""
+_NARROW = {"8bit": 1.0, "4bit": 0.5}
 
 
-def optimiser_bytes(optim: str) -> int:
-    """Bytes of an optimiser's state for one trained parameter, by transformers' name of it; AdamW keeps two in fp32."""
-    return next((size for word, size in _STATES.items() if word in optim), _ADAM)
+def optimiser_bytes(optim: str) -> float:
+    """Bytes of an optimiser's state for one trained parameter, by its name in transformers: fp32 or what that says."""
+    if "adafactor" in optim:
+        return 1  # a number a row and a column of each matrix
+    states = next((count for word, count in _STATES.items() if word in optim), 2)
+    return states * next((size for word, size in _NARROW.items() if word in optim), 4.0)
+
+
+def is_paged(optim: str) -> bool:
+    """Whether the optimiser's state leaves the GPU for the machine's memory where there is no room for it
+    (arXiv 2305.14314, section 3, Paged Optimizers)."""
+    return "paged" in optim
 
 
 @dataclass(frozen=True)

@@ -23,14 +23,15 @@ from transformers import (
 from .. import stopping
 from .batching import left_pad
 from .causal import decoder_of
-from .compiled_step import step_for
+from .compiled_step import CompiledStep, step_for
 from .logprobs import LmHead
 from .packing import ATTENTION, attention_of
 from .prefill import Prefilled, prefill
 from .prepack import Product
 from .row_cache import RowCache
 from .sampling import Sampling, choose, uniforms
-from .token_step import sees_everything
+from .token_kernels import TokenKernels
+from .token_step import TokenStep, sees_everything
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,9 @@ class Decoder:
     """
 
     words = "row by row, with a cache of ours"
+    token_step: TokenStep | None = None
+    drawing: TokenKernels | None = None
+    """What draws the tokens; None: PyTorch's operations."""
 
     def __init__(
         self,
@@ -110,6 +114,8 @@ class Decoder:
         """What a way of decoding keeps beside the requests."""
         self.whole_mask = sees_everything(self.backbone) and attention_of(self.backbone.config) in ("sdpa", ATTENTION)
         self.token_step = step_for(self.backbone, joint)
+        if isinstance(self.token_step, CompiledStep) and self.sampling.temperature and not self.sampling.cuts:
+            self.drawing = self.token_step.kernels
         self.cache = RowCache(len(self.request_B), self.backbone.config.get_text_config().num_hidden_layers)
 
     def run(self) -> None:
@@ -173,7 +179,8 @@ class Decoder:
 
     def _sample(self, hidden_BH: Tensor, slots: Tensor | slice) -> bool:
         """Choose and keep the next token of these rows; whether one of them ended with it."""
-        return self._choose(self.head.logits(hidden_BH), slots)
+        logits = self.head.logits if self.drawing is None else self.head.bare_logits
+        return self._choose(logits(hidden_BH), slots)
 
     def _choose(self, logits_BV: Tensor, slots: Tensor | slice) -> bool:
         return bool(self._keep(logits_BV, slots).any())
@@ -183,7 +190,7 @@ class Decoder:
         changes stays where it is in memory."""
         n = len(self.prompts)
         request_B, step_B = self.request_B[slots], self.step_B[slots]
-        token_B, logp_B = choose(logits_BV, self.uniforms_NS[request_B, step_B], self.sampling)
+        token_B, logp_B = self._drawn(logits_BV, self.uniforms_NS[request_B, step_B])
         self.tokens_NS[request_B, step_B] = token_B
         self.logps_NS[request_B, step_B] = logp_B
         self.stopped_N[request_B] = stopped_B = (token_B[:, None] == self.eos_E).any(-1)
@@ -200,6 +207,12 @@ class Decoder:
         self.length_B[slots] = torch.where(goes_on_B, self.length_B[slots] + 1, 1)
         self.request_B[slots] = torch.where(goes_on_B, request_B, n)
         return ended_B
+
+    def _drawn(self, logits_BV: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
+        """The next token of each row and its log-probability."""
+        if self.drawing is None or logits_BV.dtype != torch.bfloat16:
+            return choose(logits_BV, uniform_B, self.sampling)
+        return self.drawing.draw(logits_BV, uniform_B, self.sampling.temperature)
 
     def _shrink(self) -> bool:
         """No prompt waits: idle places go. Nothing ends by it."""

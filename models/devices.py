@@ -3,6 +3,7 @@
 import functools
 import logging
 import os
+from typing import Literal
 
 import torch
 
@@ -20,6 +21,31 @@ def own_gpu() -> torch.device:
     rank = os.environ.get("LOCAL_RANK")
     index = torch.cuda.current_device() if rank is None else int(rank) % torch.cuda.device_count()
     return torch.device("cuda", index)
+
+
+_FAST_BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+"""What a CPU that multiplies in bfloat16 says of itself: x86's words, then ARM's."""
+
+
+def auto_dtype() -> Literal["bfloat16", "float32"]:
+    """What `dtype: auto` stands for here: bfloat16 where the GPU, or without one the CPU, computes in it, else float32.
+
+    A device that only emulates it (a V100, a T4, a CPU without instructions for it) is slower in bfloat16 than in
+    float32, and no more exact.
+    """
+    if torch.cuda.is_available():
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        known = torch.cpu.get_capabilities()
+        native = any(known.get(name) for name in _FAST_BF16)
+    return "bfloat16" if native else "float32"
+
+
+def device_name() -> str:
+    """The device that trains here, by its maker's name."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return str(torch.cpu.get_capabilities().get("cpu_name") or "this CPU")
 
 
 @functools.cache  # once a process

@@ -131,10 +131,11 @@ def _in_pieces(inputs: list[Tensor], tree: Tree, window: int | None, scale: floa
 
 def _attempt(inputs: list[Tensor], tree: Tree, window: int | None, scale: float | None) -> Tensor:
     """By FlexAttention without a gradient, or else in pieces."""
-    # whether an input has a gradient would be another graph
+    # whether an input has a gradient, or might have one, would be another graph
     inputs = [each.detach() for each in inputs]
-    found = _or_give_up(inputs, lambda: _flex(inputs, tree, window, scale))
-    return _in_pieces(inputs, tree, window, scale) if found is None else found
+    with torch.no_grad():
+        found = _or_give_up(inputs, lambda: _flex(inputs, tree, window, scale))
+        return _in_pieces(inputs, tree, window, scale) if found is None else found
 
 
 def _attempt_backward(

@@ -299,6 +299,12 @@ def decoder_for(adapters: AdapterSet) -> type[Decoder]:
     return tried[key]
 
 
+def sampler_used(backbone: PreTrainedModel) -> str | None:
+    """How completions have been drawn from the backbone, in words; None: none were."""
+    tried = getattr(backbone, _TRIED, None) or {}
+    return next((kind.words for kind in reversed(list(tried.values()))), None)
+
+
 def _try_decoders(
     adapters: AdapterSet, ways: Sequence[type[Decoder]], device: torch.device, dtype: torch.dtype
 ) -> type[Decoder]:

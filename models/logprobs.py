@@ -74,8 +74,16 @@ class LmHead:
         hidden_CH = hidden_CH.to(self.weight.dtype)
         if self.own is not None:
             return self.own(hidden_CH).float()
-        raw_CV = self.product(hidden_CH) if self.product else F.linear(hidden_CH, self.weight, self.bias)
-        return _shaped(raw_CV.float(), _Spec(1.0, self.softcap, self.scale, False), False)[0]
+        return _shaped(self._products(hidden_CH).float(), _Spec(1.0, self.softcap, self.scale, False), False)[0]
+
+    def bare_logits(self, hidden_CH: torch.Tensor) -> torch.Tensor:
+        """The same in the weights' precision, where that is what they are made in and nothing follows (else fp32)."""
+        if self.own is not None or self.softcap is not None or self.scale != 1.0:
+            return self.logits(hidden_CH)
+        return self._products(hidden_CH.to(self.weight.dtype))
+
+    def _products(self, hidden_CH: torch.Tensor) -> torch.Tensor:
+        return self.product(hidden_CH) if self.product else F.linear(hidden_CH, self.weight, self.bias)
 
     def token_logprobs(
         self,

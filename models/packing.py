@@ -205,6 +205,12 @@ def packs_now(backbone: PreTrainedModel, device: torch.device) -> bool:
     return packing is not None and packing.agrees(device)
 
 
+def attention_used(backbone: PreTrainedModel) -> str | None:
+    """How the backbone's rows have been computed, in words; None: none were, or by its own forward."""
+    packing: Packing | None = getattr(backbone, _PACKING, None)
+    return None if packing is None else packing.used(next(backbone.parameters()).device)
+
+
 _PACKING = "_preftune_packing"
 """The attribute of a backbone under which its `Packing` is found."""
 
@@ -273,6 +279,16 @@ class Packing:
             self._ways[key] = self._try(device, key[1])
         # a decoder whose packed forward failed in one precision has given up its attention function in all of them
         return "padded" if self._off and self._ways[key] == "packed" else self._ways[key]
+
+    def used(self, device: torch.device) -> str | None:
+        """How rows have been computed here, in words; None: none were."""
+        key = (device.type, precision(self._backbone, device))
+        if key not in self._ways:
+            return None
+        if (way := self.way(device)) != "packed":
+            return {"padded": "padded rows", "alone": "rows of one length together"}[way]
+        whole = flex_applies(device, *self._kinds.get(key, ()))
+        return f"packed rows as prefix trees, {'FlexAttention' if whole else 'SDPA in blocks'}"
 
     def agrees(self, device: torch.device) -> bool:
         """Whether the packed forward is in use."""

@@ -20,7 +20,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -475,10 +475,21 @@ def _made_fake(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class _Rehearsed:
-    """What a layer's attention is told through the model's forward."""
+    """What a layer's attention is told through the model's forward.
+
+    made: the masks of the blocks, as long as the forward; layers with one window and dtype share them.
+    """
 
     batch: Batch
     stage: Stage
+    made: dict[tuple[int | None, torch.dtype], list[Tensor]] = field(default_factory=dict)
+
+    def masks(self, window: int | None, dtype: torch.dtype) -> list[Tensor]:
+        """Of each block [T, T]."""
+        if (window, dtype) not in self.made:
+            with self.stage.ledger.part(MASKS):
+                self.made[window, dtype] = [torch.empty(t, t, dtype=dtype) for t in self.batch.blocks]
+        return self.made[window, dtype]
 
 
 def _attention(
@@ -489,6 +500,7 @@ def _attention(
     attention_mask: Tensor | None,
     *,
     scaling: float | None = None,
+    sliding_window: int | None = None,
     rehearsed: _Rehearsed | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -499,11 +511,13 @@ def _attention(
         return _Kernel.apply(query, key, value).transpose(1, 2), None
     ends = [*itertools.accumulate(batch.blocks)]
     runs = [(end - t, end, t) for end, t in zip(ends, batch.blocks, strict=True)]
-    with stage.ledger.part(MASKS):
-        masks = [torch.empty(t, t, dtype=query.dtype) for t in batch.blocks]
+    masks = rehearsed.masks(sliding_window, query.dtype)
     if query.dtype != torch.float32 and max(batch.blocks) <= LONGEST_BLOCK:
         return block_attention(query[0], key[0], value[0], runs, masks, scaling or 1.0)[None], None
-    parts = [_Kernel.apply(*(each[:, :, start:stop] for each in (query, key, value))) for start, stop, _ in runs]
+    parts = [
+        _Kernel.apply(*(each[:, :, start:stop] for each in (query, key, value)), mask)
+        for (start, stop, _), mask in zip(runs, masks, strict=True)
+    ]
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
@@ -512,21 +526,22 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 class _Kernel(torch.autograd.Function):
-    """A fused attention kernel: keeps queries, keys, values, its output and one number a query."""
+    """A fused attention kernel: keeps queries, keys, values, mask, its output and one number a query."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]: autograd's own takes any arguments
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]: autograd's own takes any arguments
         out = query.new_empty(*query.shape[:-1], value.shape[-1])
-        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, sums, *(() if mask is None else (mask,)))
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, _, sums = ctx.saved_tensors
+        query, key, value, _, sums, *_ = ctx.saved_tensors
         delta = torch.empty_like(sums)
         made = tuple(torch.empty_like(each) for each in (query, key, value))
         del delta
-        return made
+        return *made, None
 
 
 class _TrlHead(torch.autograd.Function):

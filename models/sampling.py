@@ -33,10 +33,15 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}, expected a number in (0, 1]")
 
+    @property
+    def cuts(self) -> bool:
+        """Whether some tokens are left out."""
+        return self.top_k > 0 or self.top_p < 1
+
 
 def filter_probs(probs_BV: Tensor, sampling: Sampling) -> Tensor:
     """Probabilities [B, V] with the tokens that top-k and top-p cut away set to 0 (not renormalised)."""
-    if sampling.top_k == 0 and sampling.top_p == 1:
+    if not sampling.cuts:
         return probs_BV
     keep_BV = torch.ones_like(probs_BV, dtype=torch.bool)
     if 0 < sampling.top_k < probs_BV.size(-1):

@@ -9,6 +9,10 @@
 #include <cstring>
 #include <vector>
 
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
 namespace {
 
 using bf16 = uint16_t;
@@ -50,6 +54,9 @@ inline float exponential(float x) {
     return power * scale;
 }
 
+// e^x, nothing where that is too small for an fp32: a token whose logit is -infinity has no mass
+inline float mass(float x) { return x > -87.0f ? exponential(x) : 0.0f; }
+
 // weight * (x / root mean square), in fp32, rounded before the weight as Llama does
 inline void norm(const float* x, const bf16* weight, bf16* out, int64_t width, float eps) {
     float sum = 0;
@@ -90,29 +97,82 @@ inline Floats load(const bf16* x) {
     return reinterpret_cast<Floats>(__builtin_convertvector(found, Bits) << 16);
 }
 
-inline float total(Floats x) {
-    typedef float Four __attribute__((vector_size(16)));
+typedef float Four __attribute__((vector_size(16)));
+typedef int32_t Places __attribute__((vector_size(16)));
+
+inline Four mixed(Four x, Four y, Places places) {
+#ifdef __clang__
+    Four out;
+    for (int i = 0; i < 4; i++) out[i] = places[i] < 4 ? x[places[i]] : y[places[i] - 4];
+    return out;
+#else
+    return __builtin_shuffle(x, y, places);
+#endif
+}
+
+inline Four quarter(Floats x) {
     Four part[LANES / 4], sum;
     std::memcpy(part, &x, sizeof x);
     sum = part[0] + part[1];
     if (LANES == 16) sum += part[LANES / 4 - 2] + part[LANES / 4 - 1];
-    return (sum[0] + sum[2]) + (sum[1] + sum[3]);
+    return sum;
+}
+
+// the sums of four vectors
+inline Four totals(const Floats* x) {
+    Four a = quarter(x[0]), b = quarter(x[1]), c = quarter(x[2]), d = quarter(x[3]);
+    Four ab = mixed(a, b, Places{0, 4, 1, 5}) + mixed(a, b, Places{2, 6, 3, 7});
+    Four cd = mixed(c, d, Places{0, 4, 1, 5}) + mixed(c, d, Places{2, 6, 3, 7});
+    return mixed(ab, cd, Places{0, 1, 4, 5}) + mixed(ab, cd, Places{2, 3, 6, 7});
+}
+
+// a head's product with a key, in pieces that `total` adds up. Products of pairs in bf16 are exact in fp32, however they
+// are made.
+#if defined(__AVX512BF16__) && HEAD % 32 == 0
+typedef __m512bh Pairs;
+constexpr int64_t PIECES = HEAD / 32;
+inline Pairs pairs(const bf16* x, int64_t p) {
+    Pairs found;
+    std::memcpy(&found, x + p * 32, sizeof found);
+    return found;
+}
+inline Floats added(Floats sum, Pairs x, Pairs y) { return (Floats)_mm512_dpbf16_ps((__m512)sum, x, y); }
+#else
+typedef Floats Pairs;
+constexpr int64_t PIECES = PARTS;
+inline Pairs pairs(const bf16* x, int64_t p) { return load(x + p * LANES); }
+inline Floats added(Floats sum, Pairs x, Pairs y) { return sum + x * y; }
+#endif
+
+// the scores of so many keys, one row of `stride` for each query
+template <int64_t KEYS>
+inline void score(const Pairs (&query)[GROUPS][PIECES], const bf16* keys, float scale, float* scores, int64_t stride) {
+    Floats dots[GROUPS][4] = {};
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < KEYS; i++)
+#pragma GCC unroll 16
+        for (int64_t p = 0; p < PIECES; p++) {
+            Pairs key = pairs(keys + i * HEAD, p);
+#pragma GCC unroll 16
+            for (int64_t g = 0; g < GROUPS; g++) dots[g][i] = added(dots[g][i], query[g][p], key);
+        }
+#pragma GCC unroll 16
+    for (int64_t g = 0; g < GROUPS; g++) {
+        Four found = totals(dots[g]) * scale;
+        std::memcpy(scores + g * stride, &found, KEYS * sizeof(float));
+    }
 }
 
 // the queries of one key-value head over `count` columns; scores: room for GROUPS * count
 inline void attend(const bf16* query, const bf16* keys, const bf16* values, int64_t count, float scale, float* scores,
                    bf16* out) {
-    Floats q[GROUPS][PARTS], mixed[GROUPS][PARTS] = {};
+    Floats mixed[GROUPS][PARTS] = {};
+    Pairs q[GROUPS][PIECES];
     for (int64_t g = 0; g < GROUPS; g++)
-        for (int64_t p = 0; p < PARTS; p++) q[g][p] = load(query + g * HEAD + p * LANES) * scale;
-    for (int64_t c = 0; c < count; c++) {
-        Floats dots[GROUPS] = {};
-        for (int64_t p = 0; p < PARTS; p++) {
-            Floats key = load(keys + c * HEAD + p * LANES);
-            for (int64_t g = 0; g < GROUPS; g++) dots[g] += q[g][p] * key;
-        }
-        for (int64_t g = 0; g < GROUPS; g++) scores[g * count + c] = total(dots[g]);
-    }
+        for (int64_t p = 0; p < PIECES; p++) q[g][p] = pairs(query + g * HEAD, p);
+    int64_t fours = count / 4 * 4;
+    for (int64_t c = 0; c < fours; c += 4) score<4>(q, keys + c * HEAD, scale, scores + c, count);
+    for (int64_t c = fours; c < count; c++) score<1>(q, keys + c * HEAD, scale, scores + c, count);
     float sum[GROUPS];
     for (int64_t g = 0; g < GROUPS; g++) {
         float all = 0, top = -INFINITY, *row = scores + g * count;
@@ -130,6 +190,21 @@ inline void attend(const bf16* query, const bf16* keys, const bf16* values, int6
     for (int64_t g = 0; g < GROUPS; g++)
         for (int64_t p = 0; p < PARTS; p++)
             for (int64_t i = 0; i < LANES; i++) out[g * HEAD + p * LANES + i] = narrow(mixed[g][p][i] / sum[g]);
+}
+
+constexpr int64_t BLOCK = 128;
+
+// the first place at which the sum of `masses` exceeds `draw`, which is left with what remains of it; if rounding
+// leaves none, the last that has any
+inline int64_t place(const float* masses, int64_t count, double& draw) {
+    int64_t last = 0;
+    for (int64_t i = 0; i < count; i++) {
+        if (masses[i] > draw) return i;
+        if (masses[i] > 0) last = i;
+        draw -= masses[i];
+    }
+    draw = 0;
+    return last;
 }
 
 }  // namespace
@@ -184,6 +259,39 @@ void gated(bf16* gate, const bf16* up, int64_t size) {
     for (int64_t i = 0; i < size; i++) {
         float x = wide(gate[i]);
         gate[i] = narrow(rounded(x / (1.0f + exponential(-x))) * wide(up[i]));
+    }
+}
+
+// Each row's next token, where the cumulative mass of softmax(logits / temperature) first exceeds `uniform` of the
+// whole, and its log-probability. First the block of tokens is found, then the token in it. logits [rows, vocabulary]
+void draw(const bf16* logits, const float* uniform, float temperature, int64_t* token, float* logp, int64_t rows,
+          int64_t vocabulary) {
+    float by = 1.0f / temperature;
+    int64_t blocks = (vocabulary + BLOCK - 1) / BLOCK;
+#pragma omp parallel
+    {
+        std::vector<float> masses(blocks);
+#pragma omp for schedule(static)
+        for (int64_t b = 0; b < rows; b++) {
+            const bf16* row = logits + b * vocabulary;
+            float top = -INFINITY, inside[BLOCK];
+#pragma omp simd reduction(max : top)
+            for (int64_t i = 0; i < vocabulary; i++) top = wide(row[i]) > top ? wide(row[i]) : top;
+            double whole = 0;
+            for (int64_t k = 0; k < blocks; k++) {
+                int64_t end = k + 1 < blocks ? (k + 1) * BLOCK : vocabulary;
+                float sum = 0;
+#pragma omp simd reduction(+ : sum)
+                for (int64_t i = k * BLOCK; i < end; i++) sum += mass((wide(row[i]) - top) * by);
+                whole += masses[k] = sum;
+            }
+            double left = uniform[b] * whole;
+            int64_t start = place(masses.data(), blocks, left) * BLOCK;
+            int64_t count = vocabulary - start < BLOCK ? vocabulary - start : BLOCK;
+            for (int64_t i = 0; i < count; i++) inside[i] = mass((wide(row[start + i]) - top) * by);
+            token[b] = start + place(inside, count, left);
+            logp[b] = (wide(row[token[b]]) - top) * by - static_cast<float>(std::log(whole));
+        }
     }
 }
 }

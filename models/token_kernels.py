@@ -38,6 +38,7 @@ _ARGUMENTS = {
     "add_norm": (_POINTER,) * 4 + (_INTEGER, _FLOAT),
     "attention": (_POINTER,) * 5 + (_FLOAT,) + (_POINTER,) * 4 + (_INTEGER,) * 4 + (_FLOAT,),
     "gated": (_POINTER, _POINTER, _INTEGER),
+    "draw": (_POINTER, _POINTER, _FLOAT, _POINTER, _POINTER, _INTEGER, _INTEGER),
 }
 
 
@@ -50,6 +51,7 @@ class TokenKernels:
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, None
         self._add_norm, self._attention, self._gated = library.add_norm, library.attention, library.gated
+        self._draw = library.draw
 
     def add_norm(self, x_BE: Tensor, change_BE: Tensor | None, weight_E: Tensor, eps: float, out_BE: Tensor) -> None:
         """x += change, and out = its root-mean-square norm."""
@@ -87,8 +89,17 @@ class TokenKernels:
         self._gated(_at(gate), _at(up), gate.numel())
         return gate
 
+    def draw(self, logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """As `sampling.choose` without cuts, in two passes over the logits as they are."""
+        rows, vocabulary = logits_BV.shape
+        token_B = torch.empty(rows, dtype=torch.int64)
+        logp_B = torch.empty(rows, dtype=torch.float32)
+        found = (_at(token_B), _at(logp_B, torch.float32))
+        self._draw(_at(logits_BV), _at(uniform_B, torch.float32), temperature, *found, rows, vocabulary)
+        return token_B, logp_B
 
-def _at(tensor: Tensor | None) -> int | None:
+
+def _at(tensor: Tensor | None, *dtypes: torch.dtype) -> int | None:
     """Where it lies. A kernel takes what is there for what it expects, so the rest is refused.
 
     Raises:
@@ -96,8 +107,8 @@ def _at(tensor: Tensor | None) -> int | None:
     """
     if tensor is None:
         return None
-    known = tensor.dtype in (torch.bfloat16, torch.int64) and tensor.device.type == "cpu" and tensor.is_contiguous()
-    if not known:
+    of_a_kind = tensor.dtype in (dtypes or (torch.bfloat16, torch.int64)) and tensor.device.type == "cpu"
+    if not of_a_kind or not tensor.is_contiguous():
         raise TypeError(f"{tensor.dtype} of strides {tensor.stride()} on {tensor.device}, expected bf16 in one piece")
     return tensor.data_ptr()
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..files import ADAPTER_CONFIG, LINEAGE
 from ..intact import read_json_object
-from .schema import BASE, Data, Recipe, Stage
+from .schema import BASE, Data, Precision, Recipe, Stage
 
 if TYPE_CHECKING:
     from ..data.spec import DataSpec
@@ -87,6 +87,21 @@ def nonfinite_skips(stage: Stage) -> int:
     return 0 if word == "stop" else int(word.removeprefix("skip(").removesuffix(")"))
 
 
+def base_dtype(recipe: Recipe) -> Precision:
+    """The precision of the base; what `auto` stands for here where the recipe says that.
+
+    A stage that asks for `fp16` in its `train` means a float32 base that is cast to float16 in its products.
+    """
+    said = recipe.model.dtype
+    if said != "auto":
+        return said
+    if any(stage.train.get("fp16") for stage in recipe.stages.values()):
+        return "float32"
+    from ..models.devices import auto_dtype
+
+    return auto_dtype()
+
+
 def stage_job(
     recipe: Recipe, name: str, base: "Base", run_dir: Path, output_dir: Path, parent: Path | None = None
 ) -> "StageJob":
@@ -107,7 +122,7 @@ def stage_job(
         name=name,
         kind=stage.kind,
         base=base,
-        dtype=recipe.model.dtype,
+        dtype=base_dtype(recipe),
         quantization=recipe.model.quantization,
         lora=lora_spec(recipe, name),
         parent=parent,
@@ -164,7 +179,7 @@ def eval_spec(recipe: Recipe, base: "Base", run_dir: Path, policies: list[str] |
         prompts=data_spec(part.prompts, recipe.seed),
         folders=folders(recipe),
         judges=tuple(part.judges),
-        dtype=recipe.model.dtype,
+        dtype=base_dtype(recipe),
         quantization=recipe.model.quantization,
         max_new_tokens=part.max_new_tokens,
         temperature=part.temperature,

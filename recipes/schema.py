@@ -17,6 +17,7 @@ from ..values import is_number
 BASE = "base"
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
+Precision = Literal["float32", "bfloat16", "float16"]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 """What numpy, torch and transformers all take."""
 
@@ -30,13 +31,14 @@ class Part(BaseModel):
 class Model(Part):
     """The frozen base. `base`: a hub id, a folder, a .gguf file, pypi:DIST==VERSION or random:NAME.
 
+    `dtype: auto` is bfloat16 where the device computes in it, else float32; a run keeps that of its first start.
     `packed: false` runs padded rows as they are, without leaving out padding and repeated prefixes. `template_date`:
     the day that a chat template writes which writes today's; a run keeps the day of its first start.
     """
 
     base: str
     revision: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["auto", Precision] = "auto"
     quantization: Literal["4bit", "8bit"] | None = None
     chat_template: str | None = None
     template_date: date | None = None

@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import IntervalStrategy
 
 from ..files import write_whole
-from ..models.memory import reset_peak_memory
+from ..models.memory import Holes, reset_peak_memory
 from ..progress import Meter
 from ..values import plain
 
@@ -137,6 +137,19 @@ class Clock(TrainerCallback):
     def spent(self) -> float:
         """Seconds so far."""
         return self.seconds + (0.0 if self._began is None else time.perf_counter() - self._began)
+
+
+class HandingBack(TrainerCallback):
+    """Hands back what a CPU's allocator holds for nothing, now and then (`memory.Holes`)."""
+
+    def __init__(self) -> None:
+        self._holes = Holes()
+
+    def on_substep_end(self, args: TrainingArguments, *_: object, **__: object) -> None:
+        if args.device.type == "cpu":
+            self._holes.look()
+
+    on_step_end = on_substep_end
 
 
 def clock_of(trainer: Trainer) -> Clock:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from transformers import PreTrainedConfig
 
 from ..data.spec import RowKind
-from ..models.batching import TokenIds
-from ..models.cost import ADAPTER_BYTES, BYTES, Sizes, activation_bytes, optimiser_bytes, sizes, training_flops
+from ..models.batching import TOKENS_PER_BATCH, TokenIds, tokens_in
+from ..models.cost import ADAPTER_BYTES, BYTES, activation_bytes, is_paged, optimiser_bytes, sizes, training_flops
 from ..models.rehearsal import (
     ACTIVATIONS,
     GRADIENTS,
@@ -32,7 +32,6 @@ from ..models.rehearsal import (
 )
 from .job import StageJob
 from .options import stage_config
-from .ppo.rollout import FORWARD_ONLY
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -113,6 +112,27 @@ class AssumedRows:
 
 
 AnyRows = Rows | AssumedRows
+
+
+@dataclass(frozen=True)
+class Decodes:
+    """The replies of a rollout.
+
+    Attributes:
+        at_once: rows that are decoded together.
+        lengths: tokens of each reply, as they are expected.
+        most: that a reply may have.
+    """
+
+    at_once: int
+    lengths: tuple[int, ...]
+    most: int
+
+    def longest(self) -> "Decodes":
+        """Where none ends before it must."""
+        return replace(self, lengths=(self.most,) * len(self.lengths))
+
+
 Step = Literal["policy", "policy and reference", "score", "forward", "prefill"]
 
 
@@ -130,7 +150,8 @@ class Work:
         trl: whether the head is that of TRL's trainers.
         passes: micro-batches whose gradients add up.
         holds: bytes that this phase alone holds.
-        decodes: (rows at once, new tokens) of a rollout, whose prompts are `typical`.
+        longer: by so much more tokens the usual rows have where every reply is as long as it may be.
+        decodes: the replies of a rollout; as many prompts as are decoded together are `typical`.
     """
 
     phase: str
@@ -142,7 +163,8 @@ class Work:
     trl: bool = True
     passes: int = 1
     holds: Parts = field(default_factory=Counter)
-    decodes: tuple[int, int] | None = None
+    longer: float = 1.0
+    decodes: Decodes | None = None
 
     def program(self) -> Program:
         """What is rehearsed."""
@@ -165,12 +187,14 @@ class Place:
         processes: how many, one device each.
         sharded: whether the frozen base is divided among them (FSDP, ZeRO-3).
         libraries: bytes that a process holds before it loads anything; on a GPU they are not on the device.
+        memory: bytes of the GPU, where it is known.
     """
 
     device: Device
     processes: int = 1
     sharded: bool = False
     libraries: int = 0
+    memory: int | None = None
 
 
 @dataclass(frozen=True)
@@ -183,6 +207,7 @@ class StageCost:
         flops: of all devices together; None as above.
         phases: bytes by part on each device, of each phase at its peak.
         disk: bytes that it writes, checkpoints included.
+        paged: bytes of the optimiser that a GPU without room for them moves to the machine's memory; in no phase.
         approximate: why the activations are by a rule of thumb; None: they are rehearsed.
     """
 
@@ -195,6 +220,7 @@ class StageCost:
     phases: dict[str, Parts]
     disk: int
     work: tuple[Work, ...]
+    paged: int = 0
     approximate: str | None = None
 
     @property
@@ -204,19 +230,24 @@ class StageCost:
 
 
 def stage_cost(
-    job: StageJob, config: PreTrainedConfig, rows: AnyRows, held: AnyRows | None, place: Place, reply: int | None = None
+    job: StageJob,
+    config: PreTrainedConfig,
+    rows: AnyRows,
+    held: AnyRows | None,
+    place: Place,
+    replies: Sequence[int] = (),
 ) -> StageCost:
     """What a stage costs, on each device.
 
     Args:
         job: its base and folders are not looked at.
         rows, held: to train on, and held out.
-        reply: tokens that a sampled reply is expected to have; None: as many as it may.
+        replies: lengths as sampled replies are expected to have them; without any each is as long as it may be.
 
     Raises:
         UserError: the stage's config refuses a value.
     """
-    stage = _Stage(job, sizes(config, job.lora, job.dtype, job.quantization), rows, held, place, reply)
+    stage = _Stage(job, config, rows, held, place, replies)
     work = stage.trained() if job.record.on_policy is None else stage.on_policy()
     peaks, why = _peaks(stage, config, work)
     phases: dict[str, Parts] = {}
@@ -236,6 +267,7 @@ def stage_cost(
         phases=phases,
         disk=stage.disk_bytes(),
         work=tuple(work),
+        paged=stage.optimiser() if stage.paged else 0,
         approximate=why,
     )
 
@@ -269,17 +301,28 @@ class _Stage:
     """A stage's settings as they will be, and what follows from them."""
 
     def __init__(
-        self, job: StageJob, size: Sizes, rows: AnyRows, held: AnyRows | None, place: Place, reply: int | None
+        self,
+        job: StageJob,
+        config: PreTrainedConfig,
+        rows: AnyRows,
+        held: AnyRows | None,
+        place: Place,
+        replies: Sequence[int],
     ) -> None:
-        self.job, self.size, self.rows, self.held, self.place = job, size, rows, held, place
+        self.job, self.config, self.rows, self.held, self.place = job, config, rows, held, place
+        self.size = sizes(config, job.lora, job.dtype, job.quantization)
         kind = job.record
         # what the config says of this machine's devices is not read from it
         self.args: Any = stage_config(kind.config_class(), job, held_out=held is not None)
         self.batch: int = self.args.per_device_train_batch_size
         self.checkpointing = self._checkpoints_layers()
         self.shared = job.method_value("value") == "shared"
+        optim = self.args.optim
+        self.optim = str(getattr(optim, "value", optim))  # the name of an enumeration's member says its class too
+        self.paged = place.device == "cuda" and is_paged(self.optim)
         self.new_tokens: int = 0 if kind.on_policy is None else job.method_value("max_new_tokens")
-        self.reply = self.new_tokens if reply is None else min(reply, self.new_tokens)
+        self._replies = sorted(min(each, self.new_tokens) for each in replies)
+        self.reply: float = sum(self._replies) / len(self._replies) if replies else self.new_tokens
 
     def _checkpoints_layers(self) -> bool:
         names = ("gradient_checkpointing", "activation_checkpointing")
@@ -323,6 +366,13 @@ class _Stage:
     def _value(self, name: str) -> Any:
         return self.job.method_value(name)
 
+    def replies(self, count: int) -> tuple[int, ...]:
+        """Lengths of so many replies, spread as the expected ones are, in no order."""
+        known = self._replies or [self.new_tokens]
+        found = [known[(2 * i + 1) * len(known) // (2 * count)] for i in range(count)]
+        random.Random(self.job.seed).shuffle(found)
+        return tuple(found)
+
     def tokens(self) -> int | None:
         """Tokens of the rows that the run sees, replies included."""
         if (steps := self.steps()) is None:
@@ -361,6 +411,10 @@ class _Stage:
         separate = self.job.record.on_policy is not None and self._value("value") == "separate"
         return self.size.adapter * (2 if separate else 1)
 
+    def optimiser(self) -> int:
+        """Bytes of the optimiser's state."""
+        return round(self.trained_parameters() * optimiser_bytes(self.optim))
+
     def constant(self) -> Parts:
         """What every phase holds on each device."""
         job, size, place = self.job, self.size, self.place
@@ -376,7 +430,7 @@ class _Stage:
             {
                 WEIGHTS: weights,
                 ADAPTERS: (trained + frozen) * ADAPTER_BYTES,
-                OPTIMISER: trained * optimiser_bytes(str(self.args.optim)),
+                OPTIMISER: 0 if self.paged else self.optimiser(),
                 BUCKETS: trained * ADAPTER_BYTES if several else 0,
                 LIBRARIES: place.libraries,
                 MERGED: self._merged() if place.device == "cuda" and job.record.on_policy is not None else 0,
@@ -392,8 +446,8 @@ class _Stage:
 
     def disk_bytes(self) -> int:
         """The adapter, two checkpoints with the optimiser (a new one is written beside the old), and kept policies."""
-        adapter, trained = self.size.adapter * ADAPTER_BYTES, self.trained_parameters()
-        checkpoint = trained * (ADAPTER_BYTES + optimiser_bytes(str(self.args.optim)))
+        adapter = self.size.adapter * ADAPTER_BYTES
+        checkpoint = self.trained_parameters() * ADAPTER_BYTES + self.optimiser()
         every = self.job.method_value("keep_every")
         kept = (self.iterations() or 0) // every if every else 0
         return adapter * (1 + kept) + 2 * checkpoint
@@ -468,32 +522,38 @@ class _Stage:
             }
         )
         batch = self._batch(prompts, 0) if cpu else Batch.even(at_once, width, 0)
-        calls = times(math.ceil(rollout / at_once))
-        return Work("rollout", "prefill", batch, tuple(typical), 0, calls, holds=holds, decodes=(at_once, self.reply))
+        decodes = Decodes(at_once, self.replies(rollout), self.new_tokens)
+        return Work("rollout", "prefill", batch, tuple(typical), 0, times(1), holds=holds, decodes=decodes)
 
     def _forwards(self, rollout: int, times: Callable[[float], float | None]) -> list[Work]:
         """The rollout's log-probs under policy and reference, its values, its scores."""
-        count = min(FORWARD_ONLY * self.batch, rollout)
+        tokens = self._forward_tokens()
+        longest = max(map(len, self._prompts(rollout)[0]), default=0) + self.new_tokens
+        batch, *_ = self._episodes(max(1, min(rollout, tokens // longest)))
+        usual = math.ceil(sum(map(len, self._prompts(rollout)[0])) / rollout + self.reply)
+        _, typical, scored, longer = self._episodes(count := max(1, min(rollout, tokens // usual)))
         calls = math.ceil(rollout / count)
-        batch, typical = self._episodes(count)
         held = Counter({GRADIENTS: self.trained_parameters() * ADAPTER_BYTES})
-        policies = Work(
-            "log-probs and scores", "forward", batch, typical, count * self.reply, times(2 * calls), False, holds=held
-        )
+        phase = "log-probs and scores"
+        policies = Work(phase, "forward", batch, typical, scored, times(2 * calls), False, holds=held, longer=longer)
         scalars = sum(each.kind == "stage" for each in self.job.rewards) + (self._value("value") == "separate")
-        scores = Work(
-            "log-probs and scores", "forward", self._unscored(batch), typical, 0, times(calls * scalars), holds=held
-        )
+        scores = replace(policies, heaviest=self._unscored(batch), scored=0, times=times(calls * scalars), trl=True)
         return [policies, *([scores] if scalars else [])]
 
+    def _forward_tokens(self) -> int:
+        place, size = self.place, self.size
+        if place.device == "cpu" or place.memory is None:
+            return TOKENS_PER_BATCH
+        return tokens_in(place.memory, size.weight_bytes, self.config, self.job.torch_dtype())
+
     def _update(self, step: Step, count: int, times: float | None, passes: int) -> Work:
-        batch, typical = self._episodes(count)
-        scored = count * self.reply if step == "policy" else 0
+        batch, typical, scored, longer = self._episodes(count)
+        scored = scored if step == "policy" else 0
         batch = batch if scored else self._unscored(batch)
         separate = self._value("value") == "separate"
         # the other adapter's gradients wait for the optimiser
         held = Counter({GRADIENTS: self.size.adapter * ADAPTER_BYTES if separate else 0})
-        return Work("update", step, batch, typical, scored, times, False, passes, held)
+        return Work("update", step, batch, typical, scored, times, False, passes, held, longer)
 
     @staticmethod
     def _unscored(batch: Batch) -> Batch:
@@ -507,12 +567,16 @@ class _Stage:
         middle = max(0, (len(ordered) - count) // 2)
         return ordered[-count:], ordered[middle : middle + count]
 
-    def _episodes(self, count: int) -> tuple[Batch, tuple[TokenIds, ...]]:
-        """The longest prompts of a rollout with replies as long as they may be; usual ones with usual replies."""
+    def _episodes(self, count: int) -> tuple[Batch, tuple[TokenIds, ...], int, float]:
+        """The longest prompts of a rollout with replies as long as they may be; usual ones with usual replies, how many
+        tokens these replies have, and by how much more tokens the rows had with the longest."""
         heaviest, typical = self._prompts(count)
         longest = [[*each, *[-1 - n] * self.new_tokens] for n, each in enumerate(heaviest)]
-        usual = tuple([*each, *[n] * self.reply] for n, each in enumerate(typical, start=3))
-        return self._batch(longest, len(longest) * self.new_tokens), usual
+        lengths = self.replies(len(typical))
+        usual = tuple([*each, *[n] * t] for n, (each, t) in enumerate(zip(typical, lengths, strict=True), start=3))
+        more = len(lengths) * self.new_tokens - sum(lengths)
+        longer = 1 + more / sum(map(len, usual))
+        return self._batch(longest, len(longest) * self.new_tokens), usual, sum(lengths), longer
 
 
 def _batches(rows: AnyRows, count: int, seed: int) -> tuple[list[int], list[int]]:

@@ -6,6 +6,7 @@ from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from ..data.encode import encode_pairs
+from .activations import settle_checkpointing
 from .job import StageJob
 from .options import refusals_in_words, stage_config
 from .reference_trainer import ReferenceTrainer
@@ -28,6 +29,7 @@ def build_dpo(job: StageJob) -> PolicyStage[DPOStageTrainer]:
     tokenizer = open_tokenizer(job)
     data = load_data(job, encode_pairs, tokenizer)
     args = stage_config(DPOConfig, job, held_out=data.held is not None, max_length=job.data.max_length, **NO_AUX)
+    settle_checkpointing(job, args, data.train)
     # 2. the base, the adapter that trains, its frozen copy as the reference
     adapters = open_adapters(job, tokenizer)
     settle_dropout(job, args, adapters.model, reference=True)

@@ -7,6 +7,7 @@ from trl.trainer.kto_config import KTOConfig
 from trl.trainer.kto_trainer import KTOTrainer
 
 from ..data.encode import encode_labels
+from .activations import settle_checkpointing
 from .job import StageJob
 from .method_problems import check_batch
 from .options import refusals_in_words, stage_config
@@ -49,6 +50,7 @@ def build_kto(job: StageJob) -> PolicyStage[KTOStageTrainer]:
     tokenizer = open_tokenizer(job)
     data = load_data(job, encode_labels, tokenizer)
     args = stage_config(KTOConfig, job, held_out=data.held is not None, max_length=job.data.max_length, **NO_AUX)
+    settle_checkpointing(job, args, data.train)
     # shuffled once here: z0 pairs neighbours, which in a file are often two answers to one prompt
     train_rows, held_rows = data.train.shuffle(seed=job.seed), data.held
     if args.loss_type == "kto":

@@ -12,7 +12,9 @@ from trl.trainer.reward_trainer import RewardTrainer
 
 from ..data.encode import encode_pairs
 from ..models.batching import right_pad, row_batches
+from ..models.causal import decoder_of
 from ..models.reward_model import create_reward_model, save_reward_model
+from .activations import settle_checkpointing
 from .job import StageJob
 from .metrics import length_baselines, mean_std, pair_accuracy
 from .options import refusals_in_words, stage_config
@@ -59,6 +61,7 @@ def build_reward(job: StageJob) -> RewardStage:
     train_rows = with_prompts(data.train)
     held_rows = None if data.held is None else with_prompts(data.held)
     args = stage_config(RewardConfig, job, held_out=held_rows is not None, max_length=job.data.max_length)
+    settle_checkpointing(job, args, data.train)
     # 2. the classifier: the parent's adapter and a fresh fp32 score head
     model = create_reward_model(
         job.base,
@@ -99,9 +102,9 @@ def run_reward(job: StageJob) -> dict[str, Any]:
     metrics |= {f"reference_reward_{key}": value for key, value in reference.items()}
     if data.held is not None and stage.held is not None:
         metrics |= _held_out(model, stage.held, data.held, pad, batch_size)
-    if trainer.is_world_process_zero():
-        save_reward_model(model, job.base, job.output_dir)
-    return finish(job, stage.tokenizer, data, trainer.args, metrics, reward=reference)
+    save_reward_model(model, job.base, job.output_dir, write=trainer.is_world_process_zero())
+    backbone = decoder_of(model.get_base_model())
+    return finish(job, stage.tokenizer, data, trainer.args, metrics, backbone=backbone, reward=reference)
 
 
 @torch.no_grad()

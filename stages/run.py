@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 
 from .. import stopping
 from ..data.load import stream_rows
@@ -25,8 +25,10 @@ from ..errors import UserError, user_code
 from ..files import CHECKPOINTS, LINEAGE, LOGS, METRICS
 from ..models.adapters import AdapterSet
 from ..models.base import Base
+from ..models.batching import forward_tokens
 from ..models.context import check_context
-from ..models.devices import say_unused_gpus
+from ..models.devices import device_name, say_unused_gpus
+from ..models.generate import sampler_used
 from ..models.lineage import (
     Lineage,
     adapter_sha256,
@@ -38,6 +40,7 @@ from ..models.lineage import (
     write_lineage,
 )
 from ..models.loading import load_model
+from ..models.packing import attention_used
 from ..models.tokens import check_vocabulary, load_tokenizer, prepare_model, vocabulary_size
 from ..values import plain
 from .checkpoints import SAVING, checkpoints, is_asked
@@ -105,9 +108,9 @@ def train_policy(job: StageJob, stage: PolicyStage[TrainerT]) -> dict[str, Any]:
     if isinstance(stage.trainer, StageTrainer):
         stage.trainer.came_from(job, stage.data.train, stage.data.origins)
     metrics = train(stage.trainer, len(stage.data.train))
-    if stage.trainer.is_world_process_zero():
-        stage.adapters.save("default", job.output_dir)
-    return finish(job, stage.tokenizer, stage.data, stage.trainer.args, metrics)
+    stage.adapters.save("default", job.output_dir, write=stage.trainer.is_world_process_zero())
+    args, backbone = stage.trainer.args, stage.adapters.backbone
+    return finish(job, stage.tokenizer, stage.data, args, metrics, backbone=backbone)
 
 
 @dataclass(frozen=True)
@@ -215,6 +218,7 @@ def finish(
     args: TrainingArguments,
     metrics: dict[str, Any],
     *,
+    backbone: PreTrainedModel | None = None,
     reward: dict[str, float] | None = None,
     parents: tuple[Path, ...] | None = None,
 ) -> dict[str, Any]:
@@ -224,6 +228,7 @@ def finish(
     Args:
         args: the resolved config; `train` in the lineage holds what differs from its class' defaults.
         metrics: what metrics.json holds; `train_seconds` goes into the lineage too.
+        backbone: the decoder that trained: the lineage says how it was computed.
         reward: {mean, std} on reference responses, of a reward stage (P22).
         parents: adapter folders it came from; default: the job's parent.
 
@@ -241,7 +246,7 @@ def finish(
             base=base_info(job.base),
             tokenizer=tokenizer_info(tokenizer),
             parents=[parent_entry(each, job.output_dir) for each in folders],
-            config=_resolved(job, args),
+            config=_resolved(job, args) | ({} if backbone is None else {"computed": _computed(backbone)}),
             data={
                 "spec": plain(dataclasses.asdict(job.data)),
                 "fingerprint": data.fingerprint,
@@ -290,6 +295,17 @@ def _clear_checkpoints(job: StageJob) -> None:
             each.replace(job.output_dir / LOGS / each.name)
     if not keeps_checkpoints(job) or (folder.is_dir() and not any(folder.iterdir())):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _computed(backbone: PreTrainedModel) -> dict[str, Any]:
+    """What was chosen for this device and this model: nothing of it is a setting, all of it may explain a number."""
+    found = {
+        "device": device_name(),
+        "attention": attention_used(backbone) or "the model's own",
+        "sampler": sampler_used(backbone),
+        "forward_tokens": forward_tokens(backbone),
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _resolved(job: StageJob, args: TrainingArguments) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from ..data.encode import encode_demos
+from .activations import settle_checkpointing
 from .job import StageJob
 from .options import refusals_in_words, stage_config
 from .run import PolicyStage, load_data, open_adapters, open_tokenizer, train_policy
@@ -31,6 +32,7 @@ def build_sft(job: StageJob) -> PolicyStage[SFTStageTrainer]:
     tokenizer = open_tokenizer(job)
     data = load_data(job, encode_demos, tokenizer)
     args = stage_config(SFTConfig, job, held_out=data.held is not None, max_length=job.data.max_length, **NO_AUX)
+    settle_checkpointing(job, args, data.train)
     # 2. the base with the adapter that trains
     adapters = open_adapters(job, tokenizer)
     with refusals_in_words(job):

@@ -23,7 +23,7 @@ from ..models.lm_head import use_compact_head
 from ..models.memory import peak_memory_bytes
 from ..models.pickles import check_pickles
 from ..progress import say
-from .callbacks import Clock, LogFile, ProgressBar, clock_of, keep_event_files
+from .callbacks import Clock, HandingBack, LogFile, ProgressBar, clock_of, keep_event_files
 from .checkpoints import (
     Continuing,
     Progress,
@@ -228,7 +228,7 @@ class StageTrainer(Resumable):
 def stage_callbacks(job: StageJob) -> list[TrainerCallback]:
     """The callbacks of every trainer of ours: log.jsonl, progress, the clock, checkpoints to continue from, and early
     stopping if asked for."""
-    callbacks: list[TrainerCallback] = [LogFile(job.output_dir / LOG), ProgressBar(job.name), Clock()]
+    callbacks: list[TrainerCallback] = [LogFile(job.output_dir / LOG), ProgressBar(job.name), Clock(), HandingBack()]
     callbacks.append(Continuing(job.name, job.continuing()))
     if (patience := job.method.get(EARLY_STOPPING)) is not None:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=int(patience)))

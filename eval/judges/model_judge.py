@@ -22,8 +22,6 @@ from .judge import Judge, JudgePlan
 from .kinds import Entry
 from .names import judge_name
 
-_BATCH_SIZE = 8
-
 
 @dataclass(frozen=True)
 class ModelJudge:
@@ -42,7 +40,7 @@ def plan(entry: dict[str, Any], where: str, run_dir: Path | None) -> JudgePlan:
     """Checks the recipe's entry; the model is loaded when the judge is opened, onto the base's device.
 
     Args:
-        entry: `model`; optional `name` (default: the model as written) and `batch_size` (8 replies per forward).
+        entry: `model`; optional `name` (default: the model as written) and `batch_size` (replies per forward).
         run_dir: where a folder is looked up before it is looked up from here.
 
     Raises:
@@ -51,8 +49,9 @@ def plan(entry: dict[str, Any], where: str, run_dir: Path | None) -> JudgePlan:
     named = entry.get("model")
     if not isinstance(named, str) or not named:
         raise UserError(f"{where}.model", f"is {named!r}, expected a folder or a hub id", "write model: FOLDER")
-    batch_size = entry.get("batch_size", _BATCH_SIZE)
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+    batch_size = entry.get("batch_size")
+    wrong = isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1
+    if batch_size is not None and wrong:
         raise UserError(f"{where}.batch_size", f"is {batch_size!r}, expected 1 or more", "leave it out")
     target = _folder_or_hub_id(named, where, run_dir)
     name = judge_name(entry)

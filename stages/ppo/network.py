@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from ...models.adapters import DEFAULT, REF, AdapterSet
+from ...models.batching import forward_tokens
 from ...models.heads import score_at
 from ...models.logprobs import ResponseLogprobs, response_logprobs, states_before_response
 from .rollout import Episodes
@@ -21,6 +22,9 @@ class Trunk:
 
     The caller runs a backward inside the same `adapters.using(role)` as its forward: with gradient checkpointing the
     backward runs the layers again, and must meet the same adapter.
+
+    Attributes:
+        forward_tokens: padded tokens of one forward without gradients.
     """
 
     def __init__(
@@ -31,6 +35,7 @@ class Trunk:
     ) -> None:
         self.adapters, self.temperature, self.autocast = adapters, temperature, autocast
         self.head = adapters.head
+        self.forward_tokens = forward_tokens(adapters.backbone)
 
     def hidden(self, episodes: Episodes) -> torch.Tensor:
         """Last hidden states [B, T, H] under the adapter that is active now."""

@@ -3,7 +3,7 @@
 Legend of shape suffixes: S sources, B responses.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -17,14 +17,14 @@ from ...data.template import rendered
 from ...errors import UserError
 from ...models.adapters import REWARD, AdapterSet
 from ...models.auto import open_model, open_tokenizer
-from ...models.batching import row_batches
+from ...models.batching import forward_tokens, row_batches, token_batches
 from ...models.lineage import adapter_sha256, check_lineage, read_lineage
 from ...models.loading import model_folder
 from ...models.masked import masked_moments
 from ...models.transfer import to_device
 from ..reward_functions import RewardFunction, call_reward_function, import_function
 from .network import Trunk
-from .rollout import Episodes, PromptText, Reduce, micro_batches
+from .rollout import Episodes, PromptText, Reduce, forward_batches
 
 RewardKind = Literal["stage", "model", "function"]
 RewardFunc = str | RewardFunction
@@ -164,8 +164,8 @@ class Scorer(Protocol):
 class AdapterScorer:
     """A reward stage: its adapter on the shared base, its head read at the last response token."""
 
-    def __init__(self, trunk: Trunk, role: str, source: RewardSource, batch_size: int) -> None:
-        self.trunk, self.role, self.name, self.batch_size = trunk, role, source.name, batch_size
+    def __init__(self, trunk: Trunk, role: str, source: RewardSource) -> None:
+        self.trunk, self.role, self.name = trunk, role, source.name
         reward = read_lineage(_path(source)).reward
         self.normal = (float(reward["mean"]), float(reward["std"])) if reward else None
 
@@ -173,7 +173,7 @@ class AdapterScorer:
     def __call__(self, responses: Responses) -> torch.Tensor:
         episodes = responses.episodes
         scores_B = torch.zeros(len(episodes), device=episodes.start_B.device)
-        for rows in micro_batches(episodes, torch.arange(len(episodes)), self.batch_size):
+        for rows in forward_batches(episodes, self.trunk.forward_tokens):
             scores_B[to_device(rows, scores_B.device)] = self.trunk.scores(self.role, episodes.rows(rows))
         return scores_B
 
@@ -182,12 +182,15 @@ class ModelScorer:
     """Any sequence-classification model with one output: decode, re-template with its own tokenizer, encode.
 
     A score is what the model's plain forward gives for that text alone; batching and padding change nothing.
-    `where` is its place in the recipe, for errors; None: a reward's.
+    `where` is its place in the recipe, for errors; None: a reward's. `batch_size`: replies in a forward; None: as many
+    as memory has room for.
     """
 
     normal = None
 
-    def __init__(self, source: RewardSource, device: torch.device, batch_size: int, where: str | None = None) -> None:
+    def __init__(
+        self, source: RewardSource, device: torch.device, batch_size: int | None = None, where: str | None = None
+    ) -> None:
         self.name, self.device, self.batch_size = source.name, device, batch_size
         self.where = where or f"reward {self.name}"
         folder = model_folder(str(source.target), self.where)
@@ -225,12 +228,17 @@ class ModelScorer:
         """
         texts = [self._encode(p, t) for p, t in zip(prompts, replies, strict=True)]
         scores_B, done = torch.zeros(len(texts), device=self.device), 0
-        for rows in row_batches([len(each["input_ids"]) for each in texts], self.batch_size):
+        for rows in self._split([len(each["input_ids"]) for each in texts]):
             scores_B[rows] = self.model(**self._batch([texts[i] for i in rows])).logits[:, 0].float()
             done += len(rows)
             if on_batch is not None:
                 on_batch(done)
         return scores_B
+
+    def _split(self, lengths: list[int]) -> Iterator[list[int]]:
+        if self.batch_size is not None:
+            return row_batches(lengths, self.batch_size)
+        return token_batches(lengths, forward_tokens(self.model))
 
     def _encode(self, prompt: PromptText, text: str) -> dict[str, list[int]]:
         templated = not isinstance(prompt, str)
@@ -299,7 +307,6 @@ def build_scorers(
     tokenizer: PreTrainedTokenizerBase,
     *,
     device: torch.device,
-    batch_size: int,
 ) -> list[Scorer]:
     """One scorer a source; a reward stage becomes the frozen adapter "reward" (the next ones "reward_2", ...).
 
@@ -314,9 +321,9 @@ def build_scorers(
             role = REWARD if stages == 1 else f"{REWARD}_{stages}"
             check_lineage(_path(source), trunk.adapters.base, tokenizer)
             _load_stage(trunk.adapters, role, source)
-            scorers.append(AdapterScorer(trunk, role, source, batch_size))
+            scorers.append(AdapterScorer(trunk, role, source))
         elif source.kind == "model":
-            scorers.append(ModelScorer(source, device, batch_size))
+            scorers.append(ModelScorer(source, device))
         else:
             scorers.append(FunctionScorer(source))
     return scorers

@@ -21,6 +21,7 @@ from ...data.rows import Message
 from ...data.template import prompt_ids
 from ...errors import UserError
 from ...models.adapters import AdapterSet
+from ...models.batching import token_batches
 from ...models.generate import Generation, sample
 from ...models.logprobs import ResponseTokens, response_positions
 from ...models.masked import masked_mean, masked_moments, masked_sum, mean_and_variance
@@ -301,9 +302,9 @@ def make_episodes(
     )
 
 
-FORWARD_ONLY = 4
-"""Sequences in a forward without gradients, for each one in a training forward: a layer's activations are gone with the
-layer, and more rows share more of their prompts."""
+def forward_batches(episodes: Episodes, max_tokens: int) -> list[torch.Tensor]:
+    """All rows in forwards of at most so many padded tokens, like lengths together; in the processor's memory."""
+    return [torch.tensor(rows) for rows in token_batches(episodes.host.total_B.tolist(), max_tokens)]
 
 
 def micro_batches(episodes: Episodes, rows: torch.Tensor, size: int) -> list[torch.Tensor]:

@@ -7,6 +7,7 @@ from ...data.encode import encode_prompts
 from ...files import LOGS
 from ...models.lineage import check_lineage
 from ...models.memory import peak_memory_bytes
+from ..activations import settle_checkpointing
 from ..callbacks import clock_of, keep_event_files
 from ..job import StageJob
 from ..method_problems import no_reward
@@ -45,6 +46,7 @@ def run_ppo(job: StageJob) -> dict[str, Any]:
         samples_file=str(job.output_dir / "rollouts.jsonl"),
         policies_dir=str(job.output_dir / POLICIES),
     )
+    settle_checkpointing(job, args, data.train)
     # 2. the base with policy, reference, reward and value
     adapters = open_adapters(job, tokenizer)
     trainer = PPOTrainer(
@@ -54,10 +56,9 @@ def run_ppo(job: StageJob) -> dict[str, Any]:
     # 3. train, save
     trainer.skips.allowed = job.nonfinite_skips
     trainer.train(take_up(trainer))
-    if trainer.is_world_process_zero():
-        adapters.save("default", job.output_dir)
+    adapters.save("default", job.output_dir, write=trainer.is_world_process_zero())
     parents = tuple(folder for folder in (job.parent, *stages) if folder is not None)
-    return finish(job, tokenizer, data, args, _metrics(trainer), parents=parents)
+    return finish(job, tokenizer, data, args, _metrics(trainer), backbone=adapters.backbone, parents=parents)
 
 
 def _metrics(trainer: PPOTrainer) -> dict[str, float | None]:

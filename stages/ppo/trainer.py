@@ -64,7 +64,6 @@ from .network import Trunk, add_reference
 from .opening import open_policy, reward_sources
 from .rewards import Responses, RewardFunc, RewardSource, RunningScale, Scorer, Scoring, build_scorers
 from .rollout import (
-    FORWARD_ONLY,
     Prompts,
     Rollout,
     decode,
@@ -176,13 +175,13 @@ class OnPolicyTrainer(Resumable):
         """The frozen reference and rewards, the method's own roles, and what works with them."""
         args, adapters = self.args, self.adapters
         self.trunk = Trunk(adapters, args.temperature, self._autocast)
+        logger.info("forwards without gradients hold up to %d tokens", self.trunk.forward_tokens)
         self.own_reference = add_reference(adapters)
         scorers = build_scorers(
             sources,
             self.trunk,
             self.tokenizer,
             device=args.device,
-            batch_size=FORWARD_ONLY * args.per_device_train_batch_size,
         )
         self.scoring = Scoring(args, sources, scorers, self.reduce)
         self.method = self.build_method(sources, scorers)

@@ -32,7 +32,7 @@ eval:
 RECIPE = """\
 name: t
 seed: 3
-model: {base: "random:llama"}
+model: {base: "random:llama", dtype: float32}
 lora: {r: 2, alpha: 4}
 data:
   demos: {path: demos.jsonl, system: Be kind.}

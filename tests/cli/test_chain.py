@@ -194,14 +194,27 @@ def test_a_wrong_file_of_a_later_stage_is_known_before_the_first_one_trains(shop
 
 
 def test_a_run_keeps_the_day_that_its_template_writes(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("preftune.cli.chain._today", lambda: datetime.date(2026, 2, 28))
+    monkeypatch.setattr("preftune.cli.first_start._today", lambda: datetime.date(2026, 2, 28))
     shop.run()
     assert "template_date" not in (shop.path / "recipe.yaml").read_text()
     dated = "model.chat_template=\"{{ strftime_now('%d') }}\""
     shop.run(dated)
     assert "template_date: 2026-02-28" in (shop.path / "recipe.yaml").read_text()
-    monkeypatch.setattr("preftune.cli.chain._today", lambda: datetime.date(2026, 3, 1))
+    monkeypatch.setattr("preftune.cli.first_start._today", lambda: datetime.date(2026, 3, 1))
     assert shop.run(dated) == []
+
+
+def test_a_run_keeps_the_precision_that_auto_was_at_its_first_start(shop: Workshop, monkeypatch: pytest.MonkeyPatch):
+    found = iter(["bfloat16", "float32"])
+    monkeypatch.setattr("preftune.models.devices.auto_dtype", lambda: next(found))
+    assert shop.run("model.dtype=auto") == ALL
+    assert "model.dtype: auto is bfloat16 on " in shop.said()
+    assert "dtype: bfloat16" in (shop.path / "recipe.yaml").read_text()
+    assert shop.run("model.dtype=auto") == []
+    assert "model.dtype: auto is bfloat16, as at this run's first start" in shop.said()
+    (shop.path / "recipe.yaml").unlink()
+    assert shop.run("model.dtype=auto") == ALL
+    assert "dtype: float32" in (shop.path / "recipe.yaml").read_text()
 
 
 def test_evaluation_prompts_that_are_trained_on_are_said(shop: Workshop) -> None:

@@ -21,7 +21,7 @@ from preftune.recipes.load import load_recipe
 TRAIN = "train: {max_steps: 6, per_device_train_batch_size: 8, per_device_eval_batch_size: 64, learning_rate: 5e-3}"
 RECIPE = f"""\
 name: t
-model: {{base: "random:llama"}}
+model: {{base: "random:llama", dtype: float32}}
 lora: {{r: 4, alpha: 8}}
 data:
   demos: {{path: pairs.jsonl, limit: 8}}

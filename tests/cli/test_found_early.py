@@ -19,7 +19,7 @@ from preftune.recipes.load import load_recipe
 
 RECIPE = """\
 name: t
-model: {base: "random:llama"}
+model: {base: "random:llama", dtype: float32}
 lora: {r: 4, alpha: 8}
 data:
   pairs: {path: pairs.jsonl}

@@ -60,7 +60,7 @@ KIND = StageKind(
 
 RECIPE = {
     "name": "own",
-    "model": {"base": "random:llama"},
+    "model": {"base": "random:llama", "dtype": "float32"},
     "lora": {"r": 2, "alpha": 4},
     "data": {
         "demos": {"path": "quickstart/demos.jsonl", "limit": 6, "max_length": 512, "overflow": "truncate"},

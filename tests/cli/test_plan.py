@@ -27,7 +27,7 @@ def recipe(tmp_path: Path) -> Path:
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair | {"prompt": f"{i}?"}) + "\n" for i in range(8)))
     values = {
         "name": "p",
-        "model": {"base": "random:llama"},
+        "model": {"base": "random:llama", "dtype": "float32"},
         "lora": {"r": 4},
         "data": {"demos": {"path": "demos.jsonl"}, "pairs": {"path": "pairs.jsonl"}},
         "stages": {

@@ -10,7 +10,7 @@ from preftune.cli import main as cli
 PAIR = {"prompt": "Hello?", "chosen": "Hi there.", "rejected": "Go away."}
 RECIPE = """\
 name: t
-model: {base: "random:llama"}
+model: {base: "random:llama", dtype: float32}
 lora: {r: 4, alpha: 8}
 data:
   pairs: {path: pairs.jsonl}

@@ -13,7 +13,7 @@ from preftune.recipes.load import load_recipe
 
 RECIPE = """\
 name: t
-model: {base: "random:llama"}
+model: {base: "random:llama", dtype: float32}
 data:
   demos: {path: demos.jsonl}
   pairs: {path: pairs.jsonl}

@@ -26,7 +26,7 @@ from preftune.stages import dpo as dpo_stage
 
 RECIPE = """\
 name: tiny
-model: {base: "random:llama"}
+model: {base: "random:llama", dtype: float32}
 lora: {r: 8, alpha: 16}
 data:
   demos: {path: demos.jsonl}

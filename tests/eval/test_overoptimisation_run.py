@@ -28,7 +28,7 @@ from ..cli.test_main import assert_refused, preftune
 
 RECIPE = """\
 name: t
-model: {base: "random:llama"}
+model: {base: "random:llama", dtype: float32}
 lora: {r: 4, alpha: 8}
 data:
   demos: {path: demos.jsonl}

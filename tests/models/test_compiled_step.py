@@ -11,6 +11,7 @@ from preftune.models import token_kernels
 from preftune.models.compiled_step import CompiledStep, kernels_for, step_for
 from preftune.models.prepack import prepacks
 from preftune.models.row_cache import RowCache
+from preftune.models.sampling import Sampling, choose
 from preftune.models.token_step import TokenStep
 
 from .test_token_step import build
@@ -39,6 +40,31 @@ def test_the_norm_and_the_gate_are_pytorchs_bit_for_bit(kernels):
     assert torch.equal(out, weight * F.rms_norm(expected.float(), (48,), None, 1e-5).to(bf16))
     gate, up = torch.linspace(-80, 100, 4001).to(bf16), torch.randn(4001).to(bf16)
     assert torch.equal(kernels.gated(gate.clone(), up), F.silu(gate) * up)
+
+
+@built
+@pytest.mark.parametrize("vocabulary", [100, 128, 1000])
+def test_a_token_is_drawn_where_the_cumulative_mass_exceeds_the_draw(kernels, vocabulary):
+    torch.manual_seed(0)
+    logits = (3 * torch.randn(64, vocabulary)).to(bf16)
+    logits[:, ::3] = -torch.inf  # never drawn, the first token by a draw of 0 neither
+    logits[5] = -torch.inf
+    logits[5, vocabulary - 1] = 2
+    uniform = torch.rand(64)
+    uniform[:3] = torch.tensor([0.0, 1 - 2**-24, 0.5])
+    token, logp = kernels.draw(logits, uniform, 0.7)
+    exact = (logits.double() / 0.7).log_softmax(-1)
+    assert torch.equal(token, torch.searchsorted(exact.exp().cumsum(-1), uniform.double()[:, None], right=True)[:, 0])
+    torch.testing.assert_close(logp.double(), exact.gather(1, token[:, None])[:, 0], rtol=0, atol=2e-6)
+    again, _ = choose(logits.clone(), uniform, Sampling(0.7))
+    assert (token == again).float().mean() > 0.98  # but for a draw on the edge of two tokens
+
+
+@built
+def test_a_row_that_is_no_number_has_no_log_prob_and_a_token_of_the_vocabulary(kernels):
+    logits = torch.full((1, 300), torch.nan, dtype=bf16)
+    token, logp = kernels.draw(logits, torch.tensor([0.5]), 1.0)
+    assert 0 <= int(token) < 300 and logp.isnan().all()
 
 
 @built

@@ -7,7 +7,7 @@ from transformers import AutoConfig, GPT2Config
 
 from preftune.models.base import Base
 from preftune.models.cards import CARDS, card_named, room
-from preftune.models.cost import adapter_parameters, kv_bytes, optimiser_bytes, sizes, training_flops
+from preftune.models.cost import adapter_parameters, is_paged, kv_bytes, optimiser_bytes, sizes, training_flops
 from preftune.models.lora import LoraSpec
 from preftune.models.outline import outline
 from preftune.models.tiny import RandomSpec
@@ -63,6 +63,9 @@ def test_flops_and_optimisers_by_hand(base: Base):
     assert training_flops(found, tokens=50, passes=3) == 300 * (LINEAR + NORMS)
     assert training_flops(found, 50, 3, scored=10, head_passes=2) == 300 * (LINEAR + NORMS) + 40 * EMBEDDING
     assert [optimiser_bytes(name) for name in ("adamw_torch_fused", "paged_adamw_8bit", "sgd")] == [8, 2, 0]
+    # by the numbers that each keeps of a parameter: one, three, two of half a byte
+    assert [optimiser_bytes(name) for name in ("lion_8bit", "ademamix", "adamw_torch_4bit")] == [1, 12, 1]
+    assert is_paged("paged_adamw_32bit") and not is_paged("adamw_bnb_8bit")
 
 
 def test_cards_are_found_as_people_write_them():
@@ -71,6 +74,13 @@ def test_cards_are_found_as_people_write_them():
     with pytest.raises(Exception, match="did you mean 'rtx-4090'"):
         card_named("rtx 4080")
     assert 0.9 * 24e9 < room(24 * 10**9) < 23e9
+    # what a plan says of 24, 48 and 80 GB holds for each card that is sold with so many
+    for size, names in (
+        (24, ("rtx-3090", "rtx-4090", "a10g", "l4")),
+        (48, ("a6000", "l40s")),
+        (80, ("a100-80gb", "h100")),
+    ):
+        assert all(size * 10**9 <= card_named(name).memory < 1.08 * size * 10**9 for name in names)
 
 
 def test_an_outline_needs_a_config_alone(tmp_path, monkeypatch):
