@@ -20,7 +20,6 @@ from .described import check_complete, check_config
 from .devices import own_gpu
 from .gguf import convert_gguf
 from .heads import load_classifier
-from .memory import bound_compiled_products
 from .packing import use_packed_forward
 from .quiet import quiet_transformers
 from .sharded import shard_base, shards_base
@@ -137,7 +136,6 @@ def load_model(
     Raises:
         UserError: bitsandbytes missing, an architecture without a classifier, or weights that are not all there.
     """
-    bound_compiled_products()
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
     if quantization is not None:
         made = quantization_config(quantization, dtype)
