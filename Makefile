@@ -5,7 +5,7 @@ LATEST ?= .venv-latest
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: quickstart test test-latest mutations format clean
+.PHONY: quickstart test test-latest mutations gpu-check gpu-wheels format clean
 
 quickstart: $(VENV)/.runtime
 	$(BIN)/preftune run quickstart
@@ -28,6 +28,15 @@ test-latest: $(LATEST)/.torch
 # Breaks every rule of the checklist and says which tests notice; THIRD=N a third of them.
 mutations: $(VENV)/.test
 	$(BIN)/python tests/mutations.py $(if $(THIRD),--third $(THIRD))
+
+# Where a CUDA device is at hand: all that is to be known of it, the short form in nine minutes (GPU="--full": all of it).
+# With WHEELS=FOLDER, filled by gpu-wheels, PYTHON needs torch and no network, and nothing is installed into it.
+gpu-check: $(if $(WHEELS),,$(VENV)/.test)
+	$(if $(WHEELS),$(PYTHON) benchmarks/gpu/alone.py $(WHEELS),$(BIN)/python -m preftune.benchmarks.gpu) $(GPU)
+
+# What a CUDA machine without a network needs beside torch, as wheels, in .wheels (ALSO="pyarrow": that as well).
+gpu-wheels: $(VENV)/.test
+	$(BIN)/python -m preftune.benchmarks.gpu.wheels gather .wheels $(if $(ALSO),--also $(ALSO))
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .

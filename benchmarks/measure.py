@@ -24,12 +24,13 @@ LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate")
 
 
 class StepClock(TrainerCallback):
-    """Seconds of the training loop from the end of the first step (which warms up) to the end of the last.
+    """Seconds of the training loop from the end of the first steps (which warm up) to the end of the last.
 
     `seconds` covers all that happens in between: data loading, forward, backward, optimiser, logging.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, warm: int = 1) -> None:
+        self.warm = warm
         self.ends: list[float] = []
         self.peak = 0
 
@@ -44,7 +45,7 @@ class StepClock(TrainerCallback):
 
     @property
     def seconds(self) -> float:
-        return self.ends[-1] - self.ends[0]
+        return self.ends[-1] - self.ends[self.warm - 1]
 
 
 def measured_apart(module: str, arguments: Sequence[str]) -> dict[str, Any]:

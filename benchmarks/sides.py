@@ -17,7 +17,7 @@ from ..data.spec import DataSpec, SourceSpec
 from ..models.lora import LoraSpec
 from ..models.tokens import load_tokenizer
 from ..stages.job import StageJob
-from .workload import base
+from .workload import SMOLLM2, base
 
 LORA = LoraSpec(r=16, alpha=32)
 
@@ -31,13 +31,15 @@ TUNED: dict[str, dict[str, Any]] = {
 """What TRL's options offer against padding on this work."""
 
 
-def our_trainer(kind: str, rows: Path, train: dict[str, Any], output: Path, *, packed: bool) -> Any:
+def our_trainer(
+    kind: str, rows: Path, train: dict[str, Any], output: Path, *, packed: bool, spec: str = SMOLLM2
+) -> Any:
     """The trainer that the stage runs."""
     train = dict(train)
     job = StageJob(
         name=kind,
         kind=kind,
-        base=base(),
+        base=base(spec),
         dtype="bfloat16",
         lora=LORA,
         data=DataSpec((SourceSpec(str(rows)),), max_length=None),
@@ -59,12 +61,22 @@ def our_trainer(kind: str, rows: Path, train: dict[str, Any], output: Path, *, p
     return build_reward(job).trainer
 
 
-def trl_trainer(kind: str, rows: Path, train: dict[str, Any], output: Path, *, tuned: bool) -> Any:
+def trl_trainer(
+    kind: str,
+    rows: Path,
+    train: dict[str, Any],
+    output: Path,
+    *,
+    tuned: bool,
+    spec: str = SMOLLM2,
+    attention: str | None = None,
+    warm: int = 1,
+) -> Any:
     """TRL's trainer on the same rows.
 
     Args:
         train: fields of its config, beside which all is as TRL has it. tuned: with `TUNED`, and rows after the first
-            batch sorted by length.
+            `warm` batches sorted by length. attention: transformers' name of it; None: as transformers chooses.
     """
     from trl.trainer.dpo_config import DPOConfig
     from trl.trainer.dpo_trainer import DPOTrainer
@@ -80,15 +92,17 @@ def trl_trainer(kind: str, rows: Path, train: dict[str, Any], output: Path, *, t
     }
     trainer_class, config_class = trainers[kind]
     reward = kind == "reward"
-    tokenizer = load_tokenizer(base())
+    tokenizer = load_tokenizer(base(spec))
     auto: Any = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
-    model = auto.from_pretrained(base().path, dtype=torch.bfloat16, **({"num_labels": 1} if reward else {}))
+    asked: dict[str, Any] = {"dtype": torch.bfloat16, "attn_implementation": attention}
+    model = auto.from_pretrained(base(spec).path, **asked, **({"num_labels": 1} if reward else {}))
     model.config.pad_token_id = tokenizer.pad_token_id
     options = {"max_length": None, **train, **(TUNED[kind] if tuned else {})}
+    unsorted = warm * train["per_device_train_batch_size"]
     return trainer_class(
         model=model,
         args=config_class(output_dir=str(output), report_to="none", save_strategy="no", disable_tqdm=True, **options),
-        train_dataset=_dataset(rows, tokenizer, after=train["per_device_train_batch_size"] if tuned else None),
+        train_dataset=_dataset(rows, tokenizer, after=unsorted if tuned else None),
         processing_class=tokenizer,
         peft_config=LoraConfig(
             r=LORA.r,

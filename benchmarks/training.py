@@ -107,30 +107,40 @@ def _measure(side: str, args: argparse.Namespace) -> dict[str, Any]:
     from .sides import our_trainer, trl_trainer
 
     kind = args.kinds[0]
-    train: dict[str, Any] = {
-        "max_steps": args.steps + 1,
-        "per_device_train_batch_size": args.batch,
-        "learning_rate": 1e-4,
-        "logging_steps": 1,
-        "gradient_checkpointing": bool(args.checkpointing[0]),
-        "seed": 0,
-        # all sides count the same rows: those after the first batch
-        "train_sampling_strategy": "sequential",
-    }
-    if not _cuda():
-        train["use_cpu"] = True
+    train = train_fields(args.steps + 1, args.batch, checkpointing=bool(args.checkpointing[0]))
     with tempfile.TemporaryDirectory() as output:
         if side in ("ours", "padded"):
             trainer = our_trainer(kind, args.rows, train, Path(output), packed=side == "ours")
         else:
             trainer = trl_trainer(kind, args.rows, train, Path(output), tuned=side == "trl tuned")
-        clock = StepClock()
-        trainer.add_callback(clock)
         if args.count:
             return {"flops": _count_flops(trainer, args.steps)}
-        trainer.train()
+        return timed(trainer)
+
+
+def train_fields(steps: int, batch: int, *, checkpointing: bool) -> dict[str, Any]:
+    """What every side's config is given."""
+    return {
+        "max_steps": steps,
+        "per_device_train_batch_size": batch,
+        "learning_rate": 1e-4,
+        "logging_steps": 1,
+        "gradient_checkpointing": checkpointing,
+        "seed": 0,
+        # all sides count the same rows: those after the first batches
+        "train_sampling_strategy": "sequential",
+        **({} if _cuda() else {"use_cpu": True}),
+    }
+
+
+def timed(trainer: Any, warm: int = 1) -> dict[str, Any]:
+    """Train to the end; the first `warm` steps are not counted."""
+    clock = StepClock(warm)
+    trainer.add_callback(clock)
+    trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    tokens = getattr(trainer, "_total_train_tokens", 0) * args.steps / (args.steps + 1)
+    steps = len(clock.ends)
+    tokens = getattr(trainer, "_total_train_tokens", 0) * (steps - warm) / steps
     return {"seconds": clock.seconds, "peak_memory_bytes": clock.peak, "tokens": tokens, "losses": losses}
 
 

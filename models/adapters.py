@@ -39,6 +39,7 @@ from .lora import (
 )
 from .packing import use_packed_forward
 from .plain_lora import adapted_modules, check_layers, check_targets
+from .whole import check_whole, whole
 
 __all__ = ["DEFAULT", "REF", "REWARD", "VALUE", "VALUE_HEAD", "AdapterSet", "LoraSpec", "module_name"]
 
@@ -222,19 +223,25 @@ class AdapterSet:
         everything = (*self.model.named_parameters(), *self.model.named_buffers())
         return tensors_sha256((n.replace(".base_layer.", "."), p) for n, p in everything if id(p) not in adapters)
 
-    def save(self, name: str, folder: Path) -> None:
+    def save(self, name: str, folder: Path, *, write: bool = True) -> None:
         """Write an adapter straight into `folder`, to be loaded by plain PEFT or by `load`.
 
         One with a head without bias is written as a classifier's adapter with its `score`; a head with a bias goes
         into `value_head.safetensors` beside it.
+
+        Args:
+            write: False in every process of a run but one. All of them call this: what is divided is gathered.
         """
         config = copy.copy(self._config(name))
-        tensors, value = self._tensors(name), self._value_tensors(name)
+        tensors, value = whole(self._tensors(name)), whole(self._value_tensors(name))
+        if not write:
+            return
         if SCORE in tensors:
             config.task_type, config.modules_to_save = "SEQ_CLS", ["score"]
         write_adapter(folder, self.base, config, tensors)
         if value:
             plain = {key.removeprefix("value_head."): t.detach().cpu().contiguous() for key, t in value.items()}
+            check_whole(str(folder), plain)
             check_finite_weights(folder, plain)
             save_file(plain, folder / VALUE_HEAD, metadata={"format": "pt"})
 

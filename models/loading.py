@@ -22,6 +22,7 @@ from .gguf import convert_gguf
 from .heads import load_classifier
 from .packing import use_packed_forward
 from .quiet import quiet_transformers
+from .sharded import shard_base, shards_base
 from .sound import CONFIG, check_files, weight_files
 from .tiny import PREFIX, random_model
 from .wheels import wheel_folder
@@ -151,7 +152,10 @@ def load_model(
     model.requires_grad_(False).eval()
     if device is not None and quantization is None:
         model.to(device)  # pyright: ignore[reportArgumentType]: transformers' decorator keeps `self` an argument
-    use_packed_forward(decoder_of(cast(PreTrainedModel, model)), packed)
+    decoder = decoder_of(cast(PreTrainedModel, model))
+    use_packed_forward(decoder, packed)
+    if shards_base():
+        shard_base(decoder)
     return model
 
 

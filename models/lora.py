@@ -33,6 +33,8 @@ from .base import Base
 from .causal import decoder_of
 from .plain_lora import adapted_modules, check_plain, check_targets, check_tensors, read_config
 from .rounding import rounded
+from .sound import read_header
+from .whole import check_whole
 
 with seams.importing(seams.LORA_LAYER):
     from peft.tuners.lora.layer import ParamWrapper
@@ -286,7 +288,11 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def write_adapter(folder: Path, base: Base, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Write the two files that plain PEFT loads, straight into `folder`."""
+    """Write the two files that plain PEFT loads, straight into `folder`.
+
+    Raises:
+        UserError: a tensor is not finite, not all here, or cannot be read back.
+    """
     config = copy.copy(config)
     config.inference_mode = True
     config.base_model_name_or_path = base.model_id
@@ -297,6 +303,7 @@ def write_adapter(folder: Path, base: Base, config: LoraConfig, tensors: Mapping
         config.target_modules = adapted_modules(tensors)
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     config.target_modules = sorted(config.target_modules or ())
+    check_whole(str(folder), tensors)
     check_finite_weights(folder, tensors)
     # its start is over: a reader must not draw or decompose anything before it fills in the weights
     config.init_lora_weights = True
@@ -304,6 +311,16 @@ def write_adapter(folder: Path, base: Base, config: LoraConfig, tensors: Mapping
     config.save_pretrained(str(folder))
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(plain, folder / WEIGHTS, metadata={"format": "pt"})
+    _check_written(folder / WEIGHTS, plain)
+
+
+def _check_written(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raises UserError where the file's header does not name these tensors."""
+    header = read_header(file, str(file))[1]
+    held = {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+    if held != (expected := {name: tuple(tensor.shape) for name, tensor in tensors.items()}):
+        problem = f"{len(held)} tensors were written where the adapter has {len(expected)}, or of other shapes"
+        raise UserError(str(file), problem, "look at the disk, and train the stage again")
 
 
 def check_finite_weights(folder: Path, tensors: Mapping[str, Tensor]) -> None:

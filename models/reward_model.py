@@ -28,6 +28,7 @@ from .lora import (
     write_adapter,
 )
 from .tokens import prepare_model
+from .whole import whole
 
 
 def create_reward_model(
@@ -92,10 +93,18 @@ def create_reward_model(
     return peft
 
 
-def save_reward_model(model: PeftModelForSequenceClassification, base: Base, folder: Path) -> None:
-    """Write the adapter and its fp32 score straight into `folder`, for plain PEFT and for `AdapterSet.load`."""
+def save_reward_model(
+    model: PeftModelForSequenceClassification, base: Base, folder: Path, *, write: bool = True
+) -> None:
+    """Write the adapter and its fp32 score straight into `folder`, for plain PEFT and for `AdapterSet.load`.
+
+    Args:
+        write: as of `AdapterSet.save`.
+    """
     config: Any = model.peft_config[DEFAULT]
-    write_adapter(folder, base, config, reward_tensors(model))
+    tensors = whole(reward_tensors(model))
+    if write:
+        write_adapter(folder, base, config, tensors)
 
 
 def reward_tensors(model: PeftModelForSequenceClassification) -> dict[str, Tensor]:

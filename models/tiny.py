@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -208,7 +209,9 @@ def _write_shape(folder: Path, config: PreTrainedConfig, seed: int) -> None:
     places: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        drawn = {name: _drawn(name, shapes[name], config, seed) for name in names}
+        with ThreadPoolExecutor() as pool:
+            weights = pool.map(lambda name: _drawn(name, shapes[name], config, seed), names)
+            drawn = dict(zip(names, weights, strict=True))
         save_file(drawn, folder / file, metadata={"format": "pt"})
         places |= dict.fromkeys(names, file)
     total = 2 * sum(shape.numel() for shape in shapes.values())

@@ -102,8 +102,7 @@ def run_reward(job: StageJob) -> dict[str, Any]:
     metrics |= {f"reference_reward_{key}": value for key, value in reference.items()}
     if data.held is not None and stage.held is not None:
         metrics |= _held_out(model, stage.held, data.held, pad, batch_size)
-    if trainer.is_world_process_zero():
-        save_reward_model(model, job.base, job.output_dir)
+    save_reward_model(model, job.base, job.output_dir, write=trainer.is_world_process_zero())
     backbone = decoder_of(model.get_base_model())
     return finish(job, stage.tokenizer, data, trainer.args, metrics, backbone=backbone, reward=reference)
 

@@ -108,8 +108,7 @@ def train_policy(job: StageJob, stage: PolicyStage[TrainerT]) -> dict[str, Any]:
     if isinstance(stage.trainer, StageTrainer):
         stage.trainer.came_from(job, stage.data.train, stage.data.origins)
     metrics = train(stage.trainer, len(stage.data.train))
-    if stage.trainer.is_world_process_zero():
-        stage.adapters.save("default", job.output_dir)
+    stage.adapters.save("default", job.output_dir, write=stage.trainer.is_world_process_zero())
     args, backbone = stage.trainer.args, stage.adapters.backbone
     return finish(job, stage.tokenizer, stage.data, args, metrics, backbone=backbone)
 

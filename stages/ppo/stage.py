@@ -56,8 +56,7 @@ def run_ppo(job: StageJob) -> dict[str, Any]:
     # 3. train, save
     trainer.skips.allowed = job.nonfinite_skips
     trainer.train(take_up(trainer))
-    if trainer.is_world_process_zero():
-        adapters.save("default", job.output_dir)
+    adapters.save("default", job.output_dir, write=trainer.is_world_process_zero())
     parents = tuple(folder for folder in (job.parent, *stages) if folder is not None)
     return finish(job, tokenizer, data, args, _metrics(trainer), backbone=adapters.backbone, parents=parents)
 

@@ -310,7 +310,9 @@ def _compile_without_kernels() -> None:
     compile_, backend = torch.compile, os.environ.get("SHADOW_BACKEND", "aot_eager")
 
     def compiled(*args: Any, **kwargs: Any) -> Any:
-        return compile_(*args, **{**kwargs, "backend": kwargs.get("backend", backend), "mode": None, "options": None})
+        asked = kwargs.get("backend", "inductor")
+        asked = backend if asked == "inductor" else asked
+        return compile_(*args, **{**kwargs, "backend": asked, "mode": None, "options": None})
 
     torch.compile = compiled
 

@@ -235,7 +235,8 @@ def peaks(works: bool) -> list[int]:
     from preftune.models.tree_pieces import attention_in_pieces
 
     found = []
-    for rows in (16, 32):
+    torch.manual_seed(0)
+    for rows in (32, 64):
         ids = torch.randint(0, 50, (rows, 256)).cuda()
         tree = Rows.of(ids, torch.ones_like(ids)).tree(ids.device, whole=True)
         n = len(tree.ids_N)
@@ -253,7 +254,7 @@ def peaks(works: bool) -> list[int]:
 @pytest.mark.parametrize("works", [True, False])
 def test_the_peak_grows_with_the_tokens(device, works: bool) -> None:
     few, many = device.call(peaks, works=works)
-    n = 16 * 256
-    # a mask of N x N would be 16 MB at first for the squares, and 64 in fp32
-    assert few < n * n / 8 if works else few < 2 * n * n
+    n = 32 * 256
+    # a mask of N x N would be 64 MB at first for the squares, and 256 in fp32
+    assert few < n * n / 8 if works else few < n * n
     assert many < 2.2 * few or many < (2 * n) ** 2 / 100
