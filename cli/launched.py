@@ -18,6 +18,7 @@ from ..errors import UserError
 from ..faults import system_words
 from ..files import RECIPE, write_whole
 from ..models import seams
+from ..models.sharded import SHARD_BASE
 from ..printed import printable
 from ..stopping import Stopped
 from .folder import RunFolder
@@ -39,6 +40,7 @@ def _launcher(config: str, said: str, *stage: str) -> int:
     _silence_elastic()
     process = ["-m", MODULE, "process", said, *stage]
     try:
+        config = _without_engine(config, Path(said))
         args = launch_command_parser().parse_args(["--config_file", config, *_cpu_options(config), *process])
         launch_command(args)
     except ChildFailedError as error:
@@ -52,6 +54,25 @@ def _launcher(config: str, said: str, *stage: str) -> int:
         problem = " ".join(str(error).split())
         raise UserError("--launch", f"{config}: {problem}", "write it anew with `accelerate config`") from error
     return 0
+
+
+def _without_engine(config: str, folder: Path) -> str:
+    """The config to launch with. One that asks for FSDP becomes one of plain processes that divide the frozen base
+    themselves (`models.sharded`): accelerate's FSDP divides the adapters too, and on a CPU nothing, without a word."""
+    import yaml
+
+    from ..bounded_yaml import load_bounded
+
+    found = load_bounded(Path(config).read_text(encoding="utf-8"))
+    if not isinstance(found, dict) or str(found.get("distributed_type")).upper() != "FSDP":
+        return config
+    os.environ[SHARD_BASE] = "1"
+    found = {key: value for key, value in found.items() if not key.startswith("fsdp")}
+    several = "MULTI_CPU" if found.get("use_cpu") else "MULTI_GPU"
+    found["distributed_type"] = several if int(found.get("num_processes") or 1) > 1 else "NO"
+    plain = folder / "plain.yaml"
+    plain.write_text(yaml.safe_dump(found), encoding="utf-8")
+    return str(plain)
 
 
 def _cpu_options(config: str) -> list[str]:

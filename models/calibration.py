@@ -23,7 +23,6 @@ from .base import Base
 from .batching import TokenIds, right_pad
 from .generate import sample
 from .lora import LoraSpec
-from .memory import bound_compiled_products
 from .packing import use_packed_forward
 from .quiet import quiet_transformers
 
@@ -61,7 +60,6 @@ class Timed:
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
-        bound_compiled_products()
         self._models = [_random_model(machine, layers) for layers in FEW]
 
     def seconds(self, run: Callable[["Few"], None], limit: float) -> float:

@@ -20,9 +20,9 @@ from .described import check_complete, check_config
 from .devices import own_gpu
 from .gguf import convert_gguf
 from .heads import load_classifier
-from .memory import bound_compiled_products
 from .packing import use_packed_forward
 from .quiet import quiet_transformers
+from .sharded import shard_base, shards_base
 from .sound import CONFIG, check_files, weight_files
 from .tiny import PREFIX, random_model
 from .wheels import wheel_folder
@@ -136,7 +136,6 @@ def load_model(
     Raises:
         UserError: bitsandbytes missing, an architecture without a classifier, or weights that are not all there.
     """
-    bound_compiled_products()
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
     if quantization is not None:
         made = quantization_config(quantization, dtype)
@@ -153,7 +152,10 @@ def load_model(
     model.requires_grad_(False).eval()
     if device is not None and quantization is None:
         model.to(device)  # pyright: ignore[reportArgumentType]: transformers' decorator keeps `self` an argument
-    use_packed_forward(decoder_of(cast(PreTrainedModel, model)), packed)
+    decoder = decoder_of(cast(PreTrainedModel, model))
+    use_packed_forward(decoder, packed)
+    if shards_base():
+        shard_base(decoder)
     return model
 
 

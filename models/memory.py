@@ -1,7 +1,6 @@
 """The memory of this process and of its accelerator."""
 
 import ctypes
-import os
 import sys
 from contextlib import suppress
 from importlib.util import find_spec
@@ -19,18 +18,6 @@ def release_free_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
-
-
-COMPILED_PRODUCTS, COMPILED_BYTES = 256, 600_000
-"""How many products oneDNN keeps compiled (1024 if nothing is said), and what it holds of each: 560 to 620 kB were
-measured of those of a training step in bf16. A batch's attention needs about ten of them that no other batch needs, so
-that a long run holds them all. One that is compiled again takes 1.2 ms."""
-
-
-def bound_compiled_products() -> None:
-    """Let oneDNN keep no more compiled products than `COMPILED_PRODUCTS`. Said before the first product; what the user
-    has set stays."""
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(COMPILED_PRODUCTS))
 
 
 class Holes:

@@ -505,6 +505,16 @@ EPOCHS = Seam(
     ],
 )
 
+_DIVIDED = ("is_distributed_loading_by_transformers", "_sync_replicated_trainable_parameters")
+SHARDED_BASE = Seam(
+    "sharded-base",
+    "transformers",
+    tuple(f"Trainer.{name}" for name in _DIVIDED),
+    "a trainer whose base is divided among processes averages its adapters' gradients by them",
+    "each process would train an adapter of its own",
+    lambda subject: [*_attributes(*_DIVIDED)(subject), *_spoken(*_DIVIDED)(subject)],
+)
+
 CALLBACK_STATE = Seam(
     "callback-state",
     "transformers",

@@ -22,6 +22,7 @@ from ..models.dropout import dropout_rate, no_dropout
 from ..models.lm_head import use_compact_head
 from ..models.memory import peak_memory_bytes
 from ..models.pickles import check_pickles
+from ..models.sharded import is_sharded
 from ..progress import say
 from .callbacks import Clock, HandingBack, LogFile, ProgressBar, clock_of, keep_event_files
 from .checkpoints import (
@@ -68,6 +69,11 @@ class StageTrainer(Resumable):
         self._bad: tuple[str, float] | None = None
         with _without_rename_warnings(), _in_full_precision(kwargs["model"]):
             super().__init__(*args, **kwargs)
+        if is_sharded(kwargs["model"]):
+            seams.require(seams.SHARDED_BASE, self)
+            # No DistributedDataParallel, which would compare and send what is divided: the Trainer averages the
+            # gradients of what is not. Said after its constructor, which would refuse checkpoints of what is whole.
+            self.is_distributed_loading_by_transformers = True
         self._use_compact_head()
 
     def _prepare_dataset(self, dataset: Any, *args: object, **kwargs: object) -> Any:

@@ -27,6 +27,7 @@ from ...models.logprobs import ResponseTokens, response_positions
 from ...models.masked import masked_mean, masked_moments, masked_sum, mean_and_variance
 from ...models.memory import release_free_memory
 from ...models.prefix_tree import Integers, Layout, Rows
+from ...models.sharded import whole_layers
 from ...models.tokens import end_token_ids
 from ...models.transfer import to_device
 
@@ -341,19 +342,20 @@ def generate(
     pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     assert isinstance(pad, int)
     release_free_memory()  # here and below: no phase grows on top of what another one left
-    generation = sample(
-        adapters,
-        "default",
-        prompts.ids,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        eos_token_id=ends,
-        pad_token_id=pad,
-        seed=seed,
-        batch_size=config.rollout_micro_batch_size,
-    )
+    with whole_layers(adapters.backbone):
+        generation = sample(
+            adapters,
+            "default",
+            prompts.ids,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            eos_token_id=ends,
+            pad_token_id=pad,
+            seed=seed,
+            batch_size=config.rollout_micro_batch_size,
+        )
     release_free_memory()
     return make_episodes(prompts.ids, generation, pad, device)
 

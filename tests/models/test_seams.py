@@ -85,6 +85,7 @@ SUBJECTS = {
     "PREPARE_DATASET": lambda _: [SFTStageTrainer, RewardStageTrainer, DPOStageTrainer, KTOStageTrainer],
     "GRAD_NORM": lambda _: [SFTStageTrainer, RewardStageTrainer, DPOStageTrainer, KTOStageTrainer],
     "EPOCHS": lambda _: [SFTStageTrainer, RewardStageTrainer, DPOStageTrainer, KTOStageTrainer],
+    "SHARDED_BASE": lambda _: [sharded_trainer()],
     "COMPUTE_LOSS": lambda _: [DPOStageTrainer, KTOStageTrainer],
     "REFERENCE_LOGPS": lambda _: [DPOStageTrainer, KTOStageTrainer],
     "COLLATOR": lambda _: [
@@ -97,6 +98,15 @@ SUBJECTS = {
     "ADAPTER_SWITCH": lambda make: [lora_layer(make)],
     "LORA_LAYER": lambda make: [lora_layer(make)],
 }
+
+
+def sharded_trainer() -> SFTStageTrainer:
+    """A trainer of which only the names are looked at."""
+    trainer = SFTStageTrainer.__new__(SFTStageTrainer)
+    trainer.is_distributed_loading_by_transformers = False
+    return trainer
+
+
 NAMES = {name: value for name, value in vars(seams).items() if isinstance(value, seams.Seam)}
 
 
@@ -202,6 +212,10 @@ MOVES = {
     "EPOCHS, one renamed": (
         lambda p: p.setattr(Trainer, "_inner_training_loop", lambda self: self), lambda: SFTStageTrainer,
         "the call of SFTStageTrainer._finalize_training",
+    ),
+    "SHARDED_BASE": (
+        lambda p: p.delattr(Trainer, "_sync_replicated_trainable_parameters"), sharded_trainer,
+        "_sync_replicated_trainable_parameters",
     ),
     "CALLBACK_STATE": (
         lambda p: p.delattr("transformers.trainer_callback.EarlyStoppingCallback"), None, "EarlyStoppingCallback"
