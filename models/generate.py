@@ -187,18 +187,13 @@ def sample(
     if batch_size is None and adapters.head.weight.device.type == "cpu":
         batch_size = 32
     check_request(prompts, max_new_tokens=max_new_tokens, **({} if batch_size is None else {"batch_size": batch_size}))
+    _check_seeds(seed, len(prompts))
     sampling = Sampling(temperature, top_k, top_p)
     if not prompts:
         return Generation()
-    _check_seeds(seed, len(prompts))
     asked: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "eos_token_id": eos_token_id,
-        "pad_token_id": pad_token_id,
-        "seed": seed,
-        "batch_size": batch_size,
-        "first": first,
-        "heard": on_tokens,
+        **{"max_new_tokens": max_new_tokens, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id},
+        **{"seed": seed, "batch_size": batch_size, "first": first, "heard": on_tokens},
     }
     ways = _by_length(adapters, decoder_for(adapters), prompts, max_new_tokens, recompute)
     with ready(adapters, role, merge) as (head, joint):

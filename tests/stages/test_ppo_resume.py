@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from preftune import stopping
+from preftune.errors import UserError
 from preftune.models.base import Base
 from preftune.models.decoder import Decoder
 from preftune.stages.callbacks import Clock, LogFile, keep_rows
@@ -116,7 +117,7 @@ def test_p23_only_complete_checkpoints_count(tmp_path: Path) -> None:
     checkpoint(tmp_path, 20, complete=False)
     (tmp_path / "checkpoint-30.bak").mkdir()
     assert newest(tmp_path, "ppo", 1) == tmp_path / "checkpoint-10"
-    with pytest.raises(UserError, match="checkpoint-10 is of 1 processes and this run has 2; launch 1, or .*--force"):
+    with pytest.raises(UserError, match=r"checkpoint-10 is of 1 processes and this run has 2; launch 1, or .*--force"):
         newest(tmp_path, "ppo", 2)
     assert newest(tmp_path, "ppo", None) == tmp_path / "checkpoint-10"
     # a file that is not what was written
