@@ -3,7 +3,8 @@
 import functools
 import logging
 import os
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 
@@ -36,7 +37,7 @@ def auto_dtype() -> Literal["bfloat16", "float32"]:
     if torch.cuda.is_available():
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        known = torch.cpu.get_capabilities()
+        known = _capabilities()
         native = any(known.get(name) for name in _FAST_BF16)
     return "bfloat16" if native else "float32"
 
@@ -45,7 +46,13 @@ def device_name() -> str:
     """The device that trains here, by its maker's name."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return str(torch.cpu.get_capabilities().get("cpu_name") or "this CPU")
+    return str(_capabilities().get("cpu_name") or "this CPU")
+
+
+def _capabilities() -> Mapping[str, Any]:
+    """What PyTorch says of this CPU; nothing before 2.11."""
+    said = getattr(torch.cpu, "get_capabilities", None)
+    return {} if said is None else said()
 
 
 @functools.cache  # once a process

@@ -113,6 +113,8 @@ def test_tables_name_the_best_peer() -> None:
         return {"tokens_per_second": tokens}
 
     found = {
+        "card: copy": {"gigabytes_per_second": 2.0},
+        "q: made": {"bytes": 10**8},
         "q, rollout, ours: 64 rows": rate(300),
         "q, rollout, generate dynamic: 64 rows": rate(100),
         "q, rollout, generate static: 64 rows": rate(150),
@@ -124,7 +126,8 @@ def test_tables_name_the_best_peer() -> None:
     }
     text = tables(found)
     assert "rollout of 64 rows, tokens/s: ours 300, generate dynamic 100, generate static 150; 2.00 x" in text
-    assert "2.00 x generate static" in text and "rollout of 1 rows, tokens/s: ours 30\n" in text
+    assert "2.00 x generate static; weights read at a copy's rate 1280\n" in text
+    assert "rollout of 1 rows, tokens/s: ours 30; weights read at a copy's rate 20\n" in text
     assert "trl tuned 2.0 with 9.0 GB (flash); 4.00 x trl tuned" in text
     assert "rollout 1.00 s (100%, busy 50%)" in text and "planned 0.00 (1.10)" in text
 

@@ -44,11 +44,15 @@ def _card(found: Found) -> Iterator[str]:
 
 
 def _rollouts(found: Found) -> Iterator[str]:
-    """Ours and the best of the peers, by base and rows."""
+    """Ours and the best of the peers, by base and rows; and the floor: a step reads every weight once."""
+    copy = found.get("card: copy", {}).get("gigabytes_per_second")
     for base, rows, sides in _by_side(found, ", rollout, "):
         rates = {side: each["tokens_per_second"] for side, each in sides.items()}
         said = ", ".join(f"{side} {rate:.0f}" for side, rate in rates.items())
-        yield f"{base}, rollout of {rows}, tokens/s: {said}" + _ratio(rates)
+        floor = ""
+        if copy and (made := found.get(f"{base}: made")):
+            floor = f"; weights read at a copy's rate {int(rows.split()[0]) * copy * 1e9 / made['bytes']:.0f}"
+        yield f"{base}, rollout of {rows}, tokens/s: {said}" + _ratio(rates) + floor
 
 
 def _training(found: Found) -> Iterator[str]:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from preftune.models.devices import auto_dtype
+from preftune.models.devices import auto_dtype, device_name
 from preftune.recipes.build import base_dtype, stage_job
 from preftune.recipes.load import load_recipe
 
@@ -31,6 +31,12 @@ def test_a_cpu_without_instructions_for_bfloat16_gets_float32(says: dict[str, An
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: says)
     assert auto_dtype() == expected
+
+
+def test_before_torch_2_11_a_cpu_says_nothing_and_gets_float32(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert auto_dtype() == "float32" and device_name() == "this CPU"
 
 
 @pytest.mark.parametrize("native", [True, False])
