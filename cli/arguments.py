@@ -19,7 +19,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="Results as one JSON object
 OutputDir = Annotated[Path | None, typer.Option(help="The run folder. Default: runs/NAME.", show_default=False)]
 Force = Annotated[bool, typer.Option("--force", help="Run even what is unchanged.")]
 Launch = Annotated[
-    Path | None, typer.Option(metavar="CONFIG", help="An accelerate config: stages run under accelerate launch.")
+    str | None,
+    typer.Option(metavar="ENGINE", help="ddp, fsdp2, zero2, or an accelerate config: each stage in several processes."),
+]
+Processes = Annotated[
+    int | None, typer.Option("--num-processes", min=1, metavar="N", help="With --launch ddp, fsdp2, zero2.")
 ]
 Policies = Annotated[str | None, typer.Option(metavar="A,B", help="These policies only. Default: the recipe's.")]
 DataOption = Annotated[str | None, typer.Option("--data", help="A data entry of the recipe, or a file.")]

@@ -106,7 +106,7 @@ class Chain:
         if self.options.launch is not None:
             from .launch import check_launch
 
-            check_launch(self.options.launch)
+            check_launch(self.options.launch, [name for name in selected if self.recipe.stages[name].record.on_policy])
         self.folder = RunFolder(self.path)
         with self.folder.lock():
             if said := self.folder.load():

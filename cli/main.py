@@ -14,7 +14,7 @@ from ..printed import printable
 from ..stages.kinds import KINDS
 from ..version import __version__
 from . import evaluate
-from .arguments import AsJson, Force, Launch, OutputDir, RecipeArgument, RecipeOverrides, RunArgument
+from .arguments import AsJson, Force, Launch, OutputDir, Processes, RecipeArgument, RecipeOverrides, RunArgument
 from .process import exit_code_of, ignore_library_warnings, leave_working_folder
 
 app = typer.Typer(
@@ -71,13 +71,16 @@ def run(
     until: Annotated[str | None, typer.Option(metavar="STAGE", help="That stage and all that it needs.")] = None,
     force: Force = False,
     launch: Launch = None,
+    num_processes: Processes = None,
     json: AsJson = False,
 ) -> int:
     """The whole chain. The same command again continues; what is unchanged is not run again."""
     from .chain import Options
     from .commands import run_chain
+    from .engines import launch_config
 
-    done = run_chain(recipe, overrides, Options(output_dir, only, until, force, None, launch), json)
+    options = Options(output_dir, only, until, force, None, launch_config(launch, num_processes))
+    done = run_chain(recipe, overrides, options, json)
     return int(any(each.problem for each in done))
 
 
@@ -92,11 +95,14 @@ def _stage_command(kind: str, words: str) -> None:
         ] = None,
         force: Force = False,
         launch: Launch = None,
+        num_processes: Processes = None,
         json: AsJson = False,
     ) -> None:
         from .commands import run_alone
+        from .engines import launch_config
 
-        run_alone(kind, recipe, overrides, stage, output_dir, from_adapter, force, launch, json)
+        config = launch_config(launch, num_processes)
+        run_alone(kind, recipe, overrides, stage, output_dir, from_adapter, force, config, json)
 
     app.command(kind, help=f"{words} alone; its parent from the run folder or --from-adapter.")(command)
 
@@ -122,14 +128,17 @@ def plan(
         str | None, typer.Option(metavar="NAME", help="A GPU (rtx-4090, a100-80gb, ...) instead of this machine.")
     ] = None,
     launch: Launch = None,
+    num_processes: Processes = None,
     seconds: Annotated[float, typer.Option(min=0, help="At most so long this machine is measured; 0: no time.")] = 10,
     json: AsJson = False,
 ) -> None:
     """Memory by phase and part, time, FLOPs and disk of every stage, from config.json alone, before anything runs."""
+    from .engines import launch_config
     from .output import Output
     from .plan import plan_recipe
 
-    plan_recipe(recipe, overrides or [], Output(json), card=card, launch=launch, seconds=seconds)
+    config = launch_config(launch, num_processes)
+    plan_recipe(recipe, overrides or [], Output(json), card=card, launch=config, seconds=seconds)
 
 
 @app.command()

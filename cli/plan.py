@@ -190,9 +190,6 @@ class _Plan:
     def _cost(self, job: "StageJob", rows: "AnyRows", held: "AnyRows | None", device: str) -> "StageCost":
         from ..stages.costs import Place, stage_cost
 
-        if self.sharded and job.record.on_policy is not None:
-            said = "the base is to be sharded, but an on-policy stage keeps a whole frozen base on each device"
-            raise UserError("--launch", said, "launch with distributed_type MULTI_GPU or MULTI_CPU")
         cpu = device == "cpu"
         memory = None if self.card is None else self.card.memory
         place = Place("cpu" if cpu else "cuda", self.processes, self.sharded, self.libraries if cpu else 0, memory)

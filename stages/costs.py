@@ -423,13 +423,17 @@ class _Stage:
         """Bytes of the optimiser's state."""
         return round(self.trained_parameters() * optimiser_bytes(self.optim))
 
+    def _weights(self) -> int:
+        """Bytes of the base's weights on each device."""
+        whole, place = self.size.weight_bytes, self.place
+        if not place.sharded or place.processes == 1:
+            return whole
+        # the layer that runs and the next one are whole
+        return min(whole, whole // place.processes + 2 * self.size.largest_layer_bytes)
+
     def constant(self) -> Parts:
         """What every phase holds on each device."""
-        job, size, place = self.job, self.size, self.place
-        weights = size.weight_bytes
-        if place.sharded and place.processes > 1:
-            # the layer that runs and the next one are whole
-            weights = weights // place.processes + 2 * size.largest_layer_bytes
+        job, size, place, weights = self.job, self.size, self.place, self._weights()
         stages = sum(each.kind == "stage" for each in job.rewards)
         frozen = size.adapter * (int(job.record.needs_reference) + stages)
         trained = self.trained_parameters()
@@ -548,6 +552,8 @@ class _Stage:
         columns = at_once * (width + self.new_tokens)
         holds = Counter(
             {
+                # a divided base is whole while it decodes
+                WEIGHTS: size.weight_bytes - self._weights(),
                 MERGED: self._merged() if cpu else 0,
                 CACHE: (columns + at_once * width) * size.kv_bytes,
                 # raw, in fp32, and scaled

@@ -1,0 +1,118 @@
+"""Stages in two processes by name: whole copies of the base and one that is divided give the same bits."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from preftune.cli import main as cli
+from preftune.cli.engines import launch_config
+from preftune.cli.launch import check_launch, is_sharded, processes_of
+from preftune.errors import UserError
+
+# one step of each kind of stage
+SHORT = [
+    *(f"stages.{name}.train.max_steps=1" for name in ("sft", "reward", "dpo", "ipo", "kto")),
+    *("stages.ppo.total_episodes=8", "stages.ppo.num_ppo_epochs=1", "stages.ppo.max_new_tokens=8"),
+]
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory, preftune_cache: Path) -> Callable[..., Path]:
+    """The folder of a run of the smoke recipe up to PPO, made once for each launch."""
+    made: dict[str, Path] = {}
+
+    def run(*launch: str) -> Path:
+        name = "-".join(each.strip("-") for each in launch) or "one"
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name) / "run"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("OMP_NUM_THREADS", "1")
+                where = ["--output-dir", str(made[name])]
+                assert cli.run_command(["run", "smoke", *SHORT, "eval=null", *where, *launch]) == 0
+        return made[name]
+
+    return run
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    stages = sorted(each.parent.name for each in folder.glob("*/adapter_model.safetensors"))
+    assert stages == ["dpo", "ipo", "kto", "ppo", "reward", "sft"]
+    read = {stage: load_file(folder / stage / "adapter_model.safetensors") for stage in stages}
+    return {f"{stage} {name}": tensor for stage, tensors in read.items() for name, tensor in tensors.items()}
+
+
+@pytest.mark.slow
+def test_a_divided_base_gives_the_bits_of_whole_ones(ran: Callable[..., Path], capfd) -> None:
+    whole = weights(ran("--launch", "ddp", "--num-processes", "2"))
+    capfd.readouterr()
+    divided = weights(ran("--launch", "fsdp2", "--num-processes", "2"))
+    said = capfd.readouterr().err
+    assert said.count("the frozen base is divided among 2 processes: this one holds 1.71 of its 3.29 MB") == 6
+    assert all(torch.equal(divided[name], tensor) for name, tensor in whole.items())
+
+
+@pytest.mark.slow
+def test_ppo_is_the_same_in_one_process(ran: Callable[..., Path]) -> None:
+    """From the same parents; its batch is one of all processes, whatever their number."""
+    two = ran("--launch", "ddp", "--num-processes", "2")
+    several, metrics = weights(two), json.loads((two / "ppo" / "metrics.json").read_text())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        again = ["--output-dir", str(two), "--only", "ppo", "--force"]
+        assert cli.run_command(["run", "smoke", *SHORT, "eval=null", *again]) == 0
+    for name, tensor in weights(two).items():
+        torch.testing.assert_close(tensor, several[name], rtol=0, atol=1e-4)
+    alone = json.loads((two / "ppo" / "metrics.json").read_text())
+    for name in ("objective/kl", "objective/scores", "rollout/length", "objective/entropy"):
+        assert alone[name] == pytest.approx(metrics[name], abs=1e-4)
+
+
+def test_a_name_becomes_a_config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("PREFTUNE_CACHE", str(tmp_path))
+    for name, sharded in (("ddp", False), ("fsdp2", True)):
+        config = launch_config(name, 2)
+        assert config is not None
+        check_launch(config, ["ppo"])
+        assert (processes_of(config), is_sharded(config)) == (2, sharded)
+        assert yaml.safe_load(config.read_text())["use_cpu"] is not torch.cuda.is_available()
+    assert launch_config(None, None) is None and launch_config("some.yaml", None) == Path("some.yaml")
+
+
+@pytest.mark.parametrize(
+    ("launch", "processes", "said"),
+    [
+        ("ddp", None, "without a GPU: how many processes is not said; add --num-processes 2"),
+        ("some.yaml", 2, "--num-processes: goes with --launch ddp, fsdp2 or zero2"),
+        (None, 2, "--num-processes: goes with --launch ddp, fsdp2 or zero2"),
+        ("zero3", 2, "ZeRO-3 keeps no weight outside the layer .*; --launch fsdp2 divides the frozen base"),
+        ("zero2", 2, "zero2 needs DeepSpeed, which is not installed; pip install deepspeed"),
+    ],
+)
+def test_a_launch_that_cannot_be_is_one_line(launch, processes, said: str, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("preftune.cli.engines.find_spec", lambda _: None)
+    with pytest.raises(UserError, match=said):
+        launch_config(launch, processes)
+
+
+@pytest.mark.parametrize(
+    ("zero", "on_policy", "said"),
+    [
+        (3, [], "ZeRO-3 keeps no weight outside"),
+        (2, ["ppo"], "ppo cannot run under DeepSpeed, which would own the optimiser; use --launch ddp or fsdp2"),
+    ],
+)
+def test_what_an_engine_cannot_do_is_refused_before_anything_trains(zero: int, on_policy, said: str, tmp_path: Path):
+    config: dict[str, Any] = {"distributed_type": "DEEPSPEED", "num_processes": 2, "num_machines": 1, "use_cpu": True}
+    file = tmp_path / "ds.yaml"
+    file.write_text(yaml.safe_dump({**config, "deepspeed_config": {"zero_stage": zero}}))
+    with pytest.raises(UserError, match=said):
+        check_launch(file, on_policy)
+    if zero == 2:
+        check_launch(file)
