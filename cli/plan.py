@@ -379,6 +379,10 @@ def _changes(job: "StageJob") -> "Iterator[tuple[str, StageJob]]":
             words += f" {here}.train.gradient_accumulation_steps={steps * batch // size}"
             changed["gradient_accumulation_steps"] = steps * batch // size
         yield words, _with(job, **changed)
+    if job.data.held_out and job.train.get("per_device_eval_batch_size") != 1:
+        yield f"{here}.train.per_device_eval_batch_size=1", _with(job, per_device_eval_batch_size=1)
+    if "optim" not in job.train:
+        yield f"{here}.train.optim=paged_adamw_32bit", _with(job, optim="paged_adamw_32bit")
     if (at_once := job.method_value("rollout_micro_batch_size")) is not None:
         for size in (at_once // 2, at_once // 4, at_once // 8):
             if size:

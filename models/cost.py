@@ -57,6 +57,8 @@ class Sizes:
         adapter: parameters of one adapter.
         adapted_bytes, linear_bytes: of the weights that the adapter changes, and of all linear layers and the head.
         kv_bytes: of one token's keys and values in all layers.
+        products: that a step's linear layers are made of, each of another shape: of each weight's own two (forward,
+            gradient), of each input's width and of each output's three (LoRA's, and their gradients).
         vocabulary, hidden, layers: of the model.
     """
 
@@ -69,6 +71,7 @@ class Sizes:
     adapted_bytes: int
     linear_bytes: int
     kv_bytes: int
+    products: int
     vocabulary: int
     hidden: int
     layers: int
@@ -113,10 +116,12 @@ def _count(config: PreTrainedConfig, lora: LoraSpec, dtype: str, quantization: s
     with torch.device("meta"), quiet_transformers():
         adapted = PeftModelForCausalLM(model, lora.config(model, "CAUSAL_LM"))
     changed: list[Any] = [each.get_base_layer() for each in adapted.modules() if isinstance(each, LoraLayer)]
+    shapes = {tuple(each.weight.shape) for each in changed}
     return Sizes(
         **found,
         adapter=sum(each.numel() for each in adapted.parameters() if each.requires_grad),
         adapted_bytes=sum(each.weight.numel() for each in changed) * unit,
+        products=2 * len(shapes) + 3 * sum(len({shape[side] for shape in shapes}) for side in (0, -1)),
         vocabulary=head.weight.shape[0],
         hidden=text.hidden_size,
         layers=text.num_hidden_layers,

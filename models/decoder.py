@@ -73,6 +73,7 @@ class Decoder:
         heard: Callable[[list[int], list[int]], None] | None = None,
         joint: Mapping[nn.Module, Product] | None = None,
         only: Sequence[int] | None = None,
+        first: int = 0,
     ) -> None:
         self.model, self.backbone = model, decoder_of(model)
         self.head, self.prompts, self.sampling = head, prompts, sampling
@@ -82,7 +83,7 @@ class Decoder:
         self.eos_E = torch.tensor(
             [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id), device=device
         )
-        streams = [(seed, i) for i in range(n)] if isinstance(seed, int) else [(each, 0) for each in seed]
+        streams = [(seed, first + i) for i in range(n)] if isinstance(seed, int) else [(each, 0) for each in seed]
         self.uniforms_NS = torch.stack([uniforms(s, i, max_new_tokens) for s, i in (*streams, (0, n))]).to(device)
         self.tokens_NS = torch.full((n + 1, max_new_tokens), pad_token_id, device=device)
         self.logps_NS = torch.zeros((n + 1, max_new_tokens), device=device)

@@ -154,6 +154,7 @@ def sample(
     top_k: int = 0,
     top_p: float = 1.0,
     batch_size: int | None = 32,
+    first: int = 0,
     merge: bool = True,
     recompute: bool = False,
     on_batch: Callable[[int], None] | None = None,
@@ -169,6 +170,7 @@ def sample(
         eos_token_id: a completion ends with this token, or with the first of these.
         seed: with a prompt's place in the list it fixes that row's random stream, whatever the batch size; or one for
             each prompt, which does so alone.
+        first: the place of the first of these prompts in a longer list that several processes share.
         batch_size: rows decoded at once, on a GPU no more than its memory holds; None: as many as it does, on a CPU 32.
         merge: fold the adapter into the base's weights while decoding (see `merged`).
         recompute: where rotary factors depend on a row's length, let a completion grow past the one at which they
@@ -185,22 +187,22 @@ def sample(
     if batch_size is None and adapters.head.weight.device.type == "cpu":
         batch_size = 32
     check_request(prompts, max_new_tokens=max_new_tokens, **({} if batch_size is None else {"batch_size": batch_size}))
+    _check_seeds(seed, len(prompts))
     sampling = Sampling(temperature, top_k, top_p)
     if not prompts:
         return Generation()
-    if not isinstance(seed, int) and len(seed) != len(prompts):
-        raise ValueError(f"{len(seed)} seeds for {len(prompts)} prompts, expected one each, or one for all")
     asked: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "eos_token_id": eos_token_id,
-        "pad_token_id": pad_token_id,
-        "seed": seed,
-        "batch_size": batch_size,
-        "heard": on_tokens,
+        **{"max_new_tokens": max_new_tokens, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id},
+        **{"seed": seed, "batch_size": batch_size, "first": first, "heard": on_tokens},
     }
     ways = _by_length(adapters, decoder_for(adapters), prompts, max_new_tokens, recompute)
     with ready(adapters, role, merge) as (head, joint):
         return _decoded(ways, on_batch, adapters.causal, head, prompts, sampling, joint=joint, **asked)
+
+
+def _check_seeds(seed: int | Sequence[int], prompts: int) -> None:
+    if not isinstance(seed, int) and len(seed) != prompts:
+        raise ValueError(f"{len(seed)} seeds for {prompts} prompts, expected one each, or one for all")
 
 
 def _decoded(

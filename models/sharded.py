@@ -37,6 +37,8 @@ def shard_base(decoder: PreTrainedModel) -> None:
         fully_shard(layer, reshard_after_forward=True)
     inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
     fully_shard(decoder, ignored_params={each for each in decoder.parameters() if id(each) not in inside})
+    if torch.distributed.get_rank():
+        return
     here, everywhere = base_bytes_here(decoder)
     logger.warning(
         "the frozen base is divided among %d processes: this one holds %.3g of its %.3g MB",
@@ -67,6 +69,13 @@ def whole_layers(decoder: nn.Module) -> Generator[None]:
 
 def _shards(model: nn.Module) -> list[nn.Module]:
     return [each for each in model.modules() if hasattr(each, "set_reshard_after_forward")]
+
+
+def most_of_all(count: int, device: torch.device) -> int:
+    """The largest of the processes' counts."""
+    found = torch.tensor(count, device=device)
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return int(found)
 
 
 def base_bytes_here(model: nn.Module) -> tuple[int, int]:

@@ -69,8 +69,10 @@ def progress_file(checkpoint: Path, process: int) -> Path:
 
 
 def read_progress(checkpoint: Path, process: int) -> Progress:
-    """Of a complete checkpoint, one written by as many processes as there are now."""
-    return Progress(**json.loads(progress_file(checkpoint, process).read_text(encoding="utf-8")))
+    """Of a complete checkpoint; where fewer processes wrote it, the first one's, which counts for all."""
+    file = progress_file(checkpoint, process)
+    file = file if file.is_file() else progress_file(checkpoint, 0)
+    return Progress(**json.loads(file.read_text(encoding="utf-8")))
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -83,36 +85,43 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def newest(folder: Path, name: str, world_size: int) -> Path | None:
-    """The newest checkpoint that is whole and was written by as many processes; the others are passed over in words.
+def newest(folder: Path, name: str, world_size: int | None) -> Path | None:
+    """The newest checkpoint that is whole; the others are passed over in words.
 
     Args:
         name: of the stage, for the words.
+        world_size: how many processes must have written it; None: any number.
+
+    Raises:
+        UserError: another number of processes wrote it.
     """
     for _, checkpoint in reversed(checkpoints(folder)):
-        why = _unusable(checkpoint, world_size)
+        why = _unusable(checkpoint)
         if why is None:
+            wrote = _read_manifest(checkpoint)["processes"]
+            if world_size is not None and wrote != world_size:
+                problem = f"its {checkpoint.name} is of {wrote} processes and this run has {world_size}"
+                remedy = f"launch {wrote}, or start the stage anew: --force"
+                raise UserError(f"stages.{name}", problem, remedy)
             return checkpoint
         if why:
             say(f"{name}: {checkpoint.name} is passed over, {why}")
     return None
 
 
-def _unusable(checkpoint: Path, world_size: int) -> str | None:
+def _unusable(checkpoint: Path) -> str | None:
     """Why it cannot be continued from, in words; empty for one that was never meant to; None if it can be."""
     if not (checkpoint / MANIFEST).is_file():
         return "" if (checkpoint / _STATE).is_file() else "it was not written to its end"
     try:
         manifest = _read_manifest(checkpoint)
-        files, processes = manifest["files"], manifest["processes"]
+        files, _ = manifest["files"], int(manifest["processes"])
         for name, (size, digest) in files.items():
             file = checkpoint / name
             if not file.is_file() or file.stat().st_size != size or sha256_of(file) != digest:
                 return f"{name} is damaged"
     except (OSError, ValueError, KeyError, TypeError):
         return f"{MANIFEST} is damaged"
-    if processes != world_size:
-        return f"it is of {processes} processes and this run has {world_size}"
     return None
 
 
@@ -264,7 +273,10 @@ class Resumable(Trainer):
     Attributes:
         continued: the checkpoint that this run continues from.
         resumed: what it said, until the loop has begun.
+        of_any_number: whether a checkpoint of another number of processes is continued from.
     """
+
+    of_any_number = False
 
     continued: str | None = None
     resumed: Progress | None = None

@@ -7,7 +7,7 @@ ones its time (`calibration.py`). What it holds all the time comes on top: weigh
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 from ..data.spec import RowKind
 from ..models.batching import TOKENS_PER_BATCH, TokenIds, tokens_in
 from ..models.cost import ADAPTER_BYTES, BYTES, activation_bytes, is_paged, optimiser_bytes, sizes, training_flops
+from ..models.memory import COMPILED_BYTES, COMPILED_PRODUCTS, Holes
 from ..models.rehearsal import (
     ACTIVATIONS,
     GRADIENTS,
@@ -39,14 +40,19 @@ if TYPE_CHECKING:
 Device = Literal["cpu", "cuda"]
 WEIGHTS, MERGED, CACHE, ADAPTERS = "weights", "merged weights", "key-value cache", "adapters"
 OPTIMISER, BUCKETS, LIBRARIES, HOLES = "optimiser", "gradient buckets", "libraries", "allocator"
+PRODUCTS = "compiled products"
 _REWARD = "reward"
 
 _ROWS_AT_ONCE = 32
-_TRAINER, _HOLES = 50_000_000, 0.55
+_TRAINER, _HOLES = 50_000_000, 0.25
 """What a process on a CPU holds beside the tensors that are counted: the trainer with what it imports, and of what a
-step makes, the share that the allocator holds for nothing and that oneDNN keeps of compiled products. Fitted to the
-smoke recipe and to 40 steps of the quickstart's SFT. Both shares grow with the steps and with the stages that one
-process has run before: a long chain holds more than this says."""
+step makes, the share that the allocator holds for nothing after one step. Over its steps a process then grows by a
+percent each until `memory.Holes` hands back what it has grown by."""
+_GROWTH_A_STEP = 0.01
+_ATTENTION_PRODUCTS = 4
+"""Of a block's length: scores, their gradient, and two whose gradients have the same shapes."""
+_TREES = 200
+"""At most so many batches are laid out to see how many shapes they have."""
 
 
 class Rows:
@@ -254,7 +260,9 @@ def stage_cost(
     for each, peak in zip(work, peaks, strict=True):
         parts = +(stage.constant() + peak + each.holds)
         if place.device == "cpu":
-            parts[HOLES] = _TRAINER + round(_HOLES * sum(peak.values()))
+            parts[PRODUCTS] = stage.compiled_bytes()
+            after_a_step = parts.total() + _TRAINER + _HOLES * peak.total()
+            parts[HOLES] = round(after_a_step * (1 + stage.growth())) - parts.total()
         if each.phase not in phases or parts.total() > phases[each.phase].total():
             phases[each.phase] = parts
     return StageCost(
@@ -451,6 +459,32 @@ class _Stage:
         every = self.job.method_value("keep_every")
         kept = (self.iterations() or 0) // every if every else 0
         return adapter * (1 + kept) + 2 * checkpoint
+
+    def growth(self) -> float:
+        """By how much a process on a CPU grows over its steps before free memory is handed back."""
+        return min(Holes.GROWTH, _GROWTH_A_STEP * (self.steps() or math.inf))
+
+    def compiled_bytes(self) -> int:
+        """Of the products that oneDNN, which computes in 16 bits, compiles for the shapes of the run's batches."""
+        if self.job.dtype == "float32":
+            return 0
+        widths, blocks = set[int](), set[int]()
+        for rows in self._all_batches():
+            batch = self._batch(rows, 0)
+            widths.add(batch.tokens)
+            blocks.update(batch.blocks)
+        found = len(widths) * self.size.products + len(blocks) * _ATTENTION_PRODUCTS
+        return min(COMPILED_PRODUCTS, found) * COMPILED_BYTES
+
+    def _all_batches(self) -> Iterator[list[TokenIds]]:
+        """The batches of one shuffled pass, or as many as the run has; replies are as they are expected."""
+        draw, count = random.Random(self.job.seed), max(1, min(_TREES, self.steps() or _TREES))
+        sampled = self.job.record.on_policy is not None
+        for _ in range(count if len(self.rows) else 1):
+            rows = draw.sample(range(len(self.rows)), min(self.batch, len(self.rows))) or [*range(self.batch)]
+            found = self.rows.sequences(rows)
+            lengths = draw.choices(self.replies(len(found)), k=len(found)) if sampled else [0] * len(found)
+            yield [[*row, *[-1 - n] * t] for n, (row, t) in enumerate(zip(found, lengths, strict=True))]
 
     # --- what is done -------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,9 @@ from .job import StageJob
 
 _DECODED = 10
 """New tokens of the replies on which a decode step is timed."""
+_AROUND_A_STEP = 0.045
+"""Seconds of a step in which the trainer does something else: its checks, its log, norms, callbacks. From the smoke
+recipe, whose stages hold little else (two cores, 3 to 8 steps); beside a real model's step it is nothing."""
 
 
 class Seconds(NamedTuple):
@@ -31,7 +34,8 @@ def measured_seconds(cost: StageCost, timed: Timed, limit: float) -> Seconds | N
         return None
     each = limit / len(cost.work)
     found = [(work.times or 0, _seconds(work, timed, each)) for work in cost.work if work.phase != "evaluation"]
-    return Seconds(*(sum(times * one[way] for times, one in found) for way in (0, 1)))
+    around = _AROUND_A_STEP * (cost.steps or 0)
+    return Seconds(*(around + sum(times * one[way] for times, one in found) for way in (0, 1)))
 
 
 def _seconds(work: Work, timed: Timed, limit: float) -> Seconds:

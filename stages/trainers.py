@@ -303,7 +303,7 @@ def take_up(trainer: Trainer) -> str | None:
     if args.process_index == 0:
         salvage(folder)
     trainer.accelerator.wait_for_everyone()  # all must find the same ones
-    checkpoint = newest(folder, own.name, args.world_size)
+    checkpoint = newest(folder, own.name, None if trainer.of_any_number else args.world_size)
     if checkpoint is None:
         return None
     check_pickles(checkpoint)

@@ -129,8 +129,12 @@ MUTATIONS = [
         "method.backward(rollout.rows(part), float(rollout.episodes.length_B[part].sum()), kl_coef)",
     ),
     Mutation(
+        "P17", "each process takes the whole minibatch", "stages/ppo/shared.py",
+        "[torch.from_numpy(order)][process::processes]", "[torch.from_numpy(order)]",
+    ),
+    Mutation(
         "P18", "every epoch takes the same order", "stages/ppo/trainer.py",
-        "loop.iteration, epoch, args.process_index", "loop.iteration, args.process_index",
+        "loop.iteration, epoch, 0)", "loop.iteration, 0)",
     ),
     Mutation(
         "P19", "nothing is clipped", "stages/ppo/update.py",
@@ -147,7 +151,7 @@ MUTATIONS = [
     ),
     Mutation(
         "P21", "all processes sample from one stream", "stages/ppo/trainer.py",
-        'args.seed, "rollout", loop.iteration, args.process_index', 'args.seed, "rollout", loop.iteration',
+        '"rollout", loop.iteration, 0), args.process_index * local', '"rollout", loop.iteration, 0), 0',
     ),
     Mutation(
         "P22", "the reference mean is not subtracted", "stages/ppo/rewards.py",

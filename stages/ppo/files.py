@@ -3,7 +3,7 @@
 A checkpoint holds, beyond what those of every stage hold (see `checkpoints.py`) and so that resuming is exact:
 
     ppo_trainables.safetensors      policy and value, fp32, every parameter that trains
-    ppo_rollout_<process>.safetensors   the rollout in flight, where the checkpoint fell between two minibatches
+    ppo_rollout.safetensors         the rollout in flight, where the checkpoint fell between two minibatches
     ppo_state.json                  KL coefficient, place in the iteration, metrics so far
 """
 
@@ -11,7 +11,7 @@ import json
 import logging
 import re
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ from .rollout import Rollout
 
 logger = logging.getLogger(__name__)
 
-STATE, TRAINABLES = "ppo_state.json", "ppo_trainables.safetensors"
+STATE, TRAINABLES, ROLLOUT = "ppo_state.json", "ppo_trainables.safetensors", "ppo_rollout.safetensors"
 
 
 @dataclass
@@ -44,19 +44,19 @@ class LoopState:
     log_due: bool = False
     kl_coef: float = 0.0
     running: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
-    world_size: int = 1
     metrics: dict[str, float] = field(default_factory=dict)
     totals: dict[str, float] = field(default_factory=dict)
 
 
 def save_tensors(folder: Path, trainables: dict[str, nn.Parameter], rollout: Rollout | None, process: int) -> None:
-    """This process' tensors: the parameters (first process only) and the rollout in flight."""
+    """The parameters and the rollout in flight, which every process has alike: the first one writes."""
+    if process != 0:
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    if process == 0:
-        save_file({name: p.detach().cpu().contiguous() for name, p in trainables.items()}, folder / TRAINABLES)
+    save_file({name: p.detach().cpu().contiguous() for name, p in trainables.items()}, folder / TRAINABLES)
     if rollout is not None:
         tensors = {name: tensor.cpu().contiguous() for name, tensor in rollout.tensors().items()}
-        save_file(tensors, folder / _rollout_file(process))
+        save_file(tensors, folder / ROLLOUT)
 
 
 def save_state(folder: Path, state: LoopState) -> None:
@@ -86,31 +86,26 @@ def load_trainables(folder: Path, trainables: dict[str, nn.Parameter]) -> None:
             parameter.copy_(saved[name])
 
 
-def load_state(folder: Path, world_size: int) -> LoopState:
+def load_state(folder: Path) -> LoopState:
     """The loop's place.
 
     Raises:
-        UserError: no complete PPO checkpoint, or one of another number of processes with a rollout in flight.
+        UserError: no complete PPO checkpoint, or one of another version.
     """
     if not (folder / STATE).is_file():
         raise UserError(str(folder), f"it has no {STATE}: no PPO checkpoint, or one cut off", "name another checkpoint")
-    state = LoopState(**json.loads((folder / STATE).read_text(encoding="utf-8")))
-    if state.slot and state.world_size != world_size:
-        raise UserError(
-            str(folder),
-            f"its rollout in flight belongs to {state.world_size} processes, this run has {world_size}",
-            f"launch {state.world_size} processes, or resume from a checkpoint at an iteration's end",
-        )
+    held = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    known = {each.name for each in fields(LoopState)}
+    state = LoopState(**{name: value for name, value in held.items() if name in known})
+    if state.slot and not (folder / ROLLOUT).is_file():
+        problem = f"it has no {ROLLOUT}: the version that wrote it kept the rollout in flight in another way"
+        raise UserError(str(folder), problem, "start the stage anew: --force")
     return state
 
 
-def load_rollout(folder: Path, process: int, device: torch.device) -> Rollout:
-    """This process' rollout in flight."""
-    return Rollout.from_tensors(load_file(folder / _rollout_file(process)), device)
-
-
-def _rollout_file(process: int) -> str:
-    return f"ppo_rollout_{process}.safetensors"
+def load_rollout(folder: Path, device: torch.device) -> Rollout:
+    """The rollout in flight, of all processes."""
+    return Rollout.from_tensors(load_file(folder / ROLLOUT), device)
 
 
 POLICIES = "policies"

@@ -21,7 +21,7 @@ from ..losses import kl_loss, ppo_policy_loss, value_loss
 from .config import PPOConfig
 from .network import Trunk
 from .rewards import RewardSource, Scorer
-from .rollout import Episodes, Reduce, Rollout, forward_batches, global_moments
+from .rollout import Episodes, Reduce, Rollout, global_moments
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ class PPO:
         """In micro-batches of like length."""
         trunk, adapters, device = self.trunk, self.trunk.adapters, episodes.start_B.device
         out = [torch.zeros(episodes.mask_BR.shape, device=device) for _ in range(4)]
-        for rows in forward_batches(episodes, trunk.forward_tokens):
+        for rows in trunk.batches(episodes):
             part = episodes.rows(rows)
             with adapters.using(DEFAULT):
                 hidden_BTH = trunk.hidden(part)

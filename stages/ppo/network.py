@@ -12,7 +12,8 @@ from ...models.adapters import DEFAULT, REF, AdapterSet
 from ...models.batching import forward_tokens
 from ...models.heads import score_at
 from ...models.logprobs import ResponseLogprobs, response_logprobs, states_before_response
-from .rollout import Episodes
+from ...models.sharded import is_sharded, most_of_all
+from .rollout import Episodes, forward_batches
 
 
 class Trunk:
@@ -36,6 +37,14 @@ class Trunk:
         self.adapters, self.temperature, self.autocast = adapters, temperature, autocast
         self.head = adapters.head
         self.forward_tokens = forward_tokens(adapters.backbone)
+
+    def batches(self, episodes: Episodes) -> list[torch.Tensor]:
+        """The rows of each forward without gradients. A base that is divided is gathered by every process for every
+        forward: those with fewer of them make their last one again."""
+        found = forward_batches(episodes, self.forward_tokens)
+        if is_sharded(self.adapters.backbone):
+            found += found[-1:] * (most_of_all(len(found), episodes.start_B.device) - len(found))
+        return found
 
     def hidden(self, episodes: Episodes) -> torch.Tensor:
         """Last hidden states [B, T, H] under the adapter that is active now."""

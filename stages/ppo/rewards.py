@@ -24,7 +24,7 @@ from ...models.masked import masked_moments
 from ...models.transfer import to_device
 from ..reward_functions import RewardFunction, call_reward_function, import_function
 from .network import Trunk
-from .rollout import Episodes, PromptText, Reduce, forward_batches
+from .rollout import Episodes, PromptText, Reduce
 
 RewardKind = Literal["stage", "model", "function"]
 RewardFunc = str | RewardFunction
@@ -173,7 +173,7 @@ class AdapterScorer:
     def __call__(self, responses: Responses) -> torch.Tensor:
         episodes = responses.episodes
         scores_B = torch.zeros(len(episodes), device=episodes.start_B.device)
-        for rows in forward_batches(episodes, self.trunk.forward_tokens):
+        for rows in self.trunk.batches(episodes):
             scores_B[to_device(rows, scores_B.device)] = self.trunk.scores(self.role, episodes.rows(rows))
         return scores_B
 

@@ -335,9 +335,14 @@ def generate(
     config: Sampling,
     *,
     seed: int,
+    first: int = 0,
     device: torch.device,
 ) -> Episodes:
-    """One response of the policy to each prompt."""
+    """One response of the policy to each prompt.
+
+    Args:
+        first: the place of the first of these prompts among those of all processes: what is drawn goes by it.
+    """
     ends = end_token_ids(tokenizer, adapters.model)
     pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     assert isinstance(pad, int)
@@ -354,6 +359,7 @@ def generate(
             eos_token_id=ends,
             pad_token_id=pad,
             seed=seed,
+            first=first,
             batch_size=config.rollout_micro_batch_size,
         )
     release_free_memory()

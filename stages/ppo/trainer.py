@@ -73,6 +73,7 @@ from .rollout import (
     seed_of,
     stream_rows,
 )
+from .shared import gathered, own_share
 from .trl_names import TRAINER, refuse_names
 from .update import (
     FULL_TOLERANCE,
@@ -121,6 +122,8 @@ class OnPolicyTrainer(Resumable):
         UserError: no reward, or data, models or adapters that do not fit.
     """
 
+    of_any_number = True
+
     def __init__(
         self,
         model: AdapterSet | PeftModel | PreTrainedModel | str,
@@ -162,7 +165,7 @@ class OnPolicyTrainer(Resumable):
             self.remove_callback(ProgressCallback)
         self._check_launch()
         self._build_roles(sources)
-        self.loop = LoopState(kl_coef=args.kl_coef, world_size=args.world_size)
+        self.loop = LoopState(kl_coef=args.kl_coef)
         self.rollout: Rollout | None = None
         self.episodes, self.tokens = 0, 0.0
         self.skips = Skips()
@@ -201,7 +204,7 @@ class OnPolicyTrainer(Resumable):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train, from the start or exactly where a checkpoint left off (True: the newest complete one)."""
         if resume_from_checkpoint is True:
-            found = newest(Path(str(self.args.output_dir)), "resuming", self.args.world_size)
+            found = newest(Path(str(self.args.output_dir)), "resuming", None)
             if found is None:
                 raise UserError(str(self.args.output_dir), "it holds no complete checkpoint", "start without resuming")
             resume_from_checkpoint = str(found)
@@ -259,10 +262,12 @@ class OnPolicyTrainer(Resumable):
         rows = stream_rows(len(self.prompts), args.seed, start // group, local // group)
         prompts = self.prompts.take([row for row in rows for _ in range(group)])
 
-        # 2. Generate. The seed names iteration and process: each samples differently, and again the same.
-        seed = seed_of(args.seed, "rollout", loop.iteration, args.process_index)
+        # 2. Generate. The seed names the iteration, and a row's place in it its stream, whichever process draws it.
+        seed, first = seed_of(args.seed, "rollout", loop.iteration, 0), args.process_index * local
         with self._left_off():
-            episodes = generate(self.adapters, self.tokenizer, prompts, args, seed=seed, device=args.device)
+            episodes = generate(
+                self.adapters, self.tokenizer, prompts, args, seed=seed, first=first, device=args.device
+            )
         generated = time.perf_counter()
 
         # 3. Score.
@@ -282,7 +287,7 @@ class OnPolicyTrainer(Resumable):
 
         times = {"rollout": generated - began, "score": scored - generated, "forward": time.perf_counter() - scored}
         self._log_rollout(rollout, prompts, texts, non_score_BR, forwards.entropy_BR, times)
-        return rollout
+        return gathered(rollout)
 
     def _log_rollout(
         self,
@@ -341,8 +346,9 @@ class OnPolicyTrainer(Resumable):
         args, loop = self.args, self.loop
         began = time.perf_counter()
         epoch, place = divmod(slot, args.num_mini_batches)
-        seed = seed_of(args.seed, "minibatches", loop.iteration, epoch, args.process_index)
+        seed = seed_of(args.seed, "minibatches", loop.iteration, epoch, 0)
         rows = minibatches(len(rollout.episodes), args.num_mini_batches, seed)[place]
+        rows = own_share(rows, rollout, args.process_index, args.world_size)
         report = self.updater.gradients(rollout, rows, loop.kl_coef)
         if not report.finite and not self.skips.take():
             which = f"minibatch {slot + 1} of iteration {loop.iteration + 1} (prompts {self._prompts_of(rows)})"
@@ -368,9 +374,9 @@ class OnPolicyTrainer(Resumable):
         add_report(loop.totals, report, time.perf_counter() - began)
 
     def _prompts_of(self, rows: torch.Tensor) -> str:
-        """The prompts of some of this process' episodes, by their places in the data, for a message."""
+        """The prompts of some episodes, by their places in the data, for a message."""
         args, group = self.args, self.method.samples_per_prompt
-        start = self.loop.iteration * args.rollout_batch_size + args.process_index * args.local_rollout_size()
+        start = self.loop.iteration * args.rollout_batch_size
         places = [(start + row) // group for row in rows[:3].tolist()]
         shown = [stream_rows(len(self.prompts), args.seed, place, 1)[0] + 1 for place in places]
         return ", ".join(map(str, shown)) + (", ..." if len(rows) > len(shown) else "")
@@ -454,12 +460,12 @@ class OnPolicyTrainer(Resumable):
         self.episodes, self.tokens = 0, 0.0
         if self._created_lr_scheduler:  # by an earlier `train`, so not handed in by the caller
             self.optimizer = self.lr_scheduler = None
-        self.loop = LoopState(kl_coef=args.kl_coef, world_size=args.world_size)
+        self.loop = LoopState(kl_coef=args.kl_coef)
         if resume is not None:
             check_pickles(Path(resume))
             self.state = TrainerState.load_from_json(str(Path(resume) / "trainer_state.json"))
             self._load_callback_state()
-            self.loop = load_state(Path(resume), args.world_size)
+            self.loop = load_state(Path(resume))
         self.state.train_batch_size = args.per_device_train_batch_size
         self.state.compute_steps(args, max_steps)
         self.state.init_training_references(self, max_steps, int(args.num_train_epochs), None)
@@ -475,7 +481,7 @@ class OnPolicyTrainer(Resumable):
             self.skips.done, self.skips.logged = done.skipped, int(done.more["logged"])
             self.resumed = None
             if self.loop.slot:
-                self.rollout = load_rollout(Path(resume), args.process_index, args.device)
+                self.rollout = load_rollout(Path(resume), args.device)
         if args.keep_every and self.is_world_process_zero():
             # a resumed run passes the steps after its checkpoint once more
             forget_policies(self._policies(), after=self.state.global_step)

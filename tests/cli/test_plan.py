@@ -105,6 +105,33 @@ def test_what_cannot_be_reached_is_said_and_taken_as_long_as_it_may_be(capsys, r
     assert code == 2 and "gone.jsonl" in said
 
 
+def test_a_card_that_an_evaluation_or_the_optimiser_fills_is_helped_by_its_own_change(recipe: Path):
+    from preftune.cli.plan import _changes
+    from preftune.models.base import Base
+    from preftune.recipes.build import stage_job
+    from preftune.recipes.load import load_recipe
+
+    def words(*overrides: str) -> list[str]:
+        loaded = load_recipe(str(recipe), overrides)
+        job = stage_job(loaded, "sft", Base("x", Path(), None, ""), Path("r"), Path("r/sft"))
+        return [said for said, _ in _changes(job)]
+
+    plain, held = words(), words("data.demos.held_out=0.25", "stages.sft.train.optim=sgd")
+    paged, one = "stages.sft.train.optim=paged_adamw_32bit", "stages.sft.train.per_device_eval_batch_size=1"
+    assert paged in plain and one not in plain
+    assert one in held and paged not in held
+    # what changes a result comes last
+    assert plain[-1] == held[-1] == "model.quantization=4bit"
+
+
+def test_a_named_card_has_its_own_column_and_says_what_was_assumed(capsys, recipe: Path):
+    code, rows, said = plan(capsys, recipe, "--card", "l40s")
+    assert code == 0 and set(rows[0]["fits"]) == {"24", "48", "80", "l40s"}
+    assert "35% are taken to be reached in training" in said and "no card was measured" in said
+    _, _, said = plan(capsys, recipe, "stages.sft.train.optim=paged_adamw_8bit", "--card", "l40s")
+    assert "of optimiser are paged" in said
+
+
 def test_people_get_tables(capsys, recipe: Path):
     words = ["plan", str(recipe), "stages.dpo.train.per_device_train_batch_size=1", "--seconds", "0"]
     assert exit_code_of(lambda: app(words, standalone_mode=False)) == 0

@@ -29,7 +29,7 @@ def collect(trainer: OnPolicyTrainer, iteration: int = 0, kl_coef: float | None 
     """What the trainer collects in that iteration. Nothing is compared with the reference: tests move the policy."""
     samples: list[dict[str, Any]] = []
     coef = trainer.args.kl_coef if kl_coef is None else kl_coef
-    trainer.loop = LoopState(iteration=iteration, kl_coef=coef, world_size=trainer.args.world_size)
+    trainer.loop = LoopState(iteration=iteration, kl_coef=coef)
     own_reference, trainer.own_reference = trainer.own_reference, False
     with (
         patch.object(trainer, "_minibatch_epochs"),

@@ -2,6 +2,8 @@
 
     python ppo_worker.py alone OUT                what one process computes from a given rollout
     accelerate launch ... ppo_worker.py together OUT    the same by several, and what only several can show
+    python ppo_worker.py other OUT                after `together`: one process makes and continues its run
+    accelerate launch ... ppo_worker.py back OUT  after `other`: several continue the run of one
     python ppo_worker.py train OUT [KILL]         a training run, continued where OUT holds a checkpoint;
                                                   KILL: "step N" or "saving N", where the process kills itself
 
@@ -33,6 +35,8 @@ from preftune.stages.checkpoints import newest
 from preftune.stages.ppo import rollout as rollout_file
 from preftune.stages.ppo import trainer as trainer_file
 from preftune.stages.ppo.config import PPOConfig
+from preftune.stages.ppo.rollout import Rollout
+from preftune.stages.ppo.shared import own_share
 from preftune.stages.ppo.trainer import PPOTrainer
 from preftune.stages.ppo.update import Updater
 
@@ -98,6 +102,12 @@ def flat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat([tensor.detach().flatten() for tensor in tensors])
 
 
+def own_rows(trainer: PPOTrainer, rollout: Rollout) -> torch.Tensor:
+    """This process' share of all rows."""
+    args = trainer.args
+    return own_share(torch.arange(len(rollout.episodes)), rollout, args.process_index, args.world_size)
+
+
 def one_step(out: Path) -> dict[str, torch.Tensor]:
     """From the given responses: advantages, the gradient of all of them, the parameters after a step."""
     trainer = make(
@@ -111,7 +121,8 @@ def one_step(out: Path) -> dict[str, torch.Tensor]:
     mask = rollout.episodes.mask_BR
     # away from the old policy, so that ratios differ and some are clipped
     push(ppo_of(trainer).policy, 0.02, seed=3)
-    report = trainer.updater.gradients(rollout, torch.arange(len(rollout.episodes)), 0.05)
+    rows = own_rows(trainer, rollout)
+    report = trainer.updater.gradients(rollout, rows, 0.05)
     gradient = flat([p.grad for p in trainer.trainables.values() if p.grad is not None])
     before = flat(list(trainer.trainables.values()))
     trainer.create_optimizer().step()
@@ -119,6 +130,8 @@ def one_step(out: Path) -> dict[str, torch.Tensor]:
         "advantages": rollout.advantages_BR[mask],
         "returns": rollout.returns_BR[mask],
         "lengths": rollout.episodes.length_B,
+        "row": mask.nonzero()[:, 0],
+        "own": rollout.episodes.length_B[rows],
         "sums": report.sums,
         "tokens": torch.tensor(report.tokens),
         "norms": torch.tensor([report.norms["policy"], report.norms["value"]]),
@@ -133,7 +146,7 @@ def brakes(out: Path) -> dict[str, Any]:
     trainer = make(out, learning_rate=0.02, num_mini_batches=1, max_ratio=None, max_new_tokens=9)
     with given_responses(trainer):
         rollout = collect(trainer, 0, 0.05).rollout
-    rows = torch.arange(len(rollout.episodes))
+    rows = own_rows(trainer, rollout)
     trainer.updater.gradients(rollout, rows, 0.05)
     trainer.create_optimizer().step()
     alone = Updater(trainer.args, trainer.method, lambda x, _: x)
@@ -181,13 +194,18 @@ def trained(trainer: PPOTrainer, resume: str | None = None) -> dict[str, Any]:
         "digests": {name: trainer.adapters.digest(name) for name in (*names, None)},
         "kl_coef": trainer.loop.kl_coef,
         "first": trainer.is_world_process_zero(),
+        "weights": flat(list(trainer.trainables.values())).tolist(),
     }
 
 
-def real_runs(out: Path, process: int) -> dict[str, Any]:
+REAL: dict[str, Any] = {
+    "save_strategy": "steps", "save_steps": 3, "kl_target": 0.01, "kl_horizon": 50, "log_samples_every": 1,
+    "keep_every": 1,
+}  # fmt: skip
+
+
+def real_runs(out: Path, process: int, options: dict[str, Any] = REAL) -> dict[str, Any]:
     """A run that saves between two minibatches, the same resumed from there, and its first rollout again."""
-    options = {"save_strategy": "steps", "save_steps": 3, "kl_target": 0.01, "kl_horizon": 50, "log_samples_every": 1}
-    options["keep_every"] = 1
     whole = make(out / "whole", SAME_PROMPT, callbacks=[LogFile(out / "whole" / "log.jsonl")], **options)
     found: dict[str, Any] = {"whole": trained(whole)}
     # a folder for each process shows which of them writes what
@@ -213,10 +231,26 @@ def several(mode: str, out: Path) -> None:
     """What `alone` and `together` do."""
     process = int(os.environ.get("RANK", "0"))
     save_file({k: t.contiguous() for k, t in one_step(out / "step").items()}, out / f"step{process}.safetensors")
-    if mode == "together":
+    if mode != "alone":
         found = {"brakes": brakes(out / "brakes"), "unlike": unlike_models(out / "unlike", process)}
         found |= real_runs(out, process)
         (out / f"found{process}.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+def other_number(out: Path) -> None:
+    """In one process: the run that two made, from its start and from their checkpoint between two minibatches."""
+    found = {"whole": trained(make(out / "one", SAME_PROMPT, **REAL))}
+    resumed = make(out / "one-resumed", SAME_PROMPT, **REAL)
+    found["resumed"] = trained(resumed, str(out / "whole" / "checkpoint-3"))
+    (out / "found-one.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+def one_number(out: Path) -> None:
+    """In two processes: the run of one, from its checkpoint between two minibatches."""
+    process = int(os.environ.get("RANK", "0"))
+    resumed = make(out / f"two-resumed{process}", SAME_PROMPT, **REAL)
+    found = trained(resumed, str(out / "one" / "checkpoint-3"))
+    (out / f"found-two{process}.json").write_text(json.dumps(found), encoding="utf-8")
 
 
 class Killer(TrainerCallback):
@@ -274,6 +308,8 @@ if __name__ == "__main__":
     mode, folder, *rest = sys.argv[1:]
     if mode == "train":
         train(Path(folder), *rest)
+    elif mode in ("other", "back"):
+        (other_number if mode == "other" else one_number)(Path(folder))
     else:
         several(mode, Path(folder))
     if torch.distributed.is_initialized():

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from preftune import stopping
+from preftune.errors import UserError
 from preftune.models.base import Base
 from preftune.models.decoder import Decoder
 from preftune.stages.callbacks import Clock, LogFile, keep_rows
@@ -82,7 +83,7 @@ def test_p23_killed_and_resumed_equals_never_killed(whole: Path, tmp_path: Path,
     assert train(tmp_path, kill) == -signal.SIGKILL
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == left
     assert newest(tmp_path, "worker", 1) == tmp_path / "checkpoint-5"
-    assert (tmp_path / "checkpoint-5" / "ppo_rollout_0.safetensors").is_file()
+    assert (tmp_path / "checkpoint-5" / "ppo_rollout.safetensors").is_file()
     assert train(tmp_path) == 0
 
     ends = [torch.load(folder / "end.pt") for folder in (whole, tmp_path)]
@@ -116,7 +117,9 @@ def test_p23_only_complete_checkpoints_count(tmp_path: Path) -> None:
     checkpoint(tmp_path, 20, complete=False)
     (tmp_path / "checkpoint-30.bak").mkdir()
     assert newest(tmp_path, "ppo", 1) == tmp_path / "checkpoint-10"
-    assert newest(tmp_path, "ppo", 2) is None
+    with pytest.raises(UserError, match=r"checkpoint-10 is of 1 processes and this run has 2; launch 1, or .*--force"):
+        newest(tmp_path, "ppo", 2)
+    assert newest(tmp_path, "ppo", None) == tmp_path / "checkpoint-10"
     # a file that is not what was written
     (tmp_path / "checkpoint-10" / "trainables").write_text("of 11")
     assert newest(tmp_path, "ppo", 1) == tmp_path / "checkpoint-9"

@@ -13,7 +13,7 @@ from preftune.models.cards import DECODING_SHARE, TRAINING_SHARE, Card
 from preftune.models.cost import sizes
 from preftune.stages.costs import AssumedRows, Place, StageCost, stage_cost
 from preftune.stages.job import StageJob
-from preftune.stages.times import card_seconds, measured_seconds, rows_in_flight
+from preftune.stages.times import _AROUND_A_STEP, card_seconds, measured_seconds, rows_in_flight
 
 SMALL = LlamaConfig(
     vocab_size=300, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
@@ -59,11 +59,12 @@ def test_a_rollout_takes_the_steps_of_its_longest_reply_and_they_get_cheaper(tmp
     rows = [*rows_in_flight(rollout.decodes.lengths, 4)]
     one = 2 * 0.5 + sum(0.01 + 0.002 * n for n in rows[1:])
     rest = sum((work.times or 0) * (0.1 if work.step == "forward" else 1.0) for work in others)
-    assert found.expected == pytest.approx(2 * one + rest)
+    around = _AROUND_A_STEP * 12
+    assert cost.steps == 12 and found.expected == pytest.approx(around + 2 * one + rest)
     # at most: 40 steps of four rows each, and by the tokens more for what reads the replies
     longest = 2 * 0.5 + 39 * 0.018
     read = sum((work.times or 0) * (0.1 if work.step == "forward" else 1.0) * work.longer for work in others)
-    assert found.most == pytest.approx(2 * longest + read)
+    assert found.most == pytest.approx(around + 2 * longest + read)
     assert found.most > found.expected
 
 
