@@ -118,6 +118,7 @@ class _Plan:
         self.notes: list[str] = [self._times_in_words()] if seconds or card else []
         self._rows: dict[tuple[str, str], tuple[AnyRows, AnyRows | None]] = {}
         self._machines: dict[str, Timed | None] = {}
+        self._compiled = 0
         if self.outline.tokenizer is None:
             self.notes.append(f"{model.base} has no tokenizer: a token is taken to be {_BYTES_A_TOKEN} bytes of text")
 
@@ -147,6 +148,8 @@ class _Plan:
         rows, held = self.rows(name, job)
         costs = {device: self._cost(job, rows, held, device) for device in self._devices()}
         here = next(iter(costs.values()))
+        if self.processes == 1:  # else each stage has processes of its own
+            self._compiled += here.compiled
         gpu = costs.get("gpu", here)
         found = {name: gpu.peak[1] <= space for name, space in self.cards.items()}
         if gpu.paged:
@@ -188,12 +191,19 @@ class _Plan:
         return ["cpu", "gpu"]
 
     def _cost(self, job: "StageJob", rows: "AnyRows", held: "AnyRows | None", device: str) -> "StageCost":
+        from ..stages.activations import cost_if_kept, says_which
         from ..stages.costs import Place, stage_cost
 
         cpu = device == "cpu"
         memory = None if self.card is None else self.card.memory
-        place = Place("cpu" if cpu else "cuda", self.processes, self.sharded, self.libraries if cpu else 0, memory)
-        cost = stage_cost(job, self.outline.config, rows, held, place, self._replies(job)[1])
+        place = Place(
+            "cpu" if cpu else "cuda", self.processes, self.sharded, self.libraries if cpu else 0, memory, self._compiled
+        )
+        asked = (self.outline.config, rows, held, place, self._replies(job)[1])
+        cost = None if memory is None or says_which(job) else cost_if_kept(job, *asked)
+        if cost is not None:
+            return cost
+        cost = stage_cost(job, *asked)
         if cost.approximate is not None:
             self._note(
                 f"{job.name}: activations by a rule of thumb, its model cannot be rehearsed ({cost.approximate})"

@@ -17,7 +17,7 @@ from ..data.spec import RowKind
 from ..errors import UserError
 from ..models.auto import open_config
 from ..models.cards import room
-from .costs import AssumedRows, Place, stage_cost
+from .costs import AnyRows, AssumedRows, Place, StageCost, stage_cost
 from .job import StageJob
 
 if TYPE_CHECKING:
@@ -46,27 +46,42 @@ def settle_checkpointing(job: StageJob, args: TrainingArguments, rows: "Dataset"
         rows: encoded, to train on.
     """
     settings: Any = args
-    if not torch.cuda.is_available() or any(job.train.get(key) is not None for key in _KEYS):
+    if not torch.cuda.is_available() or says_which(job):
         return
     total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     config = open_config(job.base.path)
     assumed = heaviest_rows(rows, job.record.rows, settings.per_device_train_batch_size)
-    place = Place("cuda", settings.world_size, memory=total)
-    peak = peak_without(job, config, assumed, place)
-    fits = peak is not None and peak * _MARGIN <= room(total)
-    settings.activation_checkpointing = not fits
-    said = "" if peak is None else f": a step would hold {peak / 1e9:.1f} of {total / 1e9:.1f} GB without it"
-    logger.info("%s: activation checkpointing is %s%s", job.name, "off" if fits else "on", said)
+    cost = cost_if_kept(job, config, assumed, None, Place("cuda", settings.world_size, memory=total))
+    settings.activation_checkpointing = cost is None
+    said = "" if cost is None else f": a step holds {cost.peak[1] / 1e9:.1f} of {total / 1e9:.1f} GB without it"
+    logger.info("%s: activation checkpointing is %s%s", job.name, "on" if cost is None else "off", said)
 
 
-def peak_without(job: StageJob, config: PreTrainedConfig, rows: AssumedRows, place: Place) -> int | None:
-    """Bytes that the stage holds at its peak without checkpointing; None where its plan is a rule of thumb."""
+def says_which(job: StageJob) -> bool:
+    """Whether the recipe says what becomes of activations."""
+    return any(job.train.get(key) is not None for key in _KEYS)
+
+
+def cost_if_kept(
+    job: StageJob,
+    config: PreTrainedConfig,
+    rows: AnyRows,
+    held: AnyRows | None,
+    place: Place,
+    replies: Sequence[int] = (),
+) -> StageCost | None:
+    """What the stage costs where its activations are kept, if they fit the GPU; arguments as of `stage_cost`.
+
+    None where they do not fit, or where a plan of it is no more than a rule of thumb.
+    """
+    assert place.memory is not None
     train = {key: value for key, value in job.train.items() if key not in _KEYS} | {_KEYS[0]: False}
     try:
-        cost = stage_cost(replace(job, train=train), config, rows, None, place)
+        cost = stage_cost(replace(job, train=train), config, rows, held, place, replies)
     except UserError:
         return None
-    return None if cost.approximate else cost.peak[1]
+    fits = cost.approximate is None and cost.peak[1] * _MARGIN <= room(place.memory)
+    return cost if fits else None
 
 
 def heaviest_rows(rows: "Dataset", kind: RowKind, batch: int) -> AssumedRows:

@@ -194,6 +194,7 @@ class Place:
         sharded: whether the frozen base is divided among them (FSDP, ZeRO-3).
         libraries: bytes that a process holds before it loads anything; on a GPU they are not on the device.
         memory: bytes of the GPU, where it is known.
+        compiled: products that oneDNN has compiled in the process for earlier stages.
     """
 
     device: Device
@@ -201,6 +202,7 @@ class Place:
     sharded: bool = False
     libraries: int = 0
     memory: int | None = None
+    compiled: int = 0
 
 
 @dataclass(frozen=True)
@@ -214,6 +216,7 @@ class StageCost:
         phases: bytes by part on each device, of each phase at its peak.
         disk: bytes that it writes, checkpoints included.
         paged: bytes of the optimiser that a GPU without room for them moves to the machine's memory; in no phase.
+        compiled: products that oneDNN compiles for the stage on a CPU.
         approximate: why the activations are by a rule of thumb; None: they are rehearsed.
     """
 
@@ -227,6 +230,7 @@ class StageCost:
     disk: int
     work: tuple[Work, ...]
     paged: int = 0
+    compiled: int = 0
     approximate: str | None = None
 
     @property
@@ -256,11 +260,12 @@ def stage_cost(
     stage = _Stage(job, config, rows, held, place, replies)
     work = stage.trained() if job.record.on_policy is None else stage.on_policy()
     peaks, why = _peaks(stage, config, work)
+    compiled = stage.compiled() if place.device == "cpu" else 0
     phases: dict[str, Parts] = {}
     for each, peak in zip(work, peaks, strict=True):
         parts = +(stage.constant() + peak + each.holds)
         if place.device == "cpu":
-            parts[PRODUCTS] = stage.compiled_bytes()
+            parts[PRODUCTS] = min(COMPILED_PRODUCTS, compiled + place.compiled) * COMPILED_BYTES
             after_a_step = parts.total() + _TRAINER + _HOLES * peak.total()
             parts[HOLES] = round(after_a_step * (1 + stage.growth())) - parts.total()
         if each.phase not in phases or parts.total() > phases[each.phase].total():
@@ -276,6 +281,7 @@ def stage_cost(
         disk=stage.disk_bytes(),
         work=tuple(work),
         paged=stage.optimiser() if stage.paged else 0,
+        compiled=compiled,
         approximate=why,
     )
 
@@ -468,8 +474,8 @@ class _Stage:
         """By how much a process on a CPU grows over its steps before free memory is handed back."""
         return min(Holes.GROWTH, _GROWTH_A_STEP * (self.steps() or math.inf))
 
-    def compiled_bytes(self) -> int:
-        """Of the products that oneDNN, which computes in 16 bits, compiles for the shapes of the run's batches."""
+    def compiled(self) -> int:
+        """How many products oneDNN, which computes in 16 bits, compiles for the shapes of the run's batches."""
         if self.job.dtype == "float32":
             return 0
         widths, blocks = set[int](), set[int]()
@@ -477,8 +483,7 @@ class _Stage:
             batch = self._batch(rows, 0)
             widths.add(batch.tokens)
             blocks.update(batch.blocks)
-        found = len(widths) * self.size.products + len(blocks) * _ATTENTION_PRODUCTS
-        return min(COMPILED_PRODUCTS, found) * COMPILED_BYTES
+        return len(widths) * self.size.products + len(blocks) * _ATTENTION_PRODUCTS
 
     def _all_batches(self) -> Iterator[list[TokenIds]]:
         """The batches of one shuffled pass, or as many as the run has; replies are as they are expected."""

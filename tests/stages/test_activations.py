@@ -60,7 +60,7 @@ def test_what_the_recipe_says_stays(settled: Callable[..., bool]):
 
 
 def test_where_nothing_can_be_planned_they_are_computed_again(settled: Callable[..., bool], monkeypatch):
-    monkeypatch.setattr(activations, "peak_without", lambda *_: None)
+    monkeypatch.setattr(activations, "cost_if_kept", lambda *_: None)
     assert settled(24)
 
 
