@@ -407,7 +407,7 @@ class _Stage:
             share = self._packed_share(work)
             scored = tokens * work.scored / max(sum(map(len, work.typical)), 1)
             head = 0 if kind.produces == _REWARD else 3 if kind.needs_reference else 2
-            return training_flops(self.size, tokens * share, kind.passes + again, scored, head)
+            return training_flops(self.size, tokens * share, kind.passes + again + self._mismatched(), scored, head)
         epochs = self._value(policy.epochs)
         sides = policy.epoch_passes // (2 if self.shared else 1)
         passes = policy.rollout_passes - self.shared + (sides + again) * epochs
@@ -506,12 +506,20 @@ class _Stage:
         steps, passes = self.steps(), args.gradient_accumulation_steps
         times = None if steps is None else steps * passes
         work = [self._step("training step", step, self.rows, self.batch, times, passes=passes)]
+        if self._mismatched():
+            twice = None if times is None else times * self._mismatched()
+            work.append(self._step("estimate of z0", "forward", self.rows, self.batch, twice))
         if self.held is not None:
             size = args.per_device_eval_batch_size
             epochs = math.ceil(args.num_train_epochs) if args.max_steps <= 0 else 1
             times = epochs * math.ceil(len(self.held) / size)
             work.append(self._step("evaluation", "forward", self.held, size, times))
         return work
+
+    def _mismatched(self) -> int:
+        """Forwards without gradients that a step makes beside, over as many rows: KTO's z0 is estimated on prompts with
+        other rows' replies, under the policy and under the reference."""
+        return 2 if getattr(self.args, "loss_type", None) == "kto" else 0
 
     def _step(self, phase: str, step: Step, rows: AnyRows, count: int, times: float | None, *, passes: int = 1) -> Work:
         heaviest, typical = _batches(rows, count, self.job.seed)
