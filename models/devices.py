@@ -61,7 +61,7 @@ def say_unused_gpus() -> None:
     visible, processes = torch.cuda.device_count(), int(os.environ.get("WORLD_SIZE", "1"))
     if visible > 1 and processes == 1:
         logger.warning(
-            "%d GPUs are visible, and one process uses one of them. To use them all, write a config with "
-            "`accelerate config --config_file FILE` and add --launch FILE (a script: accelerate launch)",
+            "%d GPUs are visible, and one process uses one of them. To use them all, add --launch ddp, or fsdp2 to "
+            "divide the base among them (a script: accelerate launch)",
             visible,
         )

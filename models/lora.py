@@ -317,7 +317,7 @@ def write_adapter(folder: Path, base: Base, config: LoraConfig, tensors: Mapping
 def _check_written(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """Raises UserError where the file's header does not name these tensors."""
     header = read_header(file, str(file))[1]
-    held = {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+    held = {name: tuple(entry["shape"]) for name, entry in header.items()}
     if held != (expected := {name: tuple(tensor.shape) for name, tensor in tensors.items()}):
         problem = f"{len(held)} tensors were written where the adapter has {len(expected)}, or of other shapes"
         raise UserError(str(file), problem, "look at the disk, and train the stage again")

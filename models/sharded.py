@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..errors import UserError
+
 logger = logging.getLogger(__name__)
 
 SHARD_BASE = "PREFTUNE_SHARD_BASE"
@@ -28,11 +30,18 @@ def shards_base() -> bool:
 
 
 def shard_base(decoder: PreTrainedModel) -> None:
-    """Divide the decoder's layers. Before adapters are added: what is added later is not divided."""
+    """Divide the decoder's layers. Before adapters are added: what is added later is not divided.
+
+    Raises:
+        UserError: its layers do not stand where they can be found, or are quantised.
+    """
     from torch.distributed.fsdp import fully_shard
 
     parts: Any = decoder
-    layers: list[nn.Module] = list(parts.layers)
+    layers: list[nn.Module] | None = getattr(parts, "layers", None)
+    if layers is None or not all(each.is_floating_point() for each in decoder.parameters()):
+        what = "a quantised base" if layers is not None else f"the layers of a {type(decoder).__name__}"
+        raise UserError("--launch", f"{what} cannot be divided among processes", "use --launch ddp")
     for layer in layers:
         fully_shard(layer, reshard_after_forward=True)
     inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
@@ -71,11 +80,11 @@ def _shards(model: nn.Module) -> list[nn.Module]:
     return [each for each in model.modules() if hasattr(each, "set_reshard_after_forward")]
 
 
-def most_of_all(count: int, device: torch.device) -> int:
-    """The largest of the processes' counts."""
-    found = torch.tensor(count, device=device)
-    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
-    return int(found)
+def most_of_all(device: torch.device, *counts: int) -> tuple[int, ...]:
+    """The largest of each count over all processes."""
+    found = torch.tensor(counts, dtype=torch.int64, device=device)
+    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+    return tuple(found.tolist())
 
 
 def base_bytes_here(model: nn.Module) -> tuple[int, int]:

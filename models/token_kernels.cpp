@@ -100,7 +100,8 @@ inline Floats load(const bf16* x) {
 typedef float Four __attribute__((vector_size(16)));
 typedef int32_t Places __attribute__((vector_size(16)));
 
-inline Four mixed(Four x, Four y, Places places) {
+// four of the eight of x and y, by their places
+inline Four picked(Four x, Four y, Places places) {
 #ifdef __clang__
     Four out;
     for (int i = 0; i < 4; i++) out[i] = places[i] < 4 ? x[places[i]] : y[places[i] - 4];
@@ -121,9 +122,9 @@ inline Four quarter(Floats x) {
 // the sums of four vectors
 inline Four totals(const Floats* x) {
     Four a = quarter(x[0]), b = quarter(x[1]), c = quarter(x[2]), d = quarter(x[3]);
-    Four ab = mixed(a, b, Places{0, 4, 1, 5}) + mixed(a, b, Places{2, 6, 3, 7});
-    Four cd = mixed(c, d, Places{0, 4, 1, 5}) + mixed(c, d, Places{2, 6, 3, 7});
-    return mixed(ab, cd, Places{0, 1, 4, 5}) + mixed(ab, cd, Places{2, 3, 6, 7});
+    Four ab = picked(a, b, Places{0, 4, 1, 5}) + picked(a, b, Places{2, 6, 3, 7});
+    Four cd = picked(c, d, Places{0, 4, 1, 5}) + picked(c, d, Places{2, 6, 3, 7});
+    return picked(ab, cd, Places{0, 1, 4, 5}) + picked(ab, cd, Places{2, 3, 6, 7});
 }
 
 // a head's product with a key, in pieces that `total` adds up. Products of pairs in bf16 are exact in fp32, however they

@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
@@ -27,6 +26,7 @@ from ..errors import UserError
 from ..faults import refusal
 from ..files import LOG, sha256_of, to_disk, write_whole
 from ..models import seams
+from ..models.sharded import most_of_all
 from ..progress import say
 from .job import CheckpointPlan
 
@@ -260,11 +260,7 @@ class Continuing(TrainerCallback):
 
 def agreed(args: TrainingArguments, *values: int) -> tuple[int, ...]:
     """The largest of each value over all processes: what one of them is told, all must do at the same step."""
-    if args.world_size == 1:
-        return values
-    found = torch.tensor(values, dtype=torch.int64, device=args.device)
-    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
-    return tuple(found.tolist())
+    return values if args.world_size == 1 else most_of_all(args.device, *values)
 
 
 class Resumable(Trainer):

@@ -191,7 +191,7 @@ class Place:
     Attributes:
         device: "cpu" or "cuda".
         processes: how many, one device each.
-        sharded: whether the frozen base is divided among them (FSDP, ZeRO-3).
+        sharded: whether the frozen base is divided among them (`models.sharded`).
         libraries: bytes that a process holds before it loads anything; on a GPU they are not on the device.
         memory: bytes of the GPU, where it is known.
         compiled: products that oneDNN has compiled in the process for earlier stages.

@@ -43,7 +43,8 @@ class Trunk:
         forward: those with fewer of them make their last one again."""
         found = forward_batches(episodes, self.forward_tokens)
         if is_sharded(self.adapters.backbone):
-            found += found[-1:] * (most_of_all(len(found), episodes.start_B.device) - len(found))
+            most = most_of_all(episodes.start_B.device, len(found))[0]
+            found += found[-1:] * (most - len(found))
         return found
 
     def hidden(self, episodes: Episodes) -> torch.Tensor:

@@ -416,7 +416,7 @@ class OnPolicyTrainer(Resumable):
         return found.max() if largest else found
 
     def _check_launch(self) -> None:
-        """Refuse launches that would cut the base into pieces.
+        """Refuse engines that would take over what trains.
 
         Raises:
             UserError: DeepSpeed or FSDP.
@@ -424,8 +424,8 @@ class OnPolicyTrainer(Resumable):
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise UserError(
                 "accelerate launch",
-                "the base is to be sharded (DeepSpeed or FSDP), but PPO keeps a whole frozen base on each device",
-                "launch with distributed_type MULTI_GPU or MULTI_CPU, or quantize the base",
+                "DeepSpeed or FSDP is to divide what trains, but PPO keeps whole adapters and an optimiser of its own",
+                "launch with distributed_type MULTI_GPU or MULTI_CPU, or use preftune run --launch fsdp2",
             )
         say_unused_gpus()
 

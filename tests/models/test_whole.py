@@ -1,11 +1,13 @@
 """Weights that are divided among processes: gathered by all, and never written in part."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import GPT2Config, GPT2Model
 
 from preftune.errors import UserError
 from preftune.models import lora
@@ -60,3 +62,16 @@ def test_what_was_written_is_read_back(make, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(lora, "save_file", lossy)
     with pytest.raises(UserError, match="tensors were written where the adapter has"):
         adapters.save("default", tmp_path / "lossy")
+
+
+def test_a_base_that_cannot_be_divided_is_refused_in_words():
+    from preftune.models.sharded import shard_base
+
+    gpt2: Any = GPT2Model(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16, n_positions=8))
+    with pytest.raises(
+        UserError, match="the layers of a GPT2Model cannot be divided among processes; use --launch ddp"
+    ):
+        shard_base(gpt2)
+    gpt2.layers, gpt2.packed = gpt2.h, nn.Parameter(torch.zeros(2, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(UserError, match="a quantised base cannot be divided"):
+        shard_base(gpt2)
