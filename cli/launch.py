@@ -13,7 +13,7 @@ from .. import own_code, stopping
 from ..errors import UserError
 from ..files import METRICS
 from ..models import seams
-from .engines import INSTEAD_OF_ZERO3, ZERO3
+from .accelerate_config import check_asked, kind_of
 from .launched import MODULE, PARENT, ask_to_stop, read_error, read_stopped
 from .process import StageFailed
 
@@ -28,7 +28,7 @@ def check_launch(config: Path, on_policy: Sequence[str] = ()) -> None:
         on_policy: the names of those that sample.
 
     Raises:
-        UserError: no such file, or none that `accelerate config` wrote; an engine that a stage cannot have.
+        UserError: no such file, or none that `accelerate config` wrote; something in it that a stage cannot have.
     """
     remedy = "write one with `accelerate config --config_file FILE`"
     if not config.is_file():
@@ -37,26 +37,14 @@ def check_launch(config: Path, on_policy: Sequence[str] = ()) -> None:
     from accelerate.commands.config.config_args import load_config_from_file
 
     try:
-        load_config_from_file(str(config))
+        found = load_config_from_file(str(config))
     except Exception as error:  # whatever stands in it
         said = " ".join(str(error).split()) or type(error).__name__
         raise UserError("--launch", f"{config}: no accelerate config ({said[:200]})", remedy) from error
-    kind, zero = _engine(config)
-    if zero == 3:
-        raise UserError("--launch", f"{config}: {ZERO3}", INSTEAD_OF_ZERO3)
-    if kind == "DEEPSPEED" and on_policy:
+    check_asked(config, found)
+    if kind_of(found) == "DEEPSPEED" and on_policy:
         said = f"{config}: {', '.join(on_policy)} cannot run under DeepSpeed, which would own the optimiser"
         raise UserError("--launch", said, "use --launch ddp or fsdp2, or run the other stages with --until")
-
-
-def _engine(config: Path) -> tuple[str, int]:
-    """(accelerate's kind of processes, DeepSpeed's stage or 0) of a config."""
-    from accelerate.commands.config.config_args import load_config_from_file
-
-    found = load_config_from_file(str(config))
-    kind = str(getattr(found.distributed_type, "value", found.distributed_type))
-    zero = (getattr(found, "deepspeed_config", None) or {}).get("zero_stage", 2) if kind == "DEEPSPEED" else 0
-    return kind, int(zero)
 
 
 def processes_of(config: Path) -> int:
@@ -68,7 +56,9 @@ def processes_of(config: Path) -> int:
 
 def is_sharded(config: Path) -> bool:
     """Whether a config that `check_launch` has read divides the base among its processes."""
-    return _engine(config)[0] == "FSDP"
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    return kind_of(load_config_from_file(str(config))) == "FSDP"
 
 
 def launch_stage(config: Path, run_dir: Path, job: "StageJob", from_adapter: Path | None) -> Mapping[str, Any]:
