@@ -17,7 +17,7 @@ from ..files import METRICS
 from ..models import seams
 from ..progress import say
 from ..stopping import Stopped
-from .accelerate_config import check_asked, kind_of
+from .accelerate_config import check_asked, check_precision, kind_of
 from .launched import (
     MODULE,
     OF_LAUNCHER,
@@ -78,6 +78,11 @@ def _read(config: Path) -> Any:
         plain = Path(folder) / "config.json"
         plain.write_text(json.dumps({key: value for key, value in values.items() if key not in OF_LAUNCHER}))
         return load_config_from_file(str(plain))
+
+
+def check_dtype(config: Path, dtype: str) -> None:
+    """Whether a config that `check_launch` has read asks for no other precision than the recipe's. Raises UserError."""
+    check_precision(config, _read(config), dtype)
 
 
 def processes_of(config: Path) -> int:

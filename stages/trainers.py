@@ -303,7 +303,8 @@ def take_up(trainer: Trainer) -> str | None:
         return None
     if own.plan is not None and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         # torch and DeepSpeed read such a checkpoint's pickles without a limit
-        logger.warning("%s: the base is sharded, so no checkpoint is written to continue from", own.name)
+        if args.process_index == 0:
+            logger.warning("%s: no checkpoint is written to continue from: its engine writes its own kind", own.name)
         own.plan = None
     folder = Path(str(args.output_dir))
     if args.process_index == 0:
