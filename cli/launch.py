@@ -1,4 +1,5 @@
-"""A stage under `accelerate launch`: the chain stays one process; the stage gets as many as the config says."""
+"""A step under `accelerate launch`: the chain stays one process; a stage, and the evaluation, get as many as the config
+says."""
 
 import json
 import os
@@ -11,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from .. import own_code, stopping
 from ..errors import UserError
-from ..files import METRICS
+from ..files import EVALUATION, METRICS, RESULTS
 from ..models import seams
 from .engines import INSTEAD_OF_ZERO3, ZERO3
 from .launched import MODULE, PARENT, ask_to_stop, read_error, read_stopped
 from .process import StageFailed
 
 if TYPE_CHECKING:
+    from ..eval.results import ResultRow
     from ..stages.job import StageJob
 
 
@@ -83,12 +85,27 @@ def launch_stage(config: Path, run_dir: Path, job: "StageJob", from_adapter: Pat
         Stopped: a signal stopped it.
         StageFailed: the stage failed in another way.
     """
-    stage = [str(run_dir), job.name, *([str(from_adapter)] if from_adapter else [])]
+    _launch(config, run_dir, job.name, *([str(from_adapter)] if from_adapter else []))
+    return json.loads((job.output_dir / METRICS).read_text(encoding="utf-8"))
+
+
+def launch_evaluation(config: Path, run_dir: Path) -> "list[ResultRow]":
+    """Evaluate RUN/recipe.yaml in processes of its own, which share the rows and write RUN/eval; errors as for a stage.
+
+    Returns:
+        The rows of results.json.
+    """
+    _launch(config, run_dir, EVALUATION)
+    return json.loads((run_dir / EVALUATION / RESULTS).read_text(encoding="utf-8"))
+
+
+def _launch(config: Path, run_dir: Path, step: str, *arguments: str) -> None:
+    """Run a stage, or the evaluation, of RUN/recipe.yaml in the config's processes."""
     # what is importable here, and functions beside the recipe, must be found in there too
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(each for each in sys.path if each)}
     environment |= own_code.environment() | {PARENT: str(os.getpid())}
     with tempfile.TemporaryDirectory(prefix="preftune-launch-") as said:
-        command = [sys.executable, "-m", MODULE, "launcher", str(config), said, *stage]
+        command = [sys.executable, "-m", MODULE, "launcher", str(config), said, str(run_dir), step, *arguments]
         # they hear of a signal through a file: a terminal's Ctrl-C reaches them too, and should not be heard twice
         with stopping.deferred(lambda number: ask_to_stop(Path(said), number)):
             code = subprocess.Popen(command, env=environment).wait()
@@ -98,5 +115,4 @@ def launch_stage(config: Path, run_dir: Path, job: "StageJob", from_adapter: Pat
     if wrong is not None:
         raise wrong
     if code != 0:
-        raise StageFailed(f"{job.name} ended with exit code {code} under accelerate launch")
-    return json.loads((job.output_dir / METRICS).read_text(encoding="utf-8"))
+        raise StageFailed(f"{step} ended with exit code {code} under accelerate launch")
