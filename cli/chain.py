@@ -4,7 +4,7 @@ import gc
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ..eval.spec import EvalSpec
     from ..models.base import Base
     from ..stages.job import StageJob
+    from .machines import Lead, Machines
 
 _T = TypeVar("_T")
 
@@ -103,12 +104,14 @@ class Chain:
         selected = self.selected = self._selected()
         make_functions_importable(self.recipe)
         quiet_libraries()
+        machines = None
         if self.options.launch is not None:
-            from .launch import check_launch
+            from .launch import check_launch, machines_of
 
             check_launch(self.options.launch, [name for name in selected if self.recipe.stages[name].record.on_policy])
+            machines = machines_of(self.options.launch, joins=False)
         self.folder = RunFolder(self.path)
-        with self.folder.lock():
+        with self.folder.lock(), self._leading(machines) as self.lead:
             if said := self.folder.load():
                 self.output.say(said)
             evaluates = self.evaluates = self._evaluates()
@@ -134,6 +137,16 @@ class Chain:
             if any(each.state == "ran" for each in done) or self._report_is_old():
                 self._report()
         return done
+
+    def _leading(self, machines: "Machines | None") -> "AbstractContextManager[Lead | None]":
+        """What the other machines of the run follow; nothing where there are none."""
+        if machines is None or machines.count == 1:
+            return nullcontext()
+        from .join import about
+        from .machines import Lead
+
+        assert self.options.launch is not None
+        return Lead(self.path, machines, about(self.options.launch), self.output.say)
 
     def _evaluates(self) -> bool:
         return self.recipe.eval is not None and self.options.only is None and self.options.until is None
@@ -234,7 +247,8 @@ class Chain:
         if self.options.launch is not None:
             from .launch import launch_stage
 
-            return launch_stage(self.options.launch, self.path, job, self.options.from_adapter)
+            adapter, key = self.options.from_adapter, self.keys[job.name]
+            return launch_stage(self.options.launch, self.path, job, adapter, self.lead, key)
         return run_stage(job)
 
     def _evaluation(self) -> Done:
@@ -250,7 +264,7 @@ class Chain:
 
             DrawnReplies(self.path, keeps=True).forget()
         spec = eval_spec(self.recipe, self.base, self.path)
-        rows = self._recorded(EVALUATION, key, started, lambda: self._evaluate(spec))
+        rows = self._recorded(EVALUATION, key, started, lambda: self._evaluate(spec, key))
         seconds = time.monotonic() - began
         problem, open_ = _not_answered(rows)
         # made for another key than that of a whole evaluation: the next run asks again
@@ -263,13 +277,13 @@ class Chain:
         _free_memory()
         return Done(EVALUATION, "ran", seconds, problem=problem)
 
-    def _evaluate(self, spec: "EvalSpec") -> object:
+    def _evaluate(self, spec: "EvalSpec", key: str) -> object:
         if self._run_eval is not None:
             return self._run_eval(spec, self.path)
         if self.options.launch is not None and self._processes() > 1:
             from .launch import launch_evaluation
 
-            return launch_evaluation(self.options.launch, self.path)
+            return launch_evaluation(self.options.launch, self.path, self.lead, key)
         from ..eval.run import run_eval
 
         return run_eval(spec, self.path)
