@@ -14,7 +14,17 @@ from ..printed import printable
 from ..stages.kinds import KINDS
 from ..version import __version__
 from . import evaluate
-from .arguments import AsJson, Force, Launch, OutputDir, Processes, RecipeArgument, RecipeOverrides, RunArgument
+from .arguments import (
+    AsJson,
+    ExportTarget,
+    Force,
+    Launch,
+    OutputDir,
+    Processes,
+    RecipeArgument,
+    RecipeOverrides,
+    RunArgument,
+)
 from .process import exit_code_of, ignore_library_warnings, leave_working_folder
 
 app = typer.Typer(
@@ -190,6 +200,19 @@ def merge(
     from .merge import merge_stage
 
     merge_stage(adapter, out, dtype)
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    to: Annotated[ExportTarget, typer.Option("--to", help="For which program.")],
+    output_dir: Annotated[Path, typer.Option(help="A new folder.", show_default=False)],
+    stage: Annotated[str | None, typer.Option(help="Which, where the recipe has several PPO stages.")] = None,
+) -> None:
+    """Hand a stage to another program. verl: a PPO stage, as data, models, reward and script."""
+    from .export import export_stage
+
+    export_stage(run, to, stage, output_dir)
 
 
 @app.command()
