@@ -4,7 +4,7 @@ import gc
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ..eval.spec import EvalSpec
     from ..models.base import Base
     from ..stages.job import StageJob
+    from .machines import Lead, Machines
 
 _T = TypeVar("_T")
 
@@ -103,12 +104,14 @@ class Chain:
         selected = self.selected = self._selected()
         make_functions_importable(self.recipe)
         quiet_libraries()
+        machines = None
         if self.options.launch is not None:
-            from .launch import check_launch
+            from .launch import check_launch, machines_of
 
             check_launch(self.options.launch, [name for name in selected if self.recipe.stages[name].record.on_policy])
+            machines = machines_of(self.options.launch, joins=False)
         self.folder = RunFolder(self.path)
-        with self.folder.lock():
+        with self.folder.lock(), self._leading(machines) as self.lead:
             if said := self.folder.load():
                 self.output.say(said)
             evaluates = self.evaluates = self._evaluates()
@@ -134,6 +137,16 @@ class Chain:
             if any(each.state == "ran" for each in done) or self._report_is_old():
                 self._report()
         return done
+
+    def _leading(self, machines: "Machines | None") -> "AbstractContextManager[Lead | None]":
+        """What the other machines of the run follow; nothing where there are none."""
+        if machines is None or machines.count == 1:
+            return nullcontext()
+        from .join import about
+        from .machines import Lead
+
+        assert self.options.launch is not None
+        return Lead(self.path, machines, about(self.options.launch), self.output.say)
 
     def _evaluates(self) -> bool:
         return self.recipe.eval is not None and self.options.only is None and self.options.until is None
@@ -234,7 +247,8 @@ class Chain:
         if self.options.launch is not None:
             from .launch import launch_stage
 
-            return launch_stage(self.options.launch, self.path, job, self.options.from_adapter)
+            adapter, key = self.options.from_adapter, self.keys[job.name]
+            return launch_stage(self.options.launch, self.path, job, adapter, self.lead, key)
         return run_stage(job)
 
     def _evaluation(self) -> Done:

@@ -1,5 +1,6 @@
 """`--launch` by name: the processes that a stage runs in, without a config to be written first."""
 
+import hashlib
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,35 @@ def launch_config(launch: str | None, processes: int | None) -> Path | None:
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, yaml.safe_dump(config))
     return file
+
+
+def of_this_machine(launch: str, processes: int | None, rank: int | None) -> Path:
+    """The accelerate config of one of several machines: the file, with what the command line says in its place.
+
+    Raises:
+        UserError: `--launch` names no file.
+    """
+    from ..models.cache import cache_dir
+    from .launched import read_values
+
+    file = Path(launch)
+    if launch in ENGINES or launch == "zero3":
+        said = f"{launch} says nothing of the machines"
+        raise UserError("--launch", said, "give the accelerate config that `preftune run` has on machine 0")
+    values = {"num_processes": processes, "machine_rank": rank}
+    said_here = {key: value for key, value in values.items() if value is not None}
+    if not said_here or not file.is_file():
+        return file
+    import yaml
+
+    try:
+        found = read_values(file)
+    except (OSError, ValueError, yaml.YAMLError):
+        return file  # which `check_launch` says
+    text = yaml.safe_dump(found | said_here)
+    made = cache_dir() / "launch" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.yaml"
+    made.parent.mkdir(parents=True, exist_ok=True)
+    return write_whole(made, text)
 
 
 ZERO3 = "DeepSpeed's ZeRO-3 keeps no weight outside the layer that is computed, and a base is tried before it trains"

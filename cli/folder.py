@@ -110,6 +110,10 @@ class RunFolder:
         """What the stage's folder was made for; None if there is no complete one, or its stamp cannot be read."""
         return _read_stamp(self.path / name)
 
+    def begun(self, name: str) -> Stamp | None:
+        """The same of the folder that a stage under way is written to."""
+        return _read_stamp(self.partial(name))
+
     def damage(self, name: str) -> str | None:
         """What of a finished step's folder is not as it was written, in words."""
         return damage(self.path / name)

@@ -28,6 +28,10 @@ MODULE = f"{__package__}.launched"
 """What `python -m` takes."""
 PARENT = "PREFTUNE_LAUNCHED_BY"
 """The environment's word for the process that started this one."""
+PEER_GONE = 76
+"""The exit code of a process that could not go on because another one had ended, and of a launcher of such alone."""
+OF_LAUNCHER = {"max_restarts", "monitor_interval"}
+"""What may stand in a config though accelerate takes it on its command line alone."""
 
 
 def _launcher(config: str, said: str, *stage: str) -> int:
@@ -40,39 +44,68 @@ def _launcher(config: str, said: str, *stage: str) -> int:
     _silence_elastic()
     process = ["-m", MODULE, "process", said, *stage]
     try:
-        config = _without_engine(config, Path(said))
-        args = launch_command_parser().parse_args(["--config_file", config, *_cpu_options(config), *process])
-        launch_command(args)
+        options = _torchrun_options(config)
+        config = _plain_config(config, Path(said))
+        options += _cpu_options(config)
+        launch_command(launch_command_parser().parse_args(["--config_file", config, *options, *process]))
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        failed = {rank: each for rank, each in error.failures.items() if each.exitcode not in (PEER_GONE, -15)}
+        if not failed:
+            return PEER_GONE
+        rank, failure = min(failed.items(), key=lambda each: each[1].timestamp)
         return _say_once(Path(said), f"process {rank} ended with exit code {failure.exitcode}")
     except subprocess.CalledProcessError as error:
         return _say_once(Path(said), f"the process ended with exit code {error.returncode}")
     except (SignalException, KeyboardInterrupt):
         return 1
+    except ConnectionError as error:
+        if "another process is utilizing it" not in str(error):  # accelerate's own look at the port
+            raise
+        said = f"{config}: its main_process_port is in use on this machine"
+        raise UserError("--launch", said, "name another port, the same on every machine") from error
     except ValueError as error:
         problem = " ".join(str(error).split())
         raise UserError("--launch", f"{config}: {problem}", "write it anew with `accelerate config`") from error
     return 0
 
 
-def _without_engine(config: str, folder: Path) -> str:
-    """The config to launch with. One that asks for FSDP becomes one of plain processes that divide the frozen base
-    themselves (`models.sharded`): accelerate's FSDP divides the adapters too, and on a CPU nothing, without a word."""
-    import yaml
-
+def read_values(config: Path) -> dict[str, Any]:
+    """What stands in a config's file; nothing where that is no mapping."""
     from ..bounded_yaml import load_bounded
 
-    found = load_bounded(Path(config).read_text(encoding="utf-8"))
-    if not isinstance(found, dict) or str(found.get("distributed_type")).upper() != "FSDP":
+    found = load_bounded(config.read_text(encoding="utf-8"))
+    return found if isinstance(found, dict) else {}
+
+
+def _plain_config(config: str, folder: Path) -> str:
+    """The config to launch with, without `OF_LAUNCHER`. One that asks for FSDP becomes one of plain processes that
+    divide the frozen base themselves (`models.sharded`): accelerate's FSDP divides the adapters too, and on a CPU
+    nothing, without a word."""
+    import yaml
+
+    found = read_values(Path(config))
+    sharded = str(found.get("distributed_type")).upper() == "FSDP"
+    if not sharded and not found.keys() & OF_LAUNCHER:
         return config
-    os.environ[SHARD_BASE] = "1"
-    found = {key: value for key, value in found.items() if not key.startswith("fsdp")}
-    several = "MULTI_CPU" if found.get("use_cpu") else "MULTI_GPU"
-    found["distributed_type"] = several if int(found.get("num_processes") or 1) > 1 else "NO"
+    found = {key: value for key, value in found.items() if key not in OF_LAUNCHER}
+    if sharded:
+        os.environ[SHARD_BASE] = "1"
+        found = {key: value for key, value in found.items() if not key.startswith("fsdp")}
+        several = "MULTI_CPU" if found.get("use_cpu") else "MULTI_GPU"
+        found["distributed_type"] = several if int(found.get("num_processes") or 1) > 1 else "NO"
     plain = folder / "plain.yaml"
     plain.write_text(yaml.safe_dump(found), encoding="utf-8")
     return str(plain)
+
+
+def _torchrun_options(config: str) -> list[str]:
+    """What its launcher is told of a config besides. It restarts nothing: the chain does, which tells a user's mistake
+    from a crash. DeepSpeed's own launcher of several machines would go to the others by ssh, and each is started here
+    by itself."""
+    found = read_values(Path(config))
+    options = ["--monitor_interval", str(found["monitor_interval"])] if "monitor_interval" in found else []
+    several = int(found.get("num_machines") or 1) > 1 and str(found.get("distributed_type")).upper() == "DEEPSPEED"
+    return [*options, *(["--deepspeed_multinode_launcher", "standard"] if several else [])]
 
 
 def _cpu_options(config: str) -> list[str]:
@@ -114,9 +147,21 @@ def _process(said: str, run_dir: str, name: str, from_adapter: str | None = None
         write_whole(Path(said) / _STOPPED, json.dumps([stopped.number, str(stopped)]))
         _leave_group()
     except Exception as error:
+        if _peer_is_gone(error):
+            write_whole(Path(said) / _LOST, " ".join(str(error).split())[:300])
+            return PEER_GONE
         refused = system_words(error)
         return _say_once(Path(said), traceback.format_exc() if refused is None else refused[1])
     return 0
+
+
+def _peer_is_gone(error: Exception) -> bool:
+    """Whether a collective failed because another process is no more: who ended first says why."""
+    import torch.distributed
+
+    kinds = (torch.distributed.DistBackendError, torch.distributed.DistNetworkError)
+    gone = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
+    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and any(each in str(error) for each in gone))
 
 
 def _run(run_dir: Path, name: str, from_adapter: Path | None) -> None:
@@ -154,8 +199,8 @@ def _end_with_parent() -> None:
     os.environ[PARENT] = str(os.getpid())
 
 
-_STOP, _STOPPED = "stop", "stopped"
-"""The file that asks the processes to stop, and the one that they leave when they have."""
+_STOP, _STOPPED, _LOST = "stop", "stopped", "lost"
+"""The file that asks the processes to stop; what they leave when they have, and what one does that lost another."""
 
 
 def ask_to_stop(said: Path, number: int) -> None:
@@ -167,6 +212,12 @@ def read_stopped(said: Path) -> Stopped | None:
     """What the processes left when they were stopped by a signal; None if they were not."""
     file = said / _STOPPED
     return Stopped(*json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+
+
+def read_lost(said: Path) -> str:
+    """What one of the processes met that lost another; empty where none did."""
+    file = said / _LOST
+    return file.read_text(encoding="utf-8") if file.is_file() else ""
 
 
 def _say_once(said: Path, words: str) -> int:

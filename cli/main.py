@@ -94,6 +94,31 @@ def run(
     return int(any(each.problem for each in done))
 
 
+@app.command()
+def join(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder, which all machines share.")],
+    launch: Annotated[
+        str,
+        typer.Option(metavar="FILE", help="The config that `preftune run` has on machine 0 (num_machines: 2)."),
+    ],
+    num_processes: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="On all machines together, instead of the config's.")
+    ] = None,
+    machine_rank: Annotated[
+        int | None, typer.Option(metavar="N", help="This machine's number, from 1 on, instead of the config's.")
+    ] = None,
+) -> int:
+    """Take part in a run on several machines: on all but the first, where `preftune run RECIPE --launch FILE` leads.
+
+    It may come before or after the first one. It ends when the run does: with 0 where that is done. A machine that was
+    lost is waited for, and the stage goes on from its last checkpoint: start the same command there again.
+    """
+    from .engines import of_this_machine
+    from .join import join_run
+
+    return join_run(run, of_this_machine(launch, num_processes, machine_rank))
+
+
 def _stage_command(kind: str, words: str) -> None:
     def command(
         recipe: RecipeArgument,

@@ -1,0 +1,195 @@
+"""Several machines at one run: what is refused, how they wait for each other, and one that dies and comes back."""
+
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from preftune.cli import join, machines
+from preftune.cli import main as cli
+from preftune.cli.launch import alike, check_launch, machines_of
+from preftune.cli.machines import Board, Lead, LostMachine, Machines, Other
+from preftune.cli.process import StageFailed
+from preftune.errors import UserError
+
+TWO: dict[str, Any] = {"distributed_type": "MULTI_CPU", "use_cpu": True, "num_machines": 2, "num_processes": 2,
+                       "machine_rank": 0, "main_process_ip": "127.0.0.1", "main_process_port": 29500}  # fmt: skip
+
+
+def config(folder: Path, **changed: Any) -> Path:
+    file = folder / f"node{len(list(folder.glob('node*')))}.yaml"
+    file.write_text(yaml.safe_dump(TWO | changed))
+    return file
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same in milliseconds."""
+    for name, seconds in {"BEAT": 0.02, "LOOK": 0.005, "LOST": 1.0, "GRACE": 0.1, "WAIT": 1.5}.items():
+        monkeypatch.setattr(machines, name, seconds)
+        if hasattr(join, name):
+            monkeypatch.setattr(join, name, seconds)
+
+
+@pytest.mark.parametrize(
+    ("changed", "joins", "said"),
+    [
+        ({"num_machines": 1}, True, "num_machines is 1: there is nothing to join"),
+        ({}, True, "machine_rank is 0, which is the machine that runs the recipe"),
+        ({"machine_rank": 1}, False, "machine_rank is 1, and machine 0 runs the recipe; here, preftune join RUN"),
+        ({"machine_rank": 2}, True, "machine_rank is 2 of 2 machines"),
+        ({"main_process_ip": None}, False, "several machines, no main_process_ip"),
+        ({"main_process_port": 0}, False, "several machines, no main_process_port"),
+        ({"main_process_port": None, "machine_rank": 1}, True, "several machines, no main_process_port"),
+        ({"num_processes": 3}, False, "num_processes is 3, counted over 2 machines"),
+        ({"mpirun_config": {"mpirun_hostfile": "hosts"}}, False, "mpirun would start all machines' processes"),
+    ],
+)
+def test_a_config_with_which_machines_cannot_work_is_one_line(tmp_path: Path, changed, joins: bool, said: str) -> None:
+    with pytest.raises(UserError) as wrong:
+        machines_of(config(tmp_path, **changed), joins=joins)
+    assert said in str(wrong.value)
+
+
+def test_a_config_of_each_machine(tmp_path: Path) -> None:
+    lead, other = config(tmp_path), config(tmp_path, machine_rank=1, num_processes=2)
+    assert machines_of(lead, joins=False) == Machines(2, 0, 2)
+    assert machines_of(other, joins=True) == Machines(2, 1, 2)
+    assert alike(lead) == alike(other)
+    assert machines_of(config(tmp_path, num_machines=1, main_process_port=0), joins=False).count == 1
+
+
+def test_what_a_command_line_says_takes_its_place_in_the_config(shell, tmp_path: Path) -> None:
+    file = str(config(tmp_path))
+    shell.refused("join", tmp_path / "run", "--launch", "ddp", said="ddp says nothing of the machines")
+    shell.refused("join", tmp_path / "run", "--launch", tmp_path / "no.yaml", said="no file '.*no.yaml'")
+    shell.refused("join", tmp_path / "run", "--launch", file, said="machine_rank is 0")
+    words = ("--machine-rank", "5", "--num-processes", "4")
+    shell.refused("join", tmp_path / "run", "--launch", file, *words, said="machine_rank is 5 of 2 machines")
+    shell.refused("run", "smoke", "--launch", config(tmp_path, machine_rank=1), said="machine 0 runs the recipe")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("value", [-1, "often", True, 1.5])
+def test_restarts_are_a_number(tmp_path: Path, value: object) -> None:
+    check_launch(config(tmp_path, max_restarts=2, monitor_interval=0.5))
+    with pytest.raises(UserError, match="max_restarts is"):
+        check_launch(config(tmp_path, max_restarts=value))
+
+
+def test_what_differs_between_machines_is_named() -> None:
+    first = {"config": {"mixed_precision": "bf16"}, "versions": {"torch": "2.13.0"}}
+    join.compare(first, first)
+    with pytest.raises(UserError, match=r"torch is 2\.12\.0 here and 2\.13\.0 on machine 0"):
+        join.compare({**first, "versions": {"torch": "2.12.0"}}, first)
+    with pytest.raises(UserError, match="mixed_precision is no here and bf16 on machine 0"):
+        join.compare({**first, "config": {"mixed_precision": "no"}}, first)
+
+
+def test_who_falls_silent_is_lost(tmp_path: Path, quick: None) -> None:
+    seen = Other(tmp_path, 1)
+    assert seen.look() == {}
+    with Board(tmp_path, 1, state="follows"):
+        time.sleep(0.1)
+        assert seen.look()["state"] == "follows" and seen.alive
+        time.sleep(1.1)
+        seen.look()
+        assert not seen.lost
+    again = Other(tmp_path, 1)
+    again.look()
+    time.sleep(1.1)
+    again.look()
+    assert again.lost and not again.alive
+
+
+class Joined:
+    """Another machine, in a thread: what it does with each call is handed in."""
+
+    def __init__(self, run_dir: Path, answers: list[dict[str, Any]]) -> None:
+        self.run_dir, self.answers = run_dir, answers
+        self.thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> "Joined":
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.thread.join(timeout=10)
+        assert not self.thread.is_alive()
+
+    def _run(self) -> None:
+        first = Other(self.run_dir, 0)
+        with Board(self.run_dir, 1, state="follows") as board:
+            for attempt, ended in enumerate(self.answers, 1):
+                while first.look().get("attempt") != attempt:
+                    time.sleep(0.005)
+                if ended.get("error") is None:
+                    board.say(state="ready", follows=first.look()["id"], attempt=attempt, ended=None)
+                    while first.look()["state"] == "calls":
+                        time.sleep(0.005)
+                if ended:
+                    said = {"attempt": attempt, "error": None, "stopped": None, **ended}
+                    board.say(state="ended", follows=first.look()["id"], ended=said)
+            time.sleep(0.1)
+
+
+def leading(run_dir: Path) -> Lead:
+    return Lead(run_dir, Machines(2, 0, 2), {}, lambda _: None)
+
+
+def test_a_share_that_fails_is_named_and_who_was_dragged_along_is_not(tmp_path: Path, quick: None) -> None:
+    answers = [{"code": 1}, {"code": 76}, {"code": 76, "stopped": [15, "sft: stopped"]}]
+    with leading(tmp_path) as lead, Joined(tmp_path, answers):
+        lead.start("sft", "k", None)
+        lead.end(76)
+        assert str(lead.why(76)) == "sft: a process on machine 1 failed (exit code 1)"
+        assert lead.trouble()
+        lead.start("sft", "k", None)
+        lead.end(1)
+        assert str(lead.why(1)) == "sft: a process on machine 0 failed (exit code 1)"
+        lead.start("sft", "k", None)
+        assert str(lead.why(76)) == "sft: stopped"
+
+
+def test_what_is_wrong_on_another_machine_is_said_by_the_first(tmp_path: Path, quick: None) -> None:
+    wrong = {"code": 2, "error": ["data.demos", "no file 'a'", "put it there"]}
+    with leading(tmp_path) as lead, Joined(tmp_path, [wrong]), pytest.raises(UserError, match="no file 'a'"):
+        lead.start("sft", "k", None)
+    with leading(tmp_path) as lead, Joined(tmp_path, [{}]):
+        lead.start("sft", "k", None)
+    assert isinstance(lead.why(76), LostMachine) and lead.trouble()
+
+
+def test_who_does_not_come_is_not_awaited_for_ever(tmp_path: Path, quick: None) -> None:
+    with pytest.raises(StageFailed, match=r"machine 1 did not come within"), leading(tmp_path) as lead:
+        lead.start("sft", "k", None)
+    assert json.loads((tmp_path / ".machines" / "0.json").read_text())["state"] == "failed"
+    with pytest.raises(StageFailed, match="machine 0 did not come within"):
+        join.join_run(tmp_path / "no run", config(tmp_path, machine_rank=1))
+
+
+def test_who_joins_a_run_ends_with_it(tmp_path: Path, quick: None, capsys) -> None:
+    node = config(tmp_path, machine_rank=1)
+    ends: list[int] = []
+
+    def command() -> None:
+        ends.append(cli.run_command(["join", str(tmp_path), "--launch", str(node)]))
+
+    for error in (None, StageFailed("broken")):
+        joined = threading.Thread(target=command)
+        try:
+            with Lead(tmp_path, Machines(2, 0, 2), join.about(node), lambda _: None):
+                joined.start()
+                time.sleep(0.2)
+                if error is not None:
+                    raise error
+        except StageFailed:
+            pass
+        joined.join(timeout=10)
+    assert ends == [0, 1]
+    said = capsys.readouterr().err
+    assert "takes part" in said and "the run is done" in said and "the run failed, machine 0 says why" in said
