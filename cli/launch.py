@@ -29,6 +29,7 @@ from .launched import (
     read_lost,
     read_stopped,
     read_values,
+    read_words,
 )
 from .machines import GRACE, LOOK, Lead, LostMachine, Machines
 from .process import StageFailed
@@ -217,7 +218,8 @@ def _attempt(config: Path, run_dir: Path, step: str, from_adapter: Path | None, 
     if share.code and lead is not None:
         raise lead.why(share.code)
     if share.code:
-        raise StageFailed(f"{step} ended with exit code {share.code} under accelerate launch")
+        said = share.words or f"its launcher ended with exit code {share.code}"
+        raise StageFailed(f"{step}: {said}; the same command goes on")
 
 
 @dataclass(frozen=True)
@@ -227,6 +229,7 @@ class Share:
     code: int
     error: UserError | None
     stopped: Stopped | None
+    words: str = ""
 
 
 def run_share(
@@ -248,10 +251,10 @@ def run_share(
         with stopping.deferred(lambda number: ask_to_stop(said, number)):
             process = subprocess.Popen(command, env=environment)
             code = process.wait() if trouble is None else _wait(process, trouble)
-        error, stopped = read_error(said), read_stopped(said)
+        error, stopped, words = read_error(said), read_stopped(said), read_words(said)
         if code == PEER_GONE and trouble is None:
             say(f"{step}: a process lost the others: {read_lost(said)}")
-    return Share(code, error, stopped)
+    return Share(code, error, stopped, words)
 
 
 def _wait(process: "subprocess.Popen[bytes]", trouble: Callable[[], bool]) -> int:

@@ -7,11 +7,13 @@ chain, which started them, reports it once.
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,9 +61,9 @@ def _launcher(config: str, said: str, run_dir: str, step: str, *arguments: str) 
         if not failed:
             return PEER_GONE
         rank, failure = min(failed.items(), key=lambda each: each[1].timestamp)
-        return _say_once(Path(said), f"process {rank} ended with exit code {failure.exitcode}")
+        return _leave_words(Path(said), f"process {rank} {_ended(failure.exitcode)}")
     except subprocess.CalledProcessError as error:
-        return _say_once(Path(said), f"the process ended with exit code {error.returncode}")
+        return _leave_words(Path(said), f"the process {_ended(error.returncode)}")
     except (SignalException, KeyboardInterrupt):
         return 1
     except ConnectionError as error:
@@ -224,7 +226,6 @@ def _end_with_parent() -> None:
     """Have this process killed when its parent ends, so that a killed chain leaves nobody writing into its folder."""
     if sys.platform == "linux":
         import ctypes
-        import signal
 
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.environ.get(PARENT, str(os.getppid())) != str(os.getppid()):
@@ -232,8 +233,9 @@ def _end_with_parent() -> None:
     os.environ[PARENT] = str(os.getpid())
 
 
-_STOP, _STOPPED, _LOST = "stop", "stopped", "lost"
-"""The file that asks the processes to stop; what they leave when they have, and what one does that lost another."""
+_STOP, _STOPPED, _LOST, _ENDED = "stop", "stopped", "lost", "ended"
+"""The file that asks the processes to stop; what they leave when they have, what one does that lost another, and what
+the launcher does of the first that did not end well."""
 
 
 def ask_to_stop(said: Path, number: int) -> None:
@@ -250,6 +252,26 @@ def read_stopped(said: Path) -> Stopped | None:
 def read_lost(said: Path) -> str:
     """What one of the processes met that lost another; empty where none did."""
     file = said / _LOST
+    return file.read_text(encoding="utf-8") if file.is_file() else ""
+
+
+def _ended(code: int) -> str:
+    """How a process ended, in words."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    with suppress(ValueError):
+        return f"was ended by {signal.Signals(-code).name}"
+    return f"was ended by signal {-code}"
+
+
+def _leave_words(said: Path, words: str) -> int:
+    write_whole(said / _ENDED, words)
+    return 1
+
+
+def read_words(said: Path) -> str:
+    """How the first of the processes ended that did not end well; empty where that is not known."""
+    file = said / _ENDED
     return file.read_text(encoding="utf-8") if file.is_file() else ""
 
 
