@@ -159,7 +159,7 @@ def load_model(
     decoder = decoder_of(cast(PreTrainedModel, model))
     use_packed_forward(decoder, packed)
     if shards_base():
-        shard_base(decoder)
+        shard_base(cast(PreTrainedModel, model), decoder)
     return model
 
 
