@@ -213,6 +213,8 @@ def run_share(
     # what is importable here, and functions beside the recipe, must be found in there too
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(each for each in sys.path if each)}
     environment |= own_code.environment() | {PARENT: str(os.getpid())}
+    # torch's C++ warns with a page of addresses where a store ends before its clients, as the last one always does
+    environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     work = [str(run_dir), step, *([str(from_adapter)] if from_adapter else [])]
     with tempfile.TemporaryDirectory(prefix="preftune-launch-") as folder:
         said = Path(folder)
