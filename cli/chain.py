@@ -121,6 +121,10 @@ class Chain:
             fix_date(self.recipe, self.base, self.path)
             if said := fix_dtype(self.recipe, self.path):
                 self.output.say(said)
+            if self.options.launch is not None:
+                from .launch import check_dtype
+
+                check_dtype(self.options.launch, self.recipe.model.dtype)
             self.parts = Keys(self.recipe, self.base, self.path)
             self.parts.read_data(selected, evaluation=evaluates)
             for words in self.parts.evaluated_in_training():

@@ -17,7 +17,7 @@ from ..files import METRICS
 from ..models import seams
 from ..progress import say
 from ..stopping import Stopped
-from .engines import INSTEAD_OF_ZERO3, ZERO3
+from .accelerate_config import check_asked, check_precision, kind_of
 from .launched import (
     MODULE,
     OF_LAUNCHER,
@@ -46,25 +46,23 @@ def check_launch(config: Path, on_policy: Sequence[str] = ()) -> None:
         on_policy: the names of those that sample.
 
     Raises:
-        UserError: no such file, or none that `accelerate config` wrote; an engine that a stage cannot have.
+        UserError: no such file, or none that `accelerate config` wrote; something in it that a stage cannot have.
     """
     remedy = "write one with `accelerate config --config_file FILE`"
     if not config.is_file():
         raise UserError("--launch", f"no file {str(config)!r}", remedy)
     seams.require(seams.LAUNCHER)
     try:
-        _read(config)
+        found = _read(config)
     except Exception as error:  # whatever stands in it
         said = " ".join(str(error).split()) or type(error).__name__
         raise UserError("--launch", f"{config}: no accelerate config ({said[:200]})", remedy) from error
     for name, kinds in (("max_restarts", int), ("monitor_interval", int | float)):
-        found = read_values(config).get(name, 1)
-        if not isinstance(found, kinds) or isinstance(found, bool) or found < 0:
-            raise UserError("--launch", f"{config}: {name} is {found!r}, expected a number from 0", "correct it")
-    kind, zero = _engine(config)
-    if zero == 3:
-        raise UserError("--launch", f"{config}: {ZERO3}", INSTEAD_OF_ZERO3)
-    if kind == "DEEPSPEED" and on_policy:
+        value = read_values(config).get(name, 1)
+        if not isinstance(value, kinds) or isinstance(value, bool) or value < 0:
+            raise UserError("--launch", f"{config}: {name} is {value!r}, expected a number from 0", "correct it")
+    check_asked(config, found)
+    if kind_of(found) == "DEEPSPEED" and on_policy:
         said = f"{config}: {', '.join(on_policy)} cannot run under DeepSpeed, which would own the optimiser"
         raise UserError("--launch", said, "use --launch ddp or fsdp2, or run the other stages with --until")
 
@@ -82,12 +80,9 @@ def _read(config: Path) -> Any:
         return load_config_from_file(str(plain))
 
 
-def _engine(config: Path) -> tuple[str, int]:
-    """(accelerate's kind of processes, DeepSpeed's stage or 0) of a config."""
-    found = _read(config)
-    kind = str(getattr(found.distributed_type, "value", found.distributed_type))
-    zero = (getattr(found, "deepspeed_config", None) or {}).get("zero_stage", 2) if kind == "DEEPSPEED" else 0
-    return kind, int(zero)
+def check_dtype(config: Path, dtype: str) -> None:
+    """Whether a config that `check_launch` has read asks for no other precision than the recipe's. Raises UserError."""
+    check_precision(config, _read(config), dtype)
 
 
 def processes_of(config: Path) -> int:
@@ -97,7 +92,7 @@ def processes_of(config: Path) -> int:
 
 def is_sharded(config: Path) -> bool:
     """Whether a config that `check_launch` has read divides the base among its processes."""
-    return _engine(config)[0] == "FSDP"
+    return kind_of(_read(config)) == "FSDP"
 
 
 def alike(config: Path) -> dict[str, str]:

@@ -14,7 +14,17 @@ from ..printed import printable
 from ..stages.kinds import KINDS
 from ..version import __version__
 from . import evaluate
-from .arguments import AsJson, Force, Launch, OutputDir, Processes, RecipeArgument, RecipeOverrides, RunArgument
+from .arguments import (
+    AsJson,
+    Force,
+    Launch,
+    OutputDir,
+    Processes,
+    RecipeArgument,
+    RecipeOverrides,
+    RunArgument,
+    apart,
+)
 from .process import exit_code_of, ignore_library_warnings, leave_working_folder
 
 app = typer.Typer(
@@ -77,10 +87,12 @@ def run(
     """The whole chain. The same command again continues; what is unchanged is not run again."""
     from .chain import Options
     from .commands import run_chain
-    from .engines import launch_config
+    from .engines import launch_config, told
 
-    options = Options(output_dir, only, until, force, None, launch_config(launch, num_processes))
-    done = run_chain(recipe, overrides, options, json)
+    said, for_accelerate = apart(overrides)
+    config = told(launch_config(launch, num_processes), for_accelerate)
+    options = Options(output_dir, only, until, force, None, config)
+    done = run_chain(recipe, said, options, json)
     return int(any(each.problem for each in done))
 
 
@@ -124,10 +136,11 @@ def _stage_command(kind: str, words: str) -> None:
         json: AsJson = False,
     ) -> None:
         from .commands import run_alone
-        from .engines import launch_config
+        from .engines import launch_config, told
 
-        config = launch_config(launch, num_processes)
-        run_alone(kind, recipe, overrides, stage, output_dir, from_adapter, force, config, json)
+        said, for_accelerate = apart(overrides)
+        config = told(launch_config(launch, num_processes), for_accelerate)
+        run_alone(kind, recipe, said, stage, output_dir, from_adapter, force, config, json)
 
     app.command(kind, help=f"{words} alone; its parent from the run folder or --from-adapter.")(command)
 
@@ -158,12 +171,13 @@ def plan(
     json: AsJson = False,
 ) -> None:
     """Memory by phase and part, time, FLOPs and disk of every stage, from config.json alone, before anything runs."""
-    from .engines import launch_config
+    from .engines import launch_config, told
     from .output import Output
     from .plan import plan_recipe
 
-    config = launch_config(launch, num_processes)
-    plan_recipe(recipe, overrides or [], Output(json), card=card, launch=config, seconds=seconds)
+    said, for_accelerate = apart(overrides)
+    config = told(launch_config(launch, num_processes), for_accelerate)
+    plan_recipe(recipe, said, Output(json), card=card, launch=config, seconds=seconds)
 
 
 @app.command()

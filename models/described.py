@@ -18,6 +18,13 @@ _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_atte
 _TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64, "I64": torch.int64}
 
 
+def has_experts(config: PreTrainedConfig) -> bool:
+    """Whether it is of a mixture of experts: a step may not use all of them."""
+    text = config.get_text_config()
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "first_k_dense_replace")
+    return any(getattr(text, name, None) for name in names)
+
+
 def check_config(folder: Path, spec: str) -> PreTrainedConfig:
     """The config, as transformers reads it.
 

@@ -33,6 +33,7 @@ from . import seams
 from .batching import TokenIds, right_pad
 from .block_attention import LONGEST_BLOCK, block_attention
 from .causal import decoder_of
+from .described import has_experts
 from .fused_lora import use_fused_lora
 from .logprobs import CHUNK_ELEMENTS, LmHead
 from .lora import LoraSpec
@@ -371,8 +372,7 @@ def _alike(config: PreTrainedConfig) -> bool:
     """Whether all layers are of one kind."""
     text = config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ())
-    mixed = ("num_experts", "num_local_experts", "n_routed_experts", "first_k_dense_replace")
-    return len(kinds) <= 1 and not any(getattr(text, name, None) for name in mixed)
+    return len(kinds) <= 1 and not has_experts(config)
 
 
 def _shortened(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:

@@ -505,6 +505,59 @@ EPOCHS = Seam(
     ],
 )
 
+BATCHES = Seam(
+    "batches",
+    "transformers",
+    ("Trainer._get_dataloader", "Trainer.get_batch_samples"),
+    "every batch says of how many rows it is, and what is left of an epoch is divided among the processes",
+    "rows of the epoch's beginning would count twice, and means of unlike batches alike",
+    _overridden("_get_dataloader", "get_batch_samples"),
+)
+
+
+def _batch_shards(loader: object) -> list[str]:
+    shards = getattr(loader, "batch_sampler", None)
+    return _attributes("batch_sampler", "batch_size", "even_batches", "num_processes")(shards)
+
+
+BATCH_SHARDS = Seam(
+    "batch-shards",
+    "accelerate",
+    ("BatchSamplerShard.batch_sampler", "BatchSamplerShard.batch_size", "BatchSamplerShard.even_batches", "..."),
+    "each process takes its turn of batches that are divided already",
+    "the last batch of an epoch would be made full with rows of its beginning",
+    _batch_shards,
+)
+
+KL_LOGPS = Seam(
+    "kl-logps",
+    "trl",
+    ("KTOTrainer._compute_kl_logps", "KTOTrainer.calculate_KL", "KTOTrainer.precompute_ref_logps"),
+    "z0 is made of a whole step's rows before its first loss, and given to TRL's loss through them",
+    "z0 would depend on how a step is split",
+    lambda subject: [
+        *_overridden("_compute_kl_logps")(subject),
+        *_spoken("calculate_KL", "precompute_ref_logps")(subject),
+    ],
+)
+
+
+def _zero3(_: object) -> list[str]:
+    from transformers.integrations import deepspeed
+
+    names = ("_hf_deepspeed_config_weak_ref", "set_hf_deepspeed_config", "unset_hf_deepspeed_config")
+    return [f"deepspeed.{name}" for name in names if not hasattr(deepspeed, name)]
+
+
+ZERO3 = Seam(
+    "zero3",
+    "transformers",
+    ("integrations.deepspeed._hf_deepspeed_config_weak_ref", "...set_hf_deepspeed_config", "..."),
+    "under ZeRO-3 a base is loaded whole and divided by the engine, after it was tried",
+    "nothing of it would be there to try",
+    _zero3,
+)
+
 _DIVIDED = ("is_distributed_loading_by_transformers", "_sync_replicated_trainable_parameters")
 SHARDED_BASE = Seam(
     "sharded-base",

@@ -1,7 +1,10 @@
 """Direct preference optimisation (arXiv 2305.18290), IPO and every other loss that TRL's DPOTrainer has."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
+import torch
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
@@ -16,6 +19,20 @@ from .trainers import NO_AUX, settle_dropout, stage_callbacks
 
 class DPOStageTrainer(ReferenceTrainer, DPOTrainer):
     """TRL's DPOTrainer on encoded rows: `prompt_ids`, and `chosen_ids` and `rejected_ids` without the prompt."""
+
+    mean_over = MappingProxyType(
+        {
+            "entropy": "tokens",
+            "logits/chosen": "chosen_tokens",
+            "logits/rejected": "rejected_tokens",
+            "mean_token_accuracy": "chosen_tokens",
+        }
+    )
+
+    def counted(self, inputs: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        tokens = inputs["completion_mask"][:, 1:].sum(1)
+        chosen, rejected = tokens.chunk(2)  # the collator lays the chosen before the rejected
+        return {"tokens": tokens.sum(), "chosen_tokens": chosen.sum(), "rejected_tokens": rejected.sum()}
 
 
 def run_dpo(job: StageJob) -> dict[str, Any]:

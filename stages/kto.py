@@ -1,13 +1,20 @@
 """Kahneman-Tversky optimisation (arXiv 2402.01306): single responses labelled good or bad."""
 
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, cast
 
+import torch
 from datasets import Dataset
+from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.kto_config import KTOConfig
 from trl.trainer.kto_trainer import KTOTrainer
+from trl.trainer.utils import use_adapter
 
 from ..data.encode import encode_labels
+from ..models import seams
 from .activations import settle_checkpointing
+from .global_batch import ROWS, Counts, Metrics, MicroBatch
 from .job import StageJob
 from .method_problems import check_batch
 from .options import refusals_in_words, stage_config
@@ -17,11 +24,87 @@ from .trainers import NO_AUX, settle_dropout, stage_callbacks
 
 
 class KTOStageTrainer(ReferenceTrainer, KTOTrainer):
-    """TRL's KTOTrainer on encoded rows: `prompt_ids`, `completion_ids`, `label` (and `KL_completion_ids`)."""
+    """TRL's KTOTrainer on encoded rows: `prompt_ids`, `completion_ids`, `label` (and `KL_completion_ids`).
+
+    z0 is made of all rows of an optimiser step, or of all held-out rows, before the first of their losses: TRL makes
+    one of each micro-batch.
+    """
+
+    overridden = (*ReferenceTrainer.overridden, seams.KL_LOGPS)
+    mean_over = MappingProxyType(
+        {
+            "entropy": "tokens",
+            "logits/chosen": "chosen_tokens",
+            "logits/rejected": "rejected_tokens",
+            **{f"{of}/{side}": side for of in ("rewards", "logps") for side in ("chosen", "rejected")},
+        }
+    )
+    _z0: torch.Tensor | None = None
+
+    def counted(self, inputs: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        tokens, good = inputs["completion_mask"][:, 1:].sum(1), torch.as_tensor(inputs["label"]).bool()
+        good = good.to(tokens.device)
+        return {
+            "tokens": tokens.sum(),
+            "chosen": good.sum(),
+            "rejected": (~good).sum(),
+            "chosen_tokens": tokens[good].sum(),
+            "rejected_tokens": tokens[~good].sum(),
+        }
+
+    def collapsed(self, metrics: Metrics, counts: Sequence[Counts]) -> Metrics:
+        found = super().collapsed(metrics, counts)
+        if "rewards/chosen" in found and "rewards/rejected" in found:  # maybe of no micro-batch alone
+            found["rewards/margins"] = [found["rewards/chosen"][0] - found["rewards/rejected"][0]]
+        return found
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        if self.calculate_KL and batches:
+            self._z0 = self._estimate(zip(batches, self._coming, strict=True))
+        return batches, items
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.calculate_KL:
+            assert self.model is not None
+            self.model.eval()
+            self._z0 = self._estimate((batch, self.micro_batch(batch.pop(ROWS))) for batch in dataloader)
+        return super().evaluation_loop(dataloader, *args, **kwargs)
+
+    @torch.no_grad()
+    def _estimate(self, batches: Iterable[tuple[dict[str, Any], MicroBatch]]) -> torch.Tensor:
+        """z0 (KTO eq. 7): the mean log-ratio of mismatched pairs, nats, not below 0. Shape [1]."""
+        found, trl = list[torch.Tensor](), cast(Any, super())
+        args: Any = self.args
+        for inputs, now in batches:
+            batch = self._prepare_inputs(inputs)
+            plain = disable_gradient_checkpointing(cast(Any, self.model), args.gradient_checkpointing_kwargs)
+            with self.compute_loss_context_manager(), plain:
+                logps = trl._compute_kl_logps(self.model, batch)
+                if self.precompute_ref_logps:
+                    reference = batch["ref_KL_logps"]
+                else:
+                    with use_adapter(self.accelerator.unwrap_model(self.model), adapter_name="ref"):
+                        reference = trl._compute_kl_logps(self.model, batch)
+            found.append(self.of_all_rows(logps - reference, now))
+        return torch.cat(found).mean().clamp(min=0)[None]
+
+    def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
+        if self._z0 is not None:
+            # TRL subtracts one from the other and takes the mean
+            inputs = {**inputs, "ref_KL_logps": torch.zeros_like(self._z0)}
+        return super()._compute_loss(model, inputs, return_outputs)
+
+    def _compute_kl_logps(self, model: Any, batch: Any) -> Any:
+        if self._z0 is None:
+            return super()._compute_kl_logps(model, batch)
+        own: Any = self.model
+        return torch.zeros_like(self._z0) if "ref" in own.active_adapters else self._z0
 
 
 def with_kl_completions(rows: Dataset, batch_size: int) -> Dataset:
-    """Add `KL_completion_ids`: within each block of `batch_size` rows, every prompt gets the completion before its own.
+    """Add `KL_completion_ids`: within each block of `batch_size` rows, an optimiser step's, every prompt gets the
+    completion before its own.
 
     z0, the KL estimate that KTO's loss subtracts, is taken over these mismatched pairs (KTO eq. 7); the rotation keeps
     a block's completions the same set, as TRL's preparation does. A last block of one row takes the completion of the
@@ -55,9 +138,10 @@ def build_kto(job: StageJob) -> PolicyStage[KTOStageTrainer]:
     train_rows, held_rows = data.train.shuffle(seed=job.seed), data.held
     if args.loss_type == "kto":
         check_batch(job, args.per_device_train_batch_size, len(train_rows))
-        train_rows = with_kl_completions(train_rows, args.per_device_train_batch_size)
+        step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        train_rows = with_kl_completions(train_rows, step)
         if held_rows is not None:
-            held_rows = with_kl_completions(held_rows.shuffle(seed=job.seed), args.per_device_eval_batch_size)
+            held_rows = with_kl_completions(held_rows.shuffle(seed=job.seed), len(held_rows))
     # 2. the base, the adapter that trains, its frozen copy as the reference
     adapters = open_adapters(job, tokenizer)
     settle_dropout(job, args, adapters.model, reference=True)

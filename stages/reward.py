@@ -30,6 +30,21 @@ class RewardStageTrainer(StageTrainer, RewardTrainer):
 
     compact_head = False
 
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        now = self._now
+        if now is None or len(set(now.rows)) == 1:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        # TRL takes the mean of the processes' means
+        found = super().compute_loss(model, inputs, True, num_items_in_batch)
+        chosen, rejected = found[1].logits.squeeze(-1).chunk(2)
+        margins = self.of_all_rows(chosen - rejected, now)
+        trl: Any = self
+        metrics = trl._metrics["train" if self.model_is_training else "eval"]
+        metrics["accuracy"][-1], metrics["margin"][-1] = (margins > 0).float().mean().item(), margins.mean().item()
+        return found if return_outputs else found[0]
+
 
 def with_prompts(pairs: Dataset) -> Dataset:
     """The pairs as the classifier reads them: the prompt before both sides."""

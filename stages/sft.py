@@ -1,7 +1,10 @@
 """Supervised fine-tuning: next-token loss on the assistant's tokens, EOS included."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
+import torch
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
@@ -15,6 +18,14 @@ from .trainers import NO_AUX, StageTrainer, stage_callbacks
 
 class SFTStageTrainer(StageTrainer, SFTTrainer):
     """TRL's SFTTrainer on encoded rows: `input_ids` and `labels` (-100 where nothing trains)."""
+
+    mean_over_rows = False
+    loss_over = "tokens"
+    mean_over = MappingProxyType({"entropy": "tokens", "mean_token_accuracy": "tokens"})
+
+    def counted(self, inputs: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        labels = inputs["shift_labels"] if "shift_labels" in inputs else inputs["labels"][..., 1:]
+        return {"tokens": (labels != -100).sum()}
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         # packing is part of TRL's preparation; on encoded rows the rest of it does nothing

@@ -18,6 +18,7 @@ from ..errors import UserError
 from ..files import LOG, LOGS
 from ..models import seams
 from ..models.causal import head_of
+from ..models.described import has_experts
 from ..models.dropout import dropout_rate, no_dropout
 from ..models.lm_head import use_compact_head
 from ..models.memory import peak_memory_bytes
@@ -39,6 +40,7 @@ from .checkpoints import (
     salvage,
 )
 from .finite import Skips, not_finite, rows_of
+from .global_batch import GlobalBatch
 from .job import StageJob
 from .kinds import EARLY_STOPPING
 
@@ -48,7 +50,7 @@ NO_AUX: dict[str, Any] = {"router_aux_loss_coef": 0.0}
 any other model. Who sets the coefficient finds the load-balancing loss in the log as `aux_loss`."""
 
 
-class StageTrainer(Resumable):
+class StageTrainer(GlobalBatch, Resumable):
     """Mixed in before a TRL trainer: its data are encoded already, its LM head is ours where Triton does not run.
 
     Evaluation inside the loop is timed, so that it does not count as training.
@@ -59,7 +61,7 @@ class StageTrainer(Resumable):
     evaluate_seconds = 0.0
     _measured: tuple[float | None, float | None] = (None, None)
     _source: tuple[str, Any, Sequence[str]] = ("training", None, ())
-    overridden: tuple[seams.Seam, ...] = (seams.PREPARE_DATASET, seams.GRAD_NORM, seams.EPOCHS)
+    overridden: tuple[seams.Seam, ...] = (seams.PREPARE_DATASET, seams.GRAD_NORM, seams.EPOCHS, seams.BATCHES)
     """TRL's methods that stand differently here, and that TRL must go on calling."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -67,6 +69,10 @@ class StageTrainer(Resumable):
             seams.require(each, type(self))
         self.skips = Skips()
         self._bad: tuple[str, float] | None = None
+        config = kwargs["args"]
+        if config.world_size > 1 and config.ddp_find_unused_parameters is None:
+            # what trains is used in every step; of a mixture's experts some may not be
+            config.ddp_find_unused_parameters = has_experts(kwargs["model"].config)
         with _without_rename_warnings(), _in_full_precision(kwargs["model"]):
             super().__init__(*args, **kwargs)
         if is_sharded(kwargs["model"]):
@@ -297,7 +303,8 @@ def take_up(trainer: Trainer) -> str | None:
         return None
     if own.plan is not None and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         # torch and DeepSpeed read such a checkpoint's pickles without a limit
-        logger.warning("%s: the base is sharded, so no checkpoint is written to continue from", own.name)
+        if args.process_index == 0:
+            logger.warning("%s: no checkpoint is written to continue from: its engine writes its own kind", own.name)
         own.plan = None
     folder = Path(str(args.output_dir))
     if args.process_index == 0:

@@ -11,8 +11,10 @@ import pytest
 import torch
 import transformers
 import trl.trainer.utils
+from accelerate.data_loader import BatchSamplerShard
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch.utils.data import BatchSampler
 from transformers import AutoModel, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Trainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
 from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference, KTOTrainer
@@ -85,6 +87,10 @@ SUBJECTS = {
     "PREPARE_DATASET": lambda _: [SFTStageTrainer, RewardStageTrainer, DPOStageTrainer, KTOStageTrainer],
     "GRAD_NORM": lambda _: [SFTStageTrainer, RewardStageTrainer, DPOStageTrainer, KTOStageTrainer],
     "EPOCHS": lambda _: [SFTStageTrainer, RewardStageTrainer, DPOStageTrainer, KTOStageTrainer],
+    "BATCHES": lambda _: [SFTStageTrainer, RewardStageTrainer, DPOStageTrainer, KTOStageTrainer],
+    "BATCH_SHARDS": lambda _: [SimpleNamespace(batch_sampler=BatchSamplerShard(BatchSampler(range(4), 2, False), 2))],
+    "KL_LOGPS": lambda _: [KTOStageTrainer],
+    "ZERO3": lambda _: [None],
     "SHARDED_BASE": lambda _: [sharded_trainer()],
     "COMPUTE_LOSS": lambda _: [DPOStageTrainer, KTOStageTrainer],
     "REFERENCE_LOGPS": lambda _: [DPOStageTrainer, KTOStageTrainer],
@@ -212,6 +218,17 @@ MOVES = {
     "EPOCHS, one renamed": (
         lambda p: p.setattr(Trainer, "_inner_training_loop", lambda self: self), lambda: SFTStageTrainer,
         "the call of SFTStageTrainer._finalize_training",
+    ),
+    "BATCHES": (
+        lambda p: p.delattr(Trainer, "_get_dataloader"), lambda: SFTStageTrainer, "SFTStageTrainer._get_dataloader"
+    ),
+    "BATCH_SHARDS": (None, lambda: SimpleNamespace(batch_sampler=BatchSampler(range(4), 2, False)), "even_batches"),
+    "ZERO3": (
+        lambda p: p.delattr("transformers.integrations.deepspeed._hf_deepspeed_config_weak_ref"), None,
+        "_hf_deepspeed_config_weak_ref",
+    ),
+    "KL_LOGPS": (
+        lambda p: p.delattr(KTOTrainer, "_compute_kl_logps"), lambda: KTOStageTrainer, "_compute_kl_logps"
     ),
     "SHARDED_BASE": (
         lambda p: p.delattr(Trainer, "_sync_replicated_trainable_parameters"), sharded_trainer,

@@ -13,6 +13,7 @@ from preftune.models.lineage import read_lineage
 from preftune.models.loading import load_model
 from preftune.models.lora import LoraSpec
 from preftune.stages.dpo import build_dpo
+from preftune.stages.global_batch import ROWS
 from preftune.stages.kto import build_kto
 from preftune.stages.method_problems import dpo_problems
 from preftune.stages.options import stage_config
@@ -103,6 +104,7 @@ def test_d03_ipo_averages_over_tokens_where_dpo_sums(make_job, sft_folder):
             parameter.add_(0.02 * torch.randn_like(parameter))
     trainer._identity_checked = True
     batch = next(iter(trainer.get_train_dataloader()))
+    del batch[ROWS]
     lengths = batch["completion_mask"].sum(1).chunk(2)
     row = next(i for i in range(len(lengths[0])) if lengths[0][i] != lengths[1][i])
     rows = [row, row + len(lengths[0])]
