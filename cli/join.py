@@ -157,8 +157,8 @@ class _Follower:
         """Say that this machine is ready for what is called, or what is wrong with it here."""
         attempt = int(said["attempt"])
         try:
-            with stopping.interruptible():
-                self._check_work(said)
+            self.machines.reach()
+            self._check_work(said)
         except UserError as error:
             self._report(attempt, Share(2, error, None))
         else:

@@ -131,7 +131,7 @@ def machines_of(config: Path, *, joins: bool) -> Machines:
     for is_wrong, problem, remedy in wrong:
         if is_wrong:
             raise UserError("--launch", f"{config}: {problem}", remedy)
-    return Machines(count, rank, processes)
+    return Machines(count, rank, processes, found.main_process_ip or "", int(found.main_process_port or 0))
 
 
 def launch_stage(
