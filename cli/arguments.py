@@ -1,7 +1,7 @@
 """Arguments and options that several commands share."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -33,6 +33,9 @@ Processes = Annotated[
 ]
 Policies = Annotated[str | None, typer.Option(metavar="A,B", help="These policies only. Default: the recipe's.")]
 DataOption = Annotated[str | None, typer.Option("--data", help="A data entry of the recipe, or a file.")]
+
+ExportTarget = Literal["verl"]
+"""Programs that `preftune export` writes for."""
 
 
 def apart(overrides: list[str] | None) -> tuple[list[str], list[str]]:

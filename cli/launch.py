@@ -1,4 +1,5 @@
-"""A stage under `accelerate launch`: the chain stays one process; the stage gets as many as the config says."""
+"""A step under `accelerate launch`: the chain stays one process; a stage, and the evaluation, get as many as the config
+says."""
 
 import json
 import os
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import own_code, stopping
 from ..errors import UserError
-from ..files import METRICS
+from ..files import EVALUATION, METRICS, RESULTS
 from ..models import seams
 from ..progress import say
 from ..stopping import Stopped
@@ -28,11 +29,13 @@ from .launched import (
     read_lost,
     read_stopped,
     read_values,
+    read_words,
 )
 from .machines import GRACE, LOOK, Lead, LostMachine, Machines
 from .process import StageFailed
 
 if TYPE_CHECKING:
+    from ..eval.results import ResultRow
     from ..stages.job import StageJob
 
 _OF_ONE = {"machine_rank", "gpu_ids", "main_process_ip", "same_network", "debug", "enable_cpu_affinity"}
@@ -153,20 +156,50 @@ def launch_stage(
     """
     from ..stages.run import finished
 
+    found = _attempts(config, run_dir, job.name, from_adapter, lead, key, "its last checkpoint", lambda: finished(job))
+    return json.loads((job.output_dir / METRICS).read_text(encoding="utf-8")) if found is None else found
+
+
+def launch_evaluation(config: Path, run_dir: Path, lead: Lead | None = None, key: str = "") -> "list[ResultRow]":
+    """Evaluate RUN/recipe.yaml in processes of its own, which share its rows; the first writes RUN/eval. Arguments and
+    errors as for a stage.
+
+    Returns:
+        The rows of results.json.
+    """
+    _attempts(config, run_dir, EVALUATION, None, lead, key, "the replies that are kept", lambda: None)
+    return json.loads((run_dir / EVALUATION / RESULTS).read_text(encoding="utf-8"))
+
+
+def _attempts(
+    config: Path,
+    run_dir: Path,
+    step: str,
+    from_adapter: Path | None,
+    lead: Lead | None,
+    key: str,
+    kept: str,
+    finished: "Callable[[], Mapping[str, Any] | None]",
+) -> "Mapping[str, Any] | None":
+    """A step, as often as it takes; what `finished` finds after an attempt that ended badly, else None.
+
+    Args:
+        kept: what the next attempt goes on from, in words.
+    """
     left = int(read_values(config).get("max_restarts", 0))
     while True:
         try:
-            _attempt(config, run_dir, job.name, from_adapter, lead, key)
-            return json.loads((job.output_dir / METRICS).read_text(encoding="utf-8"))
+            _attempt(config, run_dir, step, from_adapter, lead, key)
+            return None
         except LostMachine as lost:
-            say(f"{lost}; it goes on from its last checkpoint once that is back")
+            say(f"{lost}; it goes on from {kept} once that is back")
         except StageFailed as failed:
             if not left:
                 raise
             left -= 1
-            say(f"{failed}; it goes on from its last checkpoint, and may do so {left} times more")
-        if (metrics := finished(job)) is not None:
-            return metrics
+            say(f"{failed}; it goes on from {kept}, and may do so {left} times more")
+        if (found := finished()) is not None:
+            return found
 
 
 def _attempt(config: Path, run_dir: Path, step: str, from_adapter: Path | None, lead: Lead | None, key: str) -> None:
@@ -185,7 +218,8 @@ def _attempt(config: Path, run_dir: Path, step: str, from_adapter: Path | None, 
     if share.code and lead is not None:
         raise lead.why(share.code)
     if share.code:
-        raise StageFailed(f"{step} ended with exit code {share.code} under accelerate launch")
+        said = share.words or f"its launcher ended with exit code {share.code}"
+        raise StageFailed(f"{step}: {said}; the same command goes on")
 
 
 @dataclass(frozen=True)
@@ -195,6 +229,7 @@ class Share:
     code: int
     error: UserError | None
     stopped: Stopped | None
+    words: str = ""
 
 
 def run_share(
@@ -218,10 +253,10 @@ def run_share(
         with stopping.deferred(lambda number: ask_to_stop(said, number)):
             process = subprocess.Popen(command, env=environment)
             code = process.wait() if trouble is None else _wait(process, trouble)
-        error, stopped = read_error(said), read_stopped(said)
+        error, stopped, words = read_error(said), read_stopped(said), read_words(said)
         if code == PEER_GONE and trouble is None:
             say(f"{step}: a process lost the others: {read_lost(said)}")
-    return Share(code, error, stopped)
+    return Share(code, error, stopped, words)
 
 
 def _wait(process: "subprocess.Popen[bytes]", trouble: Callable[[], bool]) -> int:

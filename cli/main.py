@@ -17,6 +17,7 @@ from ..version import __version__
 from . import evaluate
 from .arguments import (
     AsJson,
+    ExportTarget,
     Force,
     Launch,
     OutputDir,
@@ -236,6 +237,19 @@ def merge(
     from .merge import merge_stage
 
     merge_stage(adapter, out, dtype)
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    to: Annotated[ExportTarget, typer.Option("--to", help="For which program.")],
+    output_dir: Annotated[Path, typer.Option(help="A new folder.", show_default=False)],
+    stage: Annotated[str | None, typer.Option(help="Which, where the recipe has several PPO stages.")] = None,
+) -> None:
+    """Hand a stage to another program. verl: a PPO stage, as data, models, reward and script."""
+    from .export import export_stage
+
+    export_stage(run, to, stage, output_dir)
 
 
 @app.command()

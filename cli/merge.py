@@ -40,22 +40,30 @@ def merge_stage(adapter: Path, out: Path, dtype: str | None = None) -> None:
     """
     if not holds_adapter(adapter):
         raise UserError(str(adapter), "holds no adapter", "give a finished stage's folder, such as runs/NAME/dpo")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(str(out), "exists and is not empty", "give a new folder")
+    check_new(out)
     if dtype is not None and dtype not in _DTYPES:
         raise UserError("--dtype", f"{dtype!r} is unknown", f"use one of {', '.join(_DTYPES)}")
     check_intact(adapter)
     from ..models.merging import merge_adapter
 
-    with _beside(out) as partial:
+    with beside(out) as partial:
         merged = merge_adapter(adapter, partial, dtype, stage_rows(adapter))
     print(printable(f"{out}: {merged.base.spec} with {adapter} merged into it, {merged.dtype}"))
     print(cost_in_words(merged))
 
 
+def check_new(out: Path) -> None:
+    """Raises UserError unless there is no such folder yet, or an empty one."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(str(out), "exists and is not empty", "give a new folder")
+
+
 @contextmanager
-def _beside(out: Path) -> Generator[Path]:
+def beside(out: Path) -> Generator[Path]:
     """An empty folder beside `out`, which takes its place when the block ends well; what a kill left of one goes.
+
+    Args:
+        out: a folder that does not exist yet or is empty (`check_new`).
 
     Raises:
         UserError: it cannot be made.

@@ -274,6 +274,7 @@ MUTATIONS += [
         "E5", "every policy has a random stream of its own", "eval/samples.py",
         "seed=seed,", "seed=seed + len(policy),",
     ),
+    Mutation("E5", "every share of the prompts is drawn as the first", "eval/samples.py", "first=first,", "first=0,"),
     Mutation(
         "S1", "a checkpoint's pickle is read whole", "models/pickles.py", "weights_only=True", "weights_only=False"
     ),

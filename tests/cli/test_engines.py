@@ -1,10 +1,15 @@
 """Stages in two processes by name: whole copies of the base and one that is divided give the same bits."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -88,6 +93,51 @@ def test_a_divided_base_gives_the_bits_of_whole_ones(ran: Callable[..., Path], c
     said = capfd.readouterr().err
     assert said.count("the frozen base is divided among 2 processes: this one holds 1.71 of its 3.29 MB") == 6
     assert all(torch.equal(divided[name], tensor) for name, tensor in whole.items())
+
+
+LONGER = [*ROWS, *batches_of(2), "stages.sft.train.max_steps=16", "eval=null", "--until", "sft"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, preftune_cache: Path) -> dict[str, torch.Tensor]:
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert cli.run_command(["run", "smoke", *LONGER, *LAUNCHED, "ddp", "--output-dir", str(out)]) == 0
+    return load_file(out / "sft" / "adapter_model.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_a_killed_worker_ends_the_run_and_the_same_command_continues(
+    engine: str, uninterrupted: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    words = ["run", "smoke", *LONGER, *LAUNCHED, engine, "--output-dir", str(tmp_path / "run")]
+    with subprocess.Popen(
+        [sys.executable, "-m", "preftune.cli.main", *words], stderr=subprocess.PIPE, text=True, env=os.environ
+    ) as run:
+        log = tmp_path / "run" / ".sft.partial" / "log.jsonl"
+        wait_for(lambda: log.is_file() and len(log.read_text().splitlines()) >= 4)
+        started = psutil.Process(run.pid).children(recursive=True)
+        worker = next(each for each in started if "process" in each.cmdline() and each.environ()["RANK"] == "1")
+        worker.kill()
+        killed = time.monotonic()
+        _, said = run.communicate(timeout=60)
+    assert run.returncode == 1 and time.monotonic() - killed < 30
+    assert said.splitlines()[-1] == "sft: process 1 was ended by SIGKILL; the same command goes on"
+    assert "Traceback" not in said
+    wait_for(lambda: not any(each.is_running() for each in started), seconds=5)
+    step = [int(each.name.rpartition("-")[2]) for each in log.parent.glob("checkpoints/checkpoint-*")]
+    assert step and max(step) < 16
+    assert cli.run_command(words) == 0
+    continued = load_file(tmp_path / "run" / "sft" / "adapter_model.safetensors")
+    assert all(torch.equal(continued[name], tensor) for name, tensor in uninterrupted.items())
+
+
+def wait_for(is_so: Callable[[], bool], seconds: float = 120) -> None:
+    """Until it is so; fails where that takes too long."""
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_a_name_becomes_a_config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
