@@ -185,8 +185,9 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert adapters[0] == adapters[1] and not folder.exists()
 
 
+@pytest.mark.checklist("P23")
 @pytest.mark.parametrize("appears", [True, False])
-def test_every_process_goes_on_from_the_same_one(
+def test_p23_every_process_goes_on_from_the_same_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, appears: bool
 ) -> None:
     """A disk that machines share may show one of them late what another wrote."""
