@@ -101,6 +101,7 @@ def is_sharded(config: Path) -> bool:
 def alike(config: Path) -> dict[str, str]:
     """What the configs of all machines of a run must say alike, with accelerate's defaults: by key, as text."""
     values = vars(_read(config))
+    values["mixed_precision"] = values["mixed_precision"] or "no"  # what accelerate takes an unset one for
     return {key: str(getattr(each, "value", each)) for key, each in sorted(values.items()) if key not in _OF_ONE}
 
 
@@ -216,7 +217,7 @@ def _attempt(config: Path, run_dir: Path, step: str, from_adapter: Path | None, 
     if share.error is not None:
         raise share.error
     if share.code and lead is not None:
-        raise lead.why(share.code)
+        raise lead.why(share.code, share.lost)
     if share.code:
         said = share.words or f"its launcher ended with exit code {share.code}"
         raise StageFailed(f"{step}: {said}; the same command goes on")
@@ -224,11 +225,13 @@ def _attempt(config: Path, run_dir: Path, step: str, from_adapter: Path | None, 
 
 @dataclass(frozen=True)
 class Share:
-    """How this machine's processes of a step ended: an exit code, 0 where all is well, and what they left behind."""
+    """How this machine's processes of a step ended: an exit code, 0 where all is well, and what they left behind; in
+    `lost` the words of one that lost another."""
 
     code: int
-    error: UserError | None
-    stopped: Stopped | None
+    error: UserError | None = None
+    stopped: Stopped | None = None
+    lost: str = ""
     words: str = ""
 
 

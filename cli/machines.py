@@ -229,15 +229,19 @@ class Lead:
 
     def trouble(self) -> bool:
         """Whether the step that was started cannot go on, as one of the others has failed or is lost."""
-        return any(self._is_lost(each) or self._report(each).get("code") for each in self._others)
+        return any(self._is_lost(each) or _ended_badly(self._report(each)) for each in self._others)
 
     def end(self, code: int) -> None:
         """Tell the others how this machine's share ended."""
         self._board.say(state=ENDED, ended={"attempt": self._attempt, "code": code})
 
-    def why(self, code: int) -> Exception | Stopped:
+    def why(self, code: int, lost: str) -> Exception | Stopped:
         """What to raise, where this machine's share ended with an exit code and no word of its own: what the others
-        say of theirs, who may need a moment to notice."""
+        say of theirs, who may need a moment to notice.
+
+        Args:
+            lost: what a process here said that lost another.
+        """
         reports: dict[int, Mapping[str, Any]] = {}
         for each in self._others:
             while not (report := self._report(each)) and not self._is_lost(each):
@@ -252,8 +256,11 @@ class Lead:
             return LostMachine(f"{self._step}: machine {', '.join(gone)} is lost")
         # who failed by itself, and not because another one had
         codes = {0: code, **{rank: int(report["code"]) for rank, report in reports.items()}}
-        failed = [rank for rank, each in codes.items() if each not in (0, PEER_GONE)] or [0]
-        return StageFailed(f"{self._step}: a process on machine {failed[0]} failed (exit code {codes[failed[0]]})")
+        for rank, each in codes.items():
+            if each not in (0, PEER_GONE):
+                return StageFailed(f"{self._step}: a process on machine {rank} failed (exit code {each})")
+        said = next(filter(None, [lost, *(report.get("lost") for report in reports.values())]), "nobody says why")
+        return StageFailed(f"{self._step}: the processes lost each other: {said}")
 
     def _follows(self, other: Other) -> bool:
         return other.look().get("follows") == self._board.id
@@ -274,3 +281,7 @@ class Lead:
         """How its share of this attempt ended; empty where it has not."""
         ended = other.look().get("ended") or {}
         return ended if self._follows(other) and ended.get("attempt") == self._attempt else {}
+
+
+def _ended_badly(report: Mapping[str, Any]) -> bool:
+    return any(report.get(each) for each in ("code", "error", "stopped"))

@@ -65,7 +65,7 @@ def test_a_config_of_each_machine(tmp_path: Path) -> None:
     lead, other = config(tmp_path), config(tmp_path, machine_rank=1, num_processes=2)
     assert machines_of(lead, joins=False) == Machines(2, 0, 2, "127.0.0.1", 29500)
     assert machines_of(other, joins=True) == Machines(2, 1, 2, "127.0.0.1", 29500)
-    assert alike(lead) == alike(other)
+    assert alike(lead) == alike(other) == alike(config(tmp_path, mixed_precision="no"))
     assert machines_of(config(tmp_path, num_machines=1, main_process_port=0), joins=False).count == 1
 
 
@@ -153,17 +153,22 @@ def leading(run_dir: Path) -> Lead:
 
 
 def test_a_share_that_fails_is_named_and_who_was_dragged_along_is_not(tmp_path: Path, quick: None) -> None:
-    answers = [{"code": 1}, {"code": 76}, {"code": 76, "stopped": [15, "sft: stopped"]}]
+    stopped = {"code": 0, "stopped": [15, "sft: stopped"]}
+    answers = [{"code": 1}, {"code": 76}, {"code": 76, "lost": "no interface"}, stopped]
     with leading(tmp_path) as lead, Joined(tmp_path, answers):
         lead.start("sft", "k", None)
         lead.end(76)
-        assert str(lead.why(76)) == "sft: a process on machine 1 failed (exit code 1)"
+        assert str(lead.why(76, "closed")) == "sft: a process on machine 1 failed (exit code 1)"
         assert lead.trouble()
         lead.start("sft", "k", None)
         lead.end(1)
-        assert str(lead.why(1)) == "sft: a process on machine 0 failed (exit code 1)"
+        assert str(lead.why(1, "")) == "sft: a process on machine 0 failed (exit code 1)"
         lead.start("sft", "k", None)
-        assert str(lead.why(76)) == "sft: stopped"
+        lead.end(76)
+        assert str(lead.why(76, "")) == "sft: the processes lost each other: no interface"
+        lead.start("sft", "k", None)
+        lead.end(76)
+        assert str(lead.why(76, "")) == "sft: stopped" and lead.trouble()
 
 
 def test_what_is_wrong_on_another_machine_is_said_by_the_first(tmp_path: Path, quick: None) -> None:
@@ -172,7 +177,7 @@ def test_what_is_wrong_on_another_machine_is_said_by_the_first(tmp_path: Path, q
         lead.start("sft", "k", None)
     with leading(tmp_path) as lead, Joined(tmp_path, [{}]):
         lead.start("sft", "k", None)
-    assert isinstance(lead.why(76), LostMachine) and lead.trouble()
+    assert isinstance(lead.why(76, ""), LostMachine) and lead.trouble()
 
 
 def test_a_first_machine_that_is_not_where_the_config_says(tmp_path: Path, quick: None) -> None:
@@ -240,6 +245,19 @@ def test_a_machine_that_does_not_see_the_stage_before_is_refused(tmp_path: Path,
     follower, call = called(tmp_path, "ppo", {"sft": "k"})
     with pytest.raises(UserError, match="machine 1: has for ppo not what machine 0 has: the stages before it"):
         follower._check_work(call)
+
+
+def test_who_cannot_take_part_says_so_once(tmp_path: Path, quick: None, capsys) -> None:
+    node, other = config(tmp_path, machine_rank=1), config(tmp_path, machine_rank=1, mixed_precision="bf16")
+    command = ["join", str(tmp_path), "--launch"]
+    with Lead(tmp_path, Machines(2, 0, 2), join.about(node), lambda _: None):
+        assert cli.run_command([*command, str(other)]) == 2
+        said = capsys.readouterr().err.splitlines()
+        assert said[-1].startswith("--launch: mixed_precision is bf16 here and no on machine 0; give all machines")
+        assert "takes part" not in "".join(said)
+        with Board(tmp_path, 1, state="follows"):
+            assert cli.run_command([*command, str(node)]) == 2
+        assert "--machine-rank: machine 1 takes part already" in capsys.readouterr().err
 
 
 def test_who_joins_a_run_ends_with_it(tmp_path: Path, quick: None, capsys) -> None:
