@@ -135,6 +135,11 @@ def machines_of(config: Path, *, joins: bool) -> Machines:
     for is_wrong, problem, remedy in wrong:
         if is_wrong:
             raise UserError("--launch", f"{config}: {problem}", remedy)
+    if count > 1 and not found.use_cpu and found.gpu_ids in (None, "all"):
+        import torch
+
+        if (gpus := torch.cuda.device_count()) > processes // count:
+            say(f"{gpus} GPUs are here for {processes // count} processes: num_processes counts those of all machines")
     return Machines(count, rank, processes, found.main_process_ip or "", int(found.main_process_port or 0))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from preftune.cli import join, machines
@@ -67,6 +68,16 @@ def test_a_config_of_each_machine(tmp_path: Path) -> None:
     assert machines_of(other, joins=True) == Machines(2, 1, 2, "127.0.0.1", 29500)
     assert alike(lead) == alike(other) == alike(config(tmp_path, mixed_precision="no"))
     assert machines_of(config(tmp_path, num_machines=1, main_process_port=0), joins=False).count == 1
+
+
+def test_processes_counted_for_one_machine_alone_leave_gpus_idle_and_that_is_said(
+    tmp_path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    machines_of(config(tmp_path, use_cpu=False, distributed_type="MULTI_GPU", num_processes=16), joins=False)
+    assert capsys.readouterr().err == ""
+    machines_of(config(tmp_path, use_cpu=False, distributed_type="MULTI_GPU", num_processes=8), joins=False)
+    assert "8 GPUs are here for 4 processes: num_processes counts those of all machines" in capsys.readouterr().err
 
 
 def test_what_a_command_line_says_takes_its_place_in_the_config(shell, tmp_path: Path) -> None:
