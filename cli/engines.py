@@ -1,7 +1,7 @@
 """`--launch` by name: the processes that a stage runs in, without a config to be written first."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -93,10 +93,7 @@ def told(config: Path | None, arguments: Sequence[str]) -> Path | None:
         if found.get("distributed_type") != kind and any(_group(name) == group for name in asked):
             name = next(name for name in asked if _group(name) == group)
             raise UserError(f"-- --{name}", f"has no effect without {kind}", "use --launch zero2, zero3 or fsdp2")
-    text = yaml.safe_dump(found)
-    made = cache_dir() / "launch" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.yaml"
-    made.parent.mkdir(parents=True, exist_ok=True)
-    return write_whole(made, text)
+    return _with(config, found)
 
 
 _KINDS: dict[str, dict[str, Any]] = {
@@ -134,29 +131,34 @@ def _parsed(arguments: Sequence[str]) -> dict[str, Any]:
     return {name: each for name, each in asked.items() if name != "nondefault" and each != nothing[name]}
 
 
-def of_this_machine(launch: str, processes: int | None, rank: int | None) -> Path:
-    """The accelerate config of one of several machines: the file, with what the command line says in its place.
+def of_this_machine(launch: str, processes: int | None, rank: int | None, arguments: Sequence[str] = ()) -> Path:
+    """The accelerate config of one of several machines: the file, or what the engine's name means, with what the
+    command line says in its place.
+
+    Args:
+        arguments: what stands behind `--`.
 
     Raises:
-        UserError: `--launch` names no file.
+        UserError: as of `launch_config` and `told`.
     """
-    from .launched import read_values
+    named = launch in ENGINES
+    config = told(launch_config(launch, processes if named else None), arguments)
+    assert config is not None
+    values = {"num_processes": None if named else processes, "machine_rank": rank}
+    said = {key: value for key, value in values.items() if value is not None}
+    return _with(config, said) if said else config
 
-    file = Path(launch)
-    if launch in ENGINES:
-        said = f"{launch} says nothing of the machines"
-        raise UserError("--launch", said, "give the accelerate config that `preftune run` has on machine 0")
-    values = {"num_processes": processes, "machine_rank": rank}
-    said_here = {key: value for key, value in values.items() if value is not None}
-    if not said_here or not file.is_file():
-        return file
+
+def _with(config: Path, said: Mapping[str, Any]) -> Path:
+    """A config with some values in the place of its own."""
     import yaml
 
+    from .launched import read_values
+
     try:
-        found = read_values(file)
+        text = yaml.safe_dump({**read_values(config), **said})
     except (OSError, ValueError, yaml.YAMLError):
-        return file  # which `check_launch` says
-    text = yaml.safe_dump(found | said_here)
+        return config  # which `check_launch` says
     made = cache_dir() / "launch" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.yaml"
     made.parent.mkdir(parents=True, exist_ok=True)
     return write_whole(made, text)

@@ -157,10 +157,10 @@ class _Follower:
         """Say that this machine is ready for what is called, or what is wrong with it here."""
         attempt = int(said["attempt"])
         try:
-            with stopping.interruptible():
-                self._check_work(said)
+            self.machines.reach()
+            self._check_work(said)
         except UserError as error:
-            self._report(attempt, Share(2, error, None))
+            self._report(attempt, Share(2, error))
         else:
             self.board.say(state=READY, attempt=attempt, ended=None)
 
@@ -232,6 +232,7 @@ class _Follower:
         ended = {
             "attempt": attempt,
             "code": share.code,
+            "lost": share.lost,
             "error": [error.where, error.problem, error.remedy] if error is not None else None,
             "stopped": [stopped.number, str(stopped)] if stopped is not None else None,
         }

@@ -101,6 +101,7 @@ def is_sharded(config: Path) -> bool:
 def alike(config: Path) -> dict[str, str]:
     """What the configs of all machines of a run must say alike, with accelerate's defaults: by key, as text."""
     values = vars(_read(config))
+    values["mixed_precision"] = values["mixed_precision"] or "no"  # what accelerate takes an unset one for
     return {key: str(getattr(each, "value", each)) for key, each in sorted(values.items()) if key not in _OF_ONE}
 
 
@@ -134,7 +135,12 @@ def machines_of(config: Path, *, joins: bool) -> Machines:
     for is_wrong, problem, remedy in wrong:
         if is_wrong:
             raise UserError("--launch", f"{config}: {problem}", remedy)
-    return Machines(count, rank, processes)
+    if count > 1 and not found.use_cpu and found.gpu_ids in (None, "all"):
+        import torch
+
+        if (gpus := torch.cuda.device_count()) > processes // count:
+            say(f"{gpus} GPUs are here for {processes // count} processes: num_processes counts those of all machines")
+    return Machines(count, rank, processes, found.main_process_ip or "", int(found.main_process_port or 0))
 
 
 def launch_stage(
@@ -216,7 +222,7 @@ def _attempt(config: Path, run_dir: Path, step: str, from_adapter: Path | None, 
     if share.error is not None:
         raise share.error
     if share.code and lead is not None:
-        raise lead.why(share.code)
+        raise lead.why(share.code, share.lost)
     if share.code:
         said = share.words or f"its launcher ended with exit code {share.code}"
         raise StageFailed(f"{step}: {said}; the same command goes on")
@@ -224,11 +230,13 @@ def _attempt(config: Path, run_dir: Path, step: str, from_adapter: Path | None, 
 
 @dataclass(frozen=True)
 class Share:
-    """How this machine's processes of a step ended: an exit code, 0 where all is well, and what they left behind."""
+    """How this machine's processes of a step ended: an exit code, 0 where all is well, and what they left behind; in
+    `lost` the words of one that lost another."""
 
     code: int
-    error: UserError | None
-    stopped: Stopped | None
+    error: UserError | None = None
+    stopped: Stopped | None = None
+    lost: str = ""
     words: str = ""
 
 
@@ -243,6 +251,8 @@ def run_share(
     # what is importable here, and functions beside the recipe, must be found in there too
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(each for each in sys.path if each)}
     environment |= own_code.environment() | {PARENT: str(os.getpid())}
+    # torch's C++ warns with a page of addresses where a store ends before its clients, as the last one always does
+    environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     work = [str(run_dir), step, *([str(from_adapter)] if from_adapter else [])]
     with tempfile.TemporaryDirectory(prefix="preftune-launch-") as folder:
         said = Path(folder)

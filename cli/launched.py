@@ -46,6 +46,7 @@ def _launcher(config: str, said: str, run_dir: str, step: str, *arguments: str) 
     """Run accelerate's launcher on the config."""
     seams.require(seams.LAUNCHER)
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -66,11 +67,11 @@ def _launcher(config: str, said: str, run_dir: str, step: str, *arguments: str) 
         return _leave_words(Path(said), f"the process {_ended(error.returncode)}")
     except (SignalException, KeyboardInterrupt):
         return 1
-    except ConnectionError as error:
-        if "another process is utilizing it" not in str(error):  # accelerate's own look at the port
-            raise
-        said = f"{config}: its main_process_port is in use on this machine"
-        raise UserError("--launch", said, "name another port, the same on every machine") from error
+    except (ConnectionError, DistError) as error:
+        # accelerate's own look at the port, and what torch says of processes that did not find each other
+        return _say_once(
+            Path(said), f"{config}: the processes did not come together: {' '.join(str(error).split())[:300]}"
+        )
     except ValueError as error:
         problem = " ".join(str(error).split())
         raise UserError("--launch", f"{config}: {problem}", "write it anew with `accelerate config`") from error

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from .. import stopping
+from ..errors import UserError
 from ..printed import printable
 from ..stages.kinds import KINDS
 from ..version import __version__
@@ -101,11 +102,13 @@ def run(
 def join(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder, which all machines share.")],
     launch: Annotated[
-        str,
-        typer.Option(metavar="FILE", help="The config that `preftune run` has on machine 0 (num_machines: 2)."),
+        str, typer.Option(metavar="ENGINE", help="What `preftune run` has on machine 0, with another machine_rank.")
     ],
+    options: Annotated[
+        list[str] | None, typer.Argument(metavar="[-- OPTIONS]", help="Behind --, options of accelerate launch.")
+    ] = None,
     num_processes: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="On all machines together, instead of the config's.")
+        int | None, typer.Option(min=1, metavar="N", help="On all machines together, as on machine 0.")
     ] = None,
     machine_rank: Annotated[
         int | None, typer.Option(metavar="N", help="This machine's number, from 1 on, instead of the config's.")
@@ -113,13 +116,17 @@ def join(
 ) -> int:
     """Take part in a run on several machines: on all but the first, where `preftune run RECIPE --launch FILE` leads.
 
-    It may come before or after the first one. It ends when the run does: with 0 where that is done. A machine that was
-    lost is waited for, and the stage goes on from its last checkpoint: start the same command there again.
+    FILE is an accelerate config with num_machines, machine_rank, main_process_ip and main_process_port. `join` may come
+    before or after `run`. It ends when the run does: with 0 where that is done. A machine that was lost is waited for,
+    and the stage goes on from its last checkpoint: start the same command there again.
     """
     from .engines import of_this_machine
     from .join import join_run
 
-    return join_run(run, of_this_machine(launch, num_processes, machine_rank))
+    said, for_accelerate = apart(options)
+    if said:
+        raise UserError(" ".join(said), "has no place here", "the recipe is machine 0's")
+    return join_run(run, of_this_machine(launch, num_processes, machine_rank, for_accelerate))
 
 
 def _stage_command(kind: str, words: str) -> None:

@@ -34,7 +34,7 @@ from .checkpoints import (
     checkpoints,
     continuing,
     log_bytes,
-    newest,
+    newest_for_all,
     read_progress,
     restore_stopping,
     salvage,
@@ -310,7 +310,7 @@ def take_up(trainer: Trainer) -> str | None:
     if args.process_index == 0:
         salvage(folder)
     trainer.accelerator.wait_for_everyone()  # all must find the same ones
-    checkpoint = newest(folder, own.name, None if trainer.of_any_number else args.world_size)
+    checkpoint = newest_for_all(folder, own.name, None if trainer.of_any_number else args.world_size, args)
     if checkpoint is None:
         return None
     check_pickles(checkpoint)

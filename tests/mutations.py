@@ -162,6 +162,10 @@ MUTATIONS = [
         'measured["chosen_ids"]', 'measured["rejected_ids"]',
     ),
     Mutation(
+        "P23", "processes go on from unlike checkpoints", "stages/checkpoints.py",
+        "if highest == -lowest:", "if highest:",
+    ),
+    Mutation(
         "P23", "the value is not restored", "stages/ppo/files.py",
         "parameter.copy_(saved[name])", 'parameter.copy_(saved[name] if "policy" in name else parameter)',
     ),
