@@ -22,7 +22,7 @@ from ..errors import UserError
 from ..faults import system_words
 from ..files import EVALUATION, RECIPE, write_whole
 from ..models import seams
-from ..models.sharded import SHARD_BASE
+from ..models.whole import SHARD_BASE
 from ..printed import printable
 from ..stopping import Stopped
 from .folder import RunFolder

@@ -16,6 +16,7 @@ from ..data.spec import DataSpec
 from ..data.split import split_rows
 from ..errors import UserError
 from ..files import LINEAGE
+from ..models.batching import forward_tokens, token_batches
 from ..models.lineage import Lineage, adapter_sha256, read_lineage
 from ..progress import say
 from ..stages.kinds import DPO
@@ -178,7 +179,8 @@ def _nlls(
         some = [rows[place] for place in places], [labels[place] for place in places]
         return sequence_nlls(bench.adapters, role, *some, pad_token_id=pad, on_batch=done)
 
-    return shared_rows(f"eval {name}: pairs", len(rows), measure, [len(row) for row in rows])
+    batches = token_batches([len(row) for row in rows], forward_tokens(bench.adapters.backbone))
+    return shared_rows(f"eval {name}: pairs", len(rows), measure, batches)
 
 
 def left_out(data: DataSpec, lineage: Lineage) -> bool:

@@ -44,4 +44,5 @@ def shared_scores(
     def score(places: Sequence[int], done: Callable[[int], None]) -> list[float]:
         return reward_scores(adapters, role, [rows[place] for place in places], pad_token_id, on_batch=done)
 
-    return shared_rows(label, len(rows), score, [len(row) for row in rows])
+    batches = token_batches([len(row) for row in rows], forward_tokens(adapters.backbone))
+    return shared_rows(label, len(rows), score, batches)

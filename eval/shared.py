@@ -1,11 +1,13 @@
 """One evaluation in several processes: each does a share of the rows, and all of them have what all have found.
 
-Every process runs the whole evaluation, in step with the others. What costs time is divided by rows (`shared_rows`);
-what is to happen once, as asking an endpoint or looking at a file that another one writes, the first process does for
+Every process runs the whole evaluation, in step with the others. What costs time is divided by rows (`shared_rows`):
+forwards by whole batches, so that scores of the same replies are the same bits; replies, which are drawn together with
+whoever is in flight, by neighbouring prompts, so that in 16 bits some may come out otherwise, as in other batches.
+What is to happen once, as asking an endpoint or looking at a file that another one writes, the first process does for
 all (`by_first`). Outside of `together` there is one process, and both are plain calls.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import pairwise
@@ -15,7 +17,6 @@ import torch
 
 from .. import stopping
 from ..errors import UserError
-from ..models.batching import by_length
 from ..progress import meter, silence
 from ..stopping import Stopped
 
@@ -62,13 +63,14 @@ def shared_rows(
     label: str,
     rows: int,
     work: Callable[[Sequence[int], Callable[[int], None]], list[_T]],
-    lengths: Sequence[int] | None = None,
+    batches: Iterable[Sequence[int]] | None = None,
 ) -> list[_T]:
     """What `work` finds for each of so many rows, in their order, with a meter of that label.
 
     Args:
         work: (the places of some rows, whom to tell how many are done) -> a result for each of them.
-        lengths: of the rows in tokens, for shares with about as many; None: neighbours stay together.
+        batches: in which `work` computes the rows: a process does whole ones, so that a row's numbers are the same bits
+            whoever does it. None: each does as many rows, and neighbours stay together.
 
     Raises:
         UserError, Stopped: in every process, where one of them was raised in any.
@@ -77,7 +79,7 @@ def shared_rows(
     if count == 1:
         with meter(label, rows) as done:
             return work(range(rows), done)
-    shares = _shares(rows, count, lengths)
+    shares = _shares(rows, count, batches)
     own = shares[_Processes.rank]
     with meter(f"{label}, in the first of {count} processes", len(own)) as done:
         parts = _from_all(lambda: work(own, done) if own else [])
@@ -106,11 +108,11 @@ def by_first(work: Callable[[], _T]) -> _T:
     return given
 
 
-def _shares(rows: int, count: int, lengths: Sequence[int] | None) -> list[Sequence[int]]:
-    """The places of each process' rows; with fewer rows than processes some have none."""
-    if lengths is not None:
-        order = by_length(lengths)
-        return [order[rank::count] for rank in range(count)]
+def _shares(rows: int, count: int, batches: Iterable[Sequence[int]] | None) -> list[Sequence[int]]:
+    """The places of each process' rows; with fewer rows, or batches, than processes some have none."""
+    if batches is not None:
+        every = list(batches)
+        return [[place for batch in every[rank::count] for place in batch] for rank in range(count)]
     bounds = [rows * rank // count for rank in range(count + 1)]
     return [range(start, end) for start, end in pairwise(bounds)]
 

@@ -14,6 +14,7 @@ from ..data.load import load_rows
 from ..errors import UserError
 from ..files import ADAPTER_CONFIG
 from ..models.adapters import AdapterSet, module_name
+from ..models.batching import forward_tokens, token_batches
 from ..models.context import check_context
 from ..models.devices import own_gpu
 from ..models.lineage import adapter_sha256, tokenizer_info
@@ -218,7 +219,8 @@ class Workbench:
             )
 
         lengths = [len(reply.prompt.ids) + len(reply.tokens) for reply in replies]
-        return shared_rows(f"eval {label}", len(replies), measure, lengths)
+        batches = token_batches(lengths, forward_tokens(self.adapters.backbone))
+        return shared_rows(f"eval {label}", len(replies), measure, batches)
 
 
 def _dtype(name: str) -> torch.dtype:

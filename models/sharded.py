@@ -17,11 +17,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import UserError
+from .whole import SHARD_BASE
 
 logger = logging.getLogger(__name__)
-
-SHARD_BASE = "PREFTUNE_SHARD_BASE"
-"""Set in the environment of a launched process whose base is to be divided."""
 
 
 def shards_base() -> bool:

@@ -13,6 +13,10 @@ from torch import Tensor
 from ..errors import UserError
 from . import seams
 
+SHARD_BASE = "PREFTUNE_SHARD_BASE"
+"""Set in the environment of a launched process whose base is to be divided (`sharded.py`). It stands here because a
+launcher, which says so, should not have to import transformers."""
+
 
 def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same in full. Gathering is collective: where some are divided, every process must call this, with all of them

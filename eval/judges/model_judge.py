@@ -32,12 +32,14 @@ class ModelJudge:
     shares_rows: ClassVar[bool] = True
 
     def score(self, samples: Sequence[Sample]) -> list[float]:
-        def score(places: Sequence[int], done: Callable[[int], None]) -> list[float]:
-            prompts = [samples[place].prompt.messages for place in places]
-            return self.scorer.scores(prompts, [samples[place].completion for place in places], done).tolist()
+        prompts, replies = [sample.prompt.messages for sample in samples], [sample.completion for sample in samples]
 
-        lengths = [len(sample.prompt.ids) + len(sample.tokens) for sample in samples]
-        return shared_rows(f"eval {self.name}: replies", len(samples), score, lengths)
+        def score(places: Sequence[int], done: Callable[[int], None]) -> list[float]:
+            some = [prompts[place] for place in places], [replies[place] for place in places]
+            return self.scorer.scores(*some, done).tolist()
+
+        batches = self.scorer.batches(prompts, replies)
+        return shared_rows(f"eval {self.name}: replies", len(samples), score, batches)
 
 
 def plan(entry: dict[str, Any], where: str, run_dir: Path | None) -> JudgePlan:

@@ -13,6 +13,7 @@ from preftune.errors import UserError
 from preftune.eval import shared
 from preftune.eval.judges.judge import asked
 from preftune.eval.shared import by_first, is_first, shared_rows
+from preftune.models.batching import token_batches
 from preftune.stopping import Stopped
 
 
@@ -64,11 +65,11 @@ def three(monkeypatch: pytest.MonkeyPatch) -> Together:
     return Together(3, monkeypatch)
 
 
-@pytest.mark.parametrize("lengths", [None, [5, 9, 1, 9, 2, 7, 7, 3]])
+@pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize("rows", [8, 3, 2, 1, 0])
-def test_every_row_is_done_once_and_all_stand_in_their_order(three: Together, rows: int, lengths) -> None:
+def test_every_row_is_done_once_and_all_stand_in_their_order(three: Together, rows: int, batched: bool) -> None:
     done: list[list[int]] = [[], [], []]
-    lengths = None if lengths is None else lengths[:rows]
+    lengths = [5, 9, 1, 9, 2, 7, 7, 3][:rows]
 
     def work(rank: int) -> list[int]:
         def squares(places, told) -> list[int]:
@@ -76,15 +77,18 @@ def test_every_row_is_done_once_and_all_stand_in_their_order(three: Together, ro
             told(len(places))
             return [place * place for place in places]
 
-        return shared_rows("squares", rows, squares, lengths)
+        return shared_rows("squares", rows, squares, token_batches(lengths, 20) if batched else None)
 
     assert three.run(work) == [[place * place for place in range(rows)]] * 3
     assert sorted(place for each in done for place in each) == list(range(rows))
-    assert max(map(len, done)) - min(map(len, done)) <= 1
-    if lengths is None:  # neighbours stay together: replies to one prompt are drawn by one process
+    if not batched:  # neighbours stay together: replies to one prompt are drawn by one process
         assert [place for each in done for place in each] == list(range(rows))
-    elif rows == 8:  # about as many tokens each
-        assert [sum(lengths[place] for place in each) for each in done] == [18, 15, 10]
+        assert max(map(len, done)) - min(map(len, done)) <= 1
+        return
+    # what a process batches of its rows are whole batches of all rows: the same forwards, to the bit
+    alone = [set(batch) for batch in token_batches(lengths, 20)]
+    found = [{rows_[i] for i in batch} for rows_ in done for batch in token_batches([lengths[i] for i in rows_], 20)]
+    assert len(found) == len(alone) and all(batch in alone for batch in found)
 
 
 def test_a_mistake_or_a_signal_in_one_process_is_raised_in_all(three: Together) -> None:
@@ -134,4 +138,4 @@ def test_a_judge_is_asked_once_unless_it_shares_its_rows(three: Together) -> Non
 
 def test_alone_nothing_is_divided() -> None:
     assert is_first() and by_first(lambda: 1) == 1
-    assert shared_rows("rows", 3, lambda places, _: list(places), [1, 2, 3]) == [0, 1, 2]
+    assert shared_rows("rows", 3, lambda places, _: list(places), [[2], [1, 0]]) == [0, 1, 2]
