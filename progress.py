@@ -56,7 +56,7 @@ class Meter:
         if self._stoppable:
             stopping.poll()
         now = time.monotonic()
-        if now - self._started < self._quiet:
+        if now - self._started < self._quiet or _Silent.now:
             return
         if not self._asked:
             self._asked, self._bar = True, _open_bar(self._label, self._total)
@@ -83,9 +83,21 @@ class Meter:
             self._bar = None
 
 
+class _Silent:
+    """Whether this process says nothing."""
+
+    now: bool = False
+
+
+def silence(on: bool) -> None:
+    """From here on say nothing, or speak again: of several processes that do one piece of work one speaks for all."""
+    _Silent.now = on
+
+
 def say(line: str) -> None:
     """One line for the log, on standard error."""
-    print(printable(line), file=sys.stderr, flush=True)
+    if not _Silent.now:
+        print(printable(line), file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .engines import INSTEAD_OF_ZERO3, ZERO3
 
 _KINDS = ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP", "DEEPSPEED")
 """The kinds of processes that a stage has been run in."""
@@ -28,17 +27,16 @@ def kind_of(found: Any) -> str:
     return str(getattr(found.distributed_type, "value", found.distributed_type))
 
 
-def zero_stage(found: Any) -> int:
-    """DeepSpeed's stage in a config that accelerate has read, also where a file of DeepSpeed's own says it; else 0.
+def check_precision(config: Path, found: Any, dtype: str) -> None:
+    """Whether the config's precision, if it names one, is the recipe's.
 
     Raises:
-        UserError: that file cannot be read.
+        UserError: it is another.
     """
-    if kind_of(found) != "DEEPSPEED":
-        return 0
-    asked = found.deepspeed_config
-    stage = _deepspeed_file(asked).get("zero_optimization", {}).get("stage", asked.get("zero_stage", 2))
-    return int(stage) if str(stage).isdecimal() else 2
+    precision = str(found.mixed_precision or "no").lower()
+    if precision != "no" and {"bf16": "bfloat16", "fp16": "float16"}.get(precision) != dtype:
+        said = f"{config}: mixed_precision {precision}, and the recipe's model.dtype is {dtype}"
+        raise UserError("--launch", said, "write mixed_precision: 'no' there: the recipe says it for every stage")
 
 
 def check_asked(config: Path, found: Any) -> None:
@@ -70,8 +68,6 @@ def _wrong_kinds(found: Any) -> _Wrong:
     elif kind == "NO" and _size(found.num_processes) > 1:
         said = f"distributed_type NO starts one process, and num_processes is {found.num_processes}"
         wrong.append((said, "write MULTI_GPU or MULTI_CPU, or num_processes: 1"))
-    elif zero_stage(found) == 3:
-        wrong.append((ZERO3, INSTEAD_OF_ZERO3))
     return wrong
 
 
@@ -104,10 +100,6 @@ def _size(value: object) -> int:
 def _wrong_values(found: Any) -> _Wrong:
     """What the recipe says, or nobody."""
     wrong: _Wrong = []
-    precision = str(found.mixed_precision or "no").lower()
-    if precision != "no":
-        said = f"mixed_precision {precision} would not be that of the recipe, which says it for every stage"
-        wrong.append((said, "write mixed_precision: 'no' there, and model: {dtype: bfloat16} in the recipe"))
     dynamo = found.dynamo_config or {}
     backend = str(dynamo.get("dynamo_backend") or dynamo.get("backend") or "no").lower()
     if backend != "no":

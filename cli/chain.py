@@ -121,6 +121,10 @@ class Chain:
             fix_date(self.recipe, self.base, self.path)
             if said := fix_dtype(self.recipe, self.path):
                 self.output.say(said)
+            if self.options.launch is not None:
+                from .launch import check_dtype
+
+                check_dtype(self.options.launch, self.recipe.model.dtype)
             self.parts = Keys(self.recipe, self.base, self.path)
             self.parts.read_data(selected, evaluation=evaluates)
             for words in self.parts.evaluated_in_training():
@@ -263,9 +267,8 @@ class Chain:
             from ..eval.drawn import DrawnReplies
 
             DrawnReplies(self.path, keeps=True).forget()
-        run_eval = self._run_eval or _run_eval
         spec = eval_spec(self.recipe, self.base, self.path)
-        rows = self._recorded(EVALUATION, key, started, lambda: run_eval(spec, self.path))
+        rows = self._recorded(EVALUATION, key, started, lambda: self._evaluate(spec, key))
         seconds = time.monotonic() - began
         problem, open_ = _not_answered(rows)
         # made for another key than that of a whole evaluation: the next run asks again
@@ -277,6 +280,17 @@ class Chain:
         self.output.say((problem and f"{EVALUATION}: {problem}") or f"{EVALUATION}: done in {duration(seconds)}")
         _free_memory()
         return Done(EVALUATION, "ran", seconds, problem=problem)
+
+    def _evaluate(self, spec: "EvalSpec", key: str) -> object:
+        if self._run_eval is not None:
+            return self._run_eval(spec, self.path)
+        if self.options.launch is not None and self._processes() > 1:
+            from .launch import launch_evaluation
+
+            return launch_evaluation(self.options.launch, self.path, self.lead, key)
+        from ..eval.run import run_eval
+
+        return run_eval(spec, self.path)
 
     def _unchanged(self, name: str, key: str, parts: Mapping[str, object]) -> Done | None:
         """The finished step, if it was made for the same key, else None; says why it is skipped or run."""
@@ -394,12 +408,6 @@ def _resolve_base(spec: str, revision: str | None) -> "Base":
     from ..models.loading import resolve_base
 
     return resolve_base(spec, revision)
-
-
-def _run_eval(spec: "EvalSpec", run_dir: Path) -> object:
-    from ..eval.run import run_eval
-
-    return run_eval(spec, run_dir)
 
 
 def _not_answered(rows: object) -> tuple[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""`preftune join`: a further machine of a run. It follows what the first one says, and runs its share of each stage."""
+"""`preftune join`: a further machine of a run. It follows what the first one says, and runs its share of each step."""
 
 import os
 import time
@@ -9,12 +9,12 @@ from typing import Any
 
 from .. import own_code, stopping
 from ..errors import UserError
-from ..files import RECIPE
+from ..files import EVALUATION, RECIPE
 from ..progress import say
 from ..recipes.graph import parents
 from ..stopping import Stopped
 from .folder import RunFolder
-from .keys import Keys, difference, key_of
+from .keys import Keys, difference, eval_needs, key_of
 from .launch import Share, alike, check_launch, machines_of, run_share
 from .machines import (
     BEAT,
@@ -157,10 +157,10 @@ class _Follower:
         """Say that this machine is ready for what is called, or what is wrong with it here."""
         attempt = int(said["attempt"])
         try:
-            with stopping.interruptible():
-                self._check_work(said)
+            self.machines.reach()
+            self._check_work(said)
         except UserError as error:
-            self._report(attempt, Share(2, error, None))
+            self._report(attempt, Share(2, error))
         else:
             self.board.say(state=READY, attempt=attempt, ended=None)
 
@@ -197,13 +197,14 @@ class _Follower:
             self.keys = (self.followed, self._open())
         keys = self.keys[1]
         folder, known = RunFolder(self.run_dir), dict[str, str]()
-        for parent in parents(keys.recipe, step):
+        evaluates = step == EVALUATION
+        for parent in eval_needs(keys.recipe) if evaluates else parents(keys.recipe, step):
             if adapter is not None and parent == keys.recipe.stages[step].parent:
                 continue
             if (stamp := folder.stamp(parent)) is None:
                 return None
             known[parent] = stamp.key
-        return keys.stage(step, known, adapter)
+        return keys.evaluation(known) if evaluates else keys.stage(step, known, adapter)
 
     def _open(self) -> Keys:
         from ..models.loading import resolve_base
@@ -231,6 +232,7 @@ class _Follower:
         ended = {
             "attempt": attempt,
             "code": share.code,
+            "lost": share.lost,
             "error": [error.where, error.problem, error.remedy] if error is not None else None,
             "stopped": [stopped.number, str(stopped)] if stopped is not None else None,
         }

@@ -1,4 +1,5 @@
-"""A stage under `accelerate launch`: the chain stays one process; the stage gets as many as the config says."""
+"""A step under `accelerate launch`: the chain stays one process; a stage, and the evaluation, get as many as the config
+says."""
 
 import json
 import os
@@ -13,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from .. import own_code, stopping
 from ..errors import UserError
-from ..files import METRICS
+from ..files import EVALUATION, METRICS, RESULTS
 from ..models import seams
 from ..progress import say
 from ..stopping import Stopped
-from .accelerate_config import check_asked, kind_of
+from .accelerate_config import check_asked, check_precision, kind_of
 from .launched import (
     MODULE,
     OF_LAUNCHER,
@@ -28,11 +29,13 @@ from .launched import (
     read_lost,
     read_stopped,
     read_values,
+    read_words,
 )
 from .machines import GRACE, LOOK, Lead, LostMachine, Machines
 from .process import StageFailed
 
 if TYPE_CHECKING:
+    from ..eval.results import ResultRow
     from ..stages.job import StageJob
 
 _OF_ONE = {"machine_rank", "gpu_ids", "main_process_ip", "same_network", "debug", "enable_cpu_affinity"}
@@ -80,6 +83,11 @@ def _read(config: Path) -> Any:
         return load_config_from_file(str(plain))
 
 
+def check_dtype(config: Path, dtype: str) -> None:
+    """Whether a config that `check_launch` has read asks for no other precision than the recipe's. Raises UserError."""
+    check_precision(config, _read(config), dtype)
+
+
 def processes_of(config: Path) -> int:
     """How many processes a config that `check_launch` has read asks for."""
     return int(getattr(_read(config), "num_processes", None) or 1)
@@ -93,6 +101,7 @@ def is_sharded(config: Path) -> bool:
 def alike(config: Path) -> dict[str, str]:
     """What the configs of all machines of a run must say alike, with accelerate's defaults: by key, as text."""
     values = vars(_read(config))
+    values["mixed_precision"] = values["mixed_precision"] or "no"  # what accelerate takes an unset one for
     return {key: str(getattr(each, "value", each)) for key, each in sorted(values.items()) if key not in _OF_ONE}
 
 
@@ -126,7 +135,12 @@ def machines_of(config: Path, *, joins: bool) -> Machines:
     for is_wrong, problem, remedy in wrong:
         if is_wrong:
             raise UserError("--launch", f"{config}: {problem}", remedy)
-    return Machines(count, rank, processes)
+    if count > 1 and not found.use_cpu and found.gpu_ids in (None, "all"):
+        import torch
+
+        if (gpus := torch.cuda.device_count()) > processes // count:
+            say(f"{gpus} GPUs are here for {processes // count} processes: num_processes counts those of all machines")
+    return Machines(count, rank, processes, found.main_process_ip or "", int(found.main_process_port or 0))
 
 
 def launch_stage(
@@ -148,20 +162,50 @@ def launch_stage(
     """
     from ..stages.run import finished
 
+    found = _attempts(config, run_dir, job.name, from_adapter, lead, key, "its last checkpoint", lambda: finished(job))
+    return json.loads((job.output_dir / METRICS).read_text(encoding="utf-8")) if found is None else found
+
+
+def launch_evaluation(config: Path, run_dir: Path, lead: Lead | None = None, key: str = "") -> "list[ResultRow]":
+    """Evaluate RUN/recipe.yaml in processes of its own, which share its rows; the first writes RUN/eval. Arguments and
+    errors as for a stage.
+
+    Returns:
+        The rows of results.json.
+    """
+    _attempts(config, run_dir, EVALUATION, None, lead, key, "the replies that are kept", lambda: None)
+    return json.loads((run_dir / EVALUATION / RESULTS).read_text(encoding="utf-8"))
+
+
+def _attempts(
+    config: Path,
+    run_dir: Path,
+    step: str,
+    from_adapter: Path | None,
+    lead: Lead | None,
+    key: str,
+    kept: str,
+    finished: "Callable[[], Mapping[str, Any] | None]",
+) -> "Mapping[str, Any] | None":
+    """A step, as often as it takes; what `finished` finds after an attempt that ended badly, else None.
+
+    Args:
+        kept: what the next attempt goes on from, in words.
+    """
     left = int(read_values(config).get("max_restarts", 0))
     while True:
         try:
-            _attempt(config, run_dir, job.name, from_adapter, lead, key)
-            return json.loads((job.output_dir / METRICS).read_text(encoding="utf-8"))
+            _attempt(config, run_dir, step, from_adapter, lead, key)
+            return None
         except LostMachine as lost:
-            say(f"{lost}; it goes on from its last checkpoint once that is back")
+            say(f"{lost}; it goes on from {kept} once that is back")
         except StageFailed as failed:
             if not left:
                 raise
             left -= 1
-            say(f"{failed}; it goes on from its last checkpoint, and may do so {left} times more")
-        if (metrics := finished(job)) is not None:
-            return metrics
+            say(f"{failed}; it goes on from {kept}, and may do so {left} times more")
+        if (found := finished()) is not None:
+            return found
 
 
 def _attempt(config: Path, run_dir: Path, step: str, from_adapter: Path | None, lead: Lead | None, key: str) -> None:
@@ -178,18 +222,22 @@ def _attempt(config: Path, run_dir: Path, step: str, from_adapter: Path | None, 
     if share.error is not None:
         raise share.error
     if share.code and lead is not None:
-        raise lead.why(share.code)
+        raise lead.why(share.code, share.lost)
     if share.code:
-        raise StageFailed(f"{step} ended with exit code {share.code} under accelerate launch")
+        said = share.words or f"its launcher ended with exit code {share.code}"
+        raise StageFailed(f"{step}: {said}; the same command goes on")
 
 
 @dataclass(frozen=True)
 class Share:
-    """How this machine's processes of a step ended: an exit code, 0 where all is well, and what they left behind."""
+    """How this machine's processes of a step ended: an exit code, 0 where all is well, and what they left behind; in
+    `lost` the words of one that lost another."""
 
     code: int
-    error: UserError | None
-    stopped: Stopped | None
+    error: UserError | None = None
+    stopped: Stopped | None = None
+    lost: str = ""
+    words: str = ""
 
 
 def run_share(
@@ -203,6 +251,8 @@ def run_share(
     # what is importable here, and functions beside the recipe, must be found in there too
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(each for each in sys.path if each)}
     environment |= own_code.environment() | {PARENT: str(os.getpid())}
+    # torch's C++ warns with a page of addresses where a store ends before its clients, as the last one always does
+    environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     work = [str(run_dir), step, *([str(from_adapter)] if from_adapter else [])]
     with tempfile.TemporaryDirectory(prefix="preftune-launch-") as folder:
         said = Path(folder)
@@ -211,10 +261,10 @@ def run_share(
         with stopping.deferred(lambda number: ask_to_stop(said, number)):
             process = subprocess.Popen(command, env=environment)
             code = process.wait() if trouble is None else _wait(process, trouble)
-        error, stopped = read_error(said), read_stopped(said)
+        error, stopped, words = read_error(said), read_stopped(said), read_words(said)
         if code == PEER_GONE and trouble is None:
             say(f"{step}: a process lost the others: {read_lost(said)}")
-    return Share(code, error, stopped)
+    return Share(code, error, stopped, words)
 
 
 def _wait(process: "subprocess.Popen[bytes]", trouble: Callable[[], bool]) -> int:

@@ -1,28 +1,36 @@
-"""The processes of a launched stage: `launch.launch_stage` starts accelerate's launcher, which starts those that train.
+"""The processes of a launched step: `launch` starts accelerate's launcher, which starts those that train or evaluate.
 
 Both run this module, in two roles (`_launcher` and `_process`). A user's mistake is left behind as a file, so that the
 chain, which started them, reports it once.
 """
 
 import json
+import logging
 import os
+import signal
 import subprocess
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import stopping
 from ..errors import UserError
 from ..faults import system_words
-from ..files import RECIPE, write_whole
+from ..files import EVALUATION, RECIPE, write_whole
 from ..models import seams
-from ..models.sharded import SHARD_BASE
+from ..models.whole import SHARD_BASE
 from ..printed import printable
 from ..stopping import Stopped
 from .folder import RunFolder
 from .process import ignore_library_warnings, make_functions_importable
+
+if TYPE_CHECKING:
+    from ..models.base import Base
+    from ..recipes.schema import Recipe
 
 MODULE = f"{__package__}.launched"
 """What `python -m` takes."""
@@ -34,18 +42,19 @@ OF_LAUNCHER = {"max_restarts", "monitor_interval"}
 """What may stand in a config though accelerate takes it on its command line alone."""
 
 
-def _launcher(config: str, said: str, *stage: str) -> int:
+def _launcher(config: str, said: str, run_dir: str, step: str, *arguments: str) -> int:
     """Run accelerate's launcher on the config."""
     seams.require(seams.LAUNCHER)
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     _silence_elastic()
-    process = ["-m", MODULE, "process", said, *stage]
+    process = ["-m", MODULE, "process", said, run_dir, step, *arguments]
     try:
         options = _torchrun_options(config)
-        config = _plain_config(config, Path(said))
+        config = _plain_config(config, Path(said), step)
         options += _cpu_options(config)
         launch_command(launch_command_parser().parse_args(["--config_file", config, *options, *process]))
     except ChildFailedError as error:
@@ -53,16 +62,16 @@ def _launcher(config: str, said: str, *stage: str) -> int:
         if not failed:
             return PEER_GONE
         rank, failure = min(failed.items(), key=lambda each: each[1].timestamp)
-        return _say_once(Path(said), f"process {rank} ended with exit code {failure.exitcode}")
+        return _leave_words(Path(said), f"process {rank} {_ended(failure.exitcode)}")
     except subprocess.CalledProcessError as error:
-        return _say_once(Path(said), f"the process ended with exit code {error.returncode}")
+        return _leave_words(Path(said), f"the process {_ended(error.returncode)}")
     except (SignalException, KeyboardInterrupt):
         return 1
-    except ConnectionError as error:
-        if "another process is utilizing it" not in str(error):  # accelerate's own look at the port
-            raise
-        said = f"{config}: its main_process_port is in use on this machine"
-        raise UserError("--launch", said, "name another port, the same on every machine") from error
+    except (ConnectionError, DistError) as error:
+        # accelerate's own look at the port, and what torch says of processes that did not find each other
+        return _say_once(
+            Path(said), f"{config}: the processes did not come together: {' '.join(str(error).split())[:300]}"
+        )
     except ValueError as error:
         problem = " ".join(str(error).split())
         raise UserError("--launch", f"{config}: {problem}", "write it anew with `accelerate config`") from error
@@ -77,25 +86,33 @@ def read_values(config: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _plain_config(config: str, folder: Path) -> str:
-    """The config to launch with, without `OF_LAUNCHER`. One that asks for FSDP becomes one of plain processes that
-    divide the frozen base themselves (`models.sharded`): accelerate's FSDP divides the adapters too, and on a CPU
-    nothing, without a word."""
+def _plain_config(config: str, folder: Path, step: str) -> str:
+    """The config to launch a step with, without `OF_LAUNCHER`. One that asks for FSDP becomes one of plain processes
+    that divide the frozen base themselves (`models.sharded`): accelerate's FSDP divides the adapters too, and on a CPU
+    nothing, without a word.
+
+    An evaluation trains nothing, so no engine has anything to do in it. Each of its processes has the whole base, which
+    drawing replies needs in any case.
+    """
     import yaml
 
     found = read_values(Path(config))
-    sharded = str(found.get("distributed_type")).upper() == "FSDP"
-    if not sharded and not found.keys() & OF_LAUNCHER:
+    engine = str(found.get("distributed_type")).upper()
+    if step == EVALUATION and found.get("use_cpu"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # it would take a GPU where there is one
+    plain = engine == "FSDP" or (engine == "DEEPSPEED" and step == EVALUATION)
+    if not plain and not found.keys() & OF_LAUNCHER:
         return config
     found = {key: value for key, value in found.items() if key not in OF_LAUNCHER}
-    if sharded:
-        os.environ[SHARD_BASE] = "1"
-        found = {key: value for key, value in found.items() if not key.startswith("fsdp")}
+    if plain:
+        if step != EVALUATION:
+            os.environ[SHARD_BASE] = "1"
+        found = {key: value for key, value in found.items() if not key.startswith(("fsdp", "deepspeed"))}
         several = "MULTI_CPU" if found.get("use_cpu") else "MULTI_GPU"
         found["distributed_type"] = several if int(found.get("num_processes") or 1) > 1 else "NO"
-    plain = folder / "plain.yaml"
-    plain.write_text(yaml.safe_dump(found), encoding="utf-8")
-    return str(plain)
+    file = folder / "plain.yaml"
+    file.write_text(yaml.safe_dump(found), encoding="utf-8")
+    return str(file)
 
 
 def _torchrun_options(config: str) -> list[str]:
@@ -130,15 +147,13 @@ def _cpu_options(config: str) -> list[str]:
 
 def _silence_elastic() -> None:
     """Drop torchrun's own report of a failed process: that process and `_launcher` say all there is to say."""
-    import logging
-
     elastic = logging.getLogger("torch.distributed.elastic")
     elastic.addHandler(logging.NullHandler())
     elastic.propagate = False
 
 
 def _process(said: str, run_dir: str, name: str, from_adapter: str | None = None) -> int:
-    """One of the stage's processes."""
+    """One of the step's processes."""
     try:
         _run(Path(run_dir), name, Path(from_adapter) if from_adapter else None)
     except UserError:
@@ -166,17 +181,38 @@ def _peer_is_gone(error: Exception) -> bool:
 
 def _run(run_dir: Path, name: str, from_adapter: Path | None) -> None:
     from ..models.loading import resolve_base
-    from ..recipes.build import stage_job
     from ..recipes.load import load_recipe
-    from ..stages.run import run_stage
 
     ignore_library_warnings()
     recipe = load_recipe(run_dir / RECIPE)
     make_functions_importable(recipe)
     base = resolve_base(recipe.model.base, recipe.model.revision)
+    if name == EVALUATION:
+        _evaluate(recipe, base, run_dir)
+    else:
+        _train(recipe, base, run_dir, name, from_adapter)
+    _leave_group()
+
+
+def _train(recipe: "Recipe", base: "Base", run_dir: Path, name: str, from_adapter: Path | None) -> None:
+    from ..recipes.build import stage_job
+    from ..stages.run import run_stage
+
     output = RunFolder(run_dir).partial(name)
     run_stage(stage_job(recipe, name, base, run_dir, output, from_adapter))
-    _leave_group()
+
+
+def _evaluate(recipe: "Recipe", base: "Base", run_dir: Path) -> None:
+    from ..eval.run import run_eval
+    from ..eval.shared import is_first, together
+    from ..recipes.build import eval_spec
+
+    with together():
+        if not is_first():
+            # what libraries and we warn of, the first process says
+            logging.disable(logging.WARNING)
+            warnings.simplefilter("ignore")
+        run_eval(eval_spec(recipe, base, run_dir), run_dir)
 
 
 def _leave_group() -> None:
@@ -191,7 +227,6 @@ def _end_with_parent() -> None:
     """Have this process killed when its parent ends, so that a killed chain leaves nobody writing into its folder."""
     if sys.platform == "linux":
         import ctypes
-        import signal
 
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.environ.get(PARENT, str(os.getppid())) != str(os.getppid()):
@@ -199,8 +234,9 @@ def _end_with_parent() -> None:
     os.environ[PARENT] = str(os.getpid())
 
 
-_STOP, _STOPPED, _LOST = "stop", "stopped", "lost"
-"""The file that asks the processes to stop; what they leave when they have, and what one does that lost another."""
+_STOP, _STOPPED, _LOST, _ENDED = "stop", "stopped", "lost", "ended"
+"""The file that asks the processes to stop; what they leave when they have, what one does that lost another, and what
+the launcher does of the first that did not end well."""
 
 
 def ask_to_stop(said: Path, number: int) -> None:
@@ -217,6 +253,26 @@ def read_stopped(said: Path) -> Stopped | None:
 def read_lost(said: Path) -> str:
     """What one of the processes met that lost another; empty where none did."""
     file = said / _LOST
+    return file.read_text(encoding="utf-8") if file.is_file() else ""
+
+
+def _ended(code: int) -> str:
+    """How a process ended, in words."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    with suppress(ValueError):
+        return f"was ended by {signal.Signals(-code).name}"
+    return f"was ended by signal {-code}"
+
+
+def _leave_words(said: Path, words: str) -> int:
+    write_whole(said / _ENDED, words)
+    return 1
+
+
+def read_words(said: Path) -> str:
+    """How the first of the processes ended that did not end well; empty where that is not known."""
+    file = said / _ENDED
     return file.read_text(encoding="utf-8") if file.is_file() else ""
 
 
@@ -239,7 +295,7 @@ def read_error(said: Path) -> UserError | None:
 
 
 def main(role: str, *arguments: str) -> int:
-    """Run as the launcher or as one of the stage's processes; the folder for errors is among the arguments."""
+    """Run as the launcher or as one of the step's processes; the folder for errors is among the arguments."""
     work: Callable[..., int]
     work, said = (_launcher, arguments[1]) if role == "launcher" else (_process, arguments[0])
     try:

@@ -8,8 +8,10 @@ are compared. A step goes like this: the first machine `calls`; the others see t
 `ready`; it `starts`, and all launch their share; each says how its share `ended`. A share that fails, and a machine
 that is lost, end the step everywhere: no process waits for ever for one that is gone.
 
-Why not torch elastic, beneath which every share runs: its static rendezvous hangs when a machine comes back, and the
-c10d one when the first machine does, which holds its store; neither tells a user's mistake from a crash.
+Every share runs beneath torch elastic, which is not asked to restart it. Measured with torch 2.13, two agents and
+`--max-restarts 3`: where the first machine is killed, which holds the store, the other's agent ends in a traceback and
+the restarted one waits for ever, with either rendezvous; c10d may give the ranks to other machines than before, and
+the static one spent all three restarts on one loss. Neither tells a user's mistake from a crash.
 """
 
 import json
@@ -18,8 +20,8 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,11 +52,37 @@ class Machines:
 
     Attributes:
         count: how many. rank: which of them this one is, from 0. processes: on all of them together.
+        address, port: where the first one is found by all processes.
     """
 
     count: int
     rank: int
     processes: int
+    address: str = ""
+    port: int = 0
+
+    def reach(self) -> None:
+        """Whether the first machine, which calls, is found where the config says. Raises UserError."""
+        try:
+            socket.create_connection((self.address, self.port), timeout=LOST).close()
+        except OSError as error:
+            place = f"{self.address}:{self.port}"
+            said = f"machine {self.rank} does not reach machine 0 at {place} ({error.strerror or error})"
+            remedy = "main_process_ip and main_process_port are where the others find machine 0; a firewall lets them"
+            raise UserError("--launch", said, remedy) from None
+
+    @contextmanager
+    def reachable(self) -> Generator[None]:
+        """Within it the port is open, so that others see whether they reach it. Raises UserError where it is taken."""
+        both = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if both else socket.AF_INET
+        try:
+            door = socket.create_server(("", self.port), family=family, backlog=self.count, dualstack_ipv6=both)
+        except OSError as error:
+            said = f"main_process_port {self.port} cannot be opened on this machine ({error.strerror or error})"
+            raise UserError("--launch", said, "name another one, the same on every machine") from None
+        with door:
+            yield
 
 
 class LostMachine(Exception):
@@ -144,7 +172,7 @@ class Lead:
     """
 
     def __init__(self, run_dir: Path, machines: Machines, about: Mapping[str, Any], say: Callable[[str], None]) -> None:
-        self.run_dir, self._say = run_dir, say
+        self.run_dir, self.machines, self._say = run_dir, machines, say
         self._board = Board(run_dir, 0, state=PREPARES, attempt=0, about=about)
         self._others = [Other(run_dir, rank) for rank in range(1, machines.count)]
         self._attempt, self._step = 0, ""
@@ -168,44 +196,52 @@ class Lead:
             step: a stage's name. key: what it is made for, which the others find by themselves.
 
         Raises:
+            UserError: something is wrong on one of them.
             StageFailed: one did not come.
             Stopped: a signal asked for it.
         """
-        self._attempt, self._step = self._attempt + 1, step
-        called = time.monotonic()
+        self._attempt, self._step, self._present = self._attempt + 1, step, {}
         folders = own_code.environment()[own_code.FOLDERS_VARIABLE]
         adapter = str(from_adapter) if from_adapter else None
-        self._board.say(state=CALLS, attempt=self._attempt, step=step, key=key, from_adapter=adapter, code=folders)
-        said = False
-        with stopping.interruptible():
-            self._present = {}
-            while missing := [each for each in self._others if not self._ready(each)]:
-                stopping.poll()
-                which = ", ".join(str(each.rank) for each in missing)
-                waited = time.monotonic() - called
-                for each in missing:
-                    if (report := self._report(each)).get("error"):
-                        raise UserError(*report["error"])
-                if not said and waited > BEAT:
-                    here = f"preftune join {self.run_dir} --launch FILE"
-                    self._say(f"{step}: waits for machine {which} of {len(self._others) + 1}: there, {here}")
-                    said = True
-                if waited > WAIT and any(each.lost or not self._follows(each) for each in missing):
-                    raise StageFailed(f"{step}: machine {which} did not come within {WAIT / 60:g} minutes")
-                time.sleep(LOOK)
+        call = {"step": step, "key": key, "from_adapter": adapter, "code": folders}
+        with self.machines.reachable():
+            self._board.say(state=CALLS, attempt=self._attempt, **call)
+            with stopping.interruptible():
+                self._gather()
         self._board.say(state=STARTS)
+
+    def _gather(self) -> None:
+        called, said = time.monotonic(), False
+        while missing := [each for each in self._others if not self._ready(each)]:
+            stopping.poll()
+            for each in missing:
+                if error := self._report(each).get("error"):
+                    raise UserError(*error)
+            which = ", ".join(str(each.rank) for each in missing)
+            waited = time.monotonic() - called
+            if not said and waited > BEAT:
+                here = f"preftune join {self.run_dir} --launch FILE"
+                self._say(f"{self._step}: waits for machine {which} of {self.machines.count}: there, {here}")
+                said = True
+            if waited > WAIT and any(each.lost or not self._follows(each) for each in missing):
+                raise StageFailed(f"{self._step}: machine {which} did not come within {WAIT / 60:g} minutes")
+            time.sleep(LOOK)
 
     def trouble(self) -> bool:
         """Whether the step that was started cannot go on, as one of the others has failed or is lost."""
-        return any(self._is_lost(each) or self._report(each).get("code") for each in self._others)
+        return any(self._is_lost(each) or _ended_badly(self._report(each)) for each in self._others)
 
     def end(self, code: int) -> None:
         """Tell the others how this machine's share ended."""
         self._board.say(state=ENDED, ended={"attempt": self._attempt, "code": code})
 
-    def why(self, code: int) -> Exception | Stopped:
+    def why(self, code: int, lost: str) -> Exception | Stopped:
         """What to raise, where this machine's share ended with an exit code and no word of its own: what the others
-        say of theirs, who may need a moment to notice."""
+        say of theirs, who may need a moment to notice.
+
+        Args:
+            lost: what a process here said that lost another.
+        """
         reports: dict[int, Mapping[str, Any]] = {}
         for each in self._others:
             while not (report := self._report(each)) and not self._is_lost(each):
@@ -220,8 +256,11 @@ class Lead:
             return LostMachine(f"{self._step}: machine {', '.join(gone)} is lost")
         # who failed by itself, and not because another one had
         codes = {0: code, **{rank: int(report["code"]) for rank, report in reports.items()}}
-        failed = [rank for rank, each in codes.items() if each not in (0, PEER_GONE)] or [0]
-        return StageFailed(f"{self._step}: a process on machine {failed[0]} failed (exit code {codes[failed[0]]})")
+        for rank, each in codes.items():
+            if each not in (0, PEER_GONE):
+                return StageFailed(f"{self._step}: a process on machine {rank} failed (exit code {each})")
+        said = next(filter(None, [lost, *(report.get("lost") for report in reports.values())]), "nobody says why")
+        return StageFailed(f"{self._step}: the processes lost each other: {said}")
 
     def _follows(self, other: Other) -> bool:
         return other.look().get("follows") == self._board.id
@@ -242,3 +281,7 @@ class Lead:
         """How its share of this attempt ended; empty where it has not."""
         ended = other.look().get("ended") or {}
         return ended if self._follows(other) and ended.get("attempt") == self._attempt else {}
+
+
+def _ended_badly(report: Mapping[str, Any]) -> bool:
+    return any(report.get(each) for each in ("code", "error", "stopped"))

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from .. import stopping
+from ..errors import UserError
 from ..printed import printable
 from ..stages.kinds import KINDS
 from ..version import __version__
@@ -24,6 +25,7 @@ from .arguments import (
     RecipeArgument,
     RecipeOverrides,
     RunArgument,
+    apart,
 )
 from .process import exit_code_of, ignore_library_warnings, leave_working_folder
 
@@ -87,10 +89,12 @@ def run(
     """The whole chain. The same command again continues; what is unchanged is not run again."""
     from .chain import Options
     from .commands import run_chain
-    from .engines import launch_config
+    from .engines import launch_config, told
 
-    options = Options(output_dir, only, until, force, None, launch_config(launch, num_processes))
-    done = run_chain(recipe, overrides, options, json)
+    said, for_accelerate = apart(overrides)
+    config = told(launch_config(launch, num_processes), for_accelerate)
+    options = Options(output_dir, only, until, force, None, config)
+    done = run_chain(recipe, said, options, json)
     return int(any(each.problem for each in done))
 
 
@@ -98,11 +102,13 @@ def run(
 def join(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder, which all machines share.")],
     launch: Annotated[
-        str,
-        typer.Option(metavar="FILE", help="The config that `preftune run` has on machine 0 (num_machines: 2)."),
+        str, typer.Option(metavar="ENGINE", help="What `preftune run` has on machine 0, with another machine_rank.")
     ],
+    options: Annotated[
+        list[str] | None, typer.Argument(metavar="[-- OPTIONS]", help="Behind --, options of accelerate launch.")
+    ] = None,
     num_processes: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="On all machines together, instead of the config's.")
+        int | None, typer.Option(min=1, metavar="N", help="On all machines together, as on machine 0.")
     ] = None,
     machine_rank: Annotated[
         int | None, typer.Option(metavar="N", help="This machine's number, from 1 on, instead of the config's.")
@@ -110,13 +116,17 @@ def join(
 ) -> int:
     """Take part in a run on several machines: on all but the first, where `preftune run RECIPE --launch FILE` leads.
 
-    It may come before or after the first one. It ends when the run does: with 0 where that is done. A machine that was
-    lost is waited for, and the stage goes on from its last checkpoint: start the same command there again.
+    FILE is an accelerate config with num_machines, machine_rank, main_process_ip and main_process_port. `join` may come
+    before or after `run`. It ends when the run does: with 0 where that is done. A machine that was lost is waited for,
+    and the stage goes on from its last checkpoint: start the same command there again.
     """
     from .engines import of_this_machine
     from .join import join_run
 
-    return join_run(run, of_this_machine(launch, num_processes, machine_rank))
+    said, for_accelerate = apart(options)
+    if said:
+        raise UserError(" ".join(said), "has no place here", "the recipe is machine 0's")
+    return join_run(run, of_this_machine(launch, num_processes, machine_rank, for_accelerate))
 
 
 def _stage_command(kind: str, words: str) -> None:
@@ -134,10 +144,11 @@ def _stage_command(kind: str, words: str) -> None:
         json: AsJson = False,
     ) -> None:
         from .commands import run_alone
-        from .engines import launch_config
+        from .engines import launch_config, told
 
-        config = launch_config(launch, num_processes)
-        run_alone(kind, recipe, overrides, stage, output_dir, from_adapter, force, config, json)
+        said, for_accelerate = apart(overrides)
+        config = told(launch_config(launch, num_processes), for_accelerate)
+        run_alone(kind, recipe, said, stage, output_dir, from_adapter, force, config, json)
 
     app.command(kind, help=f"{words} alone; its parent from the run folder or --from-adapter.")(command)
 
@@ -168,12 +179,13 @@ def plan(
     json: AsJson = False,
 ) -> None:
     """Memory by phase and part, time, FLOPs and disk of every stage, from config.json alone, before anything runs."""
-    from .engines import launch_config
+    from .engines import launch_config, told
     from .output import Output
     from .plan import plan_recipe
 
-    config = launch_config(launch, num_processes)
-    plan_recipe(recipe, overrides or [], Output(json), card=card, launch=config, seconds=seconds)
+    said, for_accelerate = apart(overrides)
+    config = told(launch_config(launch, num_processes), for_accelerate)
+    plan_recipe(recipe, said, Output(json), card=card, launch=config, seconds=seconds)
 
 
 @app.command()

@@ -7,6 +7,7 @@ answers each prompt N times and the proxy picks; the start's own point is the me
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ..models.lineage import adapter_sha256, read_lineage
 from ..progress import say
 from ..stages.ppo.files import POLICIES, kept_policies
 from ..values import plain
-from .judges.judge import Judge, PairJudge
+from .judges.judge import Judge, PairJudge, asked
 from .judges.names import judge_name, scoring_judges
 from .judges.registry import plan_judges
 from .samples import EncodedPrompt, Sample
@@ -182,7 +183,8 @@ def _last_step(folder: Path) -> int:
 
 
 def _scores(sides: Mapping[str, Judge], replies: list[Sample]) -> dict[str, np.ndarray]:
-    return {side: np.asarray(judge.score(replies), dtype=np.float64) for side, judge in sides.items()}
+    given = {side: asked(judge, partial(judge.score, replies)) for side, judge in sides.items()}
+    return {side: np.asarray(scores, dtype=np.float64) for side, scores in given.items()}
 
 
 def _method(name: str, points: list[Point], form: Form, kl_is: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ A policy pi that was trained from a reference ref holds a reward of its own, bet
 a term of the prompt alone that a margin does not see (Rafailov et al., arXiv 2305.18290, eq. 5 and section 5.1).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +16,14 @@ from ..data.spec import DataSpec
 from ..data.split import split_rows
 from ..errors import UserError
 from ..files import LINEAGE
+from ..models.batching import forward_tokens, token_batches
 from ..models.lineage import Lineage, adapter_sha256, read_lineage
-from ..progress import meter, say
+from ..progress import say
 from ..stages.kinds import DPO
 from ..values import plain
 from .perplexity import sequence_nlls
-from .reward_scores import reward_scores
+from .reward_scores import shared_scores
+from .shared import shared_rows
 from .spec import RewardModel
 from .statistics.pair_ordering import pair_metrics
 from .workbench import Workbench
@@ -123,8 +125,7 @@ def _scores(bench: Workbench, model: RewardModel, role: str | None, pairs: Pairs
     """[2 N] raw scores of a reward stage's adapter."""
     assert role is not None
     rows = [[*prompt, *reply] for prompt, reply in zip(pairs.prompts * 2, pairs.replies(), strict=True)]
-    with meter(f"eval {model.stage}: pairs", len(rows)) as done:
-        return reward_scores(bench.adapters, role, rows, bench.tokenizer.pad_token_id, on_batch=done)
+    return shared_scores(f"eval {model.stage}: pairs", bench.adapters, role, rows, bench.tokenizer.pad_token_id)
 
 
 def log_ratios(
@@ -163,11 +164,23 @@ def _summed(
     for prompt, reply, count in zip(pairs.prompts * 2, pairs.replies(), counts, strict=True):
         rows.append([*prompt, *reply])
         labels.append([IGNORED] * len(prompt) + reply[:count] + [IGNORED] * (len(reply) - count))
-    pad, nlls = bench.tokenizer.pad_token_id, []
-    for role, name in ((policy, label), (reference, f"{label}'s reference")):
-        with meter(f"eval {name}: pairs", len(rows)) as done:
-            nlls.append(sequence_nlls(bench.adapters, role, rows, labels, pad_token_id=pad, on_batch=done))
-    return [theirs - ours for ours, theirs in zip(*nlls, strict=True)]
+    ours, theirs = (
+        _nlls(bench, role, rows, labels, name) for role, name in ((policy, label), (reference, f"{label}'s reference"))
+    )
+    return [their - our for our, their in zip(ours, theirs, strict=True)]
+
+
+def _nlls(
+    bench: Workbench, role: str | None, rows: Sequence[list[int]], labels: Sequence[list[int]], name: str
+) -> list[float]:
+    pad = bench.tokenizer.pad_token_id
+
+    def measure(places: Sequence[int], done: Callable[[int], None]) -> list[float]:
+        some = [rows[place] for place in places], [labels[place] for place in places]
+        return sequence_nlls(bench.adapters, role, *some, pad_token_id=pad, on_batch=done)
+
+    batches = token_batches([len(row) for row in rows], forward_tokens(bench.adapters.backbone))
+    return shared_rows(f"eval {name}: pairs", len(rows), measure, batches)
 
 
 def left_out(data: DataSpec, lineage: Lineage) -> bool:

@@ -6,6 +6,7 @@ import torch
 
 from ..models.adapters import AdapterSet
 from ..models.batching import forward_tokens, right_pad, token_batches
+from .shared import shared_rows
 
 
 @torch.no_grad()
@@ -33,3 +34,15 @@ def reward_scores(
         if on_batch is not None:
             on_batch(done)
     return scores
+
+
+def shared_scores(
+    label: str, adapters: AdapterSet, role: str, rows: Sequence[Sequence[int]], pad_token_id: int
+) -> list[float]:
+    """`reward_scores`, by all processes of an evaluation, with a meter of that label."""
+
+    def score(places: Sequence[int], done: Callable[[int], None]) -> list[float]:
+        return reward_scores(adapters, role, [rows[place] for place in places], pad_token_id, on_batch=done)
+
+    batches = token_batches([len(row) for row in rows], forward_tokens(adapters.backbone))
+    return shared_rows(label, len(rows), score, batches)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from ..progress import say
 from ..values import plain
 from .drawn import DrawnReplies
 from .judges.endpoint_client import Metered
-from .judges.judge import Judge, PairJudge, PlacingJudge
+from .judges.judge import Judge, PairJudge, PlacingJudge, asked
 from .judges.registry import plan_judges
 from .judges.verdicts import COLUMNS, Verdicts, verdict_columns
 from .kl import KL
@@ -18,6 +19,7 @@ from .replies import measure_replies
 from .results import Evaluation, ResultRow, write_evaluation
 from .reward_models import measured_in_evaluation
 from .samples import Sample
+from .shared import is_first
 from .spec import EvalSpec
 from .workbench import Workbench
 
@@ -25,7 +27,7 @@ __all__ = ["EvalSpec", "Evaluation", "evaluate", "run_eval"]
 
 
 def run_eval(spec: EvalSpec, run_dir: Path | None = None) -> list[ResultRow]:
-    """Evaluates and writes RUN/eval (see `results.write_evaluation`).
+    """Evaluates and writes RUN/eval (see `results.write_evaluation`); of several processes the first one writes.
 
     Args:
         run_dir: the run folder; None: the spec's `output_dir`.
@@ -39,9 +41,10 @@ def run_eval(spec: EvalSpec, run_dir: Path | None = None) -> list[ResultRow]:
     root = run_dir or spec.output_dir
     if root is None:
         raise ValueError("no run folder: give run_dir or the spec's output_dir")
-    drawn = DrawnReplies(root, keeps=True)
+    drawn = DrawnReplies(root, keeps=is_first())
     evaluation = evaluate(spec, root, drawn)
-    write_evaluation(root, evaluation)
+    if is_first():
+        write_evaluation(root, evaluation)
     return evaluation.rows
 
 
@@ -62,7 +65,7 @@ def evaluate(spec: EvalSpec, run_dir: Path | None = None, drawn: DrawnReplies | 
     scores, outcomes, judged, extras = {}, {}, {}, {}
     for judge in judges:
         verdicts = Verdicts.of(judge, samples)
-        extras[judge.name] = _of_judge(judge)
+        extras[judge.name] = asked(judge, partial(_of_judge, judge))
         scores |= {(policy, judge.name): given for policy, given in verdicts.scores.items()}
         against = {ours: each for (ours, other), each in verdicts.outcomes.items() if other == spec.reference}
         outcomes |= {(policy, judge.name): given.tolist() for policy, given in against.items()}

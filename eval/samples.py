@@ -81,6 +81,7 @@ def generate_samples(
     seed: int,
     batch_size: int = 32,
     beams: int = 1,
+    first: int = 0,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[Sample]:
     """One reply to each prompt, in the prompts' order.
@@ -91,6 +92,7 @@ def generate_samples(
         seed: with the prompt's place it fixes the random stream, so two policies that agree say the same.
         batch_size: rows decoded at once.
         beams: above 1, the best reply of a beam search of that width; temperature and seed are not used then.
+        first: the place of the first of these prompts in the evaluation's list, where these are a part of it.
         on_batch: called with the number of prompts done so far.
     """
     shared = {
@@ -104,10 +106,18 @@ def generate_samples(
         generation = beam_search(adapters, role, ids, num_beams=beams, batch_size=max(1, batch_size // beams), **shared)
     else:
         generation = sample(
-            adapters, role, ids, temperature=temperature, seed=seed, batch_size=batch_size, recompute=True, **shared
+            adapters,
+            role,
+            ids,
+            temperature=temperature,
+            seed=seed,
+            first=first,
+            batch_size=batch_size,
+            recompute=True,
+            **shared,
         )
     texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in generation.tokens]
     return [
-        Sample(policy, index, prompt, texts[index], generation.tokens[index], generation.finished[index])
+        Sample(policy, first + index, prompt, texts[index], generation.tokens[index], generation.finished[index])
         for index, prompt in enumerate(prompts)
     ]

@@ -1,7 +1,7 @@
 """The base, loaded once, with every policy as an adapter on it."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,16 +14,18 @@ from ..data.load import load_rows
 from ..errors import UserError
 from ..files import ADAPTER_CONFIG
 from ..models.adapters import AdapterSet, module_name
+from ..models.batching import forward_tokens, token_batches
 from ..models.context import check_context
 from ..models.devices import own_gpu
 from ..models.lineage import adapter_sha256, tokenizer_info
 from ..models.loading import load_model
 from ..models.lora import LoraSpec
 from ..models.tokens import end_token_ids, load_tokenizer, prepare_model
-from ..progress import meter, say
+from ..progress import say
 from .drawn import Drawn, DrawnReplies, drawn_key
 from .kl import KL, sequence_kls, summarise
 from .samples import EncodedPrompt, Sample, generate_samples, read_prompts
+from .shared import by_first, shared_rows
 from .spec import EvalSpec, check_adapter
 
 
@@ -116,7 +118,7 @@ class Workbench:
     def samples(self, policy: str, prompts: list[EncodedPrompt]) -> list[Sample]:
         """One reply of the policy to each prompt, those that were drawn before for the same adapter and settings."""
         key = self.drawn_key(policy, prompts)
-        kept = self.drawn.get(key, len(prompts))
+        kept = by_first(lambda: self.drawn.get(key, len(prompts)))
         if kept is None:
             replies = self.replies(self.roles[policy], policy, prompts)
             tokens, finished = [reply.tokens for reply in replies], [reply.finished for reply in replies]
@@ -156,7 +158,7 @@ class Workbench:
         policy, reference = replies[0].policy, self.spec.reference
         key = self.drawn_key(policy, [reply.prompt for reply in replies])
         against = str(self._content(reference))
-        kept = self.drawn.get(key, len(replies))
+        kept = by_first(lambda: self.drawn.get(key, len(replies)))
         if kept is not None and against in kept.kls and kept.tokens == [reply.tokens for reply in replies]:
             return summarise(kept.kls[against], [len(reply.tokens) for reply in replies], self.spec.temperature)
         label = f"{policy}: KL to {reference}"
@@ -175,20 +177,24 @@ class Workbench:
             what: they are for, in the progress.
         """
         spec = self.spec
-        with meter(f"eval {policy}: {what}", len(prompts)) as done:
+
+        def draw(places: Sequence[int], done: Callable[[int], None]) -> list[Sample]:
             return generate_samples(
                 self.adapters,
                 role,
                 policy,
-                prompts,
+                [prompts[place] for place in places],
                 self.tokenizer,
                 max_new_tokens=spec.max_new_tokens,
                 temperature=spec.temperature,
                 seed=spec.seed,
                 batch_size=spec.batch_size,
                 beams=spec.beams,
+                first=places[0],
                 on_batch=done,
             )
+
+        return shared_rows(f"eval {policy}: {what}", len(prompts), draw)
 
     def kl(self, role: str | None, reference: str | None, replies: Sequence[Sample], label: str) -> KL:
         """KL(role || reference) on replies drawn from `role`, at the sampling temperature (E4); adapter names."""
@@ -197,20 +203,24 @@ class Workbench:
 
     def kls(self, role: str | None, reference: str | None, replies: Sequence[Sample], label: str) -> list[float]:
         """The KL of each reply, in nats."""
-        temperature = self.spec.temperature
         if role == reference:
             return [0.0] * len(replies)
-        with meter(f"eval {label}", len(replies)) as done:
+
+        def measure(places: Sequence[int], done: Callable[[int], None]) -> list[float]:
             return sequence_kls(
                 self.adapters,
                 role,
                 reference,
-                [reply.prompt.ids for reply in replies],
-                [reply.tokens for reply in replies],
-                temperature=temperature,
+                [replies[place].prompt.ids for place in places],
+                [replies[place].tokens for place in places],
+                temperature=self.spec.temperature,
                 pad_token_id=self.tokenizer.pad_token_id,
                 on_batch=done,
             )
+
+        lengths = [len(reply.prompt.ids) + len(reply.tokens) for reply in replies]
+        batches = token_batches(lengths, forward_tokens(self.adapters.backbone))
+        return shared_rows(f"eval {label}", len(replies), measure, batches)
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -26,6 +26,7 @@ from .sharded import shard_base, shards_base
 from .sound import CONFIG, check_files, weight_files
 from .tiny import PREFIX, random_model
 from .wheels import wheel_folder
+from .whole import loading_whole
 
 Task = Literal["causal", "reward"]
 Quantization = Literal["4bit", "8bit"]
@@ -140,7 +141,10 @@ def load_model(
     if quantization is not None:
         made = quantization_config(quantization, dtype)
         options |= {"quantization_config": made, "device_map": {"": own_gpu() if device is None else device}}
-    with quiet_transformers(bar=sum(file.stat().st_size for file in weight_files(base.path, base.spec)) > _BAR_BYTES):
+    with (
+        quiet_transformers(bar=sum(file.stat().st_size for file in weight_files(base.path, base.spec)) > _BAR_BYTES),
+        loading_whole(),
+    ):
         if task == "reward":
             model = load_classifier(base.path, base.spec, seed, options)
         else:
@@ -155,7 +159,7 @@ def load_model(
     decoder = decoder_of(cast(PreTrainedModel, model))
     use_packed_forward(decoder, packed)
     if shards_base():
-        shard_base(decoder)
+        shard_base(cast(PreTrainedModel, model), decoder)
     return model
 
 

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from . import seams
+from .sharded import in_full
 from .transfer import to_device
 
 CHUNK_ELEMENTS = {"cpu": 6 << 20, "cuda": 64 << 20}
@@ -67,7 +68,7 @@ class LmHead:
         weight, bias = lm_head.weight, getattr(lm_head, "bias", None)
         if not isinstance(weight, torch.Tensor):
             raise TypeError(f"lm_head.weight is {type(weight).__name__}, expected a tensor")
-        return cls(weight, bias, getattr(text, "final_logit_softcapping", None), scale)
+        return cls(in_full(weight), bias, getattr(text, "final_logit_softcapping", None), scale)
 
     def logits(self, hidden_CH: torch.Tensor) -> torch.Tensor:
         """fp32 logits [C, V] of hidden states [C, H], before any temperature."""

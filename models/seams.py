@@ -541,6 +541,23 @@ KL_LOGPS = Seam(
     ],
 )
 
+
+def _zero3(_: object) -> list[str]:
+    from transformers.integrations import deepspeed
+
+    names = ("_hf_deepspeed_config_weak_ref", "set_hf_deepspeed_config", "unset_hf_deepspeed_config")
+    return [f"deepspeed.{name}" for name in names if not hasattr(deepspeed, name)]
+
+
+ZERO3 = Seam(
+    "zero3",
+    "transformers",
+    ("integrations.deepspeed._hf_deepspeed_config_weak_ref", "...set_hf_deepspeed_config", "..."),
+    "under ZeRO-3 a base is loaded whole and divided by the engine, after it was tried",
+    "nothing of it would be there to try",
+    _zero3,
+)
+
 _DIVIDED = ("is_distributed_loading_by_transformers", "_sync_replicated_trainable_parameters")
 SHARDED_BASE = Seam(
     "sharded-base",

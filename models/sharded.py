@@ -1,14 +1,15 @@
 """The frozen base divided among the processes of a run: each holds a share of every decoder layer, and whole adapters.
 
 Only what never changes is divided (PyTorch's FSDP2, Zhao et al., arXiv 2304.11277), so what trains stays ordinary
-tensors: adapters are saved, hashed, resumed and reduced as in one process. Embeddings, norms and the head stay whole.
-The decoder is the root, because everything here calls the base through it.
+tensors: adapters are saved, hashed, resumed and reduced as in one process. The decoder is the root, because everything
+here calls the base through it. Embedding and head, often one table and read beside their modules too, are divided by
+rows and gathered where they are read. What lies between (norms, scalar heads) stays whole.
 """
 
 import logging
 import os
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -16,11 +17,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import UserError
+from .whole import SHARD_BASE
 
 logger = logging.getLogger(__name__)
-
-SHARD_BASE = "PREFTUNE_SHARD_BASE"
-"""Set in the environment of a launched process whose base is to be divided."""
 
 
 def shards_base() -> bool:
@@ -29,8 +28,9 @@ def shards_base() -> bool:
     return os.environ.get(SHARD_BASE) == "1" and several and torch.distributed.get_world_size() > 1
 
 
-def shard_base(decoder: PreTrainedModel) -> None:
-    """Divide the decoder's layers. Before adapters are added: what is added later is not divided.
+def shard_base(model: PreTrainedModel, decoder: PreTrainedModel) -> None:
+    """Divide the decoder's layers and the model's vocabulary tables. Before adapters are added: what is added later is
+    not divided.
 
     Raises:
         UserError: its layers do not stand where they can be found, or are quantised.
@@ -44,6 +44,8 @@ def shard_base(decoder: PreTrainedModel) -> None:
         raise UserError("--launch", f"{what} cannot be divided among processes", "use --launch ddp")
     for layer in layers:
         fully_shard(layer, reshard_after_forward=True)
+    readers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    setattr(decoder, _TABLES, _divided_tables([each for each in readers if isinstance(each, _TABLE_READERS)]))
     inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
     fully_shard(decoder, ignored_params={each for each in decoder.parameters() if id(each) not in inside})
     if torch.distributed.get_rank():
@@ -53,6 +55,66 @@ def shard_base(decoder: PreTrainedModel) -> None:
         "the frozen base is divided among %d processes: this one holds %.3g of its %.3g MB",
         torch.distributed.get_world_size(), here / 1e6, everywhere / 1e6,
     )  # fmt: skip
+
+
+_TABLES = "_preftune_tables"
+"""The attribute of a divided decoder under which its tables are found."""
+_TABLE_READERS = (nn.Linear, nn.Embedding)
+
+
+class Table:
+    """A weight [V, H] of which this process holds some rows, and the modules that read it: the embedding, the head, or
+    both. It is whole while one of them computes, and within `whole`."""
+
+    def __init__(self, weight: torch.Tensor, readers: list[Any]) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor import Shard, distribute_tensor
+
+        mesh = init_device_mesh(weight.device.type, (torch.distributed.get_world_size(),))
+        # all hold the same: nothing is sent
+        rows = distribute_tensor(weight.detach(), mesh, [Shard(0)], src_data_rank=None)
+        self.share, self.readers, self.kept = nn.Parameter(rows, requires_grad=False), readers, False
+        self._put(self.share)
+        for reader in readers:
+            reader.register_forward_pre_hook(self._before)
+            reader.register_forward_hook(self._after, always_call=True)
+
+    def _put(self, weight: nn.Parameter) -> None:
+        for reader in self.readers:
+            reader.weight = weight
+
+    def _before(self, *_: object) -> None:
+        if not self.kept:
+            self._put(nn.Parameter(in_full(self.share), requires_grad=False))
+
+    def _after(self, *_: object) -> None:
+        if not self.kept:
+            self._put(self.share)
+
+    @contextmanager
+    def whole(self) -> Generator[None]:
+        """Within it the modules hold all of it. All processes enter and leave."""
+        self._before()
+        self.kept = True
+        try:
+            yield
+        finally:
+            self.kept = False
+            self._put(self.share)
+
+
+def _divided_tables(readers: list[Any]) -> list[Table]:
+    """The readers' weights, each divided once, also where two modules read one."""
+    by_weight: dict[int, list[Any]] = {}
+    for reader in readers:
+        by_weight.setdefault(id(reader.weight), []).append(reader)
+    return [Table(those[0].weight, those) for those in by_weight.values()]
+
+
+def in_full(weight: torch.Tensor) -> torch.Tensor:
+    """A weight with all its rows, of which this process may hold some; then every process must ask."""
+    held: Any = weight
+    return held.full_tensor() if hasattr(held, "full_tensor") else weight
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -68,12 +130,15 @@ def whole_layers(decoder: nn.Module) -> Generator[None]:
     for layer in layers:
         layer.set_reshard_after_forward(False, recurse=False)
         layer.unshard()
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.set_reshard_after_forward(True, recurse=False)
-            layer.reshard()
+    with ExitStack() as tables:
+        for table in getattr(decoder, _TABLES, ()):
+            tables.enter_context(table.whole())
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.set_reshard_after_forward(True, recurse=False)
+                layer.reshard()
 
 
 def _shards(model: nn.Module) -> list[nn.Module]:

@@ -4,12 +4,18 @@ FSDP2 keeps a share of each tensor (a `DTensor`), DeepSpeed's ZeRO-3 nothing of 
 (its shape is (0,), and it has a `ds_id`). What writes weights asks here first.
 """
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 
 from ..errors import UserError
+from . import seams
+
+SHARD_BASE = "PREFTUNE_SHARD_BASE"
+"""Set in the environment of a launched process whose base is to be divided (`sharded.py`). It stands here because a
+launcher, which says so, should not have to import transformers."""
 
 
 def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -36,3 +42,22 @@ def check_whole(where: str, tensors: Mapping[str, Tensor]) -> None:
             held = "values" if tensor.numel() and tensor.is_meta else f"all of it (shape {tuple(tensor.shape)})"
             problem = f"{name} is divided among processes, and this one does not hold {held}: nothing is saved"
             raise UserError(where, problem, "launch with distributed_type MULTI_GPU or MULTI_CPU")
+
+
+@contextmanager
+def loading_whole() -> Generator[None]:
+    """Within it transformers loads a model in full, and leaves it to the engine to divide it later (ZeRO-3): before, it
+    is tried, and its adapters are made."""
+    from transformers.integrations import deepspeed as integration
+
+    if not integration.is_deepspeed_zero3_enabled():
+        yield
+        return
+    seams.require(seams.ZERO3)
+    own: Any = integration
+    held = own._hf_deepspeed_config_weak_ref()
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        integration.set_hf_deepspeed_config(held)

@@ -33,6 +33,8 @@ from .job import CheckpointPlan
 MANIFEST = "manifest.json"
 SAVING = ".saving"
 _STATE = "trainer_state.json"
+_SHARED = 60.0
+"""Seconds after which every machine must see what one wrote to a disk that they share."""
 
 
 @dataclass
@@ -107,6 +109,25 @@ def newest(folder: Path, name: str, world_size: int | None) -> Path | None:
         if why:
             say(f"{name}: {checkpoint.name} is passed over, {why}")
     return None
+
+
+def newest_for_all(folder: Path, name: str, world_size: int | None, args: TrainingArguments) -> Path | None:
+    """`newest`, once every process finds the same one: a disk that machines share may show one late what another wrote.
+
+    Raises:
+        UserError: they still do not after a minute.
+    """
+    began = time.monotonic()
+    while True:
+        found = newest(folder, name, world_size)
+        step = int(found.name.rpartition("-")[2]) if found is not None else 0
+        highest, lowest, late = agreed(args, step, -step, int(time.monotonic() - began > _SHARED))
+        if highest == -lowest:
+            return found
+        if late:
+            said = f"one process finds step {highest} as the newest, another {-lowest}"
+            raise UserError(str(folder), said, "give all machines the same folder")
+        time.sleep(1)
 
 
 def _unusable(checkpoint: Path) -> str | None:

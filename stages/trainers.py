@@ -34,7 +34,7 @@ from .checkpoints import (
     checkpoints,
     continuing,
     log_bytes,
-    newest,
+    newest_for_all,
     read_progress,
     restore_stopping,
     salvage,
@@ -303,13 +303,14 @@ def take_up(trainer: Trainer) -> str | None:
         return None
     if own.plan is not None and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         # torch and DeepSpeed read such a checkpoint's pickles without a limit
-        logger.warning("%s: the base is sharded, so no checkpoint is written to continue from", own.name)
+        if args.process_index == 0:
+            logger.warning("%s: no checkpoint is written to continue from: its engine writes its own kind", own.name)
         own.plan = None
     folder = Path(str(args.output_dir))
     if args.process_index == 0:
         salvage(folder)
     trainer.accelerator.wait_for_everyone()  # all must find the same ones
-    checkpoint = newest(folder, own.name, None if trainer.of_any_number else args.world_size)
+    checkpoint = newest_for_all(folder, own.name, None if trainer.of_any_number else args.world_size, args)
     if checkpoint is None:
         return None
     check_pickles(checkpoint)

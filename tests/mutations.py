@@ -162,6 +162,10 @@ MUTATIONS = [
         'measured["chosen_ids"]', 'measured["rejected_ids"]',
     ),
     Mutation(
+        "P23", "processes go on from unlike checkpoints", "stages/checkpoints.py",
+        "if highest == -lowest:", "if highest:",
+    ),
+    Mutation(
         "P23", "the value is not restored", "stages/ppo/files.py",
         "parameter.copy_(saved[name])", 'parameter.copy_(saved[name] if "policy" in name else parameter)',
     ),
@@ -274,6 +278,7 @@ MUTATIONS += [
         "E5", "every policy has a random stream of its own", "eval/samples.py",
         "seed=seed,", "seed=seed + len(policy),",
     ),
+    Mutation("E5", "every share of the prompts is drawn as the first", "eval/samples.py", "first=first,", "first=0,"),
     Mutation(
         "S1", "a checkpoint's pickle is read whole", "models/pickles.py", "weights_only=True", "weights_only=False"
     ),

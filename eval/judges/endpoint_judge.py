@@ -37,6 +37,7 @@ from ...models.adapters import AdapterSet
 from ...progress import meter
 from ...values import is_finite
 from ..samples import Sample
+from ..shared import is_first
 from ..statistics.intervals import mean_se
 from ..statistics.winrate import order_outcomes
 from .endpoint_answers import Answers
@@ -188,7 +189,7 @@ def _key(entry: dict[str, Any], where: str) -> tuple[str, str | None]:
         remedy = f"write the variable's name, as {_KEY_ENV}, and never the key itself"
         raise UserError(f"{where}.api_key_env", "is no name of an environment variable in capitals", remedy)
     key = os.environ.get(variable, "").strip()
-    if not key and "api_key_env" in entry:
+    if not key and "api_key_env" in entry and is_first():  # of several machines one may have it
         raise UserError(f"{where}.api_key_env", f"${variable} is not set", f"put the key into ${variable}")
     # Anything else could not stand in a header, or would come back in another spelling.
     if key and not re.fullmatch(r"[!#-\[\]-~]+", key):

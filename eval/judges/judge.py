@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, TypeVar, runtime_checkable
 
 from transformers import PreTrainedTokenizerBase
 
 from ...models.adapters import AdapterSet
 from ..samples import Sample
+from ..shared import by_first
+
+_T = TypeVar("_T")
 
 
 class Judge(Protocol):
@@ -50,6 +53,18 @@ class PlacingJudge(Protocol):
     def first_place(self) -> tuple[float, int]:
         """(share of verdicts that the first place won, number of verdicts)."""
         ...
+
+
+@runtime_checkable
+class SharingJudge(Protocol):
+    """A judge whose rows the processes of an evaluation share, so that all of them ask it (see `shared.py`)."""
+
+    shares_rows: ClassVar[bool]
+
+
+def asked(judge: Judge | PairJudge, ask: Callable[[], _T]) -> _T:
+    """What `ask` hears from a judge: by all processes where they share its rows, else by the first alone, once."""
+    return ask() if isinstance(judge, SharingJudge) else by_first(ask)
 
 
 @dataclass(frozen=True)

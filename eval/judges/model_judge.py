@@ -4,20 +4,20 @@ Any sequence-classification model with one output. It reads the conversation in 
 it rewards PPO: both are `stages.ppo.rewards.ModelScorer`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
 from ...errors import UserError
 from ...models.adapters import AdapterSet
 from ...models.fingerprints import folder_sha256
-from ...progress import meter
 from ...stages.ppo.rewards import ModelScorer, RewardSource
 from ...stages.reward_models import check_reward_model
 from ..samples import Sample
+from ..shared import shared_rows
 from .judge import Judge, JudgePlan
 from .kinds import Entry
 from .names import judge_name
@@ -29,11 +29,17 @@ class ModelJudge:
 
     name: str
     scorer: ModelScorer
+    shares_rows: ClassVar[bool] = True
 
     def score(self, samples: Sequence[Sample]) -> list[float]:
-        prompts = [sample.prompt.messages for sample in samples]
-        with meter(f"eval {self.name}: replies", len(samples)) as done:
-            return self.scorer.scores(prompts, [sample.completion for sample in samples], done).tolist()
+        prompts, replies = [sample.prompt.messages for sample in samples], [sample.completion for sample in samples]
+
+        def score(places: Sequence[int], done: Callable[[int], None]) -> list[float]:
+            some = [prompts[place] for place in places], [replies[place] for place in places]
+            return self.scorer.scores(*some, done).tolist()
+
+        batches = self.scorer.batches(prompts, replies)
+        return shared_rows(f"eval {self.name}: replies", len(samples), score, batches)
 
 
 def plan(entry: dict[str, Any], where: str, run_dir: Path | None) -> JudgePlan:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -11,7 +11,7 @@ from ...errors import UserError
 from ...files import ADAPTER_CONFIG
 from ...models.adapters import AdapterSet, module_name
 from ...models.fingerprints import content
-from ..reward_scores import reward_scores
+from ..reward_scores import shared_scores
 from ..samples import Sample
 from ..spec import check_adapter
 from .judge import Judge, JudgePlan
@@ -31,10 +31,11 @@ class RewardJudge:
     adapters: AdapterSet
     role: str
     pad_token_id: int
+    shares_rows: ClassVar[bool] = True
 
     def score(self, samples: Sequence[Sample]) -> list[float]:
         rows = [[*sample.prompt.ids, *sample.tokens] for sample in samples]
-        return reward_scores(self.adapters, self.role, rows, self.pad_token_id)
+        return shared_scores(f"eval {self.name}: replies", self.adapters, self.role, rows, self.pad_token_id)
 
 
 def plan(entry: dict[str, Any], where: str, run_dir: Path | None) -> JudgePlan:

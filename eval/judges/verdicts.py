@@ -11,7 +11,7 @@ from ..samples import Sample
 from ..statistics.length_control import control_length
 from ..statistics.ratings import rate_policies
 from ..statistics.winrate import WinRate, against_itself, score_outcomes, win_rate
-from .judge import CheckingJudge, Judge, PairJudge
+from .judge import CheckingJudge, Judge, PairJudge, asked
 
 # Fewer judged prompts than this say too little about the effect of length to take it out.
 LENGTH_CONTROL_PROMPTS = 50
@@ -33,6 +33,10 @@ class Verdicts:
     @classmethod
     def of(cls, judge: Judge | PairJudge, samples: Mapping[str, list[Sample]]) -> "Verdicts":
         """Asks the judge. Every policy's samples answer the same prompts in the same order."""
+        return asked(judge, lambda: cls._heard(judge, samples))
+
+    @classmethod
+    def _heard(cls, judge: Judge | PairJudge, samples: Mapping[str, list[Sample]]) -> "Verdicts":
         pairs = [(ours, theirs) for ours in samples for theirs in samples if ours != theirs]
         if isinstance(judge, CheckingJudge):
             judge.check(samples)

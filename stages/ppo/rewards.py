@@ -235,6 +235,10 @@ class ModelScorer:
                 on_batch(done)
         return scores_B
 
+    def batches(self, prompts: Sequence[PromptText], replies: Sequence[str]) -> Iterator[list[int]]:
+        """The places of the replies that go through the model together."""
+        yield from self._split([len(self._encode(p, t)["input_ids"]) for p, t in zip(prompts, replies, strict=True)])
+
     def _split(self, lengths: list[int]) -> Iterator[list[int]]:
         if self.batch_size is not None:
             return row_batches(lengths, self.batch_size)

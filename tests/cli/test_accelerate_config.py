@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from preftune.cli import main as cli
-from preftune.cli.launch import check_launch
+from preftune.cli.launch import check_dtype, check_launch
 from preftune.errors import UserError
 
 PLAIN = {"distributed_type": "MULTI_GPU", "num_machines": 1, "num_processes": 4}
@@ -47,8 +47,6 @@ def test_a_model_divided_in_another_way_is_refused(tmp_path: Path, asked: dict, 
         ({"distributed_type": "MEGATRON_LM"}, "in; Megatron's tensor .*; use one .* --launch fsdp2"),
         ({"distributed_type": "MULTI_NPU"}, "MULTI_NPU is none that stages run in"),
         ({"distributed_type": "NO"}, "starts one process, and num_processes is 4; write MULTI_GPU"),
-        ({"mixed_precision": "bf16"}, "mixed_precision bf16 would not be that of the recipe.*; write mixed_prec"),
-        ({"mixed_precision": "fp8", "fp8_config": {"backend": "TE"}}, "mixed_precision fp8"),
         ({"dynamo_config": {"dynamo_backend": "INDUCTOR"}}, "inductor: .* not compiled; leave dynamo_config out"),
         ({"distributed_type": "FSDP", "fsdp_config": {"fsdp_offload_params": True}}, "offload_params: .*; leave it"),
         (
@@ -84,7 +82,6 @@ def test_what_accelerate_config_writes_for_stages_is_taken(tmp_path: Path, asked
 @pytest.mark.parametrize(
     ("deepspeed", "said"),
     [
-        ({"zero_optimization": {"stage": 3}}, "ZeRO-3 keeps no weight outside"),
         ({"tensor_parallel": {"autotp_size": 2}}, "autotp_size 2: tensor parallelism"),
         (None, "deepspeed_config_file .*ds.json: No such file"),
     ],
@@ -96,6 +93,27 @@ def test_a_file_of_deepspeeds_own_is_looked_into(tmp_path: Path, deepspeed: dict
     config = write(tmp_path, distributed_type="DEEPSPEED", deepspeed_config={"deepspeed_config_file": str(file)})
     with pytest.raises(UserError, match=said):
         check_launch(config)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "fits"),
+    [
+        ("no", "float32", True),
+        ("no", "bfloat16", True),
+        ("bf16", "bfloat16", True),
+        ("fp16", "float16", True),
+        ("bf16", "float32", False),
+        ("fp8", "bfloat16", False),
+    ],
+)
+def test_a_configs_precision_is_the_recipes(tmp_path: Path, precision: str, dtype: str, fits: bool):
+    config = write(tmp_path, mixed_precision=precision)
+    check_launch(config)
+    if fits:
+        check_dtype(config, dtype)
+        return
+    with pytest.raises(UserError, match=f"mixed_precision {precision}, and the recipe's model.dtype is {dtype}; write"):
+        check_dtype(config, dtype)
 
 
 def test_a_run_says_it_in_one_line_before_it_makes_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

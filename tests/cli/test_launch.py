@@ -105,6 +105,36 @@ def test_only_several_cpu_processes_without_mpi_go_through_torchrun(
     assert os.environ["ACCELERATE_USE_CPU"] == ("true" if options else "false")
 
 
+FSDP = {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2}}
+DEEPSPEED = {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2}}
+
+
+@pytest.mark.parametrize(
+    ("step", "engine", "several", "shards"),
+    [
+        ("sft", FSDP, "MULTI_CPU", "1"),
+        ("eval", FSDP, "MULTI_CPU", None),
+        ("sft", DEEPSPEED, "DEEPSPEED", None),
+        ("eval", DEEPSPEED, "MULTI_CPU", None),
+        ("eval", {}, "MULTI_CPU", None),
+    ],
+)
+def test_no_engine_has_anything_to_do_in_an_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, engine: dict, several: str, shards: str | None
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setenv(launched.SHARD_BASE, "0")
+    monkeypatch.delenv(launched.SHARD_BASE)  # and it is gone again at the end
+    file = launched._plain_config(str(write(tmp_path / "config.yaml", **TWO_ON_CPU | engine)), tmp_path, step)
+    found = yaml.safe_load(Path(file).read_text())
+    assert (found["distributed_type"], found["num_processes"]) == (several, 2)
+    plain = several == "MULTI_CPU"
+    assert not plain or not any(name.startswith(("fsdp", "deepspeed")) for name in found)
+    assert os.environ.get(launched.SHARD_BASE) == shards
+    # where the config asks for a CPU, the evaluation takes no GPU
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ("" if step == "eval" else "0")
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

@@ -1,20 +1,27 @@
 """Several machines at one run: what is refused, how they wait for each other, and one that dies and comes back."""
 
 import json
+import socket
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from preftune.cli import join, machines
 from preftune.cli import main as cli
+from preftune.cli.chain import write_recipe
+from preftune.cli.folder import RunFolder, Stamp
+from preftune.cli.keys import Keys, key_of
 from preftune.cli.launch import alike, check_launch, machines_of
 from preftune.cli.machines import Board, Lead, LostMachine, Machines, Other
-from preftune.cli.process import StageFailed
+from preftune.cli.process import StageFailed, make_functions_importable
 from preftune.errors import UserError
+from preftune.models.loading import resolve_base
+from preftune.recipes.load import load_recipe
 
 TWO: dict[str, Any] = {"distributed_type": "MULTI_CPU", "use_cpu": True, "num_machines": 2, "num_processes": 2,
                        "machine_rank": 0, "main_process_ip": "127.0.0.1", "main_process_port": 29500}  # fmt: skip
@@ -57,21 +64,36 @@ def test_a_config_with_which_machines_cannot_work_is_one_line(tmp_path: Path, ch
 
 def test_a_config_of_each_machine(tmp_path: Path) -> None:
     lead, other = config(tmp_path), config(tmp_path, machine_rank=1, num_processes=2)
-    assert machines_of(lead, joins=False) == Machines(2, 0, 2)
-    assert machines_of(other, joins=True) == Machines(2, 1, 2)
-    assert alike(lead) == alike(other)
+    assert machines_of(lead, joins=False) == Machines(2, 0, 2, "127.0.0.1", 29500)
+    assert machines_of(other, joins=True) == Machines(2, 1, 2, "127.0.0.1", 29500)
+    assert alike(lead) == alike(other) == alike(config(tmp_path, mixed_precision="no"))
     assert machines_of(config(tmp_path, num_machines=1, main_process_port=0), joins=False).count == 1
 
 
+def test_processes_counted_for_one_machine_alone_leave_gpus_idle_and_that_is_said(
+    tmp_path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    machines_of(config(tmp_path, use_cpu=False, distributed_type="MULTI_GPU", num_processes=16), joins=False)
+    assert capsys.readouterr().err == ""
+    machines_of(config(tmp_path, use_cpu=False, distributed_type="MULTI_GPU", num_processes=8), joins=False)
+    assert "8 GPUs are here for 4 processes: num_processes counts those of all machines" in capsys.readouterr().err
+
+
 def test_what_a_command_line_says_takes_its_place_in_the_config(shell, tmp_path: Path) -> None:
-    file = str(config(tmp_path))
-    shell.refused("join", tmp_path / "run", "--launch", "ddp", said="ddp says nothing of the machines")
-    shell.refused("join", tmp_path / "run", "--launch", tmp_path / "no.yaml", said="no file '.*no.yaml'")
-    shell.refused("join", tmp_path / "run", "--launch", file, said="machine_rank is 0")
-    words = ("--machine-rank", "5", "--num-processes", "4")
-    shell.refused("join", tmp_path / "run", "--launch", file, *words, said="machine_rank is 5 of 2 machines")
+    file, run = str(config(tmp_path)), tmp_path / "run"
+    shell.refused(
+        "join", run, "--launch", "ddp", "--num-processes", 2, said="num_machines is 1: there is nothing to join"
+    )
+    shell.refused("join", run, "--launch", tmp_path / "no.yaml", said=r"no file '.*no\.yaml'")
+    shell.refused("join", run, "--launch", file, said="machine_rank is 0")
+    words = ("--machine-rank", 5, "--num-processes", 4)
+    shell.refused("join", run, "--launch", file, *words, said="machine_rank is 5 of 2 machines")
+    behind = ("--", "--num_machines", 3, "--machine_rank", 1, "--main_process_ip", "here")
+    shell.refused("join", run, "--launch", "fsdp2", "--num-processes", 3, *behind, said="no main_process_port that all")
+    shell.refused("join", run, "seed=3", "--launch", file, said="seed=3: has no place here")
     shell.refused("run", "smoke", "--launch", config(tmp_path, machine_rank=1), said="machine 0 runs the recipe")
-    assert not (tmp_path / "run").exists()
+    assert not run.exists()
 
 
 @pytest.mark.parametrize("value", [-1, "often", True, 1.5])
@@ -142,17 +164,22 @@ def leading(run_dir: Path) -> Lead:
 
 
 def test_a_share_that_fails_is_named_and_who_was_dragged_along_is_not(tmp_path: Path, quick: None) -> None:
-    answers = [{"code": 1}, {"code": 76}, {"code": 76, "stopped": [15, "sft: stopped"]}]
+    stopped = {"code": 0, "stopped": [15, "sft: stopped"]}
+    answers = [{"code": 1}, {"code": 76}, {"code": 76, "lost": "no interface"}, stopped]
     with leading(tmp_path) as lead, Joined(tmp_path, answers):
         lead.start("sft", "k", None)
         lead.end(76)
-        assert str(lead.why(76)) == "sft: a process on machine 1 failed (exit code 1)"
+        assert str(lead.why(76, "closed")) == "sft: a process on machine 1 failed (exit code 1)"
         assert lead.trouble()
         lead.start("sft", "k", None)
         lead.end(1)
-        assert str(lead.why(1)) == "sft: a process on machine 0 failed (exit code 1)"
+        assert str(lead.why(1, "")) == "sft: a process on machine 0 failed (exit code 1)"
         lead.start("sft", "k", None)
-        assert str(lead.why(76)) == "sft: stopped"
+        lead.end(76)
+        assert str(lead.why(76, "")) == "sft: the processes lost each other: no interface"
+        lead.start("sft", "k", None)
+        lead.end(76)
+        assert str(lead.why(76, "")) == "sft: stopped" and lead.trouble()
 
 
 def test_what_is_wrong_on_another_machine_is_said_by_the_first(tmp_path: Path, quick: None) -> None:
@@ -161,7 +188,24 @@ def test_what_is_wrong_on_another_machine_is_said_by_the_first(tmp_path: Path, q
         lead.start("sft", "k", None)
     with leading(tmp_path) as lead, Joined(tmp_path, [{}]):
         lead.start("sft", "k", None)
-    assert isinstance(lead.why(76), LostMachine) and lead.trouble()
+    assert isinstance(lead.why(76, ""), LostMachine) and lead.trouble()
+
+
+def test_a_first_machine_that_is_not_where_the_config_says(tmp_path: Path, quick: None) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    two = Machines(2, 1, 2, "127.0.0.1", port)
+    with pytest.raises(
+        UserError, match=rf"machine 1 does not reach machine 0 at 127\.0\.0\.1:{port} \(Connection refused"
+    ):
+        two.reach()
+    with two.reachable():
+        two.reach()
+        with pytest.raises(UserError, match=f"main_process_port {port} cannot be opened"), two.reachable():
+            pass
+    with two.reachable():  # what was open a moment ago can be opened again
+        two.reach()
 
 
 def test_who_does_not_come_is_not_awaited_for_ever(tmp_path: Path, quick: None) -> None:
@@ -170,6 +214,61 @@ def test_who_does_not_come_is_not_awaited_for_ever(tmp_path: Path, quick: None) 
     assert json.loads((tmp_path / ".machines" / "0.json").read_text())["state"] == "failed"
     with pytest.raises(StageFailed, match="machine 0 did not come within"):
         join.join_run(tmp_path / "no run", config(tmp_path, machine_rank=1))
+
+
+RECIPE = """\
+name: t
+model: {base: "random:llama", dtype: float32}
+data: {demos: {path: demos.jsonl}}
+stages:
+  sft: {data: demos}
+  ppo: {from: sft, data: demos, reward: {function: "beside_the_recipe:score"}}
+"""
+
+
+def called(folder: Path, name: str, known: dict[str, str]) -> tuple[join._Follower, dict[str, Any]]:
+    """Another machine, and what the first one calls it to, in a run of `RECIPE`."""
+    (folder / "t.yaml").write_text(RECIPE)
+    (folder / "demos.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (folder / "beside_the_recipe.py").write_text("def score(prompts, completions, **_): return [0.0]\n")
+    run = folder / "run"
+    run.mkdir()
+    recipe = load_recipe(folder / "t.yaml")
+    make_functions_importable(recipe)
+    write_recipe(run, recipe)
+    parts = Keys(recipe, resolve_base("random:llama"), run).stage(name, known)
+    stamp = Stamp(key_of(parts), parts, "2026")
+    RunFolder(run).begin(name, stamp)
+    call = {"step": name, "key": stamp.key, "from_adapter": None, "code": str(folder)}
+    return join._Follower(run, config(folder), Machines(2, 1, 2)), call
+
+
+def test_a_machine_that_would_do_other_work_is_refused(tmp_path: Path, quick: None) -> None:
+    follower, call = called(tmp_path, "sft", {})
+    follower._check_work(call)
+    (tmp_path / "demos.jsonl").write_text('{"prompt": "a", "completion": "c"}\n')
+    follower.followed = "another run"
+    with pytest.raises(UserError, match="machine 1: has for sft not what machine 0 has: the rows of demos"):
+        follower._check_work(call)
+
+
+def test_a_machine_that_does_not_see_the_stage_before_is_refused(tmp_path: Path, quick: None) -> None:
+    follower, call = called(tmp_path, "ppo", {"sft": "k"})
+    with pytest.raises(UserError, match="machine 1: has for ppo not what machine 0 has: the stages before it"):
+        follower._check_work(call)
+
+
+def test_who_cannot_take_part_says_so_once(tmp_path: Path, quick: None, capsys) -> None:
+    node, other = config(tmp_path, machine_rank=1), config(tmp_path, machine_rank=1, mixed_precision="bf16")
+    command = ["join", str(tmp_path), "--launch"]
+    with Lead(tmp_path, Machines(2, 0, 2), join.about(node), lambda _: None):
+        assert cli.run_command([*command, str(other)]) == 2
+        said = capsys.readouterr().err.splitlines()
+        assert said[-1].startswith("--launch: mixed_precision is bf16 here and no on machine 0; give all machines")
+        assert "takes part" not in "".join(said)
+        with Board(tmp_path, 1, state="follows"):
+            assert cli.run_command([*command, str(node)]) == 2
+        assert "--machine-rank: machine 1 takes part already" in capsys.readouterr().err
 
 
 def test_who_joins_a_run_ends_with_it(tmp_path: Path, quick: None, capsys) -> None:

@@ -48,6 +48,18 @@ def test_e05_another_policy_or_seed_says_something_else(adapters, tokenizer):
     assert ours != [sample.tokens for sample in draw(adapters, tokenizer, "default", seed=1)]
 
 
+@pytest.mark.checklist("E5")
+def test_e05_a_part_of_the_prompts_is_answered_as_among_all_of_them(adapters, tokenizer):
+    whole = draw(adapters, tokenizer, "default")
+    prompts = [sample.prompt for sample in whole]
+    settings = {"max_new_tokens": 6, "temperature": 0.8, "seed": 0}
+    parts = [
+        generate_samples(adapters, "default", "default", prompts[start:end], tokenizer, first=start, **settings)
+        for start, end in ((0, 1), (1, 3), (3, 3))
+    ]
+    assert [sample for part in parts for sample in part] == whole
+
+
 def test_a_sample_knows_its_text_and_whether_it_ended(adapters, tokenizer):
     for sample in draw(adapters, tokenizer, "default", max_new_tokens=20):
         assert sample.finished == (sample.tokens[-1] == tokenizer.eos_token_id)

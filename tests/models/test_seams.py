@@ -90,6 +90,7 @@ SUBJECTS = {
     "BATCHES": lambda _: [SFTStageTrainer, RewardStageTrainer, DPOStageTrainer, KTOStageTrainer],
     "BATCH_SHARDS": lambda _: [SimpleNamespace(batch_sampler=BatchSamplerShard(BatchSampler(range(4), 2, False), 2))],
     "KL_LOGPS": lambda _: [KTOStageTrainer],
+    "ZERO3": lambda _: [None],
     "SHARDED_BASE": lambda _: [sharded_trainer()],
     "COMPUTE_LOSS": lambda _: [DPOStageTrainer, KTOStageTrainer],
     "REFERENCE_LOGPS": lambda _: [DPOStageTrainer, KTOStageTrainer],
@@ -222,6 +223,10 @@ MOVES = {
         lambda p: p.delattr(Trainer, "_get_dataloader"), lambda: SFTStageTrainer, "SFTStageTrainer._get_dataloader"
     ),
     "BATCH_SHARDS": (None, lambda: SimpleNamespace(batch_sampler=BatchSampler(range(4), 2, False)), "even_batches"),
+    "ZERO3": (
+        lambda p: p.delattr("transformers.integrations.deepspeed._hf_deepspeed_config_weak_ref"), None,
+        "_hf_deepspeed_config_weak_ref",
+    ),
     "KL_LOGPS": (
         lambda p: p.delattr(KTOTrainer, "_compute_kl_logps"), lambda: KTOStageTrainer, "_compute_kl_logps"
     ),

@@ -71,7 +71,7 @@ def test_a_base_that_cannot_be_divided_is_refused_in_words():
     with pytest.raises(
         UserError, match="the layers of a GPT2Model cannot be divided among processes; use --launch ddp"
     ):
-        shard_base(gpt2)
+        shard_base(gpt2, gpt2)
     gpt2.layers, gpt2.packed = gpt2.h, nn.Parameter(torch.zeros(2, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(UserError, match="a quantised base cannot be divided"):
-        shard_base(gpt2)
+        shard_base(gpt2, gpt2)

@@ -185,6 +185,37 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert adapters[0] == adapters[1] and not folder.exists()
 
 
+@pytest.mark.checklist("P23")
+@pytest.mark.parametrize("appears", [True, False])
+def test_p23_every_process_goes_on_from_the_same_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, appears: bool
+) -> None:
+    """A disk that machines share may show one of them late what another wrote."""
+    looked: list[int] = []
+
+    def agreed(args: object, *values: int) -> tuple[int, ...]:
+        """What another process says, who sees step 4 from the start."""
+        del args
+        looked.append(values[0])
+        if appears and len(looked) == 2:
+            (tmp_path / "checkpoint-4").mkdir()
+            checkpoints.seal(tmp_path / "checkpoint-4", processes=2, asked=False)
+        return tuple(max(pair) for pair in zip(values, (4, -4, 0), strict=True))
+
+    monkeypatch.setattr(checkpoints, "agreed", agreed)
+    monkeypatch.setattr(checkpoints.time, "sleep", lambda _: None)
+    monkeypatch.setattr(checkpoints, "_SHARED", 0.05)
+    (tmp_path / "checkpoint-2").mkdir()
+    checkpoints.seal(tmp_path / "checkpoint-2", processes=2, asked=False)
+    args: Any = None
+    if appears:
+        assert checkpoints.newest_for_all(tmp_path, "sft", 2, args) == tmp_path / "checkpoint-4"
+        assert looked == [2, 2, 4]
+    else:
+        with pytest.raises(UserError, match="one process finds step 4 as the newest, another 2"):
+            checkpoints.newest_for_all(tmp_path, "sft", 2, args)
+
+
 def test_a_sealed_checkpoint_that_was_not_moved_yet_is_found(tmp_path: Path) -> None:
     beside = tmp_path / ".saving" / "checkpoint-4"
     beside.mkdir(parents=True)
