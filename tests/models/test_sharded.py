@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed
+from torch._C._distributed_c10d import FileStore
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from preftune.models.logprobs import LmHead
@@ -18,16 +19,16 @@ IDS = torch.tensor([[1, 5, 9, 3]])
 
 @pytest.fixture
 def group(tmp_path: Path) -> Generator[None]:
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.FileStore(str(tmp_path / "s"), 1), rank=0, world_size=1
-    )
+    torch.distributed.init_process_group("gloo", store=FileStore(str(tmp_path / "s"), 1), rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
 
 
 def llama(tied: bool) -> Any:
     torch.manual_seed(0)
-    sizes = dict(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+    sizes: dict[str, Any] = dict(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+    )
     config = LlamaConfig(**sizes, num_key_value_heads=1, tie_word_embeddings=tied)
     return LlamaForCausalLM(config).requires_grad_(False).eval()
 
