@@ -98,7 +98,7 @@ class _Follower:
             if said.get("state") in OVER and (self.first.alive or self._is_old(said)):
                 return self._over(said)
             if not self.first.alive or self.first.lost:
-                self._wait("is lost: waits for it" if self.followed else "is awaited")
+                self._wait("is lost, and awaited" if self.followed else "is awaited")
                 continue
             if said["id"] != self.followed:
                 compare(about(self.config), said["about"])
@@ -232,7 +232,7 @@ class _Follower:
         ended = {
             "attempt": attempt,
             "code": share.code,
-            "lost": share.lost,
+            "words": share.words,
             "error": [error.where, error.problem, error.remedy] if error is not None else None,
             "stopped": [stopped.number, str(stopped)] if stopped is not None else None,
         }

@@ -118,6 +118,7 @@ def machines_of(config: Path, *, joins: bool) -> Machines:
     count, rank = (int(getattr(found, key, None) or least) for key, least in (("num_machines", 1), ("machine_rank", 0)))
     processes = processes_of(config)
     here = f"preftune join RUN --launch {config}"
+    deepspeed = (getattr(found, "deepspeed_config", None) or {}).get("deepspeed_multinode_launcher")
     wrong: Sequence[tuple[bool, str, str]] = (
         (joins and count == 1, "num_machines is 1: there is nothing to join", "give that of a run on several machines"),
         (not 0 <= rank < count, f"machine_rank is {rank} of {count} machines", "number them from 0"),
@@ -126,6 +127,8 @@ def machines_of(config: Path, *, joins: bool) -> Machines:
         (not joins and rank > 0, f"machine_rank is {rank}, and machine 0 runs the recipe", f"here, {here}"),
         (count > 1 and bool(getattr(found, "mpirun_config", None)), "mpirun would start all machines' processes",
          "leave mpirun_config out"),
+        (count > 1 and deepspeed not in (None, "standard"), f"deepspeed_multinode_launcher is {deepspeed}, which starts"
+         " the other machines itself", "leave it out"),
         (count > 1 and not found.main_process_ip, "several machines, no main_process_ip", "name machine 0's address"),
         (count > 1 and not found.main_process_port, "several machines, no main_process_port that all know",
          "name one that is free on machine 0, such as 29500"),
@@ -194,27 +197,25 @@ def _attempts(
     """
     left = int(read_values(config).get("max_restarts", 0))
     while True:
+        if lead is not None:
+            lead.start(step, key, from_adapter)
         try:
-            _attempt(config, run_dir, step, from_adapter, lead, key)
+            _attempt(config, run_dir, step, from_adapter, lead)
             return None
         except LostMachine as lost:
             say(f"{lost}; it goes on from {kept} once that is back")
         except StageFailed as failed:
             if not left:
-                raise
+                raise StageFailed(f"{failed}; the same command goes on") from None
             left -= 1
             say(f"{failed}; it goes on from {kept}, and may do so {left} times more")
         if (found := finished()) is not None:
             return found
 
 
-def _attempt(config: Path, run_dir: Path, step: str, from_adapter: Path | None, lead: Lead | None, key: str) -> None:
+def _attempt(config: Path, run_dir: Path, step: str, from_adapter: Path | None, lead: Lead | None) -> None:
     """This machine's share of a step, once; raises what `launch_stage` does, and LostMachine."""
-    trouble = None
-    if lead is not None:
-        lead.start(step, key, from_adapter)
-        trouble = lead.trouble
-    share = run_share(config, run_dir, step, from_adapter, trouble)
+    share = run_share(config, run_dir, step, from_adapter, None if lead is None else lead.trouble)
     if lead is not None:
         lead.end(share.code)
     if share.stopped is not None:
@@ -222,21 +223,18 @@ def _attempt(config: Path, run_dir: Path, step: str, from_adapter: Path | None, 
     if share.error is not None:
         raise share.error
     if share.code and lead is not None:
-        raise lead.why(share.code, share.lost)
+        raise lead.why(share.code, share.words)
     if share.code:
-        said = share.words or f"its launcher ended with exit code {share.code}"
-        raise StageFailed(f"{step}: {said}; the same command goes on")
+        raise StageFailed(f"{step}: {share.words or f'its launcher ended with exit code {share.code}'}")
 
 
 @dataclass(frozen=True)
 class Share:
-    """How this machine's processes of a step ended: an exit code, 0 where all is well, and what they left behind; in
-    `lost` the words of one that lost another."""
+    """How this machine's processes of a step ended: an exit code, 0 where all is well, and what they left behind."""
 
     code: int
     error: UserError | None = None
     stopped: Stopped | None = None
-    lost: str = ""
     words: str = ""
 
 
@@ -261,10 +259,8 @@ def run_share(
         with stopping.deferred(lambda number: ask_to_stop(said, number)):
             process = subprocess.Popen(command, env=environment)
             code = process.wait() if trouble is None else _wait(process, trouble)
-        error, stopped, words = read_error(said), read_stopped(said), read_words(said)
-        if code == PEER_GONE and trouble is None:
-            say(f"{step}: a process lost the others: {read_lost(said)}")
-    return Share(code, error, stopped, words)
+        words = f"the processes lost each other: {read_lost(said)}" if code == PEER_GONE else read_words(said)
+        return Share(code, read_error(said), read_stopped(said), words)
 
 
 def _wait(process: "subprocess.Popen[bytes]", trouble: Callable[[], bool]) -> int:

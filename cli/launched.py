@@ -69,9 +69,7 @@ def _launcher(config: str, said: str, run_dir: str, step: str, *arguments: str) 
         return 1
     except (ConnectionError, DistError) as error:
         # accelerate's own look at the port, and what torch says of processes that did not find each other
-        return _say_once(
-            Path(said), f"{config}: the processes did not come together: {' '.join(str(error).split())[:300]}"
-        )
+        return _leave_words(Path(said), f"the processes did not come together: {' '.join(str(error).split())[:300]}")
     except ValueError as error:
         problem = " ".join(str(error).split())
         raise UserError("--launch", f"{config}: {problem}", "write it anew with `accelerate config`") from error

@@ -235,14 +235,14 @@ class Lead:
         """Tell the others how this machine's share ended."""
         self._board.say(state=ENDED, ended={"attempt": self._attempt, "code": code})
 
-    def why(self, code: int, lost: str) -> Exception | Stopped:
-        """What to raise, where this machine's share ended with an exit code and no word of its own: what the others
-        say of theirs, who may need a moment to notice.
+    def why(self, code: int, words: str) -> Exception | Stopped:
+        """What to raise, where this machine's share ended with an exit code, and no word of a mistake or a signal: what
+        the others say of theirs, who may need a moment to notice.
 
         Args:
-            lost: what a process here said that lost another.
+            words: of this machine's share.
         """
-        reports: dict[int, Mapping[str, Any]] = {}
+        reports: dict[int, Mapping[str, Any]] = {0: {"code": code, "words": words}}
         for each in self._others:
             while not (report := self._report(each)) and not self._is_lost(each):
                 time.sleep(LOOK)
@@ -255,12 +255,10 @@ class Lead:
         if gone := [str(rank) for rank, report in reports.items() if not report]:
             return LostMachine(f"{self._step}: machine {', '.join(gone)} is lost")
         # who failed by itself, and not because another one had
-        codes = {0: code, **{rank: int(report["code"]) for rank, report in reports.items()}}
-        for rank, each in codes.items():
-            if each not in (0, PEER_GONE):
-                return StageFailed(f"{self._step}: a process on machine {rank} failed (exit code {each})")
-        said = next(filter(None, [lost, *(report.get("lost") for report in reports.values())]), "nobody says why")
-        return StageFailed(f"{self._step}: the processes lost each other: {said}")
+        failed = [rank for rank, report in reports.items() if report["code"] not in (0, PEER_GONE)]
+        rank = failed[0] if failed else 0
+        said = reports[rank].get("words") or f"its launcher ended with exit code {reports[rank]['code']}"
+        return StageFailed(f"{self._step}: on machine {rank}, {said}")
 
     def _follows(self, other: Other) -> bool:
         return other.look().get("follows") == self._board.id

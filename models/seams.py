@@ -339,7 +339,7 @@ _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 def _parts_differ(backbone: Any) -> Iterator[str]:
     """What a decoder of the Llama family has more or less than the decode step knows."""
     layer = backbone.layers[0]
-    norms = {"q_norm", "k_norm"} if type(backbone).__name__ == "Qwen3Model" else set[str]()
+    norms = {"q_norm", "k_norm"} if type(backbone).__name__.removeprefix("FSDP") == "Qwen3Model" else set[str]()
     for where, module, expected in (
         ("", backbone, {"embed_tokens", "layers", "norm", "rotary_emb"}),
         (".layers", layer, _LAYER),

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import UserError
+from . import seams
 from .whole import SHARD_BASE
 
 logger = logging.getLogger(__name__)
@@ -130,15 +131,34 @@ def whole_layers(decoder: nn.Module) -> Generator[None]:
     for layer in layers:
         layer.set_reshard_after_forward(False, recurse=False)
         layer.unshard()
-    with ExitStack() as tables:
-        for table in getattr(decoder, _TABLES, ()):
-            tables.enter_context(table.whole())
+    tables: list[Table] = getattr(decoder, _TABLES, [])
+    hooked = [*_shards(decoder), *(reader for table in tables for reader in table.readers)]
+    with ExitStack() as stack:
+        for table in tables:
+            stack.enter_context(table.whole())
         try:
-            yield
+            # nothing is left to gather, and a decoder without hooks takes the steps of one that is not divided
+            with _without_hooks(hooked):
+                yield
         finally:
             for layer in layers:
                 layer.set_reshard_after_forward(True, recurse=False)
                 layer.reshard()
+
+
+@contextmanager
+def _without_hooks(modules: list[nn.Module]) -> Generator[None]:
+    seams.require(seams.MODULE_HOOKS, modules[0] if modules else nn.Identity())
+    parts: list[Any] = list(modules)
+    dicts = [each for module in parts for each in (module._forward_pre_hooks, module._forward_hooks)]
+    before = [dict(each) for each in dicts]
+    for each in dicts:
+        each.clear()
+    try:
+        yield
+    finally:
+        for each, hooks in zip(dicts, before, strict=True):
+            each.update(hooks)
 
 
 def _shards(model: nn.Module) -> list[nn.Module]:

@@ -103,7 +103,8 @@ class TokenStep:
             or m._forward_pre_hooks  # pyright: ignore[reportPrivateUsage]  # seam module-hooks
             for m in backbone.modules()
         )
-        return type(backbone).__name__ in LLAMA_LIKE and sees_everything(backbone) and not hooked
+        # PyTorch's FSDP2 gives a divided module a class of its own
+        return type(backbone).__name__.removeprefix("FSDP") in LLAMA_LIKE and sees_everything(backbone) and not hooked
 
     def __call__(self, ids_B: Tensor, length_B: Tensor, cache: Past) -> Tensor:
         """Last hidden states [B, E] of one more token a row, whose keys and values go into the cache.

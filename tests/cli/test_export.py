@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet
 import pytest
@@ -163,7 +164,7 @@ def router(tmp_path: Path) -> Iterator[tuple[str, list[dict]]]:
             self.end_headers()
             self.wfile.write(json.dumps({"data": [{"probs": [score]}]}).encode())
 
-        def log_message(self, *_: object) -> None:
+        def log_message(self, format: str, *args: object) -> None:
             pass
 
     server = HTTPServer(("127.0.0.1", 0), Handler)
@@ -191,12 +192,13 @@ def test_a_reply_gets_the_score_that_preftune_gives(exported: Path, tmp_path: Pa
     assert asked[0]["use_activation"] is False
     base = resolve_base("random:llama")
     tokenizer = load_tokenizer(base)
-    ids = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
+    ids: Any = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
     ids += [*tokenizer("ok", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     adapters = AdapterSet.create(load_model(base), base, LoraSpec(r=2, alpha=4))
     adapters.load("reward", reward, trainable=False)
+    decoder: Any = adapters.model.get_base_model().model
     with torch.no_grad(), adapters.using("reward"):
-        hidden = adapters.model.base_model.model.model(input_ids=torch.tensor([ids])).last_hidden_state
+        hidden = decoder(input_ids=torch.tensor([ids])).last_hidden_state
         raw = float(adapters.heads["reward"](hidden[:, -1]))
     assert score == pytest.approx(3 * (raw - 0.25) - abs(2 - 4), abs=1e-4)
     assert (exported / "reward.py").read_text() == Path(verl_reward.__file__).read_text()

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from preftune.cli import join, machines
+from preftune.cli import join, launch, machines
 from preftune.cli import main as cli
 from preftune.cli.chain import write_recipe
 from preftune.cli.folder import RunFolder, Stamp
@@ -53,6 +53,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"main_process_port": 0}, False, "several machines, no main_process_port"),
         ({"main_process_port": None, "machine_rank": 1}, True, "several machines, no main_process_port"),
         ({"num_processes": 3}, False, "num_processes is 3, counted over 2 machines"),
+        ({"deepspeed_config": {"deepspeed_multinode_launcher": "pdsh"}}, False, "deepspeed_multinode_launcher is pdsh"),
         ({"mpirun_config": {"mpirun_hostfile": "hosts"}}, False, "mpirun would start all machines' processes"),
     ],
 )
@@ -159,24 +160,46 @@ class Joined:
             time.sleep(0.1)
 
 
+@pytest.mark.parametrize("restarts", [0, 1, 2])
+def test_a_step_is_started_again_as_often_as_the_config_says(
+    tmp_path: Path, monkeypatch, capsys, restarts: int
+) -> None:
+    """A lost machine counts for nothing; the fourth attempt ends well."""
+    tried = iter([LostMachine("gone"), StageFailed("crashed"), StageFailed("crashed"), None])
+
+    def attempt(*_: object) -> None:
+        if (error := next(tried)) is not None:
+            raise error
+
+    monkeypatch.setattr(launch, "_attempt", attempt)
+    config(tmp_path, max_restarts=restarts)
+    arguments = (tmp_path / "node0.yaml", tmp_path, "sft", None, None, "", "its last checkpoint", lambda: None)
+    if restarts == 2:
+        assert launch._attempts(*arguments) is None
+    else:
+        with pytest.raises(StageFailed, match="crashed; the same command goes on"):
+            launch._attempts(*arguments)
+    assert capsys.readouterr().err.count("it goes on from its last checkpoint") == 1 + restarts
+
+
 def leading(run_dir: Path) -> Lead:
     return Lead(run_dir, Machines(2, 0, 2), {}, lambda _: None)
 
 
 def test_a_share_that_fails_is_named_and_who_was_dragged_along_is_not(tmp_path: Path, quick: None) -> None:
     stopped = {"code": 0, "stopped": [15, "sft: stopped"]}
-    answers = [{"code": 1}, {"code": 76}, {"code": 76, "lost": "no interface"}, stopped]
+    answers = [{"code": 1, "words": "process 1 was ended by SIGKILL"}, {"code": 76}, {"code": 76}, stopped]
     with leading(tmp_path) as lead, Joined(tmp_path, answers):
         lead.start("sft", "k", None)
         lead.end(76)
-        assert str(lead.why(76, "closed")) == "sft: a process on machine 1 failed (exit code 1)"
+        assert str(lead.why(76, "closed")) == "sft: on machine 1, process 1 was ended by SIGKILL"
         assert lead.trouble()
         lead.start("sft", "k", None)
         lead.end(1)
-        assert str(lead.why(1, "")) == "sft: a process on machine 0 failed (exit code 1)"
+        assert str(lead.why(1, "")) == "sft: on machine 0, its launcher ended with exit code 1"
         lead.start("sft", "k", None)
         lead.end(76)
-        assert str(lead.why(76, "")) == "sft: the processes lost each other: no interface"
+        assert str(lead.why(76, "closed")) == "sft: on machine 0, closed"
         lead.start("sft", "k", None)
         lead.end(76)
         assert str(lead.why(76, "")) == "sft: stopped" and lead.trouble()
