@@ -43,8 +43,21 @@ class Verdicts:
         if isinstance(judge, PairJudge):
             compared = {(a, b): np.array(judge.compare(samples[a], samples[b])) for a, b in pairs}
             return cls({}, compared)
-        scores = {policy: judge.score(replies) for policy, replies in samples.items()}
+        scores = _once({policy: judge.score(replies) for policy, replies in samples.items()}, samples)
         return cls(scores, {(a, b): score_outcomes(scores[a], scores[b]) for a, b in pairs})
+
+
+def _once(scores: Mapping[str, list[float]], samples: Mapping[str, list[Sample]]) -> dict[str, list[float]]:
+    """The scores, of a reply that several policies give to a prompt the first one's: against itself it is a tie. In 16
+    bits a model's two scores of it differ with the batches that they were computed in."""
+    known: dict[tuple[int, str, tuple[int, ...]], float] = {}
+    return {
+        policy: [
+            known.setdefault((place, reply.completion, tuple(reply.tokens)), score)
+            for place, (reply, score) in enumerate(zip(replies, scores[policy], strict=True))
+        ]
+        for policy, replies in samples.items()
+    }
 
 
 def verdict_columns(

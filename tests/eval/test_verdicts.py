@@ -35,6 +35,28 @@ class PairwiseJudge:
         return self.outcomes[policy[0].policy, other[0].policy]
 
 
+class RoundingJudge:
+    """Scores that no two calls agree on in their last digits."""
+
+    name = "rounding"
+    calls = 0
+
+    def score(self, samples):
+        self.calls += 1
+        return [len(sample.tokens) + 1e-3 * self.calls for sample in samples]
+
+
+def test_what_two_policies_both_say_is_a_tie():
+    lengths = {"sft": [5, 6, 7], "dpo": [5, 2, 7], "ppo": [9, 2, 7]}
+    verdicts = Verdicts.of(RoundingJudge(), {policy: replies(policy, each) for policy, each in lengths.items()})
+    assert verdicts.outcomes["dpo", "sft"].tolist() == [0.5, 0.0, 0.5]
+    assert verdicts.outcomes["ppo", "dpo"].tolist() == [1.0, 0.5, 0.5]
+    assert verdicts.scores["ppo"] == pytest.approx([9.003, 2.002, 7.001])
+    # at another prompt the same words are another reply
+    both = Verdicts.of(RoundingJudge(), {"sft": replies("sft", [5, 6]), "dpo": replies("dpo", [6, 5])})
+    assert both.scores["dpo"] == pytest.approx([6.002, 5.002])
+
+
 @pytest.fixture
 def scored():
     rng = np.random.default_rng(0)
