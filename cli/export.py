@@ -120,7 +120,7 @@ def _fill(folder: Path, recipe: Recipe, job: "StageJob") -> _Export:
     export = _Export(recipe, job, args, sizes, model, served_model)
     found = overrides(args, job, sizes)
     if served_model is not None:
-        found += served(sizes, args.max_new_tokens)
+        found += served(job, sizes, args.max_new_tokens)
     found += run_settings(f"{recipe.name}-{job.name}", recipe.checkpoints.share, args.num_iterations(sizes.rows))
     places = _places(export)
     script = folder / _SCRIPT

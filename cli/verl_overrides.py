@@ -152,9 +152,11 @@ def _seeds(args: "PPOConfig") -> Iterator[Override]:
         yield Override(key, args.seed, "seed")
 
 
-def served(sizes: Sizes, new_tokens: int) -> list[Override]:
+def served(job: "StageJob", sizes: Sizes, new_tokens: int) -> list[Override]:
     """verl's server of a reward model."""
+    dtype = "float32" if job.dtype == "float32" else "bfloat16"
     return [
+        Override(f"{_SERVED}.rollout.dtype", dtype, "model.dtype"),
         Override(f"{_SERVED}.enable", True, "reward"),
         Override(f"{_SERVED}.rollout.name", "vllm"),
         Override(f"{_SERVED}.rollout.prompt_length", sizes.prompt + new_tokens + 1),
@@ -201,6 +203,7 @@ def _of_method(args: "PPOConfig", job: "StageJob", reward_stage: bool) -> dict[s
         "missing_eos_penalty, missing_eos_score: a reward function of verl's is not told whether a reply ended":
             args.missing_eos_penalty is not None or args.missing_eos_score is not None,
         "a reply that did not end gets an EOS before the reward model reads it": reward_stage,
+        "the reward model's head is rounded to the base's precision": reward_stage and job.dtype != "float32",
         "reward_scale: running: scores are not divided": args.reward_scale == "running",
         f"target_approx_kl {args.target_approx_kl}: every epoch runs": args.target_approx_kl is not None,
         f"max_ratio {args.max_ratio}: no minibatch is skipped": args.max_ratio is not None,

@@ -147,6 +147,17 @@ def test_policy_and_reference_start_from_the_parent(ready: Path, tmp_path: Path,
         assert not torch.allclose(written(ids).logits, load_model(base)(ids).logits, atol=0.1)
 
 
+def test_a_stage_that_starts_from_the_base_has_nothing_to_merge(ready: Path, tmp_path: Path, shell):
+    recipe = (ready / "recipe.yaml").read_text()
+    (ready / "recipe.yaml").write_text(recipe.replace("  ppo:\n    from: sft", "  ppo:\n    from: base"))
+    assert shell("export", ready, "--to", "verl", "--stage", "ppo", "--output-dir", tmp_path / "out")[0] == 0
+    found, base = started(tmp_path / "out", tmp_path), resolve_base("random:llama")
+    assert found["actor_rollout_ref.model.path"] == found["critic.model.path"] == str(base.path)
+    assert found["actor_rollout_ref.model.tokenizer_path"] == str(tmp_path / "out" / "tokenizer")
+    assert not (tmp_path / "out" / "model").exists()
+    assert "start from random:llama itself" in (tmp_path / "out" / "README.md").read_text()
+
+
 @pytest.fixture
 def router(tmp_path: Path) -> Iterator[tuple[str, list[dict]]]:
     """What stands where verl serves the reward model: its address, and what it was asked."""
