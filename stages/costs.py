@@ -434,8 +434,9 @@ class _Stage:
         whole, place = self.size.weight_bytes, self.place
         if not place.sharded or place.processes == 1:
             return whole
-        # the layer that runs and the next one are whole
-        return min(whole, whole // place.processes + 2 * self.size.largest_layer_bytes)
+        # the layer that runs and the next one are whole, or the head
+        together = max(2 * self.size.largest_layer_bytes, self.size.head * BYTES[self.job.dtype])
+        return min(whole, whole // place.processes + together)
 
     def constant(self) -> Parts:
         """What every phase holds on each device."""
