@@ -508,10 +508,10 @@ EPOCHS = Seam(
 BATCHES = Seam(
     "batches",
     "transformers",
-    ("Trainer._get_dataloader", "Trainer.get_batch_samples"),
+    ("Trainer._get_dataloader", "Trainer._get_train_sampler", "Trainer.get_batch_samples"),
     "every batch says of how many rows it is, and what is left of an epoch is divided among the processes",
     "rows of the epoch's beginning would count twice, and means of unlike batches alike",
-    _overridden("_get_dataloader", "get_batch_samples"),
+    _overridden("_get_dataloader", "_get_train_sampler", "get_batch_samples"),
 )
 
 

@@ -10,6 +10,7 @@ from trl.trainer.dpo_trainer import DPOTrainer
 
 from ..data.encode import encode_pairs
 from .activations import settle_checkpointing
+from .global_batch import say_own_batches
 from .job import StageJob
 from .options import refusals_in_words, stage_config
 from .reference_trainer import ReferenceTrainer
@@ -35,6 +36,10 @@ class DPOStageTrainer(ReferenceTrainer, DPOTrainer):
         return {"tokens": tokens.sum(), "chosen_tokens": chosen.sum(), "rejected_tokens": rejected.sum()}
 
 
+_OF_A_BATCH = ("aot", "aot_unpaired", "sft")
+"""Losses that are no mean over rows: they sort a batch's rows, or are a mean over its tokens."""
+
+
 def run_dpo(job: StageJob) -> dict[str, Any]:
     """Run a DPO stage (see `run_stage`)."""
     return train_policy(job, build_dpo(job))
@@ -50,6 +55,7 @@ def build_dpo(job: StageJob) -> PolicyStage[DPOStageTrainer]:
     # 2. the base, the adapter that trains, its frozen copy as the reference
     adapters = open_adapters(job, tokenizer)
     settle_dropout(job, args, adapters.model, reference=True)
+    say_own_batches(job.name, args, [each for each in args.loss_type if each in _OF_A_BATCH])
     with refusals_in_words(job):
         trainer = DPOStageTrainer(
             model=adapters.model,

@@ -6,8 +6,9 @@ with rows of the epoch's beginning. Here nothing is repeated: what is left is di
 counts by what it is over, and one process computes what several do.
 """
 
+import logging
 from collections import defaultdict, deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,9 +17,11 @@ from typing import Any, cast
 import torch
 from accelerate.utils import gather
 from torch.utils.data import BatchSampler, DataLoader
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from ..models import seams
+
+logger = logging.getLogger(__name__)
 
 ROWS = "preftune_rows"
 """The key under which a batch says how many rows it is made of; 0: its only row stands in for none."""
@@ -111,6 +114,15 @@ class GlobalBatch(Trainer):
         return {}
 
     # the rows of each process
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        """As it is, but where rows of like length are put together it is by the steps of all processes."""
+        own = self.args.gradient_accumulation_steps
+        self.args.gradient_accumulation_steps = own * self.args.world_size
+        try:
+            return super()._get_train_sampler(*args, **kwargs)
+        finally:
+            self.args.gradient_accumulation_steps = own
 
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> DataLoader[Any]:
         own = self.data_collator
@@ -257,6 +269,20 @@ class GlobalBatch(Trainer):
         prefix = kwargs.get("metric_key_prefix", "eval")
         output.metrics[f"{prefix}_loss"] = loss / weight if weight else 0.0
         return output
+
+
+def say_own_batches(name: str, args: TrainingArguments, terms: Collection[str]) -> None:
+    """Say which terms of a loss look at a whole batch, and so at what one process computes at once.
+
+    Args:
+        name: of the stage. terms: of its loss.
+    """
+    parts = args.world_size * args.gradient_accumulation_steps
+    if terms and parts > 1 and args.process_index == 0:
+        logger.warning(
+            "%s: %s is of the rows computed at once, %d here, and a step has %d such parts: with others it is another",
+            name, ", ".join(terms), args.per_device_train_batch_size, parts,
+        )  # fmt: skip
 
 
 _TOTAL = "num_tokens"

@@ -40,7 +40,7 @@ from .checkpoints import (
     salvage,
 )
 from .finite import Skips, not_finite, rows_of
-from .global_batch import GlobalBatch
+from .global_batch import GlobalBatch, say_own_batches
 from .job import StageJob
 from .kinds import EARLY_STOPPING
 
@@ -118,6 +118,7 @@ class StageTrainer(GlobalBatch, Resumable):
         """Say where the rows come from (their encoded form and their origins, for messages), and how many steps on
         them may be left out."""
         self._source, self.skips.allowed = (f"stages.{job.name}", dataset, origins), job.nonfinite_skips
+        say_own_batches(job.name, self.args, ["aux_loss"] if getattr(self, "aux_loss_enabled", False) else [])
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         self._batch = inputs

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import BatchSampler
 
+from preftune.stages.dpo import build_dpo
 from preftune.stages.global_batch import ROWS, CountingCollator, DividedBatches, MicroBatch, divided, mean_of
 from preftune.stages.run import run_stage
 
@@ -106,3 +107,12 @@ def test_accumulated_micro_batches_are_one_batch(kind: str, make_job, sft_folder
 def untimed(log: dict[str, Any]) -> dict[str, Any]:
     """A log entry without what the clock says, and what Transformers counts by batches."""
     return {name: x for name, x in log.items() if not any(word in name for word in ("time", "second", "flos", "epoch"))}
+
+
+def test_a_loss_that_is_no_mean_over_rows_is_said(make_job, sft_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name, losses, steps in (("plain", ["sigmoid"], 2), ("whole", ["aot"], 1), ("parts", ["sigmoid", "aot"], 2)):
+        train = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": steps}
+        method = {"beta": 0.1, "loss_type": losses}
+        build_dpo(make_job("dpo", name, parent=sft_folder, train=train, method=method))
+    said = "parts: aot is of the rows computed at once, 2 here, and a step has 2 such parts: with others it is another"
+    assert [each.getMessage() for each in caplog.records if "at once" in each.getMessage()] == [said]
