@@ -23,6 +23,9 @@ METRICS, LOG, LINEAGE, CHECKPOINTS, LOGS = "metrics.json", "log.jsonl", "lineage
 ROLLOUTS = "rollouts.jsonl"
 """In a stage's folder, beside its adapter; `logs` holds what trackers write (`report_to`)."""
 
+PROGRESS = "progress.json"
+"""In the folder of a stage that trains: how far it is. No part of a finished one."""
+
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 """PEFT's own names: an adapter lies directly in its stage's folder."""
 

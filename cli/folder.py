@@ -8,9 +8,11 @@ import json
 import os
 import re
 import shutil
+import socket
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,14 @@ from ..files import (
     EVAL_CACHE,
     EVALUATION,
     LOG,
+    PROGRESS,
     RECIPE,
     REPORT,
     RUN_STATE,
     STAMP,
     finish_replacing,
     is_ours,
+    is_running,
     partial_folder,
     read_regular,
     replace_folder,
@@ -73,6 +77,28 @@ class Stamp:
         """The settings that it was made with and that change no result."""
         kept = counted(self.parts)
         return {**{name: value for name, value in self.parts.items() if name not in kept}, **self.idle}
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a run's folder, as it wrote itself: its process, on which machine, since when (UTC, ISO 8601).
+
+    `host` and `started` are empty where an earlier version wrote it.
+    """
+
+    process: int
+    host: str = ""
+    started: str = ""
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it is a process of this machine, which can be looked for."""
+        return self.host in ("", socket.gethostname())
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether it died without a word; of another machine's process nobody here can say so."""
+        return self.is_here and not is_running(self.process)
 
 
 @dataclass
@@ -152,6 +178,7 @@ class RunFolder:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             write_stamp(partial, stamp)
+        (partial / PROGRESS).unlink(missing_ok=True)  # that of the interrupted one
         return partial
 
     def promote(self, name: str, stamp: Stamp) -> str:
@@ -161,6 +188,7 @@ class RunFolder:
             What somebody else had put into the older one, and where it lies now, in words; empty where nothing.
         """
         partial, final = self.partial(name), self.path / name
+        (partial / PROGRESS).unlink(missing_ok=True)
         for each in partial.iterdir():
             if re.fullmatch(r"\..+\.\d+", each.name) and each.is_file():
                 each.unlink()  # a file that was being written when an earlier process was killed
@@ -201,9 +229,11 @@ class RunFolder:
                 self._check_ours()
             lock = FileLock(self.path / _LOCK)
             lock.acquire(timeout=0)
-            holder.write_text(f"{os.getpid()}\n", encoding="utf-8")
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            write_whole(holder, f"{os.getpid()}\n{socket.gethostname()}\n{now}\n")
         except Timeout:
-            said = f"another run (process {_first_line(holder) or '?'}) is at work in it"
+            found = self.holder()
+            said = f"another run (process {found.process if found else '?'}) is at work in it"
             raise UserError(str(self.path), said, f"wait for it, or {_REMEDY}") from None
         except (OSError, ValueError, NotImplementedError) as error:
             said = f"cannot be a run's folder ({_first_words(error)})"
@@ -213,6 +243,23 @@ class RunFolder:
         finally:
             holder.unlink(missing_ok=True)
             lock.release()
+
+    def holder(self) -> Holder | None:
+        """Who holds the folder now, or died while it did; None where it is free. Takes no lock."""
+        try:
+            process, host, started, *_ = [*read_regular(self.path / _HOLDER).splitlines(), "", "", ""]
+            return Holder(int(process), host, started)
+        except (OSError, ValueError):
+            return None
+
+    def read(self) -> None:
+        """Read run.json as it is, and change nothing: for whoever looks on while the run goes on.
+
+        Raises:
+            OSError, ValueError, RecursionError: it cannot be read.
+        """
+        file = self.path / RUN_STATE
+        self.stages = _read_state(file) if file.is_file() else {}
 
     def _write_state(self) -> None:
         write_whole(self.path / RUN_STATE, json.dumps({"stages": self.stages}, indent=2) + "\n")
@@ -301,13 +348,6 @@ def _shown(path: Path) -> str:
 def _listed(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
-
-
-def _first_line(file: Path) -> str:
-    try:
-        return read_regular(file).strip()[:20]
-    except (OSError, ValueError):
-        return ""
 
 
 def _first_words(error: Exception) -> str:

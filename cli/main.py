@@ -202,6 +202,22 @@ def doctor(
 
 
 @app.command()
+def status(
+    run: RunArgument,
+    watch: Annotated[bool, typer.Option("--watch", help="Look again every 2 seconds until the run is over.")] = False,
+    json: AsJson = False,
+) -> int:
+    """How far a run is, from another terminal: its stages, their steps, time left and last metrics.
+
+    Reads files alone. Exit code 1 where the run was interrupted, or is over and a step of it failed.
+    """
+    from .output import Output
+    from .status import show_status
+
+    return show_status(run, watch, Output(json))
+
+
+@app.command()
 def chat(
     run: RunArgument,
     policy: Annotated[str | None, typer.Option(metavar="NAME", help="Who speaks. Default: the last policy.")] = None,

@@ -3,18 +3,21 @@
 import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
+from .. import stopping
 from ..files import write_whole
 from ..models.memory import Holes, reset_peak_memory
 from ..progress import Meter
 from ..values import plain
 
 _SECONDS_BETWEEN_LINES = 5.0
+_SECONDS_BETWEEN_WRITINGS = 2.0
 
 
 def keep_rows(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
@@ -117,6 +120,45 @@ class ProgressBar(TrainerCallback):
             self.meter.say(state.global_step, self.loss)
             self.meter.close()
             self.meter = None
+
+
+class StepFile(TrainerCallback):
+    """How far the training is, for whoever looks on from another process: written every two seconds, gone at its end.
+
+    {"step": done so far, "steps": all, "began": the step that this process went on from, "seconds": since then}. One
+    that was stopped, or died, leaves it behind.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._began = path, 0
+        self._since = self._written = time.monotonic()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        self._began, self._since = state.global_step, time.monotonic()
+        if state.is_world_process_zero:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._write(state)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        if state.is_world_process_zero and time.monotonic() - self._written > _SECONDS_BETWEEN_WRITINGS:
+            self._write(state)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        if not state.is_world_process_zero:
+            return
+        if stopping.requested() is None:
+            self.path.unlink(missing_ok=True)
+        else:
+            self._write(state)
+
+    def _write(self, state: TrainerState) -> None:
+        self._written = time.monotonic()
+        seconds = round(self._written - self._since, 3)
+        row = {"step": state.global_step, "steps": state.max_steps, "began": self._began, "seconds": seconds}
+        with suppress(OSError):  # no reason to end a training
+            write_whole(self.path, json.dumps(row) + "\n")
 
 
 class Clock(TrainerCallback):

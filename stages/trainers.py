@@ -15,7 +15,7 @@ from torch import nn
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from ..errors import UserError
-from ..files import LOG, LOGS
+from ..files import LOG, LOGS, PROGRESS
 from ..models import seams
 from ..models.causal import head_of
 from ..models.described import has_experts
@@ -25,7 +25,7 @@ from ..models.memory import peak_memory_bytes
 from ..models.pickles import check_pickles
 from ..models.sharded import is_sharded
 from ..progress import say
-from .callbacks import Clock, HandingBack, LogFile, ProgressBar, clock_of, keep_event_files
+from .callbacks import Clock, HandingBack, LogFile, ProgressBar, StepFile, clock_of, keep_event_files
 from .checkpoints import (
     Continuing,
     Progress,
@@ -241,7 +241,8 @@ class StageTrainer(GlobalBatch, Resumable):
 def stage_callbacks(job: StageJob) -> list[TrainerCallback]:
     """The callbacks of every trainer of ours: log.jsonl, progress, the clock, checkpoints to continue from, and early
     stopping if asked for."""
-    callbacks: list[TrainerCallback] = [LogFile(job.output_dir / LOG), ProgressBar(job.name), Clock(), HandingBack()]
+    callbacks: list[TrainerCallback] = [LogFile(job.output_dir / LOG), StepFile(job.output_dir / PROGRESS)]
+    callbacks += [ProgressBar(job.name), Clock(), HandingBack()]
     callbacks.append(Continuing(job.name, job.continuing()))
     if (patience := job.method.get(EARLY_STOPPING)) is not None:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=int(patience)))
