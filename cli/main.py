@@ -280,6 +280,15 @@ def report(run: RunArgument) -> None:
 
 
 @app.command()
+def env(json: AsJson = False) -> None:
+    """What a bug report needs: versions, machine, cache, settings of the environment; keys are shown as ***."""
+    from .environment import show_environment
+    from .output import Output
+
+    show_environment(Output(json))
+
+
+@app.command()
 def recipes(json: AsJson = False) -> None:
     """List the shipped recipes."""
     from .commands import list_recipes

@@ -19,19 +19,31 @@ from ..errors import UserError
 from ..files import sha256_of, write_whole
 
 
+def cache_place() -> Path:
+    """Where the cache folder lies or would: nothing is made.
+
+    Raises:
+        RuntimeError: nobody knows where the home folder is that its path begins with.
+    """
+    return Path(_named()).expanduser()
+
+
 def cache_dir() -> Path:
     """The cache folder, made if it is not there.
 
     Raises:
         UserError: it cannot be.
     """
-    named = os.environ.get("PREFTUNE_CACHE") or "~/.cache/preftune"
     try:
-        folder = Path(named).expanduser()
+        folder = cache_place()
         folder.mkdir(parents=True, exist_ok=True)
         return folder.resolve()
     except (OSError, RuntimeError, ValueError) as error:
-        raise _unusable(named, error) from error
+        raise _unusable(_named(), error) from error
+
+
+def _named() -> str:
+    return os.environ.get("PREFTUNE_CACHE") or "~/.cache/preftune"
 
 
 def _unusable(folder: Path | str, error: Exception) -> UserError:
