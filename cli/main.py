@@ -33,7 +33,7 @@ app = typer.Typer(
     name="preftune",
     help="Alignment fine-tuning in one chain: LoRA SFT, reward model, PPO or DPO / IPO / KTO, evaluation.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )

@@ -1,6 +1,7 @@
 """The command itself: a user's mistake is one line and exit code 2."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -53,6 +54,30 @@ def test_help_is_there_at_once():
     assert "validate" in done.stdout
     loaded = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
     assert not loaded & {"torch", "transformers", "trl", "peft", "datasets", "numpy", "scipy"}
+
+
+def test_h_is_help_everywhere(capsys):
+    for words in [], ["run"], ["status"], ["eval"], ["eval", "kl"], ["ppo"]:
+        code, out, err = preftune(capsys, *words, "-h")
+        assert code == 0 and "Usage:" in out and not err
+        assert preftune(capsys, *words, "--help") == (0, out, "")
+
+
+def complete(*words: str) -> list[str]:
+    """What a shell's Tab offers behind these words; in a process, as it reads its words from the environment."""
+    asked = {"_PREFTUNE_COMPLETE": "complete_bash", "COMP_WORDS": " ".join(words), "COMP_CWORD": str(len(words) - 1)}
+    script = "import sys; sys.argv[0] = 'preftune'; from preftune.cli.main import main; main()"
+    done = subprocess.run([sys.executable, "-X", "importtime", "-c", script], check=True, capture_output=True,
+                          text=True, env={**os.environ, **asked})  # fmt: skip
+    loaded = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
+    assert not loaded & {"torch", "transformers", "trl", "peft", "datasets", "numpy", "scipy"}
+    return done.stdout.split()
+
+
+def test_a_shell_completes_commands_and_options():
+    assert complete("preftune", "st") == ["status"]
+    assert complete("preftune", "eval", "per") == ["perplexity"]
+    assert complete("preftune", "status", "--w") == ["--watch"]
 
 
 def test_an_unknown_key_is_one_line(capsys, recipe: Path):
