@@ -39,6 +39,8 @@ stages:
 eval: {prompts: demos, policies: [sft, dpo], reference: sft}
 """
 
+XTERM = {"TERM": "xterm", "COLUMNS": "200", "LINES": "40"}
+
 
 def at(seconds: float) -> str:
     """So many seconds ago, as run.json has it."""
@@ -270,3 +272,34 @@ def test_a_real_run_is_watched_from_another_process(tmp_path: Path) -> None:
     status = status_of(run)
     assert status.state == "interrupted" and status.steps[0].state == "interrupted"
     assert status.steps[0].steps == 200
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
+def test_watching_in_a_terminal_draws_anew_and_leaves_the_last_state(ppo: Path) -> None:
+    import pty
+
+    with subprocess.Popen(["sleep", "60"]) as holder:
+        (ppo / ".lock.pid").write_text(f"{holder.pid}\n")
+        ours, theirs = pty.openpty()
+        command = [sys.executable, "-m", "preftune.cli.main", "status", str(ppo), "--watch"]
+        watching = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env={**os.environ, **XTERM})
+        os.close(theirs)
+        shown = ""
+        while (read := _read(ours)) is not None:
+            shown += read
+            if "12/72" in shown and holder.poll() is None:
+                holder.kill()
+                holder.wait()
+        os.close(ours)
+    assert watching.wait(timeout=30) == 1
+    drawn, _, last = shown.partition("\x1b[?1049l")  # which leaves the screen of its own
+    assert f"at work (process {holder.pid})" in drawn and "running" in drawn
+    assert f"interrupted, its process {holder.pid} is gone" in last and "running" not in last
+
+
+def _read(terminal: int) -> str | None:
+    """The next of what a terminal shows; None once nobody writes to it any more."""
+    try:
+        return os.read(terminal, 1 << 16).decode(errors="replace") or None
+    except OSError:
+        return None
