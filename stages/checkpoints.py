@@ -13,7 +13,7 @@ import re
 import shutil
 import time
 from collections.abc import Generator, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,11 +70,40 @@ def progress_file(checkpoint: Path, process: int) -> Path:
     return checkpoint / f"progress_{process}.json"
 
 
-def read_progress(checkpoint: Path, process: int) -> Progress:
-    """Of a complete checkpoint; where fewer processes wrote it, the first one's, which counts for all."""
-    file = progress_file(checkpoint, process)
-    file = file if file.is_file() else progress_file(checkpoint, 0)
-    return Progress(**json.loads(file.read_text(encoding="utf-8")))
+def read_progress(checkpoint: Path, process: int, processes: int) -> Progress:
+    """Of a complete checkpoint. Where another number of processes wrote it, the first one's, which counts for all, with
+    the mean of their sums of losses: what is logged is a mean over processes.
+
+    Args:
+        processes: how many there are now.
+    """
+    files = sorted(checkpoint.glob("progress_*.json"))
+    if len(files) == processes:
+        return Progress(**json.loads(progress_file(checkpoint, process).read_text(encoding="utf-8")))
+    all_of_them = [Progress(**json.loads(file.read_text(encoding="utf-8"))) for file in files]
+    first = Progress(**json.loads(progress_file(checkpoint, 0).read_text(encoding="utf-8")))
+    first.loss = sum(each.loss for each in all_of_them) / len(files)
+    first.total_loss = sum(each.total_loss for each in all_of_them) / len(files)
+    return first
+
+
+def accumulation(folder: Path, steps: int, processes: int) -> int:
+    """In how many micro-batches each process takes an optimiser step, so that it has the rows that it had in the run
+    which the newest checkpoint is of; as the config says where there is none, or where none would do.
+
+    Args:
+        steps: what the config says. processes: how many there are now.
+    """
+    for _, checkpoint in reversed(checkpoints(folder)):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            whole, rest = divmod(_micro_batches(_read_manifest(checkpoint), steps), processes)
+            return steps if rest else whole
+    return steps
+
+
+def _micro_batches(manifest: dict[str, Any], steps: int) -> int:
+    """Of an optimiser step, in all processes; earlier versions did not write in how many each took it."""
+    return int(manifest["processes"]) * int(manifest.get("accumulation", steps))
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -87,21 +116,23 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def newest(folder: Path, name: str, world_size: int | None) -> Path | None:
+def newest(folder: Path, name: str, world_size: int | None, accumulation: int = 1) -> Path | None:
     """The newest checkpoint that is whole; the others are passed over in words.
 
     Args:
         name: of the stage, for the words.
-        world_size: how many processes must have written it; None: any number.
+        world_size: how many processes there are; None: it does not matter how many wrote it.
+        accumulation: in how many micro-batches each takes an optimiser step.
 
     Raises:
-        UserError: another number of processes wrote it.
+        UserError: in the run that wrote it a step had other rows.
     """
     for _, checkpoint in reversed(checkpoints(folder)):
         why = _unusable(checkpoint)
         if why is None:
-            wrote = _read_manifest(checkpoint)["processes"]
-            if world_size is not None and wrote != world_size:
+            manifest = _read_manifest(checkpoint)
+            if world_size is not None and _micro_batches(manifest, accumulation) != world_size * accumulation:
+                wrote = manifest["processes"]
                 problem = f"its {checkpoint.name} is of {wrote} processes and this run has {world_size}"
                 remedy = f"launch {wrote}, or start the stage anew: --force"
                 raise UserError(f"stages.{name}", problem, remedy)
@@ -111,7 +142,7 @@ def newest(folder: Path, name: str, world_size: int | None) -> Path | None:
     return None
 
 
-def newest_for_all(folder: Path, name: str, world_size: int | None, args: TrainingArguments) -> Path | None:
+def newest_for_all(folder: Path, name: str, args: TrainingArguments, *, of_any_number: bool) -> Path | None:
     """`newest`, once every process finds the same one: a disk that machines share may show one late what another wrote.
 
     Raises:
@@ -119,7 +150,8 @@ def newest_for_all(folder: Path, name: str, world_size: int | None, args: Traini
     """
     began = time.monotonic()
     while True:
-        found = newest(folder, name, world_size)
+        processes = None if of_any_number else args.world_size
+        found = newest(folder, name, processes, args.gradient_accumulation_steps)
         step = int(found.name.rpartition("-")[2]) if found is not None else 0
         highest, lowest, late = agreed(args, step, -step, int(time.monotonic() - began > _SHARED))
         if highest == -lowest:
@@ -163,11 +195,11 @@ def is_asked(checkpoint: Path) -> bool:
         return False
 
 
-def seal(checkpoint: Path, *, processes: int, asked: bool) -> None:
+def seal(checkpoint: Path, *, processes: int, asked: bool, accumulation: int = 1) -> None:
     """Write the manifest of a checkpoint whose other files are all there, and see that everything is on the disk."""
     files = [file for file in sorted(checkpoint.rglob("*")) if file.is_file() and file.name != MANIFEST]
     entries = {file.relative_to(checkpoint).as_posix(): [file.stat().st_size, sha256_of(file)] for file in files}
-    said = {"asked": asked, "processes": processes, "files": entries}
+    said = {"asked": asked, "processes": processes, "accumulation": accumulation, "files": entries}
     write_whole(checkpoint / MANIFEST, json.dumps(said, indent=1) + "\n")
     for file in (*files, checkpoint / MANIFEST, checkpoint):
         to_disk(file)
@@ -325,7 +357,8 @@ class Resumable(Trainer):
                     own = continuing(self)
                     asked = not (own is not None and own.own) or (final.is_dir() and is_asked(final))
                     self._write_state(beside, folder)
-                    seal(beside, processes=args.world_size, asked=asked)
+                    split = args.gradient_accumulation_steps
+                    seal(beside, processes=args.world_size, asked=asked, accumulation=split)
                     settle(beside, final)
                     best = Path(self.state.best_model_checkpoint or "").name
                     remove_older(final, args.save_total_limit, [best])

@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -13,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from ..errors import UserError, nearest, raise_found
 from ..files import CHECKPOINTS
+from .checkpoints import accumulation
 from .fields import PARAMETER, Field, fields_of, remedy_for
 from .job import StageJob
 from .kinds import EARLY_STOPPING, Parameter
@@ -86,7 +88,12 @@ def stage_config(config_class: type[ConfigT], job: StageJob, *, held_out: bool, 
     if hasattr(config_class, new) and old in values:  # its new name, used so that transformers does not warn
         values.setdefault(new, values.pop(old))
     with refusals_in_words(job):
-        return one_device(config_class(**values))
+        args = one_device(config_class(**values))
+    if job.record.on_policy is None:
+        # one that goes on in another number of processes takes the steps that it took
+        steps = args.gradient_accumulation_steps
+        args.gradient_accumulation_steps = accumulation(Path(str(args.output_dir)), steps, args.world_size)
+    return args
 
 
 def one_device(args: ConfigT) -> ConfigT:

@@ -310,11 +310,11 @@ def take_up(trainer: Trainer) -> str | None:
     if args.process_index == 0:
         salvage(folder)
     trainer.accelerator.wait_for_everyone()  # all must find the same ones
-    checkpoint = newest_for_all(folder, own.name, None if trainer.of_any_number else args.world_size, args)
+    checkpoint = newest_for_all(folder, own.name, args, of_any_number=trainer.of_any_number)
     if checkpoint is None:
         return None
     check_pickles(checkpoint)
-    done = trainer.resumed = read_progress(checkpoint, args.process_index)
+    done = trainer.resumed = read_progress(checkpoint, args.process_index, args.world_size)
     clock_of(trainer).seconds = done.seconds
     log = folder.parent / LOG
     if args.process_index == 0 and log.is_file() and log.stat().st_size > done.log_bytes:

@@ -476,7 +476,7 @@ class OnPolicyTrainer(Resumable):
             self._load_optimizer_and_scheduler(resume)
             self._load_scaler(resume)
             self._load_rng_state(resume)
-            done = read_progress(Path(resume), args.process_index)
+            done = read_progress(Path(resume), args.process_index, args.world_size)
             self.episodes, self.tokens = int(done.more["episodes"]), done.tokens
             self.skips.done, self.skips.logged = done.skipped, int(done.more["logged"])
             self.resumed = None

@@ -2,10 +2,11 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,15 +62,15 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {f"{stage} {name}": tensor for stage, tensors in read.items() for name, tensor in tensors.items()}
 
 
-def numbers(folder: Path, file: str) -> dict[str, float]:
-    """Every number of each stage's metrics.json or log.jsonl, but those of the clock and of memory."""
+def numbers(folder: Path, file: str, stages: Sequence[str] = (*TRL, "ppo")) -> dict[str, float]:
+    """Every number of each stage's metrics.json or log.jsonl, but those of the clock, of memory and of micro-batches."""
     found: dict[str, float] = {}
-    for stage in (*TRL, "ppo"):
+    for stage in stages:
         text = (folder / stage / file).read_text(encoding="utf-8")
         for line, entry in enumerate([text] if file.endswith(".json") else text.splitlines()):
             for name, value in json.loads(entry).items():
                 if isinstance(value, int | float) and not any(
-                    word in name for word in ("time", "second", "bytes", "flos")
+                    word in name for word in ("time", "second", "bytes", "flos", "epoch")
                 ):
                     found[f"{stage} {line} {name}"] = value
     return found
@@ -110,6 +111,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, preftune_cache: Path
 def test_a_killed_worker_ends_the_run_and_the_same_command_continues(
     engine: str, uninterrupted: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
+    """The same bits in as many processes; in one the same to rounding."""
     words = ["run", "smoke", *LONGER, *LAUNCHED, engine, "--output-dir", str(tmp_path / "run")]
     with subprocess.Popen(
         [sys.executable, "-m", "preftune.cli.main", *words], stderr=subprocess.PIPE, text=True, env=os.environ
@@ -127,9 +129,18 @@ def test_a_killed_worker_ends_the_run_and_the_same_command_continues(
     wait_for(lambda: not any(each.is_running() for each in started), seconds=5)
     step = [int(each.name.rpartition("-")[2]) for each in log.parent.glob("checkpoints/checkpoint-*")]
     assert step and max(step) < 16
+    shutil.copytree(tmp_path / "run", tmp_path / "alone")
     assert cli.run_command(words) == 0
     continued = load_file(tmp_path / "run" / "sft" / "adapter_model.safetensors")
     assert all(torch.equal(continued[name], tensor) for name, tensor in uninterrupted.items())
+    if engine == "ddp":
+        assert cli.run_command([*words[: words.index(LAUNCHED[0])], "--output-dir", str(tmp_path / "alone")]) == 0
+        alone = load_file(tmp_path / "alone" / "sft" / "adapter_model.safetensors")
+        for name, tensor in uninterrupted.items():
+            torch.testing.assert_close(alone[name], tensor, rtol=0, atol=1e-4)
+        assert numbers(tmp_path / "alone", "log.jsonl", ["sft"]) == pytest.approx(
+            numbers(tmp_path / "run", "log.jsonl", ["sft"]), rel=1e-4, abs=1e-4
+        )
 
 
 def wait_for(is_so: Callable[[], bool], seconds: float = 120) -> None:

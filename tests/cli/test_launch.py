@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from preftune.cli import launched
@@ -133,6 +134,35 @@ def test_no_engine_has_anything_to_do_in_an_evaluation(
     assert os.environ.get(launched.SHARD_BASE) == shards
     # where the config asks for a CPU, the evaluation takes no GPU
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ("" if step == "eval" else "0")
+
+
+def test_what_accelerate_takes_on_its_command_line_alone_may_stand_in_a_config(tmp_path: Path) -> None:
+    asked = TWO_ON_CPU | {"max_restarts": 2, "monitor_interval": 0.5}
+    config = write(tmp_path / "config.yaml", **asked)
+    plain = launched._plain_config(str(config), tmp_path, "sft")
+    assert yaml.safe_load(Path(plain).read_text()) == TWO_ON_CPU
+    assert launched._torchrun_options(str(config)) == ["--monitor_interval", "0.5"]
+    several = write(tmp_path / "several.yaml", **TWO_ON_CPU | {"num_machines": 2, "distributed_type": "DEEPSPEED"})
+    assert launched._torchrun_options(str(several)) == ["--deepspeed_multinode_launcher", "standard"]
+
+
+@pytest.mark.parametrize(
+    ("error", "is_gone"),
+    [
+        (RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:27019"), True),
+        (torch.distributed.DistNetworkError("the client socket has been closed"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("Connection closed by peer"), False),
+    ],
+)
+def test_only_a_collective_that_lost_a_process_is_passed_over(tmp_path, monkeypatch, capsys, error, is_gone) -> None:
+    def broken(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(launched, "_run", broken)
+    assert launched.main("process", str(tmp_path), "run", "sft") == (launched.PEER_GONE if is_gone else 1)
+    assert ("Traceback" in capsys.readouterr().err) is not is_gone
+    assert (launched.read_lost(tmp_path) == str(error)) is is_gone
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -207,13 +209,35 @@ def test_p23_every_process_goes_on_from_the_same_one(
     monkeypatch.setattr(checkpoints, "_SHARED", 0.05)
     (tmp_path / "checkpoint-2").mkdir()
     checkpoints.seal(tmp_path / "checkpoint-2", processes=2, asked=False)
-    args: Any = None
+    args: Any = SimpleNamespace(world_size=2, gradient_accumulation_steps=1)
     if appears:
-        assert checkpoints.newest_for_all(tmp_path, "sft", 2, args) == tmp_path / "checkpoint-4"
+        assert checkpoints.newest_for_all(tmp_path, "sft", args, of_any_number=False) == tmp_path / "checkpoint-4"
         assert looked == [2, 2, 4]
     else:
         with pytest.raises(UserError, match="one process finds step 4 as the newest, another 2"):
-            checkpoints.newest_for_all(tmp_path, "sft", 2, args)
+            checkpoints.newest_for_all(tmp_path, "sft", args, of_any_number=False)
+
+
+def test_another_number_of_processes_keeps_the_rows_of_a_step(tmp_path: Path) -> None:
+    assert checkpoints.accumulation(tmp_path, 3, 2) == 3
+    for step, accumulation in ((2, 1), (4, 2)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        for process, loss in enumerate((1.0, 4.0)):
+            said = asdict(checkpoints.Progress(loss=loss, total_loss=2 * loss, tokens=7))
+            checkpoints.progress_file(folder, process).write_text(json.dumps(said))
+        checkpoints.seal(folder, processes=2, asked=False, accumulation=accumulation)
+    # of the newest, whose steps were of two micro-batches in each of two processes
+    assert [checkpoints.accumulation(tmp_path, 1, processes) for processes in (1, 2, 4)] == [4, 2, 1]
+    assert checkpoints.accumulation(tmp_path, 1, 3) == 1  # none would do, and `newest` says so
+    newest = tmp_path / "checkpoint-4"
+    assert checkpoints.newest(tmp_path, "sft", 1, 4) == checkpoints.newest(tmp_path, "sft", 4, 1) == newest
+    with pytest.raises(UserError, match="checkpoint-4 is of 2 processes and this run has 3; launch 2, or start"):
+        checkpoints.newest(tmp_path, "sft", 3, 1)
+    # what is logged is a mean over processes
+    assert [checkpoints.read_progress(newest, process, 2).loss for process in (0, 1)] == [1.0, 4.0]
+    alone = checkpoints.read_progress(newest, 0, 1)
+    assert (alone.loss, alone.total_loss, alone.tokens) == (2.5, 5.0, 7)
 
 
 def test_a_sealed_checkpoint_that_was_not_moved_yet_is_found(tmp_path: Path) -> None:
