@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from ..stages.ppo.config import PPOConfig
 
 _KIND = "ppo"
-_MODEL, _REWARD, _TOKENIZER, _ROWS = "model", "reward_model", "tokenizer", "train.parquet"
+_MODEL, _REWARD, _VALUE, _TOKENIZER = "model", "reward_model", "value_adapter", "tokenizer"
+_ROWS = "train.parquet"
 _REWARD_FILE, _REWARD_SETTINGS, _SCRIPT, _README = "reward.py", "reward.json", "run.sh", "README.md"
 _HERE = "$HERE"
 """In the script: the folder that it lies in."""
@@ -116,11 +117,12 @@ def _fill(folder: Path, recipe: Recipe, job: "StageJob") -> _Export:
     # 2. models
     model = _write_policy(folder, job, tokenizer)
     served_model = _write_reward(folder, job, tokenizer, args)
+    targets = _write_value(folder, job, args)
     # 3. script and words
     export = _Export(recipe, job, args, sizes, model, served_model)
-    found = overrides(args, job, sizes)
+    found = overrides(args, job, sizes, targets)
     if served_model is not None:
-        found += served(sizes, args.max_new_tokens)
+        found += served(job, sizes, args.max_new_tokens)
     found += run_settings(f"{recipe.name}-{job.name}", recipe.checkpoints.share, args.num_iterations(sizes.rows))
     places = _places(export)
     script = folder / _SCRIPT
@@ -228,6 +230,25 @@ def _write_reward(folder: Path, job: "StageJob", tokenizer: Any, args: "PPOConfi
     return f"{_HERE}/{model}" if model == _REWARD else model
 
 
+def _write_value(folder: Path, job: "StageJob", args: "PPOConfig") -> list[str]:
+    """The value's adapter, with the head that it starts from; the names of the modules that adapters are on.
+
+    verl would make one of a causal model's kind for it, which PEFT refuses (verl's issue 4620).
+    """
+    from ..models.lineage import read_lineage
+    from ..models.value_adapter import reward_head, write_value_adapter
+
+    first = next((each for each in job.rewards if each.kind == "stage"), None)
+    head, bias = None, 0.0
+    if first is not None:
+        target = Path(str(first.target))
+        known = read_lineage(target).reward if args.normalize_rewards else None
+        factor = first.weight / (known["std"] if known and args.reward_scale == "std" else 1.0)
+        head, bias = reward_head(target) * factor, -known["mean"] * factor if known else 0.0
+    (folder / _VALUE).mkdir()
+    return write_value_adapter(job.base.path, folder / _VALUE, job.lora, head, bias, job.seed)
+
+
 def _places(export: _Export) -> list[Override]:
     """Where verl finds the files, in the script's words."""
     value = f"{_HERE}/{_REWARD}" if any(each.kind == "stage" for each in export.job.rewards) else export.model
@@ -238,6 +259,7 @@ def _places(export: _Export) -> list[Override]:
         "trainer.default_local_dir": "checkpoints",
         "actor_rollout_ref.model.tokenizer_path": _TOKENIZER,
         "critic.model.tokenizer_path": _TOKENIZER,
+        "critic.model.lora_adapter_path": _VALUE,
     }
     places = [Override(key, f"{_HERE}/{file}") for key, file in here.items()]
     places += [Override("actor_rollout_ref.model.path", export.model, "from"), Override("critic.model.path", value)]
@@ -300,6 +322,7 @@ number of GPUs. Look at `actor/ppo_kl` and at the scores of the first steps.
 
 - Policy and reference start from {start}. A new adapter on it trains,
   which begins at zero, because verl's reference is its model without the adapter.
+- `value_adapter/`: what the critic trains on {value}; its head starts {head}.
 - `train.parquet`: {rows} prompts. verl makes the very tokens of them that preftune answers; that was checked.
 - `reward.py` scores a reply as the recipe says (`reward.json`){through}.
 
@@ -327,6 +350,8 @@ def _readme(export: _Export, found: Sequence[Override], places: Sequence[Overrid
         stage=job.name,
         version=VERSION,
         start=f"{job.base.spec} itself" if job.parent is None else merged,
+        value=f"`{_REWARD}/`" if reward_stage else "the policy's model",
+        head="as the reward model's, centred and weighted as the recipe's rewards are" if reward_stage else "at zero",
         rows=export.sizes.rows,
         through=f", through verl's server of `{_REWARD}/`" if reward_stage else "",
         mapped="\n".join(f"| {each.ours} | `{each.key}` | {each.value} |" for each in every if each.ours),

@@ -5,7 +5,7 @@ against that release's by a test.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import UserError
@@ -38,8 +38,11 @@ class Sizes(NamedTuple):
     prompt: int
 
 
-def overrides(args: "PPOConfig", job: "StageJob", sizes: Sizes) -> list[Override]:
+def overrides(args: "PPOConfig", job: "StageJob", sizes: Sizes, targets: Sequence[str]) -> list[Override]:
     """All settings that verl has a name for, but the places of files.
+
+    Args:
+        targets: names of the modules that adapters are on.
 
     Raises:
         UserError: a value that verl cannot take and that nothing near could stand for.
@@ -47,7 +50,7 @@ def overrides(args: "PPOConfig", job: "StageJob", sizes: Sizes) -> list[Override
     return [
         *_algorithm(args, job),
         *_optimiser(args, sizes),
-        *_adapter(job),
+        *_adapter(job, targets),
         *_rollout(args, job, sizes),
         *_seeds(args),
     ]
@@ -105,14 +108,13 @@ def _optimiser(args: "PPOConfig", sizes: Sizes) -> Iterator[Override]:
         yield Override(f"{place}.optim.clip_grad", args.max_grad_norm or _NEVER, "max_grad_norm")
 
 
-def _adapter(job: "StageJob") -> Iterator[Override]:
+def _adapter(job: "StageJob", targets: Sequence[str]) -> Iterator[Override]:
     lora, dtype = job.lora, "fp32" if job.dtype == "float32" else "bf16"
     alpha = lora_alpha(lora, job.name)
-    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     for place in (_MODEL, "critic.model"):
         yield Override(f"{place}.lora_rank", lora.r, "lora.r")
         yield Override(f"{place}.lora_alpha", alpha, "lora.alpha")
-        yield Override(f"{place}.target_modules", targets, "lora.target_modules")
+        yield Override(f"{place}.target_modules", list(targets), "lora.target_modules")
     for place in (f"{_ACTOR}.fsdp_config", "actor_rollout_ref.ref.fsdp_config", "critic.fsdp"):
         yield Override(f"{place}.model_dtype", dtype, "model.dtype")
     for place in (_ACTOR, "actor_rollout_ref.ref", "critic"):
@@ -152,9 +154,11 @@ def _seeds(args: "PPOConfig") -> Iterator[Override]:
         yield Override(key, args.seed, "seed")
 
 
-def served(sizes: Sizes, new_tokens: int) -> list[Override]:
+def served(job: "StageJob", sizes: Sizes, new_tokens: int) -> list[Override]:
     """verl's server of a reward model."""
+    dtype = "float32" if job.dtype == "float32" else "bfloat16"
     return [
+        Override(f"{_SERVED}.rollout.dtype", dtype, "model.dtype"),
         Override(f"{_SERVED}.enable", True, "reward"),
         Override(f"{_SERVED}.rollout.name", "vllm"),
         Override(f"{_SERVED}.rollout.prompt_length", sizes.prompt + new_tokens + 1),
@@ -194,13 +198,12 @@ def _of_method(args: "PPOConfig", job: "StageJob", reward_stage: bool) -> dict[s
         f"coefficient stays at {args.kl_coef}": args.kl_target is not None,
         "value: shared: verl's critic is a model of its own": not own_value,
         f"vf_coef {args.vf_coef}: the critic's optimiser is its own, and a factor does not change its steps": own_value,
-        "the value's head starts at the reward model's raw score, not at the centred and weighted one": reward_stage,
-        "the value's head starts from random numbers; here it starts at zero": not reward_stage,
         "whiten_advantages: false: verl always whitens": not args.whiten_advantages,
         "whiten_rewards: true: rewards are not rescaled": args.whiten_rewards,
         "missing_eos_penalty, missing_eos_score: a reward function of verl's is not told whether a reply ended":
             args.missing_eos_penalty is not None or args.missing_eos_score is not None,
         "a reply that did not end gets an EOS before the reward model reads it": reward_stage,
+        "the reward model's head is rounded to the base's precision": reward_stage and job.dtype != "float32",
         "reward_scale: running: scores are not divided": args.reward_scale == "running",
         f"target_approx_kl {args.target_approx_kl}: every epoch runs": args.target_approx_kl is not None,
         f"max_ratio {args.max_ratio}: no minibatch is skipped": args.max_ratio is not None,
@@ -223,6 +226,6 @@ def _of_training(args: "PPOConfig", job: "StageJob") -> dict[str, bool]:
         f"lora.dropout {job.lora.dropout}: verl trains without": job.lora.dropout > 0,
         f"model.quantization {job.quantization}: the base is whole there": job.quantization is not None,
         "model.dtype float32: verl computes in bfloat16 what it keeps in float32": job.dtype == "float32",
-        "adapters in float32: verl trains them in the base's precision": job.dtype != "float32",
+        "adapters in float32: verl trains the policy's in the base's precision": job.dtype != "float32",
         "lineage.json, metrics.json and the report: what verl trains lies outside the run": True,
     }

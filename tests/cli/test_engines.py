@@ -63,7 +63,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def numbers(folder: Path, file: str, stages: Sequence[str] = (*TRL, "ppo")) -> dict[str, float]:
-    """Every number of each stage's metrics.json or log.jsonl, but those of the clock, of memory and of micro-batches."""
+    """Every number of each stage's metrics.json or log.jsonl, but those of clock, memory and micro-batches."""
     found: dict[str, float] = {}
     for stage in stages:
         text = (folder / stage / file).read_text(encoding="utf-8")

@@ -13,7 +13,13 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from peft import PeftModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
 
 from preftune.cli import verl_reward
 from preftune.models.adapters import AdapterSet
@@ -116,7 +122,11 @@ def test_every_name_is_verls_and_the_recipes_values_stand_there(ready: Path, tmp
         "trainer.n_gpus_per_node": "4", "actor_rollout_ref.rollout.tensor_model_parallel_size": "4",
     }  # fmt: skip
     assert {key: found[key] for key in expected} == expected
-    assert not [key for key in found if "adapter_path" in key or key.startswith("reward.reward_model")]
+    assert (
+        found["actor_rollout_ref.model.target_modules"] == "[down_proj,gate_proj,k_proj,o_proj,q_proj,up_proj,v_proj]"
+    )
+    assert "actor_rollout_ref.model.lora_adapter_path" not in found
+    assert not [key for key in found if key.startswith("reward.reward_model")]
     # what it does otherwise is said, in the folder too
     assert "- lr_scheduler_type linear: verl" in said
     assert all(line in (out / "README.md").read_text() for line in said.splitlines() if line.startswith("- "))
@@ -145,6 +155,17 @@ def test_policy_and_reference_start_from_the_parent(ready: Path, tmp_path: Path,
     with torch.no_grad():
         torch.testing.assert_close(written(ids).logits, parent.model(ids).logits, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(written(ids).logits, load_model(base)(ids).logits, atol=0.1)
+
+
+def test_a_stage_that_starts_from_the_base_has_nothing_to_merge(ready: Path, tmp_path: Path, shell):
+    recipe = (ready / "recipe.yaml").read_text()
+    (ready / "recipe.yaml").write_text(recipe.replace("  ppo:\n    from: sft", "  ppo:\n    from: base"))
+    assert shell("export", ready, "--to", "verl", "--stage", "ppo", "--output-dir", tmp_path / "out")[0] == 0
+    found, base = started(tmp_path / "out", tmp_path), resolve_base("random:llama")
+    assert found["actor_rollout_ref.model.path"] == found["critic.model.path"] == str(base.path)
+    assert found["actor_rollout_ref.model.tokenizer_path"] == str(tmp_path / "out" / "tokenizer")
+    assert not (tmp_path / "out" / "model").exists()
+    assert "start from random:llama itself" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.fixture
@@ -204,11 +225,26 @@ def test_a_reply_gets_the_score_that_preftune_gives(exported: Path, tmp_path: Pa
     assert (exported / "reward.py").read_text() == Path(verl_reward.__file__).read_text()
 
 
+def test_the_value_starts_from_the_reward(exported: Path):
+    """As verl opens it: a token classifier of the reward model, with the adapter; weight 3, mean 0.25."""
+    ids = torch.tensor([[5, 9, 17, 4, 31, 8]])
+    scored = AutoModelForSequenceClassification.from_pretrained(exported / "reward_model", dtype=torch.float32).eval()
+    options: Any = {"num_labels": 1, "dtype": torch.float32}
+    value = AutoModelForTokenClassification.from_pretrained(exported / "reward_model", **options)
+    made: Any = PeftModel.from_pretrained(value, str(exported / "value_adapter"), is_trainable=True).eval()
+    with torch.no_grad():
+        expected = 3 * (scored(ids).logits - 0.25)
+        torch.testing.assert_close(made(ids).logits[:, -1], expected, rtol=1e-4, atol=1e-4)
+    trained = {name.split(".")[-3] for name, each in made.named_parameters() if each.requires_grad}
+    assert trained == {"lora_A", "lora_B", "modules_to_save"}
+
+
 def test_a_reward_stage_is_the_values_start_and_is_served(exported: Path, tmp_path: Path):
     found = started(exported, tmp_path)
     assert set(found) <= KEYS
     assert found["critic.model.path"] == found["reward.reward_model.model_path"] == str(exported / "reward_model")
     assert found["reward.reward_model.enable"] == "true"
+    assert found["critic.model.lora_adapter_path"] == str(exported / "value_adapter")
     config = json.loads((exported / "reward_model" / "config.json").read_text())
     assert config["architectures"] == ["LlamaForSequenceClassification"]
 
