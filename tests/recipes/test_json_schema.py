@@ -9,7 +9,7 @@ import pytest
 
 from preftune.cli.main import run_command
 from preftune.errors import UserError
-from preftune.recipes.json_schema import recipe_schema
+from preftune.recipes.json_schema import FILE, recipe_schema, schema_text
 from preftune.recipes.load import load_recipe, shipped_recipes
 from preftune.recipes.schema import stage_model
 from preftune.recipes.text import parse_file
@@ -187,6 +187,19 @@ def test_every_key_of_a_stage_is_there_with_what_it_means(kind):
 def test_the_command_prints_it(capsys):
     assert run_command(["schema"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(SCHEMA))
+
+
+def test_the_written_schema_is_this_one():
+    assert FILE.read_text(encoding="utf-8") == schema_text() + "\n", "run python -m preftune.recipes.json_schema"
+
+
+@pytest.mark.parametrize("file", shipped_recipes(), ids=lambda file: file.stem)
+def test_a_shipped_recipe_names_the_schema_that_lies_beside_it(file: Path):
+    lines = file.read_text(encoding="utf-8").splitlines()
+    (named,) = [line for line in lines if line.startswith("# yaml-language-server: $schema=")]
+    assert file.with_name(named.partition("=")[2]) == FILE
+    # the first line is what `preftune recipes` says of it; an editor reads the comments before the first key
+    assert lines.index(named) > 0 and all(line.startswith("#") for line in lines[: lines.index(named)])
 
 
 def test_another_validator_says_the_same():
