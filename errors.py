@@ -142,7 +142,7 @@ def _last_frame(error: BaseException) -> str:
     return found
 
 
-def closest(word: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
+def closest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The known word that is most like this one; None where none is like it.
 
     Args:

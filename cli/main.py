@@ -296,5 +296,13 @@ def recipes(json: AsJson = False) -> None:
     list_recipes(json)
 
 
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a recipe, for an editor that completes and checks YAML."""
+    from ..recipes.json_schema import schema_text
+
+    print(schema_text())
+
+
 if __name__ == "__main__":
     main()

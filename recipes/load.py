@@ -215,7 +215,7 @@ def _settle_kind(text: Text, name: str, stage: Any, folder: Path) -> None:
         raise problem(text, ("stages", name), f"is {shown(stage)}, expected a mapping of keys", "write {from: ...}")
     if "kind" not in stage:
         if name not in KINDS:
-            remedy = VARIANTS.get(name) or f"add kind: one of {', '.join(KINDS)}"
+            remedy = VARIANTS.get(str(name).lower()) or f"add kind: one of {', '.join(KINDS)}"
             raise problem(text, ("stages", name), "lacks its kind", remedy)
         stage["kind"] = name
     elif not isinstance(stage["kind"], str):

@@ -7,67 +7,14 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from ..errors import UserError, closest, nearest
-from ..stages.fields import FIELDS, TRAINING, WORDS
-from ..stages.kinds import stage_kind
+from ..stages.fields import FIELDS, PARAMETER, TRAINING
+from ..stages.kinds import StageKind, stage_kind
+from ..stages.names import meant, meant_in_group
 from .schema import Eval, Lora, Model, Recipe, stage_model
 from .text import Path_, Text
 
 _SHOWN = 60
 _PARTS = {"model": Model.model_fields, "lora": Lora.model_fields, "eval": Eval.model_fields}
-# What people write for a key, by the part of the recipe that has the key.
-_ALIASES: dict[str, dict[str, str]] = {
-    "model": {
-        **dict.fromkeys(("name", "path", "id", "model_name", "model_name_or_path", "base_model", "model_id"), "base"),
-        **dict.fromkeys(("torch_dtype", "precision"), "dtype"),
-        **dict.fromkeys(("load_in_4bit", "load_in_8bit", "quant", "quantize", "bits"), "quantization"),
-        "template": "chat_template",
-    },
-    "lora": {
-        **dict.fromkeys(("rank", "lora_r", "lora_rank"), "r"),
-        **dict.fromkeys(("lora_alpha",), "alpha"),
-        **dict.fromkeys(("lora_dropout",), "dropout"),
-        **dict.fromkeys(("targets", "modules", "lora_target", "lora_target_modules"), "target_modules"),
-        "rslora": "use_rslora",
-    },
-    "data": {
-        **dict.fromkeys(("file", "files", "dataset", "url", "id", "train", "data_path"), "path"),
-        **dict.fromkeys(("test_size", "eval_split", "val_size", "validation_split", "holdout"), "held_out"),
-        **dict.fromkeys(("max_seq_length", "max_len", "cutoff_len", "seq_len"), "max_length"),
-        **dict.fromkeys(("max_samples", "num_samples", "n", "max_rows"), "limit"),
-        **dict.fromkeys(("column_mapping", "mapping", "fields"), "columns"),
-        **dict.fromkeys(("on_error", "on_errors", "on_bad_rows", "on_bad_lines", "errors", "problems"), "on_problem"),
-        "system_prompt": "system",
-    },
-    "stages": {
-        **dict.fromkeys(("parent", "start", "start_from", "base", "init", "ref", "ref_model", "reference"), "from"),
-        **dict.fromkeys(("type", "method", "algorithm", "stage"), "kind"),
-        **dict.fromkeys(("dataset", "train_data", "path"), "data"),
-        **dict.fromkeys(("rewards", "reward_model", "reward_funcs", "rm"), "reward"),
-        **dict.fromkeys(("training", "args", "trainer", "train_args", "hyperparameters"), "train"),
-        **dict.fromkeys(("loss",), "loss_type"),
-    },
-    "eval": {
-        **dict.fromkeys(("judge", "metrics"), "judges"),
-        **dict.fromkeys(("models",), "policies"),
-        **dict.fromkeys(("baseline",), "reference"),
-        **dict.fromkeys(("max_tokens", "max_length"), "max_new_tokens"),
-        **dict.fromkeys(("data", "dataset"), "prompts"),
-    },
-    "recipe": {
-        **dict.fromkeys(("datasets", "dataset"), "data"),
-        **dict.fromkeys(("stage", "steps", "pipeline", "chain"), "stages"),
-        **dict.fromkeys(("evaluation", "evaluate"), "eval"),
-        **dict.fromkeys(("peft", "adapter"), "lora"),
-        **dict.fromkeys(("run_name", "title"), "name"),
-        **dict.fromkeys(("random_seed",), "seed"),
-    },
-}
-_LAUNCH = "use --launch CONFIG, which `accelerate config --config_file CONFIG` writes"
-# Words that no part of a recipe has -> what to do.
-_ELSEWHERE = {
-    **dict.fromkeys(("gpus", "num_gpus", "devices", "num_processes", "nodes", "deepspeed", "fsdp"), _LAUNCH),
-    **dict.fromkeys(("output_dir", "output", "out", "save_dir"), "use --output-dir"),
-}
 
 
 def dotted(path: Path_) -> str:
@@ -131,39 +78,41 @@ def _path(loc: tuple[str | int, ...], values: Any) -> Path_:
 
 
 def _unknown(text: Text, path: Path_) -> UserError:
-    key, above = str(path[-1]), path[:-1]
-    train = len(path) == 3 and path[0] == "stages"
-    if train and _trains(text.values, path):
-        return problem(text, path, "stands beside train", f"write it in {dotted(above)}.train")
-    said = f"{key!r} is no key of {dotted(above) or 'a recipe'}"
-    return problem(text, path, said, _meant(key, path) or nearest(key, _known(text.values, above)))
+    key, names = str(path[-1]), [str(each) for each in path]
+    said = f"{key!r} is no key of {dotted(path[:-1]) or 'a recipe'}"
+    stage = _below(_below(text.values, "stages"), path[1]) if len(path) > 2 and names[0] == "stages" else None
+    if stage is None:
+        remedy = meant(key, _part(names))
+    else:
+        kind = stage_kind(str(stage["kind"]))
+        field = FIELDS.get(kind.config.rpartition(":")[2], TRAINING).get(key)
+        if len(path) == 3 and field is not None and field.state == "works" and field is not PARAMETER:
+            return problem(text, path, "stands beside train", f"write it in {dotted(path[:-1])}.train")
+        remedy = _meant_in_stage(key, kind, names)
+    remedy = remedy or _elsewhere(key, names)
+    return problem(text, path, said, remedy or nearest(key, _known(text.values, path[:-1])))
 
 
-def _trains(values: Any, path: Path_) -> bool:
-    """Whether the key of a stage is a field of the kind's config."""
-    stage = _below(_below(values, "stages"), path[1])
-    name = stage_kind(str(stage["kind"])).config.rpartition(":")[2]
-    return str(path[-1]) in FIELDS.get(name, TRAINING)
+def _meant_in_stage(key: str, kind: StageKind, names: list[str]) -> str | None:
+    if len(names) == 3:
+        return meant(key, "stages", kind, names[1])
+    if names[2] in kind.groups:
+        return meant_in_group(key, kind, names[2])
+    # a stage's `lora` and `reward` have words of their own
+    return meant(key, names[2])
 
 
-def _meant(key: str, path: Path_) -> str | None:
-    """What to do about a key that people write for another, or in another part of the recipe; None: nothing known."""
-    place = "recipe" if len(path) == 1 else "lora" if "lora" in path[:-1] else str(path[0])
-    own = _ALIASES.get(place, {})
-    if key in own:
-        return f"did you mean {own[key]!r}?"
-    in_stage = place == "stages" and len(path) >= 3
-    train = f"{dotted(path[:2])}.train" if in_stage else "stages.NAME.train"
-    if in_stage and key in WORDS:
-        return f"write {WORDS[key]} in {train}"
-    if key in _ELSEWHERE:
-        return _ELSEWHERE[key]
-    for part, keys in _PARTS.items():
-        if place != part and (key in keys or key in _ALIASES[part]):
-            return f"write it in {part}: {{{_ALIASES[part].get(key, key)}: ...}}"
-    if key in WORDS:
-        return f"write {WORDS[key]} in {train}"
-    return f"write it in {train}" if key in TRAINING else None
+def _part(names: list[str]) -> str:
+    """The part of the recipe that a key is one of, as `stages/names.py` calls them."""
+    if len(names) == 1:
+        return "recipe"
+    return "data" if names[:2] == ["eval", "prompts"] and len(names) > 2 else names[0]
+
+
+def _elsewhere(key: str, names: list[str]) -> str | None:
+    """The part of the recipe that has a key of that name; None where none has."""
+    having = (part for part, keys in _PARTS.items() if names[0] != part and key in keys)
+    return next((f"write it in {part}: {{{key}: ...}}" for part in having), None)
 
 
 def _known(values: Any, path: Path_) -> list[str]:

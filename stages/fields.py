@@ -320,36 +320,6 @@ FIELDS: Mapping[str, Mapping[str, Field]] = {
 }
 """The name of a config's class -> its fields."""
 
-WORDS: Mapping[str, str] = {
-    **dict.fromkeys(("lr", "rate", "learningrate"), "learning_rate"),
-    **dict.fromkeys(("batch_size", "batch", "train_batch_size", "micro_batch_size"), "per_device_train_batch_size"),
-    **dict.fromkeys(("epochs", "epoch", "num_epochs", "n_epochs"), "num_train_epochs"),
-    **dict.fromkeys(("steps", "num_steps", "total_steps", "max_iters"), "max_steps"),
-    **dict.fromkeys(("warmup", "warmup_ratio", "num_warmup_steps"), "warmup_steps"),
-    **dict.fromkeys(("scheduler", "lr_scheduler", "schedule"), "lr_scheduler_type"),
-    **dict.fromkeys(("optimizer", "optimiser"), "optim"),
-    **dict.fromkeys(
-        ("grad_accum", "grad_acc", "gradient_accumulation", "accumulation_steps"), "gradient_accumulation_steps"
-    ),
-    **dict.fromkeys(("grad_clip", "max_norm", "gradient_clipping", "clip_grad_norm"), "max_grad_norm"),
-    **dict.fromkeys(("wandb", "tensorboard", "logger", "tracker"), "report_to"),
-    **dict.fromkeys(("eval_batch_size",), "per_device_eval_batch_size"),
-    **dict.fromkeys(("evaluation_strategy", "evaluate"), "eval_strategy"),
-    **dict.fromkeys(("checkpointing", "grad_checkpointing"), "gradient_checkpointing"),
-    "group_by_length": "train_sampling_strategy",
-    "liger": "use_liger_kernel",
-}
-"""What people write for a field -> its name."""
-
-GONE: Mapping[str, str] = {
-    "logging_dir": "leave it out: event files lie in RUN/<stage>/logs",
-    "overwrite_output_dir": "use --force",
-    "save_safetensors": "leave it out: nothing else is written",
-    "no_cuda": "write use_cpu: true",
-    "gpus": "use --launch CONFIG, which `accelerate config --config_file CONFIG` writes",
-}
-"""Fields of earlier versions, and others that are none -> what to do instead."""
-
 
 def fields_of(config_class: type) -> dict[str, Field]:
     """The table of a config: that of its nearest known ancestor; what a class of the user's own adds works."""
@@ -358,16 +328,6 @@ def fields_of(config_class: type) -> dict[str, Field]:
     if config_class.__module__.partition(".")[0] not in ("trl", "preftune", "transformers"):
         table = {**dict.fromkeys(own, Field("works")), **table}
     return dict(table)
-
-
-def remedy_for(word: str) -> str | None:
-    """What to do about a word that is no field of a config but means one, or is one of another; None: nothing known."""
-    if word in GONE:
-        return GONE[word]
-    if word in WORDS:
-        return f"write {WORDS[word]}"
-    refused = (each[word] for each in FIELDS.values() if word in each and each[word].state != "works")
-    return next((each.says for each in refused), None)
 
 
 def table() -> str:

@@ -350,12 +350,17 @@ KINDS: dict[str, StageKind] = {each.name: each for each in (SFT, REWARD, DPO, KT
 """The kinds that come with preftune, in the order in which they are listed."""
 
 _NOT_HERE = "not among the methods here: the nearest is {}; a method of your own is kind: FILE.py:RECORD"
+_NO_GROUPS = (
+    "groups of replies to one prompt are no method here; kind: ppo learns from the same rewards with one reply a "
+    "prompt and a learned value, a method of your own is kind: FILE.py:RECORD"
+)
 
 VARIANTS: dict[str, str] = {
     **{name: remedy for kind in KINDS.values() for name, remedy in kind.variants.items()},
     **dict.fromkeys(("simpo", "cpo"), _NOT_HERE.format("kind: dpo with loss_type: sigmoid_norm")),
     "orpo": _NOT_HERE.format("kind: sft, then kind: dpo"),
-    **dict.fromkeys(("grpo", "rloo", "reinforce", "online_dpo"), _NOT_HERE.format("kind: ppo")),
+    **dict.fromkeys(("grpo", "dr_grpo", "dapo", "gspo", "rloo", "reinforce"), _NO_GROUPS),
+    "online_dpo": _NOT_HERE.format("kind: dpo, on pairs"),
     **dict.fromkeys(("rm", "reward_model", "reward_modeling"), "write kind: reward"),
     **dict.fromkeys(("finetune", "fine_tune", "ft", "instruct", "pt", "pretrain"), "write kind: sft"),
     "rlhf": "write kind: ppo",

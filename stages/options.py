@@ -15,9 +15,10 @@ from pydantic import TypeAdapter, ValidationError
 from ..errors import UserError, nearest, raise_found
 from ..files import CHECKPOINTS
 from .checkpoints import accumulation
-from .fields import PARAMETER, Field, fields_of, remedy_for
+from .fields import PARAMETER, Field, fields_of
 from .job import StageJob
 from .kinds import EARLY_STOPPING, Parameter
+from .names import meant
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -182,7 +183,7 @@ def _field_problem(
         return UserError(here, "this key stands beside train", "move it one level up")
     if key not in fields:
         known = [name for name, field in fields.items() if field.state == "works"]
-        remedy = remedy_for(key) or nearest(key, sorted(known), most=12)
+        remedy = meant(key, "train", kind, job.name) or nearest(key, sorted(known), most=12)
         return UserError(here, f"{key!r} is not a field of {config_class.__name__}", remedy)
     field = fields[key]
     if field.state != "works":

@@ -1,8 +1,10 @@
 """What users of TRL's trainers write, and what says it here: one line for each name. Imports no torch."""
 
 from collections.abc import Iterable
+from dataclasses import fields
 
 from ...errors import UserError, nearest
+from .settings import PPOSettings
 
 _ONE_BASE = "leave it out: it is a frozen adapter on the policy's own base"
 _PROMPTS = "leave it out: the prompts are train_dataset, and held-out prompts are evaluated by `preftune eval`"
@@ -43,9 +45,45 @@ TRAINER: dict[str, str] = {
 }
 """Arguments of PPOTrainer and its neighbours."""
 
+SAME: dict[str, str] = {
+    "response_length": "max_new_tokens",
+    "max_completion_length": "max_new_tokens",
+    "num_completions_to_print": "num_log_samples",
+    "ppo_epochs": "num_ppo_epochs",
+    "num_iterations": "num_ppo_epochs",
+    "beta": "kl_coef",
+    "target": "kl_target",
+    "horizon": "kl_horizon",
+    "kl_penalty": "kl_estimator",
+    "epsilon": "cliprange",
+    "ratio_threshold": "max_ratio",
+    "use_score_norm": "normalize_rewards",
+    "score_clip": "reward_clip",
+    "scale_rewards": "reward_scale",
+    "generate_max_len": "max_new_tokens",
+    "ppo_target": "kl_target",
+    "eps_clip": "cliprange",
+    "clip_ratio": "cliprange",
+    "value_clip": "cliprange_value",
+    "lambd": "lam",
+    "entropy_coeff": "entropy_coef",
+    "micro_rollout_batch_size": "rollout_micro_batch_size",
+    "critic_learning_rate": "value_learning_rate",
+    "reward_clip_range": "reward_clip",
+    # of the preference stages
+    "pref_beta": "beta",
+    "rl_beta": "beta",
+    "dpo_beta": "beta",
+    "pref_loss": "loss_type",
+    "kto_chosen_weight": "desirable_weight",
+    "kto_rejected_weight": "undesirable_weight",
+}
+"""What others call a parameter of a stage -> its name here, where the meaning is the same."""
+
+_OURS = {each.name for each in fields(PPOSettings)}
+
 CONFIG: dict[str, str] = {
-    "response_length": "write max_new_tokens",
-    "max_completion_length": "write max_new_tokens",
+    **{word: f"write {name}" for word, name in SAME.items() if name in _OURS},
     "max_length": "write max_new_tokens for the response; cut prompts in the data (max_prompt_length)",
     "max_prompt_length": "cut the prompts in train_dataset (in a recipe: max_prompt_length of the data entry)",
     "stop_token": "leave it out: a response ends at the tokenizer's EOS",
@@ -59,38 +97,28 @@ CONFIG: dict[str, str] = {
     "reward_adapter": "pass it to PPOTrainer",
     "num_sample_generations": "write log_samples_every (iterations) and num_log_samples",
     "log_completions": "write log_samples_every (iterations) and num_log_samples",
-    "num_completions_to_print": "write num_log_samples",
     "local_rollout_forward_batch_size": "write per_device_train_batch_size; forwards take some times as many rows",
     "batch_size": "write rollout_batch_size (episodes an iteration, over all processes)",
     "local_batch_size": "write rollout_batch_size (episodes an iteration, over all processes)",
     "mini_batch_size": "write num_mini_batches (optimiser steps a pass)",
     "local_mini_batch_size": "write num_mini_batches (optimiser steps a pass)",
-    "ppo_epochs": "write num_ppo_epochs",
-    "num_iterations": "write num_ppo_epochs",
-    "num_total_batches": "write total_episodes",
-    "num_updates": "write total_episodes",
+    "num_total_batches": "write total_episodes: that many iterations times rollout_batch_size",
+    "num_updates": "write total_episodes: that many iterations times rollout_batch_size",
     "steps": "write total_episodes",
     "backward_batch_size": "write per_device_train_batch_size",
+    "train_batch_size": "write num_mini_batches (optimiser steps a pass); one forward is per_device_train_batch_size",
     "init_kl_coef": _KL,
     "adap_kl_ctrl": _KL,
-    "beta": "write kl_coef",
-    "target": "write kl_target",
     "target_kl": "write kl_target (the controller's), or target_approx_kl (stops an iteration's epochs)",
     "early_stopping": "write target_approx_kl",
-    "horizon": "write kl_horizon",
-    "kl_penalty": "write kl_estimator",
-    "epsilon": "write cliprange",
-    "ratio_threshold": "write max_ratio",
     "use_score_scaling": "write reward_scale='std' or 'running'",
-    "use_score_norm": "write normalize_rewards",
-    "score_clip": "write reward_clip",
-    "scale_rewards": "write reward_scale",
     "exp_name": "write run_name",
     "log_with": "write report_to",
     "model_adapter_name": TRAINER["model_adapter_name"],
     "ref_adapter_name": TRAINER["ref_adapter_name"],
     "sync_ref_model": "leave it out: the reference is what the policy starts from, frozen",
     "num_generations": "leave it out: PPO draws one response a prompt",
+    "kl_loss_coef": "write kl_coef and kl_in='loss'",
     "use_vllm": "leave it out: rollouts run on the policy's own base",
     "disable_dropout": "leave it out: nothing is dropped in PPO",
     "dataset_num_proc": "leave it out: prompts are encoded once, in one process",
