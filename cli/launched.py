@@ -4,12 +4,14 @@ Both run this module, in two roles (`_launcher` and `_process`). A user's mistak
 chain, which started them, reports it once.
 """
 
+import atexit
 import json
 import logging
 import os
 import signal
 import subprocess
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable
@@ -313,7 +315,19 @@ def _hear_no_signal(role: str, *arguments: str) -> None:
         stopping.listen(Path(arguments[0]) / _STOP)
 
 
+def _end(code: int) -> None:
+    """End this process once its work is done. Python's own end would wait for C++ threads of the process groups, which
+    now and then abort it (`terminate called without an active exception`), when all that it made is written."""
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    atexit._run_exitfuncs()  # trackers write their last
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
     _end_with_parent()
     _hear_no_signal(*sys.argv[1:])
-    sys.exit(main(*sys.argv[1:]))
+    _end(main(*sys.argv[1:]))
