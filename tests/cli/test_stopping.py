@@ -15,7 +15,7 @@ import pytest
 from preftune import stopping
 from preftune.stopping import Stopped
 
-STEPS = 30
+STEPS = 60
 
 
 def preftune(folder: Path, *words: str, signals: tuple[signal.Signals, ...] = (), at: str = "") -> tuple[int, str]:
@@ -59,7 +59,7 @@ def test_a_signal_leaves_a_checkpoint_and_the_same_command_goes_on(whole: Path, 
     last = err.strip().splitlines()[-1]
     said = rf"sft: stopped by {name} at step (\d+) of {STEPS}, with a checkpoint; continue with: preftune sft smoke "
     found = re.match(said, last)
-    assert found and "--force" not in last and str(tmp_path / "run") in last
+    assert found and "--force" not in last and str(tmp_path / "run") in last, err
     assert json.loads((tmp_path / "run" / "run.json").read_text())["stages"]["sft"]["state"] == "stopped"
     assert "Traceback" not in err
 
