@@ -273,7 +273,7 @@ def train(trainer: Trainer, rows: int) -> dict[str, float | None]:
     if trainer.eval_dataset is not None and not _evaluated_last(trainer):
         trainer.evaluate()
     history = trainer.state.log_history
-    epochs = trainer.state.epoch or 0.0
+    epochs = _epochs(trainer)
     losses = [entry["loss"] for entry in history if "loss" in entry]
     last_eval = next((entry for entry in reversed(history) if "eval_loss" in entry), {})
     speeds = ("_runtime", "_per_second", "epoch", "step")
@@ -401,6 +401,14 @@ def _without_rename_warnings() -> Generator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
         yield
+
+
+def _epochs(trainer: Trainer) -> float:
+    """How often the rows were gone through. Transformers counts micro-batches, of which an epoch's last step may have
+    fewer; here a step counts as one, however it is split."""
+    loader: Any = trainer.callback_handler.train_dataloader
+    steps = math.ceil(len(loader) / trainer.args.gradient_accumulation_steps)
+    return trainer.state.global_step / max(steps, 1)
 
 
 def _evaluated_last(trainer: Trainer) -> bool:
