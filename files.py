@@ -238,8 +238,13 @@ def read_json_lines(file: Path) -> list[dict[str, Any]]:
 
     Not `splitlines`: a text may hold other line ends, which JSON does not escape.
     """
+    return json_objects(file.read_text(encoding="utf-8", errors="replace")) if file.is_file() else []
+
+
+def json_objects(text: str) -> list[dict[str, Any]]:
+    """The objects of JSON lines, also of a part that begins or ends within one: what is no whole line is left out."""
     rows: list[dict[str, Any]] = []
-    for line in file.read_text(encoding="utf-8", errors="replace").split("\n") if file.is_file() else ():
+    for line in text.split("\n"):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):

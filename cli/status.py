@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..files import EVALUATION, LOG, PROGRESS, RECIPE, RUN_STATE, read_regular
+from ..files import EVALUATION, LOG, PROGRESS, RECIPE, RUN_STATE, json_objects, read_regular
 from ..values import is_finite
 from .folder import Holder, RunFolder
 from .output import Output, duration
@@ -251,18 +251,9 @@ def _tail(file: Path) -> list[dict[str, Any]]:
         with file.open("rb") as opened:
             size = opened.seek(0, 2)
             opened.seek(max(0, size - _TAIL))
-            lines = opened.read().decode("utf-8", errors="replace").split("\n")
+            return json_objects(opened.read().decode("utf-8", errors="replace"))
     except OSError:
         return []
-    rows = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
 
 
 def _show(status: Status, output: Output) -> None:
