@@ -236,11 +236,15 @@ def chat(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Default: the recipe's.")] = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.")] = None,
+    voter: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="With --compare: whose votes these are; several people vote into one file."),
+    ] = None,
 ) -> None:
     """Talk to a run's policies. In the chat, /help lists the commands; from a pipe, each line is one turn."""
     from .chat import ChatOptions, chat_run
 
-    chat_run(run, ChatOptions(policy, compare, samples, max_new_tokens, temperature, beams, seed, system))
+    chat_run(run, ChatOptions(policy, compare, samples, max_new_tokens, temperature, beams, seed, system, voter))
 
 
 @app.command()
