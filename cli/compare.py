@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from ..errors import UserError
 from ..eval.chat.blind import Ballot, draw_pair, sample_ballots
-from ..eval.chat.votes import Vote, append_vote, cast_vote, mend_votes, read_votes, vote_ratings, vote_rows
-from ..files import EVALUATION, SAMPLES
+from ..eval.chat.votes import Vote, append_vote, cast_vote, read_votes, vote_ratings, vote_rows
+from ..files import EVALUATION, SAMPLES, VOTES
+from ..journal import mend
 from ..values import plain
 from .output import Output
 from .speakers import show_reply
@@ -30,13 +31,13 @@ def open_votes(run: Path) -> list[Vote]:
     file = votes_file(run)
     if file.exists() and not file.is_file():
         raise UserError(str(file), "is no file, and votes are kept there", "move it away")
-    mend_votes(file)
+    mend(file)
     return list(read_votes(file)) if file.is_file() and file.stat().st_size else []
 
 
 def votes_file(run: Path) -> Path:
     """Where a run keeps its votes."""
-    return run / "votes.jsonl"
+    return run / VOTES
 
 
 class Blind:

@@ -14,24 +14,21 @@ policy: they make pairs, and say nothing of policies.
 Several programs may add votes at the same time: each does so under a lock beside the file.
 """
 
-import json
 import math
-import os
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 
 from ...data.rows import prompt_key
 from ...data.sources import read_file
 from ...errors import UserError
 from ...files import read_json_lines
+from ...journal import alone_with, append_line
 from ...values import plain
 from ..annotations import read_preference
 from ..statistics.ratings import Rating, rate_policies
@@ -117,8 +114,8 @@ def check_place(vote: Vote, replies: Sequence[Sequence[str]]) -> None:
 
 def append_vote(path: Path, row: Mapping[str, Any]) -> None:
     """Adds one line to the file; when this returns the vote is on disk, whatever happens to the process."""
-    with _alone(path):
-        _append(path, row)
+    with alone_with(path):
+        append_line(path, row)
 
 
 def cast_vote(path: Path, row: Mapping[str, Any]) -> bool:
@@ -127,11 +124,11 @@ def cast_vote(path: Path, row: Mapping[str, Any]) -> bool:
     Returns:
         Whether it was added.
     """
-    with _alone(path):
+    with alone_with(path):
         mine = _choice(row)
         if any(_choice(each) == mine for each in read_json_lines(path)):
             return False
-        _append(path, row)
+        append_line(path, row)
     return True
 
 
@@ -140,57 +137,6 @@ def _choice(row: Mapping[str, Any]) -> tuple[object, ...]:
     prompt = row.get("prompt")
     sides = sorted(str((row.get(f"policy_{side}"), row.get(f"completion_{side}"))) for side in "ab")
     return row.get("voter"), messages_key(prompt) if isinstance(prompt, list) else prompt, *sides
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Within it nobody else adds to the file, in this process or another."""
-    with FileLock(path.with_name(f".{path.name}.lock")):
-        yield
-
-
-def _append(path: Path, row: Mapping[str, Any]) -> None:
-    line = json.dumps(row, ensure_ascii=False) + "\n"
-    with path.open("a+b") as file:
-        end = _mended(file)
-        try:
-            file.write(line.encode("utf-8", "surrogatepass"))
-            file.flush()
-            os.fsync(file.fileno())
-        except OSError:
-            # a disk that is full takes half a line
-            file.truncate(end)
-            raise
-
-
-def _mended(file: Any) -> int:
-    """See that an open file ends with a line break; where it ends now, in bytes.
-
-    A file written by hand may end without one: it gets it. What a kill in the middle of a line left is cut off.
-    """
-    end = file.seek(0, os.SEEK_END)
-    at, tail = end, b""
-    while at and b"\n" not in tail:
-        start = max(0, at - (1 << 16))
-        file.seek(start)
-        tail, at = file.read(at - start) + tail, start
-    last = tail[tail.rfind(b"\n") + 1 :]
-    if not last:
-        return end
-    try:
-        json.loads(last)
-    except ValueError:
-        file.truncate(end - len(last))
-        return end - len(last)
-    file.write(b"\n")
-    return end + 1
-
-
-def mend_votes(path: Path) -> None:
-    """Make a file of votes whole again that a kill left with half a line at its end; nothing where there is none."""
-    if path.is_file() and path.stat().st_size:
-        with _alone(path), path.open("a+b") as file:
-            _mended(file)
 
 
 def vote_rows(votes: Sequence[Vote], seed: int = 0) -> list[dict[str, Any]]:

@@ -15,12 +15,12 @@ from preftune.eval.chat.blind import CHOICES, Ballot, draw_pair, sample_ballots
 from preftune.eval.chat.votes import (
     append_vote,
     cast_vote,
-    mend_votes,
     read_votes,
     vote_ratings,
     vote_rows,
     voter_name,
 )
+from preftune.journal import mend
 
 HI = [{"role": "user", "content": "hi"}]
 
@@ -205,12 +205,12 @@ def test_half_a_line_that_a_kill_left_is_no_vote(tmp_path):
         path.write_bytes(whole + half)
         with pytest.raises(UserError, match=r"votes.jsonl:2"):
             read_votes(path)
-        mend_votes(path)
+        mend(path)
         assert path.read_bytes() == whole
         path.write_bytes(whole + half)
         append_vote(path, row)
         assert path.read_bytes() == whole + whole
-    mend_votes(tmp_path / "none.jsonl")
+    mend(tmp_path / "none.jsonl")
     assert not (tmp_path / "none.jsonl").exists()
 
 
