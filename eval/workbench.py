@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ class Workbench:
         place = folder.resolve()
         if place not in self.loaded:
             check_adapter(folder, self.spec.base, self.tokenizer)
-            role = f"beside_{len(self.loaded)}"
+            role = next(name for number in count() if (name := f"beside_{number}") not in self.loaded.values())
             self.adapters.load(role, folder)
             self.loaded[place] = role
         return self.loaded[place]
