@@ -1,4 +1,4 @@
-"""docs/licences.md names every package that we ask for, as its metadata does, and none that Apache-2.0 cannot ask for."""
+"""docs/licences.md names every package that we ask for, as its metadata does, and none that Apache-2.0 cannot need."""
 
 import re
 
