@@ -8,6 +8,7 @@ so that the command line starts without importing torch.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from . import telemetry
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ _HOMES = {
     "score": ".api.models",
     "train_stage": ".api.running",
 }
+
+telemetry.switch_off()
 
 
 def __getattr__(name: str) -> Any:
