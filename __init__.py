@@ -6,6 +6,7 @@ The public names are loaded on first use, so that the command line starts withou
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from . import telemetry
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ _HOMES = {
     "load_tokenizer": ".models.tokens",
     "resolve_base": ".models.loading",
 }
+
+telemetry.switch_off()
 
 
 def __getattr__(name: str) -> Any:

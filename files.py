@@ -23,6 +23,9 @@ METRICS, LOG, LINEAGE, CHECKPOINTS, LOGS = "metrics.json", "log.jsonl", "lineage
 ROLLOUTS = "rollouts.jsonl"
 """In a stage's folder, beside its adapter; `logs` holds what trackers write (`report_to`)."""
 
+VOTES = "votes.jsonl"
+"""In a run's folder: people's votes on its policies' replies."""
+
 PROGRESS = "progress.json"
 """In the folder of a stage that trains: how far it is. No part of a finished one."""
 
