@@ -1,7 +1,7 @@
-"""What each key of a recipe means, in a line: for editors (recipe.schema.json) and for the reference (docs/recipes.md).
+"""What each key of a recipe means, in a line: for editors (recipe.schema.json) and the reference (docs/recipes.md).
 
-A method's parameters say it themselves (`stages/kinds.py`), and so do the fields of `train` (`stages/fields.py`). A part
-or a key without its line, and a line without its key, fail a test. Imports nothing.
+A method's parameters say it themselves (`stages/kinds.py`), and so do the fields of `train` (`stages/fields.py`). A
+part or a key without its line, and a line without its key, fail a test. Imports nothing.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ _ADAPTER = {
     "use_rslora": "Scale by alpha / sqrt(r) instead.",
 }
 _SOURCE = {
-    "path": "A file (.jsonl, .json, .csv, .tsv, .parquet, each also .gz), a folder of them, a `datasets` folder, or a hub id.",
+    "path": "A file (.jsonl, .json, .csv, .tsv, .parquet, also .gz), a folder of such files, or a hub id.",
     "split": "The split of a dataset. Default: `train` where there is one.",
     "columns": "Our name of a field: the file's name, for fields that are not recognised.",
     "name": "The configuration of a dataset on the hub.",
@@ -40,7 +40,7 @@ MEANINGS: Meanings = {
         "revision": "The revision of a base on the hub.",
         "dtype": "auto: bfloat16 where the device computes in it, else float32; a run keeps that of its first start.",
         "quantization": "Load the base in 4 bits (nf4) or 8, with bitsandbytes on a GPU.",
-        "chat_template": "A chat template, as text, as a .jinja file, or chatml. Default: the tokenizer's own.",
+        "chat_template": "A file, Jinja text, or a name among the tokenizer's templates. Default: its own.",
         "template_date": "The day that a chat template writes which writes today's. Default: that of the first start.",
         "packed": "Leave out padding and repeated prefixes in forwards. The numbers are the same.",
     },

@@ -18,9 +18,9 @@ FILE = Path(__file__).parents[1] / "docs" / "recipes.md"
 _HEAD = """\
 # Recipe reference
 
-A recipe is one YAML file. `preftune validate my.yaml` checks it and its data, `preftune schema > recipe.schema.json` writes
-what an editor needs to complete and check it, and `KEY=VALUE` behind a command overrides a key: `stages.dpo.beta=0.2`. A key
-that does not exist is refused, with the key that was probably meant.
+A recipe is one YAML file. `preftune validate my.yaml` checks it and its data, `preftune schema > recipe.schema.json`
+writes what an editor needs to complete and check it, and `KEY=VALUE` behind a command overrides a key:
+`stages.dpo.beta=0.2`. A key that does not exist is refused, with the key that was probably meant.
 
 *This page is written by `python -m preftune.recipes.reference` from what the loader reads.*
 """
@@ -66,8 +66,8 @@ def _kind(kind: StageKind, definitions: dict[str, Any]) -> Iterator[str]:
     yield f"### kind: {kind.name}\n"
     config = kind.config.rpartition(":")[2]
     defaults = ", ".join(f"`{name}: {_plain(value)}`" for name, value in kind.defaults.items())
-    yield f"Reads {_ROWS[kind.rows]}. `train` takes the fields of `{config}` ([all of them](../stages/FIELDS.md)); without"
-    yield f"being said, {defaults}.\n"
+    yield f"Reads {_ROWS[kind.rows]}. `train` takes the fields of `{config}` ([all of them](../stages/FIELDS.md))."
+    yield f"Where the recipe does not say them: {defaults}.\n"
     keys = definitions[f"{kind.name}_stage"]["properties"]
     own = {"reward": keys["reward"]} if kind.needs_reward else {}
     for parameter in kind.parameters:
