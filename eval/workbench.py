@@ -12,6 +12,7 @@ import torch
 
 from ..data.encode import encode_prompts
 from ..data.load import load_rows
+from ..data.split import held_out_rows
 from ..errors import UserError
 from ..files import ADAPTER_CONFIG
 from ..models.adapters import AdapterSet, module_name
@@ -111,8 +112,9 @@ class Workbench:
     def prompts(self) -> list[EncodedPrompt]:
         """The evaluation's prompts, encoded; the same list for every policy (E5)."""
         spec = self.spec
-        loaded = load_rows(spec.prompts, "prompt", spec.folders)
-        dataset, _ = encode_prompts(loaded.rows, self.tokenizer, spec.prompts)
+        rows = load_rows(spec.prompts, "prompt", spec.folders).rows
+        rows = held_out_rows(rows, spec.prompts, "eval.prompts.held_out")
+        dataset, _ = encode_prompts(rows, self.tokenizer, spec.prompts)
         check_context(dataset, spec.base, "eval.prompts", spec.max_new_tokens)
         return read_prompts(dataset)
 

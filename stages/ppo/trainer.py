@@ -38,6 +38,7 @@ from ...models.devices import say_unused_gpus
 from ...models.dropout import no_dropout
 from ...models.lora import LoraSpec
 from ...models.memory import release_free_memory
+from ...models.older import save_tokenizer
 from ...models.pickles import check_pickles
 from ...models.tokens import check_vocabulary
 from ..callbacks import Clock
@@ -552,7 +553,7 @@ class OnPolicyTrainer(Resumable):
         folder = Path(str(output_dir or self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         self.adapters.save(DEFAULT, folder)
-        self.tokenizer.save_pretrained(folder)
+        save_tokenizer(self.tokenizer, folder)
 
     def progress(self) -> Progress:
         seconds = sum(each.spent() for each in self.callback_handler.callbacks if isinstance(each, Clock))
