@@ -94,6 +94,17 @@ def silence(on: bool) -> None:
     _Silent.now = on
 
 
+@contextmanager
+def silent(on: bool) -> Generator[None]:
+    """Within it nothing is said; with `on` False as before."""
+    before = _Silent.now
+    _Silent.now = before or on
+    try:
+        yield
+    finally:
+        _Silent.now = before
+
+
 def say(line: str) -> None:
     """One line for the log, on standard error."""
     if not _Silent.now:

@@ -387,10 +387,7 @@ def _at_home(path: Path) -> Path:
 
 def write_recipe(folder: Path, recipe: Recipe) -> None:
     """Write RUN/recipe.yaml: the recipe with everything resolved, so that it can be run on its own."""
-    import yaml
-
-    text = yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True, width=120)
-    write_whole(folder / RECIPE, text)
+    write_whole(folder / RECIPE, recipe.text())
 
 
 def _highlights(metrics: Mapping[str, Any] | None) -> str:

@@ -233,23 +233,10 @@ def _open(
         UserError: a policy in it is unknown or not finished.
     """
     recipe = _recipe(run, overrides, without_eval=without_eval)
-    from ..recipes.build import eval_spec, policy_folder
-    from ..recipes.schema import BASE
-    from .policies import check_policy, finished_policies, first_reference, recipe_base, sampling_spec
+    from .policies import evaluation_of
 
-    part = recipe.eval
-    reference = first_reference(recipe, run) if part is None else part.reference
-    listed = [BASE, *finished_policies(recipe, run)] if part is None else list(part.policies)
-    chosen = [name.strip() for name in policies.split(",")] if policies else listed
-    if reference not in (*chosen, BASE):
-        chosen.append(reference)
-    for name in chosen:
-        check_policy(recipe, run, name, "--policies")
-    base = recipe_base(recipe)
-    if part is not None:
-        return recipe, eval_spec(recipe, base, run, chosen)
-    folders = {name: None if name == BASE else policy_folder(recipe, run, name) for name in chosen}
-    return recipe, replace(sampling_spec(recipe, base, run), policies=folders, reference=reference)
+    chosen = [name.strip() for name in policies.split(",")] if policies else None
+    return recipe, evaluation_of(recipe, run, chosen)
 
 
 def _data(recipe: "Recipe", given: str | None, rows: "RowKind") -> "DataSpec":

@@ -305,6 +305,12 @@ class Recipe(Part):
         """The recipe as plain values with its defaults, as written to RUN/recipe.yaml; loads back as the same."""
         return _written(self)
 
+    def text(self) -> str:
+        """`resolved` as YAML."""
+        import yaml
+
+        return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True, width=120)
+
 
 def _written(part: Any) -> Any:
     """Plain values by their YAML names, without what is empty by default (a `null` that is no default stays)."""

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("data", "models", "stages", "eval", "recipes", "cli", "benchmarks", "tests")
+ROOMS = ("data", "models", "stages", "eval", "recipes", "cli", "api", "benchmarks", "tests")
 SEVERAL_PROCESSES = ("test_ppo_distributed.py", "test_ppo_resume.py")
 
 

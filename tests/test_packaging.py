@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("data", "models", "stages", "eval", "recipes", "cli", "benchmarks")
+PACKAGES = ("data", "models", "stages", "eval", "recipes", "cli", "api", "benchmarks")
 NOT_IMPORTED = {"gguf": "transformers reads .gguf bases with it"}
 OPTIONAL = {"deepspeed"}
 """Imported only where a user's launch has loaded it already."""
