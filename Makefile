@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Without bytecode of everything that is installed: it takes longer than all the rest, and little of it is ever imported.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 
-.PHONY: quickstart test test-latest mutations gpu-check gpu-wheels format clean
+.PHONY: quickstart test docs test-latest mutations gpu-check gpu-wheels format clean
 
 quickstart: $(VENV)/.runtime
 	$(BIN)/preftune run quickstart
@@ -39,6 +39,11 @@ gpu-check: $(if $(WHEELS),,$(VENV)/.test)
 gpu-wheels: $(VENV)/.test
 	$(BIN)/python -m preftune.benchmarks.gpu.wheels gather .wheels $(if $(ALSO),--also $(ALSO))
 
+# The documentation as a site, in site/: nothing is fetched when it is built or read, and a warning is an error.
+docs: $(VENV)/.docs
+	$(BIN)/python docs/build.py
+	@echo "Open site/index.html in a browser."
+
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -58,6 +63,12 @@ $(VENV)/.test: $(VENV)/.runtime
 	$(PIP) --editable '.[test]'
 	mkdir -p $(VENV)/src
 	ln -sfn "$(CURDIR)" $(VENV)/src/preftune
+	touch $@
+
+# The site is built without the package: its pages that are generated are committed.
+$(VENV)/.docs: pyproject.toml constraints.txt
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(PIP) 'zensical>=0.0.70'
 	touch $@
 
 # The torch that $(VENV) has is copied: an index may hold a larger build of the same version. It stays as it is.
