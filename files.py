@@ -32,12 +32,13 @@ PROGRESS = "progress.json"
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 """PEFT's own names: an adapter lies directly in its stage's folder."""
 
-EVALUATION, RESULTS, SAMPLES, REWARDS, OVER_OPTIMISATION = (
+EVALUATION, RESULTS, SAMPLES, REWARDS, OVER_OPTIMISATION, BENCHMARKS = (
     "eval",
     "results.json",
     "samples.jsonl",
     "rewards.json",
     "overoptimisation.json",
+    "benchmarks.json",
 )
 """The evaluation's folder in that of the run, and what lies in it."""
 
@@ -47,7 +48,7 @@ EVAL_CACHE = "eval-cache"
 STAMP = ".key.json"
 """In a finished folder, of a stage or of the evaluation: what it was made for, and what was written into it."""
 
-_EVALUATED = {RESULTS, SAMPLES, REWARDS, OVER_OPTIMISATION, STAMP}
+_EVALUATED = {RESULTS, SAMPLES, REWARDS, OVER_OPTIMISATION, BENCHMARKS, STAMP}
 _LITTER = {".DS_Store", "Thumbs.db", ".ipynb_checkpoints", "lost+found"}
 """What file managers, notebooks and file systems leave anywhere, and nobody misses."""
 
