@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 LATEST ?= .venv-latest
 BIN := $(VENV)/bin
-# Without bytecode of everything that is installed: it takes longer than all the rest, and little of it is ever imported.
+# Bytecode of all that is installed takes longer than the rest, and a run needs little of it: that is made by an import.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 
 .PHONY: quickstart test docs test-latest mutations gpu-check gpu-wheels format clean
@@ -56,11 +56,15 @@ $(VENV)/.runtime: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) --editable .
+	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -c 'import preftune.eval.run, preftune.stages.ppo.trainer, \
+		preftune.stages.sft, preftune.stages.reward, preftune.stages.dpo, transformers.models.llama.modeling_llama'
 	touch $@
 
+# Tests start many processes, which may be told to write no bytecode: here they find it.
 # The link is for the type checker, which finds the package in src/.
 $(VENV)/.test: $(VENV)/.runtime
 	$(PIP) --editable '.[test]'
+	-$(BIN)/python -m compileall -qq -j 2 $(VENV)/lib
 	mkdir -p $(VENV)/src
 	ln -sfn "$(CURDIR)" $(VENV)/src/preftune
 	touch $@

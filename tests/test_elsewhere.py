@@ -14,6 +14,7 @@ from .test_packaging import build, copied, repository_files
 
 pytestmark = pytest.mark.slow
 
+
 class Installed:
     """An environment that holds the wheel, and of the test's own environment the libraries alone."""
 
