@@ -1,12 +1,12 @@
 """What an evaluation found, and the files of RUN/eval that hold it."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
-from ..files import EVALUATION, OVER_OPTIMISATION, RESULTS, REWARDS, SAMPLES, whole_folder
+from ..files import AGGREGATE, EVALUATION, OVER_OPTIMISATION, RESULTS, REWARDS, SAMPLES, whole_folder
 from ..values import plain
 from .samples import Sample
 
@@ -97,6 +97,7 @@ class Evaluation:
             nan without a verdict. The reference itself is left out.
         reward_models: one mapping per reward model, the rows of rewards.json.
         over_optimisation: the content of overoptimisation.json (see `overoptimisation.py`).
+        over_seeds: the rows of aggregate.json (see `statistics.over_seeds`).
     """
 
     rows: list[ResultRow]
@@ -105,17 +106,23 @@ class Evaluation:
     outcomes: dict[tuple[str, str], list[float]]
     reward_models: list[dict[str, Any]]
     over_optimisation: dict[str, Any] | None = None
+    over_seeds: list[dict[str, Any]] = field(default_factory=list)
 
 
-def write_evaluation(run_dir: Path, evaluation: Evaluation) -> None:
+def write_evaluation(run_dir: Path, evaluation: Evaluation, also: Callable[[Path], None] | None = None) -> None:
     """Writes RUN/eval: results.json, samples.jsonl; rewards.json where a reward model was measured, and
-    overoptimisation.json where that was. The folder appears whole or not at all.
+    overoptimisation.json where that was, aggregate.json where there are several seeds. The folder appears whole or not
+    at all.
+
+    Args:
+        also: writes what else belongs into the folder, before it appears.
     """
     with whole_folder(run_dir / EVALUATION) as folder:
         contents = {
             RESULTS: evaluation.rows,
             REWARDS: evaluation.reward_models or None,
             OVER_OPTIMISATION: evaluation.over_optimisation,
+            AGGREGATE: evaluation.over_seeds or None,
         }
         for name, content in contents.items():
             if content is not None:
@@ -128,3 +135,5 @@ def write_evaluation(run_dir: Path, evaluation: Evaluation) -> None:
                         for name, table in (("scores", evaluation.scores), ("outcomes", evaluation.outcomes))
                     }
                     file.write(json.dumps(plain({**reply.as_dict(), **judged}), ensure_ascii=False) + "\n")
+        if also is not None:
+            also(folder)
