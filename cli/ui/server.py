@@ -26,8 +26,8 @@ _CONTENT = (
 
 
 def quiet_gradio() -> None:
-    """Let gradio tell nobody what it does. Call it before it is imported."""
-    for name in ("GRADIO_ANALYTICS_ENABLED", "GRADIO_SSR_MODE", "GRADIO_MCP_SERVER", "GRADIO_RUN_HISTORY"):
+    """Leave out of gradio what the page does not use. Call it before it is imported."""
+    for name in ("GRADIO_SSR_MODE", "GRADIO_MCP_SERVER", "GRADIO_RUN_HISTORY"):
         os.environ[name] = "False"
 
 

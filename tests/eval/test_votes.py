@@ -218,7 +218,7 @@ def test_two_replies_of_one_policy_are_a_vote_of_a_labelling_only(votes):
     one = vote(HI, "a", "a", 1)
     with pytest.raises(UserError, match="are both 'a'"):
         votes(one)
-    with pytest.raises(UserError, match="each of its 1 votes is on two replies of one policy"):
+    with pytest.raises(UserError, match="each of its votes is on two replies of one policy"):
         votes(one | {"labelling": "mine"})
     assert [each.policies for each in votes(one | {"labelling": "mine"}, vote(HI, "a", "b", 1))] == [("a", "b")]
 
