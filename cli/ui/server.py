@@ -72,12 +72,22 @@ def address(host: str, port: int, token: str | None) -> str:
 
 
 def application(blocks: "Blocks", run: Path, host: str, token: str | None) -> "FastAPI":
-    """The page, its report and who may see them."""
+    """The page in its frame."""
     import gradio as gr
-    from fastapi import FastAPI
-    from fastapi.responses import FileResponse, PlainTextResponse, RedirectResponse
 
     from . import shown
+
+    theme = gr.Theme(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    return gr.mount_gradio_app(
+        guarded(run, host, token), blocks, "/", theme=theme, head=shown.head(), footer_links=[], run_history=False,
+        ssr_mode=False, enable_monitoring=False, pwa=False, mcp_server=False, show_error=False,
+    )  # fmt: skip
+
+
+def guarded(run: Path, host: str, token: str | None) -> "FastAPI":
+    """What the page is put into: the run's report, and who may see anything at all."""
+    from fastapi import FastAPI
+    from fastapi.responses import FileResponse, PlainTextResponse, RedirectResponse
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
@@ -104,11 +114,7 @@ def application(blocks: "Blocks", run: Path, host: str, token: str | None) -> "F
         answer.headers["Referrer-Policy"] = "no-referrer"
         return answer
 
-    theme = gr.Theme(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    return gr.mount_gradio_app(
-        app, blocks, "/", theme=theme, head=shown.head(), footer_links=[], run_history=False, ssr_mode=False,
-        enable_monitoring=False, pwa=False, mcp_server=False, show_error=False,
-    )  # fmt: skip
+    return app
 
 
 def serve(app: "FastAPI", listening: socket.socket) -> None:
