@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from ...errors import UserError
 from ...files import REPORT
@@ -136,6 +136,9 @@ def _same(given: str, token: str) -> bool:
 
 
 def _asks_for_us(request: "Request", host: str) -> bool:
-    """Whether a request was made to this machine by name or number, and not by way of a name that leads here."""
-    named = (request.headers.get("host") or "").rsplit(":", 1)[0].strip("[]") or host
-    return named == host or is_loopback(named)
+    """Whether a request is our page's: it names this machine, by no name that merely leads here, and no page elsewhere
+    sent it."""
+    asked = request.headers.get("host") or ""
+    named = asked.rsplit(":", 1)[0].strip("[]") or host
+    origin = request.headers.get("origin")
+    return (named == host or is_loopback(named)) and (origin is None or urlsplit(origin).netloc == asked)

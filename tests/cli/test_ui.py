@@ -121,6 +121,8 @@ def test_a_page_without_a_token_answers_this_machine_alone(served: Callable[...,
     assert get("/report.html").status_code == 404
     # a name of somebody else's that leads here, as a page elsewhere may ask a browser for
     assert get("/", host="evil.example:80").status_code == 403
+    assert get("/", host="localhost:7860", origin="http://localhost:7860").status_code == 200
+    assert get("/", host="localhost:7860", origin="http://evil.example").status_code == 403
 
 
 def test_a_labelling_is_drawn_by_the_policies_and_goes_on_where_it_stopped(run: Path, tmp_path: Path):
