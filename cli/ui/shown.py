@@ -18,8 +18,8 @@ from ...eval.report.curves import EVERY_PANEL, stage_curves
 from ...eval.report.page import TEMPLATES
 from ...eval.report.read import read_run
 from ...files import LOG, REPORT, RUN_STATE, VOTES
+from ...progress import duration
 from ..compare import open_votes
-from ..output import duration
 from ..status import DONE, FAILED, INTERRUPTED, RUNNING, status_of
 from .booth import Seat
 
