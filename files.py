@@ -26,19 +26,23 @@ ROLLOUTS = "rollouts.jsonl"
 VOTES = "votes.jsonl"
 """In a run's folder: people's votes on its policies' replies."""
 
+MANIFEST = "manifest.json"
+"""In a checkpoint that is whole: what else lies in it."""
+
 PROGRESS = "progress.json"
 """In the folder of a stage that trains: how far it is. No part of a finished one."""
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 """PEFT's own names: an adapter lies directly in its stage's folder."""
 
-EVALUATION, RESULTS, SAMPLES, REWARDS, OVER_OPTIMISATION, AGGREGATE = (
+EVALUATION, RESULTS, SAMPLES, REWARDS, OVER_OPTIMISATION, AGGREGATE, BENCHMARKS = (
     "eval",
     "results.json",
     "samples.jsonl",
     "rewards.json",
     "overoptimisation.json",
     "aggregate.json",
+    "benchmarks.json",
 )
 """The evaluation's folder in that of the run, and what lies in it."""
 
@@ -48,7 +52,7 @@ EVAL_CACHE = "eval-cache"
 STAMP = ".key.json"
 """In a finished folder, of a stage or of the evaluation: what it was made for, and what was written into it."""
 
-_EVALUATED = {RESULTS, SAMPLES, REWARDS, OVER_OPTIMISATION, AGGREGATE, STAMP, LOGS}
+_EVALUATED = {RESULTS, SAMPLES, REWARDS, OVER_OPTIMISATION, AGGREGATE, BENCHMARKS, STAMP, LOGS}
 _LITTER = {".DS_Store", "Thumbs.db", ".ipynb_checkpoints", "lost+found"}
 """What file managers, notebooks and file systems leave anywhere, and nobody misses."""
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import UserError
 from ..eval.chat.blind import Ballot, draw_pair, sample_ballots
-from ..eval.chat.votes import Vote, append_vote, cast_vote, read_votes, vote_ratings, vote_rows
+from ..eval.chat.votes import Vote, append_vote, cast_vote, vote_ratings, vote_rows, votes_in
 from ..files import EVALUATION, SAMPLES, VOTES
 from ..journal import mend
 from ..values import plain
@@ -32,7 +32,7 @@ def open_votes(run: Path) -> list[Vote]:
     if file.exists() and not file.is_file():
         raise UserError(str(file), "is no file, and votes are kept there", "move it away")
     mend(file)
-    return list(read_votes(file)) if file.is_file() and file.stat().st_size else []
+    return list(votes_in(file)) if file.is_file() and file.stat().st_size else []
 
 
 def votes_file(run: Path) -> Path:

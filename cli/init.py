@@ -268,7 +268,7 @@ def _entry(kind: RowKind, those: Sequence[Seen], held_out: float | None) -> str:
 
 
 def _stages(kinds: dict[RowKind, list[Seen]]) -> str:
-    sft = next(kind for kind in _DEMONSTRATE if kind in kinds)
+    sft: RowKind = next(kind for kind in _DEMONSTRATE if kind in kinds)
     why = {"demo": "", "pair": "  # the chosen replies", "label": "  # the good replies"}[sft]
     lines = [
         "  # Rates are those that serve LoRA: about ten times full fine-tuning's.",
@@ -309,7 +309,7 @@ def _reply_limit(kinds: Mapping[RowKind, Sequence[Seen]]) -> int:
 
 
 def _evaluation(kinds: dict[RowKind, list[Seen]], held_out: float) -> str:
-    kind = next(kind for kind in _ASK if kind in kinds)
+    kind: RowKind = next(kind for kind in _ASK if kind in kinds)
     those = kinds[kind]
     where = f"path: {_quoted(those[0].path)}" if len(those) == 1 else _sources(those)
     where += f", on_problem: {_LENIENT}" if any(each.dropped for each in those) else ""

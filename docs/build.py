@@ -63,6 +63,7 @@ def gather(work: Path) -> None:
         (pages / page).parent.mkdir(parents=True, exist_ok=True)
         text = source.read_text(encoding="utf-8")
         (pages / page).write_text(rewritten(text, source, page, pages), encoding="utf-8")
+    shutil.copyfile(HERE / "extra.css", pages / "extra.css")
     shutil.copyfile(HERE / "zensical.toml", work / "zensical.toml")
 
 

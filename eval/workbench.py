@@ -156,6 +156,11 @@ class Workbench:
         plain = {name: sorted(value, key=str) if isinstance(value, list) else value for name, value in config.items()}
         return f"{adapter_sha256(folder)} {json.dumps(plain, sort_keys=True)}"
 
+    def adapter_of(self, policy: str) -> str | None:
+        """The hash of a policy's weights; None for the base."""
+        folder = self.spec.all_policies()[policy]
+        return None if folder is None else adapter_sha256(folder)
+
     def policy_kl(self, replies: Sequence[Sample]) -> KL:
         """KL of the policy that drew the replies to the evaluation's reference, measured once for each pair of both."""
         policy, reference = replies[0].policy, self.spec.reference

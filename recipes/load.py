@@ -215,7 +215,7 @@ def _set(values: Any, key: str | int, value: Any) -> None:
 
 def _take_from_here(text: Text, path: Path_) -> None:
     """A path on the command line is meant from the current folder, one in the recipe from the recipe's."""
-    if path[-1] not in ("path", "base", "chat_template", "adapter"):
+    if path[-1] not in ("path", "base", "chat_template", "adapter", "include_path"):
         return
     above: Any = text.values
     for part in path[:-1]:
@@ -318,6 +318,9 @@ def _place_files(recipe: Recipe, folder: Path) -> None:
     for judge in recipe.eval.judges if recipe.eval else ():
         named = ("votes", "adapter", "cache", *(("model",) if judge.get("kind") == "model" else ()))
         judge.update({key: placed(judge[key]) for key in named if isinstance(judge.get(key), str)})
+    if recipe.eval is not None and (asked := recipe.eval.benchmarks) is not None:
+        asked.tasks = [placed(each) if each.endswith((".yaml", ".yml")) else each for each in asked.tasks]
+        asked.include_path = None if asked.include_path is None else placed(asked.include_path)
     model = recipe.model
     if not model.base.startswith(("pypi:", "random:")):
         model.base = placed(model.base)

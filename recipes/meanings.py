@@ -108,6 +108,7 @@ MEANINGS: Meanings = {
         "batch_size": "Replies drawn at once.",
         "beams": "Width of a beam search, with temperature: 0 and kl: false.",
         "over_optimisation": "Proxy and gold judge against KL, along PPO's way and with best of n.",
+        "benchmarks": "Tasks of lm-eval that every policy and the base are asked.",
     },
     "OverOptimisation": {
         "gold": "The judge to believe, by its name.",
@@ -115,6 +116,13 @@ MEANINGS: Meanings = {
         "policy": "Default: the first PPO stage.",
         "best_of": "Replies a prompt, of which the proxy picks the best.",
         "prompts": "At most so many.",
+    },
+    "Benchmarks": {
+        "tasks": "lm-eval's names of tasks, groups or tags, or YAML files.",
+        "limit": "Documents of each task. Default: all.",
+        "num_fewshot": "Examples before a question, unless a task says that it has none. Default: the task's own.",
+        "include_path": "A folder of further tasks. The Python in it runs.",
+        "apply_chat_template": "Ask as in a chat.",
     },
     "Checkpoints": {
         "share": "After every such share of the stage's steps; null: not by steps.",
@@ -135,6 +143,7 @@ PARTS: Mapping[str, tuple[str, str]] = {
     "Reward": ("A source of scores", "stages.NAME.reward"),
     "Eval": ("eval", "eval"),
     "OverOptimisation": ("Over-optimisation", "eval.over_optimisation"),
+    "Benchmarks": ("Standard benchmarks", "eval.benchmarks"),
     "Checkpoints": ("checkpoints", "checkpoints"),
 }
 """A part -> its heading in the reference, and its place in a recipe."""

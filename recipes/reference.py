@@ -1,6 +1,7 @@
 """The reference of recipes, docs/recipes.md: made from the schema, the kinds' records and `meanings.py`.
 
-Written by `python -m preftune.recipes.reference`; a test says when it is not up to date. Imports no torch.
+And the names of TRL's PPO with ours, in docs/migrating/trl-ppo.md, from the tables that answer them. Both are written
+by `python -m preftune.recipes.reference`; a test says when they are not up to date. Imports no torch.
 """
 
 from collections.abc import Iterable, Iterator
@@ -9,11 +10,14 @@ from typing import Any
 
 from ..eval.judges.kinds import KINDS as JUDGE_KINDS
 from ..stages.kinds import KINDS, StageKind
-from ..stages.names import parameter_place
+from ..stages.names import meant, parameter_place
+from ..stages.ppo.trl_names import CONFIG, TRAINER
 from .json_schema import recipe_schema
 from .meanings import JUDGES, PARTS
 
 FILE = Path(__file__).parents[1] / "docs" / "recipes.md"
+NAMES = FILE.with_name("migrating") / "trl-ppo.md"
+_BEGIN, _END = "<!-- python -m preftune.recipes.reference -->", "<!-- end -->"
 
 _HEAD = """\
 # Recipe reference
@@ -131,5 +135,18 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
+def names(page: str) -> str:
+    """The page of TRL's PPO with its tables of names as they are now."""
+    lines = ["### Arguments of PPOTrainer\n", "| there | here |", "|---|---|"]
+    lines += [f"| `{word}` | {_cell(says)} |" for word, says in sorted(TRAINER.items())]
+    lines += ["\n### Fields of PPOConfig\n", "| there | in Python | in a stage of a recipe |", "|---|---|---|"]
+    for word, says in sorted(CONFIG.items()):
+        stage = (meant(word, "stages", KINDS["ppo"], "ppo") or "").replace(" in stages.ppo", "")
+        lines.append(f"| `{word}` | {_cell(says)} | {'the same' if stage == says else _cell(stage)} |")
+    before, _, rest = page.partition(_BEGIN)
+    return "\n".join([before + _BEGIN, *lines, "", _END]) + rest.partition(_END)[2]
+
+
 if __name__ == "__main__":
     FILE.write_text(reference(), encoding="utf-8")
+    NAMES.write_text(names(NAMES.read_text(encoding="utf-8")), encoding="utf-8")

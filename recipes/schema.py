@@ -228,6 +228,20 @@ class OverOptimisation(Part):
     prompts: Positive = 50
 
 
+class Benchmarks(Part):
+    """Tasks of lm-eval that every policy and the base are asked, in lm-eval's own words.
+
+    `tasks`: names of tasks, groups or tags, or YAML files; `limit`: documents of each; `num_fewshot`: examples before
+    a question; `include_path`: a folder of further tasks, whose Python runs; `apply_chat_template`: ask as in a chat.
+    """
+
+    tasks: list[str] = Field(min_length=1)
+    limit: Positive | None = None
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    include_path: str | None = None
+    apply_chat_template: bool = False
+
+
 class Eval(Part):
     """Samples of every policy on the same prompts, judged against the reference; judges as in `eval/judges/`."""
 
@@ -242,6 +256,7 @@ class Eval(Part):
     batch_size: Positive = 32
     beams: Positive | None = None
     over_optimisation: OverOptimisation | None = None
+    benchmarks: Benchmarks | None = None
 
 
 class Checkpoints(Part):

@@ -205,9 +205,9 @@ def _my_recipe(folder: Path) -> dict[str, Any]:
 
 
 def merged(whole: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
-    """`whole` with the keys of `part`; mappings are merged, everything else is replaced."""
+    """`whole` with the keys of `part`: mappings are merged, everything else and entries of `data` are replaced."""
     both = {
-        key: merged(whole[key], value)
+        key: {**whole[key], **value} if key == "data" else merged(whole[key], value)
         for key, value in part.items()
         if isinstance(value, dict) and isinstance(whole.get(key), dict)
     }

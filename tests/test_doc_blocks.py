@@ -47,11 +47,12 @@ eval:
   judges: [{kind: reward, stage: reward}, {kind: rubric, checks: [{kind: max_words, value: 2}]}]
   over_optimisation: {gold: rubric, proxy: reward, best_of: 2, prompts: 2}
 """
-THINGS = ("kettle", "lamp", "coat", "tent", "drill", "globe", "mug", "sofa", "rug", "clock", "piano", "bike")
+NAMES = ("kettle", "lamp", "coat", "tent", "drill", "globe", "mug", "rug")
+THINGS = [f"{colour} {name}" for colour in ("red", "old") for name in NAMES]
 
 
 def data_files() -> dict[str, str]:
-    """What a reader's own data is like: a dozen rows of each kind."""
+    """What a reader's own data is like: sixteen rows of each kind, few of questions."""
     rows: dict[str, list[str]] = {"demos": [], "pairs": [], "prompts": [], "questions": [], "labels": []}
     for thing in THINGS:
         ask, good, bad = f"Where is my {thing}?", f"Sorry! Your {thing} is on its way.", "No idea."
@@ -59,7 +60,10 @@ def data_files() -> dict[str, str]:
         rows["pairs"].append(f'{{"prompt": "{ask}", "chosen": "{good}", "rejected": "{bad}"}}')
         rows["prompts"].append(f'{{"prompt": "My {thing} is broken."}}')
         rows["questions"].append(f'{{"prompt": "May I send the {thing} back?"}}')
-        rows["labels"].append(f'{{"prompt": "{ask}", "completion": "{good}", "label": true}}')
+        rows["labels"] += [
+            f'{{"prompt": "{ask}", "completion": "{good}", "label": true}}',
+            f'{{"prompt": "{ask}", "completion": "{bad}", "label": false}}',
+        ]
     rows["questions"] = rows["questions"][:4]
     lengths = '"baseline_length": 100, "model_length": 120'
     rows["annotations"] = [f'{{"prompt": {i}, {lengths}, "preference": {1 + i % 2}}}' for i in range(8)]

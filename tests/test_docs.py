@@ -13,14 +13,17 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted(f"docs/{each.relative_to(ROOT / 'docs')}" for each in (ROOT / "docs").rglob("*.md"))
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "tests/README.md", "benchmarks/NOTES.md",
              "stages/FIELDS.md", "examples/README.md", *PAGES)  # fmt: skip
+# of a run's folder, of the reader, of others
+ELSEWHERE = {"RUN/eval/results.json", "recipe.yaml", "run.json", "lineage.json", "metrics.json", "eval/results.json",
+             "mine.yaml", "my.yaml", "config.json", "dataset_info.json"}  # fmt: skip
 ENDINGS = ("py", "md", "toml", "yaml", "json", "svg", "txt")
 
 
 def named_files(text: str) -> list[str]:
-    """Paths within backticks or links, relative to the root; those of a run folder or of the reader are left out."""
+    """Paths within backticks or links, relative to the root; those of `ELSEWHERE` are left out."""
     found = re.findall(rf"(?<=[`(])(?:[\w.-]+/)*[\w.-]+\.(?:{'|'.join(ENDINGS)})(?=[`)])", text)
     folders = re.findall(r"(?<=`)(?:[\w.-]+/)+(?=`)", text)
-    return found + folders
+    return [name for name in found + folders if name not in ELSEWHERE]
 
 
 def exists(name: str, beside: Path) -> bool:
@@ -107,3 +110,9 @@ def test_links_and_anchors_are_read():
     text += "```sh\n# no\n[n](n)\n```\n"
     assert links(text) == ["y.md#a", "z.svg"]
     assert anchors(text) == {"a-b_c-d-e", "a", "a-1"}
+
+
+def test_the_package_index_shows_no_broken_image():
+    """README is the page of the package index too, where an image of the repository cannot be reached."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert not re.findall(r"!\[[^]]*]\((?!https://)", text)

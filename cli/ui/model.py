@@ -1,7 +1,7 @@
 """The run's one model in memory: opened at the first need, asked by one at a time."""
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -74,7 +74,7 @@ class Model:
 
     def stream(
         self, policy: str, messages: "Sequence[Message]", seed: int, stop: Callable[[], bool] = lambda: False
-    ) -> "Iterator[str | Reply]":
+    ) -> "Generator[str | Reply, None, None]":
         """The reply as it grows: the text so far, again and again, and the whole reply at the end.
 
         Closing the iterator stops the reply.

@@ -69,14 +69,17 @@ def read_votes(path: Path) -> tuple[Vote, ...]:
     """
     if not path.is_file():
         raise UserError(str(path), "no such file", "give a JSONL file of votes; preftune chat --compare writes one")
-    rows = list(read_file(path, str(path)))
-    votes = tuple(_vote(row, origin) for origin, row in rows if not _within_one_policy(row))
-    if not rows:
-        raise UserError(str(path), "holds no votes", "write one vote per line")
+    votes = votes_in(path)
     if not votes:
-        remedy = "to compare policies, vote on replies of two of them"
-        raise UserError(str(path), f"each of its {len(rows)} votes is on two replies of one policy", remedy)
+        of_labelling = bool(read_json_lines(path))
+        said = "each of its votes is on two replies of one policy" if of_labelling else "holds no votes"
+        raise UserError(str(path), said, "vote on replies of two policies" if of_labelling else "write one a line")
     return votes
+
+
+def votes_in(path: Path) -> tuple[Vote, ...]:
+    """As `read_votes`; none where the file holds none on two policies."""
+    return tuple(_vote(row, origin) for origin, row in read_file(path, str(path)) if not _within_one_policy(row))
 
 
 def _within_one_policy(row: Mapping[str, Any]) -> bool:

@@ -22,6 +22,8 @@ def keys(part: type[Part]) -> set[str]:
 def test_the_reference_is_up_to_date():
     said = reference.FILE.read_text(encoding="utf-8")
     assert said == reference.reference(), "run `python -m preftune.recipes.reference`"
+    page = reference.NAMES.read_text(encoding="utf-8")
+    assert page == reference.names(page), "run `python -m preftune.recipes.reference`"
 
 
 def test_every_part_and_key_has_its_meaning_and_no_other():
