@@ -26,6 +26,9 @@ ROLLOUTS = "rollouts.jsonl"
 VOTES = "votes.jsonl"
 """In a run's folder: people's votes on its policies' replies."""
 
+MANIFEST = "manifest.json"
+"""In a checkpoint that is whole: what else lies in it."""
+
 PROGRESS = "progress.json"
 """In the folder of a stage that trains: how far it is. No part of a finished one."""
 

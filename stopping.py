@@ -30,11 +30,14 @@ class Stopped(BaseException):
 
     Args:
         number: the signal's.
-        said: what was stopped where, and what was kept: `sft: stopped by SIGTERM at step 20 of 60, ...`.
+        said: what was stopped where: `sft: stopped by SIGTERM at step 20 of 60, with a checkpoint`.
+
+    Attributes:
+        kept: what of the whole run is kept, and where it goes on, in words; empty where there is none.
     """
 
     def __init__(self, number: int, said: str = "") -> None:
-        self.number = number
+        self.number, self.kept = number, ""
         super().__init__(said or f"stopped by {signal.Signals(number).name}")
 
     @property

@@ -53,7 +53,7 @@ def session(quiet: bool = False) -> Generator[None]:
     except stopping.Stopped as stopped:
         if _AtWork.depth > 1:
             raise
-        said = f"{stopped}; the same call continues"
+        said = "; ".join(filter(None, [str(stopped), stopped.kept, "the same call continues"]))
         if stopped.number == signal.SIGINT:
             raise KeyboardInterrupt(said) from None
         progress.say(said)

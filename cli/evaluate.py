@@ -210,6 +210,49 @@ def over_optimisation(
 
 
 @app.command()
+def alpaca(
+    run: RunArgument,
+    overrides: EvalOverrides = None,
+    policies: Policies = None,
+    data: DataOption = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="A new folder for the outputs. Default: RUN/alpaca.", show_default=False)
+    ] = None,
+    annotations: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Score what an annotator said of the outputs, instead of writing them."),
+    ] = None,
+    json: AsJson = False,
+) -> None:
+    """Replies as AlpacaEval reads them, a file a policy; with --annotations the win-rates that came of them.
+
+    Instructions: the evaluation's prompts, or --data (alpaca_eval.json as it is). With --annotations the baseline is
+    the evaluation's reference where it is among the generators, else the one that the rows agree on.
+    """
+    recipe, spec = _open(run, overrides, policies, without_eval=data is not None or annotations is not None)
+    if annotations is not None:
+        if data is not None or output_dir is not None or policies is not None:
+            raise UserError("--annotations", "is read, and nothing is written", "leave the other options out")
+        from ..eval.annotations import annotation_rows, generators
+
+        ours = f"{recipe.name}-{spec.reference}"
+        baseline = ours if ours in generators(annotations) else None
+        _print(annotation_rows([annotations], baseline=baseline), json)
+        return
+    from ..eval.alpaca import alpaca_outputs, write_outputs
+    from .merge import check_new
+    from .output import Output
+
+    folder = output_dir or run / "alpaca"
+    check_new(folder)
+    asked = spec if data is None else replace(spec, prompts=_data(recipe, data, "prompt"))
+    outputs = alpaca_outputs(replace(asked, kl=False), recipe.name)
+    files = dict(zip(outputs, write_outputs(folder, outputs), strict=True))
+    rows = [{"policy": name, "n": len(rows), "file": str(files[name])} for name, rows in outputs.items()]
+    Output(json).rows(rows)
+
+
+@app.command()
 def benchmarks(
     run: RunArgument,
     overrides: EvalOverrides = None,

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .. import stopping
+from .. import progress, stopping
 from ..errors import UserError
 from ..printed import printable
 from ..stages.kinds import KINDS
@@ -44,6 +44,7 @@ def main() -> None:
     """The console script."""
     leave_working_folder()
     ignore_library_warnings()
+    progress.stamp()
     sys.exit(run_command())
 
 
