@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("data", "models", "stages", "eval", "recipes", "cli", "benchmarks")
-NOT_IMPORTED = {"gguf": "transformers reads .gguf bases with it"}
+NOT_IMPORTED: dict[str, str] = {}
 OPTIONAL = {"deepspeed"}
 """Imported only where a user's launch has loaded it already."""
 BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
