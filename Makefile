@@ -3,9 +3,10 @@ VENV ?= .venv
 PYTHON ?= python3
 LATEST ?= .venv-latest
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Bytecode of all that is installed takes longer than the rest, and a run needs little of it: that is made by an import.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 
-.PHONY: quickstart test test-latest mutations gpu-check gpu-wheels format clean
+.PHONY: quickstart test docs test-latest mutations gpu-check gpu-wheels format clean
 
 quickstart: $(VENV)/.runtime
 	$(BIN)/preftune run quickstart
@@ -38,6 +39,11 @@ gpu-check: $(if $(WHEELS),,$(VENV)/.test)
 gpu-wheels: $(VENV)/.test
 	$(BIN)/python -m preftune.benchmarks.gpu.wheels gather .wheels $(if $(ALSO),--also $(ALSO))
 
+# The documentation as a site, in site/: nothing is fetched when it is built or read, and a warning is an error.
+docs: $(VENV)/.docs
+	$(BIN)/python docs/build.py
+	@echo "Open site/index.html in a browser."
+
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -50,13 +56,23 @@ $(VENV)/.runtime: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) --editable .
+	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -c 'import preftune.eval.run, preftune.stages.ppo.trainer, \
+		preftune.stages.sft, preftune.stages.reward, preftune.stages.dpo, transformers.models.llama.modeling_llama'
 	touch $@
 
+# Tests start many processes, which may be told to write no bytecode: here they find it.
 # The link is for the type checker, which finds the package in src/.
 $(VENV)/.test: $(VENV)/.runtime
 	$(PIP) --editable '.[test]'
+	-$(BIN)/python -m compileall -qq -j 2 $(VENV)/lib
 	mkdir -p $(VENV)/src
 	ln -sfn "$(CURDIR)" $(VENV)/src/preftune
+	touch $@
+
+# The site is built without the package: its pages that are generated are committed.
+$(VENV)/.docs: pyproject.toml constraints.txt
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(PIP) 'zensical>=0.0.70'
 	touch $@
 
 # The torch that $(VENV) has is copied: an index may hold a larger build of the same version. It stays as it is.

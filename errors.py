@@ -10,7 +10,7 @@ from pathlib import Path
 from .stopping import Stopped
 
 _OURS, _STANDARD = Path(__file__).parent, Path(os.__file__).parent
-_ROOMS = ("data", "models", "stages", "eval", "recipes", "cli")
+_ROOMS = ("data", "models", "stages", "eval", "recipes", "cli", "api")
 
 MOST = 20
 """So many mistakes are said at once; of more, how many there are."""

@@ -23,18 +23,25 @@ METRICS, LOG, LINEAGE, CHECKPOINTS, LOGS = "metrics.json", "log.jsonl", "lineage
 ROLLOUTS = "rollouts.jsonl"
 """In a stage's folder, beside its adapter; `logs` holds what trackers write (`report_to`)."""
 
+VOTES = "votes.jsonl"
+"""In a run's folder: people's votes on its policies' replies."""
+
+MANIFEST = "manifest.json"
+"""In a checkpoint that is whole: what else lies in it."""
+
 PROGRESS = "progress.json"
 """In the folder of a stage that trains: how far it is. No part of a finished one."""
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 """PEFT's own names: an adapter lies directly in its stage's folder."""
 
-EVALUATION, RESULTS, SAMPLES, REWARDS, OVER_OPTIMISATION = (
+EVALUATION, RESULTS, SAMPLES, REWARDS, OVER_OPTIMISATION, BENCHMARKS = (
     "eval",
     "results.json",
     "samples.jsonl",
     "rewards.json",
     "overoptimisation.json",
+    "benchmarks.json",
 )
 """The evaluation's folder in that of the run, and what lies in it."""
 
@@ -44,7 +51,7 @@ EVAL_CACHE = "eval-cache"
 STAMP = ".key.json"
 """In a finished folder, of a stage or of the evaluation: what it was made for, and what was written into it."""
 
-_EVALUATED = {RESULTS, SAMPLES, REWARDS, OVER_OPTIMISATION, STAMP}
+_EVALUATED = {RESULTS, SAMPLES, REWARDS, OVER_OPTIMISATION, BENCHMARKS, STAMP}
 _LITTER = {".DS_Store", "Thumbs.db", ".ipynb_checkpoints", "lost+found"}
 """What file managers, notebooks and file systems leave anywhere, and nobody misses."""
 

@@ -93,6 +93,21 @@ def look_in(folders: Iterable[Path]) -> None:
         sys.meta_path.append(_FINDER)
 
 
+@contextmanager
+def forgotten() -> Generator[None]:
+    """What is found within it is forgotten at its end, the modules too: what another recipe calls by the same name is
+    looked for anew."""
+    folders, own, before = list(_FINDER.folders), set(_FINDER.own), set(sys.modules)
+    try:
+        yield
+    finally:
+        found = _FINDER.own - own
+        _FINDER.folders, _FINDER.own = folders, own
+        for name in set(sys.modules) - before:
+            if name.partition(".")[0] in found or name.startswith(FILE_MODULE):
+                del sys.modules[name]
+
+
 def environment() -> dict[str, str]:
     """What a process that we start has in its environment, to find the same code and to import nothing besides it."""
     folders = {FOLDERS_VARIABLE: os.pathsep.join(_FINDER.folders)}

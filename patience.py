@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from .errors import UserError
 
@@ -47,12 +47,13 @@ class _Watch:
     def __init__(self) -> None:
         self.deadline: float | None = None
         self._armed = self._handles = False
+        self._before: Any = None
         self._interval = 0.0
 
     def arm(self, seconds: float) -> None:
         """See to it that `_tick` runs once so much processor time has been used, or before."""
         if not self._handles:
-            signal.signal(signal.SIGVTALRM, self._tick)
+            self._before = signal.signal(signal.SIGVTALRM, self._tick)
             signal.siginterrupt(signal.SIGVTALRM, False)
             self._handles = True
         if not self._armed or seconds < self._interval:
@@ -63,6 +64,13 @@ class _Watch:
         if self._armed:
             self._armed = False
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+
+    def hand_back(self) -> None:
+        """Take the timer and its handler away, until they are needed again. In the main thread."""
+        self.disarm()
+        if self._handles:
+            self._handles = False
+            signal.signal(signal.SIGVTALRM, signal.SIG_DFL if self._before is None else self._before)
 
     def forget(self) -> None:
         """In a forked child, which inherits no timer."""
@@ -89,6 +97,12 @@ _TIMED = hasattr(signal, "setitimer") and hasattr(signal, "SIGVTALRM")
 atexit.register(_WATCH.disarm)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_WATCH.forget)
+
+
+def hand_back() -> None:
+    """Leave the process without a timer of ours and its signal's handler; the next limited work sets them again."""
+    if _TIMED and threading.current_thread() is threading.main_thread():
+        _WATCH.hand_back()
 
 
 @contextmanager

@@ -1,13 +1,14 @@
 """Progress on standard error: a bar in a terminal, plain lines elsewhere, silence for what is quick.
 
-Imports `rich` only once there is something to show.
+Lines that a command writes to a file or a pipe begin with the time (`stamp`). Imports `rich` only once there is
+something to show.
 """
 
 import sys
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from . import stopping
 from .printed import printable
@@ -27,6 +28,7 @@ class Meter:
         total: how many steps there are; None: nobody knows.
         quiet: seconds in which nothing is shown. lines: seconds between two lines where there is no terminal.
         bars: False: lines in a terminal too.
+        begun: so many steps were done before, by an earlier process say: the time left goes by the others.
         stoppable: the work can be left off at every step, if a signal asks for it (see `stopping`).
     """
 
@@ -39,11 +41,12 @@ class Meter:
         lines: float = LINE_SECONDS,
         bars: bool = True,
         stoppable: bool = True,
+        begun: int = 0,
     ) -> None:
         self._stoppable = stoppable
         self._label, self._total, self._quiet, self._lines = label, total, quiet, lines
         self._bar: tuple[Progress, TaskID] | None = None
-        self._asked = not bars
+        self._asked, self._begun = not bars, begun
         self._started = self._spoken = time.monotonic()
         self._said = -1
 
@@ -65,7 +68,9 @@ class Meter:
             if now - self._spoken > 0.1 or done == self._total:
                 self._spoken = now
                 progress, task = self._bar
-                progress.update(task, completed=done, note=printable(note), refresh=True)
+                whole = self._whole_run(self._seconds_left(done))
+                shown = printable(", ".join(filter(None, [note, whole])))
+                progress.update(task, completed=done, note=shown, refresh=True)
         elif done == self._total or now - self._spoken > self._lines:
             self.say(done, note)
 
@@ -74,7 +79,21 @@ class Meter:
         if self._bar is None and done != self._said:
             self._spoken, self._said = time.monotonic(), done
             of = "" if self._total is None else f"/{self._total}"
-            say(f"{self._label}: {done}{of} {note}".rstrip())
+            left = self._seconds_left(done)
+            soon = "" if left is None else f"about {duration(left)} left"
+            said = f"{self._label}: {done}{of} {note}".rstrip()
+            say(", ".join(filter(None, [said, soon, self._whole_run(left)])))
+
+    def _seconds_left(self, done: int) -> float | None:
+        """If each step takes as long as those so far; None where that cannot be said, or nothing is left."""
+        if self._total is None or not self._begun < done < self._total:
+            return None
+        return (self._total - done) * (time.monotonic() - self._started) / (done - self._begun)
+
+    @staticmethod
+    def _whole_run(left: float | None) -> str:
+        ahead = _Told.ahead
+        return "" if ahead is None or left is None else f"the whole run {duration(left + ahead)}"
 
     def close(self) -> None:
         """Take the bar away, where there is one."""
@@ -89,15 +108,66 @@ class _Silent:
     now: bool = False
 
 
+class _Told:
+    """What this process was told of its lines: whether those that go to no terminal begin with the time, and how many
+    seconds the run will take behind the work at hand (None: nobody knows)."""
+
+    stamps: bool = False
+    ahead: float | None = None
+
+
+def stamp(on: bool = True) -> None:
+    """From here on lines that go to no terminal begin with the time: for the processes of a command."""
+    _Told.stamps = on
+
+
+def stamped(line: str, stream: TextIO) -> str:
+    """The line as it goes there: after the local time, to the second, if it is to be stamped."""
+    if not _Told.stamps or not line.strip() or stream.isatty():
+        return line
+    return f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}"
+
+
+@contextmanager
+def ahead(seconds: float | None) -> Generator[None]:
+    """Within it so much of the run is known to come behind the work at hand."""
+    before, _Told.ahead = _Told.ahead, seconds
+    try:
+        yield
+    finally:
+        _Told.ahead = before
+
+
+def duration(seconds: float) -> str:
+    """A time in words: `3.2 s`, `4 min 10 s`, `2 h 5 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
 def silence(on: bool) -> None:
     """From here on say nothing, or speak again: of several processes that do one piece of work one speaks for all."""
     _Silent.now = on
 
 
+@contextmanager
+def silent(on: bool) -> Generator[None]:
+    """Within it nothing is said; with `on` False as before."""
+    before = _Silent.now
+    _Silent.now = before or on
+    try:
+        yield
+    finally:
+        _Silent.now = before
+
+
 def say(line: str) -> None:
     """One line for the log, on standard error."""
     if not _Silent.now:
-        print(printable(line), file=sys.stderr, flush=True)
+        print(printable(stamped(line, sys.stderr)), file=sys.stderr, flush=True)
 
 
 @contextmanager

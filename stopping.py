@@ -2,7 +2,8 @@
 
 The first signal ends the work with `Stopped`: at once, or, within `deferred`, at the next place that looks, which is
 where a training stage can write a checkpoint (`requested`), or where its work can be left off (`poll`, within
-`interruptible`). A second signal ends the process at once.
+`interruptible`). A second signal ends the process at once; where the process is not ours (`signals(guest=True)`), it
+does what it would without us.
 """
 
 import os
@@ -19,6 +20,7 @@ from typing import Any
 
 NUMBERS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
+_DEFAULTS = (signal.SIG_DFL, signal.default_int_handler)
 _FOLLOWS = 2.0
 """Seconds after a signal to all processes within which the launcher's word is there."""
 
@@ -28,11 +30,14 @@ class Stopped(BaseException):
 
     Args:
         number: the signal's.
-        said: what was stopped where, and what was kept: `sft: stopped by SIGTERM at step 20 of 60, ...`.
+        said: what was stopped where: `sft: stopped by SIGTERM at step 20 of 60, with a checkpoint`.
+
+    Attributes:
+        kept: what of the whole run is kept, and where it goes on, in words; empty where there is none.
     """
 
     def __init__(self, number: int, said: str = "") -> None:
-        self.number = number
+        self.number, self.kept = number, ""
         super().__init__(said or f"stopped by {signal.Signals(number).name}")
 
     @property
@@ -49,6 +54,7 @@ class _Asked:
     interruptible: bool = False
     file: Path | None = None
     forward: Callable[[int], None] | None = None
+    guest: dict[int, Any] | None = None
 
 
 def requested() -> int | None:
@@ -103,24 +109,30 @@ def deferred(forward: Callable[[int], None] | None = None) -> Generator[None]:
 
 
 @contextmanager
-def signals() -> Generator[None]:
-    """Within it the signals are taken as this module says; elsewhere, and outside the main thread, as Python does."""
+def signals(*, guest: bool = False) -> Generator[None]:
+    """Within it the signals are taken as this module says; elsewhere, and outside the main thread, as Python does.
+
+    Args:
+        guest: the process is somebody else's, a notebook's say: signals for which it has a handler of its own stay with
+            it, and a second one is the process's.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     kept: dict[int, Any] = {}
-    _Asked.number, _Asked.depth = None, 0
+    _Asked.number, _Asked.depth, _Asked.guest = None, 0, kept if guest else None
     told, sys.unraisablehook = sys.unraisablehook, partial(_lost, sys.unraisablehook)
     try:
         for number in NUMBERS:
             # who started us may want us to hear nothing of it (nohup, a shell's background job)
-            if signal.getsignal(number) is not signal.SIG_IGN:
+            before = signal.getsignal(number)
+            if before is not signal.SIG_IGN and not (guest and before not in _DEFAULTS):
                 kept[number] = signal.signal(number, _take)
         yield
     finally:
         for number, handler in kept.items():
             signal.signal(number, handler)
-        _Asked.number, sys.unraisablehook = None, told
+        _Asked.number, _Asked.guest, sys.unraisablehook = None, None, told
 
 
 def _lost(told: Callable[[Any], object], found: Any) -> None:
@@ -165,6 +177,10 @@ def ignore() -> None:
 
 def _take(number: int, frame: FrameType | None) -> None:
     name = signal.Signals(number).name
+    if _Asked.number is not None and _Asked.guest is not None:
+        signal.signal(number, _Asked.guest[number])
+        signal.raise_signal(number)
+        return
     if _Asked.number is not None:
         # not `sys.exit`: it would wait for whatever holds us up
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{name} again: ends at once\n".encode())

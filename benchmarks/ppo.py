@@ -196,7 +196,7 @@ def _ppo(side: Any, settings: dict[str, Any], folder: Path, common: dict[str, An
         **common,
     )
     prompts = [{"prompt_ids": ids, "prompt": ""} for ids in settings["prompts"]]
-    return PPOTrainer(adapters, args, tokenizer, prompts, reward_adapter=reward, quiet=True)
+    return PPOTrainer(adapters, None, args, prompts, None, tokenizer, reward_adapter=reward, quiet=True)
 
 
 def _reward_stage(adapters: AdapterSet, tokenizer: Any, folder: Path) -> Path:

@@ -14,6 +14,7 @@ from .. import stopping
 from ..errors import UserError, gathering, in_brief, nearest, raise_found
 from ..files import EVALUATION, LINEAGE, RECIPE, STAMP, write_whole
 from ..printed import printable
+from ..progress import ahead, duration
 from ..recipes.build import eval_spec, stage_job
 from ..recipes.graph import needed_for, order, parents
 from ..recipes.schema import Recipe
@@ -22,7 +23,7 @@ from ..values import is_number
 from .first_start import fix_date, fix_dtype
 from .folder import RunFolder, Stamp, finished_entry, seal
 from .keys import Keys, counted, difference, idle_settings, key_of
-from .output import Output, duration
+from .output import Output
 from .process import make_functions_importable, quiet_libraries
 
 if TYPE_CHECKING:
@@ -97,7 +98,11 @@ class Chain:
     def run(self) -> list[Done]:
         """Run everything. If a step raises, run.json says `failed`, later steps do not run, and the error goes on."""
         with self.recipe.placing(), in_brief():
-            return self._run()
+            try:
+                return self._run()
+            except Stopped as stopped:
+                stopped.kept = self._kept()
+                raise
 
     def _run(self) -> list[Done]:
         # 1. what is to be done, before anything heavy is imported
@@ -130,7 +135,10 @@ class Chain:
             for words in self.parts.evaluated_in_training():
                 self.output.say(f"eval.prompts: {words}")
             # 3. the stages
-            done = [self._stage(name) for name in selected]
+            done: list[Done] = []
+            for place, name in enumerate(selected):
+                with ahead(self._ahead(done, name, selected[place + 1 :])):
+                    done.append(self._stage(name))
             # 4. the evaluation, and the report
             if evaluates:
                 done.append(self._evaluation())
@@ -141,6 +149,48 @@ class Chain:
             if any(each.state == "ran" for each in done) or self._report_is_old():
                 self._report()
         return done
+
+    def _ahead(self, done: list[Done], doing: str, later: list[str]) -> float | None:
+        """Seconds that the steps behind the next one took when they last ran; None where there is none, or one that
+        has never been done.
+
+        One that is finished, and of whose parents none was made anew, is taken to be skipped.
+        """
+        anew = {each.name for each in done if each.state == "ran"} | {doing}
+        seconds = 0.0
+        for name in [*later, *([EVALUATION] if self.evaluates else [])]:
+            above = parents(self.recipe, name) if name != EVALUATION else self._looked_at()
+            entry = self.folder.stages.get(name, {})
+            if entry.get("state") == "done" and not anew.intersection(above):
+                continue
+            if entry.get("state") != "done" or not is_number(took := entry.get("seconds")):
+                return None
+            anew.add(name)
+            seconds += took
+        return seconds or None
+
+    def _looked_at(self) -> set[str]:
+        """The stages that the evaluation samples, compares with or asks."""
+        part = self.recipe.eval
+        assert part is not None
+        return {*part.policies, part.reference, *(str(judge.get("stage")) for judge in part.judges)}
+
+    def _kept(self) -> str:
+        """What of the run a signal leaves, in words: which steps are done, and from where the one under way goes on."""
+        if not hasattr(self, "folder"):
+            return ""
+        states = {name: self.folder.stages.get(name, {}).get("state") for name in (*self.selected, EVALUATION)}
+        finished = [name for name, state in states.items() if state == "done"]
+        said = [", ".join(finished) or "no stage is done yet"]
+        for name, state in states.items():
+            if state in (None, "done"):
+                continue
+            step = self.folder.checkpoint_step(name)
+            if name == EVALUATION:
+                said.append(f"{name} goes on with the replies that are drawn")
+            else:
+                said.append(f"{name} begins anew" if step is None else f"{name} goes on after step {step}")
+        return f"kept in {self.path}: {'; '.join(said)}"
 
     def _leading(self, machines: "Machines | None") -> "AbstractContextManager[Lead | None]":
         """What the other machines of the run follow; nothing where there are none."""
@@ -387,10 +437,7 @@ def _at_home(path: Path) -> Path:
 
 def write_recipe(folder: Path, recipe: Recipe) -> None:
     """Write RUN/recipe.yaml: the recipe with everything resolved, so that it can be run on its own."""
-    import yaml
-
-    text = yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True, width=120)
-    write_whole(folder / RECIPE, text)
+    write_whole(folder / RECIPE, recipe.text())
 
 
 def _highlights(metrics: Mapping[str, Any] | None) -> str:

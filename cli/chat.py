@@ -28,6 +28,7 @@ class ChatOptions:
         samples: vote on the evaluation's samples.
         max_new_tokens, temperature, beams, seed: of the replies; with more than 1 beam they are searched, not drawn.
         system: the conversation's system message.
+        voter: the name that votes carry.
     """
 
     policy: str | None = None
@@ -38,6 +39,7 @@ class ChatOptions:
     beams: int | None = None
     seed: int | None = None
     system: str | None = None
+    voter: str | None = None
 
 
 def chat_run(run: Path, options: ChatOptions) -> None:
@@ -52,7 +54,8 @@ def chat_run(run: Path, options: ChatOptions) -> None:
     if options.samples:
         from .compare import vote_on_samples
 
-        vote_on_samples(run, names, recipe.seed if options.seed is None else options.seed, Terminal())
+        seed = recipe.seed if options.seed is None else options.seed
+        vote_on_samples(run, names, seed, Terminal(), _voter(options))
         return
     if names:
         for name in names:
@@ -67,6 +70,8 @@ def _compared(options: ChatOptions) -> list[str]:
     if options.compare is None:
         if options.samples:
             raise UserError("--samples", "needs --compare", "name the policies: --compare sft,ppo")
+        if options.voter is not None:
+            raise UserError("--voter", "means nothing without --compare", "name the policies: --compare sft,ppo")
         return []
     names = [name.strip() for name in options.compare.split(",") if name.strip()]
     if len(set(names)) < 2:
@@ -79,6 +84,21 @@ def _compared(options: ChatOptions) -> list[str]:
             beside = "--samples" if options.samples else "--compare"
             raise UserError(f"--{option.replace('_', '-')}", f"means nothing with {beside}", "leave it out")
     return names
+
+
+def _voter(options: ChatOptions) -> str | None:
+    """The name of --voter.
+
+    Raises:
+        UserError: it is none.
+    """
+    if options.voter is None:
+        return None
+    from ..eval.chat.votes import voter_name
+
+    if (name := voter_name(options.voter)) is None:
+        raise UserError("--voter", f"{options.voter!r} is no name", "write one of 1 to 60 characters")
+    return name
 
 
 def _talk(recipe: Recipe, run: Path, names: list[str], options: ChatOptions) -> None:
@@ -106,7 +126,7 @@ def _talk(recipe: Recipe, run: Path, names: list[str], options: ChatOptions) -> 
         talk.add(name, _folder(run, name))
 
     single = Single(talk, terminal, policy, switch, [BASE, *policies(recipe)])
-    blind = Blind(talk, terminal, run, names, f"{spec.seed}:{len(votes)}") if names else None
+    blind = Blind(talk, terminal, run, names, f"{spec.seed}:{len(votes)}", _voter(options)) if names else None
     system = spec.prompts.system if options.system is None else options.system
     if terminal.person:
         who = f"{' and '.join(names)}, two at a time without their names" if names else policy

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from ..errors import UserError
 from ..eval.chat.blind import Ballot, draw_pair, sample_ballots
-from ..eval.chat.votes import Vote, append_vote, read_votes, vote_ratings, vote_rows
-from ..files import EVALUATION, SAMPLES
+from ..eval.chat.votes import Vote, append_vote, cast_vote, vote_ratings, vote_rows, votes_in
+from ..files import EVALUATION, SAMPLES, VOTES
+from ..journal import mend
 from ..values import plain
 from .output import Output
 from .speakers import show_reply
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from ..eval.chat.conversation import Conversation
 
 LABELS = ("A: ", "B: ")
-_PREFERENCES = {"1": 1.0, "a": 1.0, "2": 2.0, "b": 2.0, "=": 1.5, "0": None}
+_CHOICES = {"1": "A", "a": "A", "2": "B", "b": "B", "=": "tie", "x": "both bad", "0": None}
 
 
 def open_votes(run: Path) -> list[Vote]:
@@ -30,23 +31,33 @@ def open_votes(run: Path) -> list[Vote]:
     file = votes_file(run)
     if file.exists() and not file.is_file():
         raise UserError(str(file), "is no file, and votes are kept there", "move it away")
-    return list(read_votes(file)) if file.is_file() and file.stat().st_size else []
+    mend(file)
+    return list(votes_in(file)) if file.is_file() and file.stat().st_size else []
 
 
 def votes_file(run: Path) -> Path:
     """Where a run keeps its votes."""
-    return run / "votes.jsonl"
+    return run / VOTES
 
 
 class Blind:
     """Two policies that answer each turn, in random order.
 
     Attributes:
+        voter: who votes, None where nobody says so.
         cast: the number of votes so far.
     """
 
-    def __init__(self, talk: "Conversation", terminal: Terminal, run: Path, policies: list[str], seed: str) -> None:
-        self.talk, self.terminal, self.run, self.policies = talk, terminal, run, policies
+    def __init__(
+        self,
+        talk: "Conversation",
+        terminal: Terminal,
+        run: Path,
+        policies: list[str],
+        seed: str,
+        voter: str | None = None,
+    ) -> None:
+        self.talk, self.terminal, self.run, self.policies, self.voter = talk, terminal, run, policies, voter
         self.rng = random.Random(seed)
         self.cast = 0
 
@@ -61,12 +72,11 @@ class Blind:
                 return None
             texts.append(reply.text)
         ballot = Ballot(messages, messages, pair, (texts[0], texts[1]))
-        preference = ask_vote(self.terminal, ballot)
-        if preference is not None:
-            append_vote(votes_file(self.run), ballot.vote(preference))
-            self.cast += 1
+        choice = ask_vote(self.terminal, ballot)
+        if choice is not None:
+            self.cast += cast(self.run, ballot, choice, self.voter)
             self.terminal.say(f"A was {pair[0]}, B was {pair[1]}")
-        return texts[1] if preference == 2 else texts[0]
+        return texts[1] if choice == "B" else texts[0]
 
     def switch(self, name: str) -> str:
         """Not possible here: two policies answer.
@@ -77,7 +87,16 @@ class Blind:
         raise UserError("/policy", "means nothing while policies are compared", f"there are {', '.join(self.policies)}")
 
 
-def vote_on_samples(run: Path, policies: list[str], seed: int, terminal: Terminal) -> None:
+def cast(run: Path, ballot: Ballot, choice: str, voter: str | None) -> bool:
+    """Keep one vote; whether it is new: nobody who gives a name votes twice on the same two replies."""
+    row = ballot.vote(choice, voter)
+    if voter is not None:
+        return cast_vote(votes_file(run), row)
+    append_vote(votes_file(run), row)
+    return True
+
+
+def vote_on_samples(run: Path, policies: list[str], seed: int, terminal: Terminal, voter: str | None = None) -> None:
     """Ask for votes on the evaluation's samples that have none yet, then show the tally.
 
     Which policy wrote which reply is not said before: somebody who knows how a policy writes no longer votes blind.
@@ -85,21 +104,20 @@ def vote_on_samples(run: Path, policies: list[str], seed: int, terminal: Termina
     Raises:
         UserError: there are no samples, none of such a policy, or the votes were cast on other samples.
     """
-    ballots = sample_ballots(run / EVALUATION / SAMPLES, policies, open_votes(run), seed)
+    ballots = sample_ballots(run / EVALUATION / SAMPLES, policies, open_votes(run), seed, voter)
     if terminal.person:
         terminal.say(f"{len(ballots)} pairs of replies to vote on; Ctrl-D ends, and the next time goes on")
-    cast = 0
+    kept = 0
     try:
         for number, ballot in enumerate(ballots, 1):
             _show(ballot, f"[{number} of {len(ballots)}]", terminal)
-            preference = ask_vote(terminal, ballot)
-            if preference is not None:
-                append_vote(votes_file(run), ballot.vote(preference))
-                cast += 1
+            choice = ask_vote(terminal, ballot)
+            if choice is not None:
+                kept += cast(run, ballot, choice, voter)
     except (EOFError, KeyboardInterrupt):
         if terminal.person:
             terminal.end()
-    show_tally(run, policies, cast)
+    show_tally(run, policies, kept)
 
 
 def _show(ballot: Ballot, head: str, terminal: Terminal) -> None:
@@ -110,22 +128,22 @@ def _show(ballot: Ballot, head: str, terminal: Terminal) -> None:
     terminal.end()
 
 
-def ask_vote(terminal: Terminal, ballot: Ballot) -> float | None:
-    """1 for A, 2 for B, 1.5 for a tie, None to skip. Two equal replies are a tie without asking.
+def ask_vote(terminal: Terminal, ballot: Ballot) -> str | None:
+    """One of `CHOICES`, None to skip. Two equal replies are a tie without asking.
 
     Raises:
         EOFError: the person ends the chat.
     """
-    if ballot.completions[0] == ballot.completions[1]:
+    if ballot.same:
         terminal.say("the same reply twice: a tie")
-        return 1.5
+        return "tie"
     while True:
-        said = terminal.ask("better: 1 (A), 2 (B), = (neither), 0 (skip)? ").strip().lower()
+        said = terminal.ask("better: 1 (A), 2 (B), = (neither), x (both bad), 0 (skip)? ").strip().lower()
         if said == "/quit":
             raise EOFError
-        if said in _PREFERENCES:
-            return _PREFERENCES[said]
-        terminal.say(f"{said!r} is no vote: 1 for A, 2 for B, = for neither, 0 to skip, /quit to end")
+        if said in _CHOICES:
+            return _CHOICES[said]
+        terminal.say(f"{said!r} is no vote: 1 for A, 2 for B, = for neither, x for both bad, 0 to skip, /quit to end")
 
 
 def show_tally(run: Path, policies: list[str], cast: int) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from .. import telemetry
 from ..files import read_regular
 from ..models.cache import cache_place
 from ..printed import HIDDEN, redacted
@@ -25,10 +26,12 @@ _PREFIXES = (
     *("PREFTUNE_", "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "TOKENIZERS_", "ACCELERATE_", "FSDP_", "DEEPSPEED_", "DS_"),
     *("TRL_", "PEFT_", "TORCH", "PYTORCH_", "CUDA_", "CUBLAS_", "NVIDIA_", "NCCL_", "GLOO_", "TRITON_"),
     *("OMP_", "MKL_", "KMP_", "GOMP_", "DNNL_", "ONEDNN_", "MALLOC_", "WANDB_", "TRACKIO_", "TENSORBOARD_", "SLURM_"),
+    *("GRADIO_", "MLFLOW_", "COMET_", "RAY_", "VLLM_"),
 )
 _NAMES = {
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OPENAI_API_KEY"),
     *("CXX", "XDG_CACHE_HOME", "TMPDIR", "LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONPATH", "PYTHONSAFEPATH"),
+    *("DISABLE_TELEMETRY", "DO_NOT_TRACK"),
     *("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"),
 }
 """Variables that we or the libraries read; of proxies the small letters too."""
@@ -65,7 +68,10 @@ def environment() -> Iterator[tuple[str, str]]:
     yield from _machine()
     yield from _torch()
     yield from _cache()
+    yield "telemetry", redacted(telemetry.told(os.environ))
     for name, value in sorted(os.environ.items()):
+        if telemetry.is_ours(name):
+            continue
         if name.upper() in _NAMES or name.startswith(_PREFIXES):
             yield f"${name}", shown_variable(name, value)
 

@@ -209,6 +209,96 @@ def over_optimisation(
     show_over_optimisation(eval_over_optimisation(eval_spec(recipe, recipe_base(recipe), run), run), json)
 
 
+@app.command()
+def alpaca(
+    run: RunArgument,
+    overrides: EvalOverrides = None,
+    policies: Policies = None,
+    data: DataOption = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="A new folder for the outputs. Default: RUN/alpaca.", show_default=False)
+    ] = None,
+    annotations: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Score what an annotator said of the outputs, instead of writing them."),
+    ] = None,
+    json: AsJson = False,
+) -> None:
+    """Replies as AlpacaEval reads them, a file a policy; with --annotations the win-rates that came of them.
+
+    Instructions: the evaluation's prompts, or --data (alpaca_eval.json as it is). With --annotations the baseline is
+    the evaluation's reference where it is among the generators, else the one that the rows agree on.
+    """
+    recipe, spec = _open(run, overrides, policies, without_eval=data is not None or annotations is not None)
+    if annotations is not None:
+        if data is not None or output_dir is not None or policies is not None:
+            raise UserError("--annotations", "is read, and nothing is written", "leave the other options out")
+        from ..eval.annotations import annotation_rows, generators
+
+        ours = f"{recipe.name}-{spec.reference}"
+        baseline = ours if ours in generators(annotations) else None
+        _print(annotation_rows([annotations], baseline=baseline), json)
+        return
+    from ..eval.alpaca import alpaca_outputs, write_outputs
+    from .merge import check_new
+    from .output import Output
+
+    folder = output_dir or run / "alpaca"
+    check_new(folder)
+    asked = spec if data is None else replace(spec, prompts=_data(recipe, data, "prompt"))
+    outputs = alpaca_outputs(replace(asked, kl=False), recipe.name)
+    files = dict(zip(outputs, write_outputs(folder, outputs), strict=True))
+    rows = [{"policy": name, "n": len(rows), "file": str(files[name])} for name, rows in outputs.items()]
+    Output(json).rows(rows)
+
+
+@app.command()
+def benchmarks(
+    run: RunArgument,
+    overrides: EvalOverrides = None,
+    policies: Policies = None,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="A,B", help="lm-eval's names, or YAML files. Default: the recipe's.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Documents of each task. Default: the recipe's, or all.")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples before a question. Default: the recipe's, or the task's.")
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A folder of further tasks; the Python in it runs.")
+    ] = None,
+    apply_chat_template: Annotated[
+        bool | None, typer.Option("--apply-chat-template/--no-chat-template", help="Ask as in a chat. Default: no.")
+    ] = None,
+    json: AsJson = False,
+) -> None:
+    """lm-eval's tasks for every policy and the base, with what each gained or lost; writes RUN/eval/benchmarks.json.
+
+    It needs the extra lm-eval. Tasks of lm-eval's own fetch their data from the hub.
+    """
+    recipe, spec = _open(run, overrides, policies, without_eval=True)
+    from ..recipes.build import benchmarks as described
+    from ..recipes.schema import Benchmarks
+    from .benchmarks import measure, show_benchmarks
+
+    part = recipe.eval.benchmarks if recipe.eval is not None else None
+    given = {
+        **{"limit": limit, "num_fewshot": num_fewshot, "apply_chat_template": apply_chat_template},
+        "tasks": [each.strip() for each in tasks.split(",") if each.strip()] if tasks is not None else None,
+        "include_path": None if include_path is None else str(include_path.resolve()),
+    }
+    values = ({} if part is None else part.model_dump()) | {
+        key: each for key, each in given.items() if each is not None
+    }
+    if not values.get("tasks"):
+        raise UserError(
+            "--tasks", "not given, and the recipe has no eval.benchmarks", "name some, as --tasks arc_easy,piqa"
+        )
+    show_benchmarks(measure(replace(spec, benchmarks=described(Benchmarks(**values))), run), json)
+
+
 def _recipe(run: Path, overrides: list[str] | None, *, without_eval: bool = False) -> "Recipe":
     """The run's recipe.
 
@@ -233,23 +323,10 @@ def _open(
         UserError: a policy in it is unknown or not finished.
     """
     recipe = _recipe(run, overrides, without_eval=without_eval)
-    from ..recipes.build import eval_spec, policy_folder
-    from ..recipes.schema import BASE
-    from .policies import check_policy, finished_policies, first_reference, recipe_base, sampling_spec
+    from .policies import evaluation_of
 
-    part = recipe.eval
-    reference = first_reference(recipe, run) if part is None else part.reference
-    listed = [BASE, *finished_policies(recipe, run)] if part is None else list(part.policies)
-    chosen = [name.strip() for name in policies.split(",")] if policies else listed
-    if reference not in (*chosen, BASE):
-        chosen.append(reference)
-    for name in chosen:
-        check_policy(recipe, run, name, "--policies")
-    base = recipe_base(recipe)
-    if part is not None:
-        return recipe, eval_spec(recipe, base, run, chosen)
-    folders = {name: None if name == BASE else policy_folder(recipe, run, name) for name in chosen}
-    return recipe, replace(sampling_spec(recipe, base, run), policies=folders, reference=reference)
+    chosen = [name.strip() for name in policies.split(",")] if policies else None
+    return recipe, evaluation_of(recipe, run, chosen)
 
 
 def _data(recipe: "Recipe", given: str | None, rows: "RowKind") -> "DataSpec":

@@ -24,6 +24,7 @@ from ..files import (
     EVAL_CACHE,
     EVALUATION,
     LOG,
+    MANIFEST,
     PROGRESS,
     RECIPE,
     REPORT,
@@ -143,6 +144,12 @@ class RunFolder:
     def damage(self, name: str) -> str | None:
         """What of a finished step's folder is not as it was written, in words."""
         return damage(self.path / name)
+
+    def checkpoint_step(self, name: str) -> int | None:
+        """The optimiser step of the newest whole checkpoint that a stage under way has; None where it has none."""
+        names = [each.parent.name for each in (self.partial(name) / CHECKPOINTS).glob(f"checkpoint-*/{MANIFEST}")]
+        steps = [int(each.rpartition("-")[2]) for each in names if each.rpartition("-")[2].isdecimal()]
+        return max(steps, default=None)
 
     def record(self, name: str, **values: Any) -> None:
         """Set a step's entry in run.json."""

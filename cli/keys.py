@@ -13,7 +13,7 @@ from ..eval.judges.kinds import judge_parts
 from ..models.fingerprints import code_sha256, content, folder_sha256
 from ..recipes.build import base_dtype, data_spec, data_values, folders, lora_values, reward_stages
 from ..recipes.graph import parents
-from ..recipes.schema import BASE, Recipe
+from ..recipes.schema import BASE, Benchmarks, Recipe
 from ..stages.kinds import source_file
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ class Keys:
         part = self.recipe.eval
         assert part is not None
         spec = data_spec(part.prompts, self.recipe.seed)
-        values = part.model_dump(exclude={"prompts", "batch_size", "over_optimisation"})
+        values = part.model_dump(exclude={"prompts", "batch_size", "over_optimisation", "benchmarks"})
         if values["beams"] in (None, 1):
             del values["beams"]
         over = part.over_optimisation
@@ -142,6 +142,7 @@ class Keys:
             "eval.format": EVAL_FORMAT,
             **_flat("eval", values),
             **({} if over is None else _flat("eval.over_optimisation", over.model_dump())),
+            **({} if part.benchmarks is None else _benchmark_parts(part.benchmarks)),
             "eval.seed": self.recipe.seed if part.seed is None else part.seed,
             **_flat("prompts", data_values(spec)),
             "data prompts": self.fingerprint(spec, "prompt"),
@@ -192,6 +193,15 @@ class Keys:
             "model.packed": model.packed,
             **({"deterministic": True} if self.recipe.deterministic else {}),
         }
+
+
+def _benchmark_parts(asked: Benchmarks) -> dict[str, Any]:
+    """The tasks, with the files that lie beside those of a folder of one's own."""
+    folder = None if asked.include_path is None else Path(asked.include_path)
+    named = [Path(each) for each in asked.tasks if Path(each).is_file()]
+    files = sorted([*named, *(each for each in (folder.rglob("*") if folder else ()) if each.is_file())])
+    hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.suffix != ".pyc"]
+    return {**_flat("eval.benchmarks", asked.model_dump()), "files of benchmarks": hashes}
 
 
 def idle_settings(recipe: Recipe, name: str) -> dict[str, Any]:

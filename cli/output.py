@@ -4,17 +4,23 @@ import sys
 from collections.abc import Iterable, Mapping
 
 from ..printed import printable, printable_json, redacted
+from ..progress import stamped
 
 
 class Output:
-    """Prints to standard output. With `json` only results go there, one object per line, the rest to standard error."""
+    """Prints to standard output. With `json` only results go there, one object per line, the rest to standard error.
 
-    def __init__(self, json: bool = False) -> None:
-        self.json = json
+    Args:
+        log: its lines say how a run goes on: where they go to no terminal they have the time (`progress.stamp`).
+    """
+
+    def __init__(self, json: bool = False, *, log: bool = False) -> None:
+        self.json, self.log = json, log
 
     def say(self, line: str) -> None:
         """Print one line for people."""
-        print(printable(line), file=sys.stderr if self.json else sys.stdout, flush=True)
+        stream = sys.stderr if self.json else sys.stdout
+        print(printable(stamped(line, stream) if self.log else line), file=stream, flush=True)
 
     def rows(self, rows: Iterable[Mapping[str, object]]) -> None:
         """Print results: as JSON lines, or as a table."""
@@ -26,16 +32,6 @@ class Output:
                 print(printable_json(redacted(dumps(row, ensure_ascii=False))), flush=True)
         elif rows:
             _print_table(rows)
-
-
-def duration(seconds: float) -> str:
-    """A time in words: `3.2 s`, `4 min 10 s`, `2 h 5 min`."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    return f"{minutes // 60} h {minutes % 60} min"
 
 
 def _print_table(rows: list[dict[str, object]]) -> None:

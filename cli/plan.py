@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
+from ..progress import duration
 from ..recipes.build import base_dtype, folders, stage_job
 from ..recipes.graph import order
 from ..recipes.load import load_recipe
 from ..recipes.schema import Recipe
-from .output import Output, duration
+from .output import Output
 from .process import make_functions_importable, quiet_libraries
 from .validate import is_on_hub
 

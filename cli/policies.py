@@ -1,6 +1,7 @@
 """A run's recipe and its policies: which ones there are, and how to sample from them."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -102,3 +103,26 @@ def sampling_spec(recipe: Recipe, base: "Base", run: Path) -> "EvalSpec":
         packed=recipe.model.packed,
         **given,
     )
+
+
+def evaluation_of(
+    recipe: Recipe, run: Path, chosen: Sequence[str] | None = None, where: str = "--policies"
+) -> "EvalSpec":
+    """The recipe's evaluation, of all its policies or of some; where it has none, of all that are finished.
+
+    Raises:
+        UserError: a policy in it is unknown or not finished.
+    """
+    part = recipe.eval
+    reference = first_reference(recipe, run) if part is None else part.reference
+    listed = [BASE, *finished_policies(recipe, run)] if part is None else list(part.policies)
+    names = list(chosen) if chosen else listed
+    if reference not in (*names, BASE):
+        names.append(reference)
+    for name in names:
+        check_policy(recipe, run, name, where)
+    base = recipe_base(recipe)
+    if part is not None:
+        return eval_spec(recipe, base, run, names)
+    those = {name: None if name == BASE else policy_folder(recipe, run, name) for name in names}
+    return replace(sampling_spec(recipe, base, run), policies=those, reference=reference)

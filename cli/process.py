@@ -63,7 +63,8 @@ def exit_code_of(work: Callable[[], object], again: str = "the same command") ->
     except StageFailed as error:
         print(printable(str(error)), file=sys.stderr)
     except Stopped as stopped:
-        print(printable(f"{stopped}; continue with: {again}"), file=sys.stderr)
+        for line in filter(None, [stopped.kept, f"{stopped}; continue with: {again}"]):
+            print(printable(line), file=sys.stderr)
         return stopped.exit_code
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted; the same command continues", file=sys.stderr)

@@ -10,9 +10,10 @@ from typing import Any
 
 from ..errors import UserError
 from ..files import EVALUATION, LOG, PROGRESS, RECIPE, RUN_STATE, json_objects, read_regular
+from ..progress import duration
 from ..values import is_finite
 from .folder import Holder, RunFolder
-from .output import Output, duration
+from .output import Output
 
 RUNNING, INTERRUPTED, TO_COME, DONE, FAILED = "running", "interrupted", "to come", "done", "failed"
 AT_WORK, OVER = "at work", "nothing at work"

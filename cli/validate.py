@@ -110,7 +110,11 @@ def check_settings(
             with gathering(found):
                 plan.try_out()
         with gathering(found):
-            eval_spec(recipe, stand_in, run_dir)
+            asked = eval_spec(recipe, stand_in, run_dir).benchmarks
+            if asked is not None:
+                from ..eval.harness.tasks import load_tasks
+
+                load_tasks(asked)
     raise_found(found)
 
 
@@ -232,6 +236,8 @@ class DataCheck:
         report: dict[str, Any] = {"data": name, "rows": kind, "read": read.as_dict()}
         self._say(label, read.lines()[self.brief :])
         if name == EVAL_PROMPTS:
+            if spec.held_out > 0 and not self.brief:
+                self._say(label, [f"{len(prompts)} of them are held out, and evaluated on"])
             shared = overlaps(prompts, self._trained)
             if not self.brief:  # the run has said it
                 self._say(label, [overlap_words(other, tally, prompts) for other, tally in shared.items()])
@@ -243,7 +249,7 @@ class DataCheck:
             report["encoded"] = encoded.as_dict()
         yield report
         found: list[UserError] = []
-        if spec.held_out > 0 and name != EVAL_PROMPTS:
+        if spec.held_out > 0:
             with gathering(found):
                 trained = prompts.trained_rows
                 check_sides(spec.held_out, trained, prompts.rows - trained, f"{_place(name)}.held_out")

@@ -17,7 +17,7 @@ class PromptSet:
 
     Args:
         spec: which prompts are held out: a stage does not train on those.
-        named: keep where each comes from; for the prompts of an evaluation.
+        named: keep where each comes from; for the prompts of an evaluation, which are those held out if any are.
 
     Attributes:
         rows: how many there are.
@@ -40,10 +40,11 @@ class PromptSet:
     def add(self, row: Row) -> None:
         number = number_of(row.key)
         self.rows += 1
-        if self._named:
+        held = self._held_out > 0 and prompt_position(row, self._seed) < self._held_out
+        if self._named and held == (self._held_out > 0):
             self._keys.append(number)
             self._origins.append(row.origin)
-        if self._held_out == 0 or prompt_position(row, self._seed) >= self._held_out:
+        if not held:
             self._trained.append(number)
 
     @property
@@ -52,6 +53,7 @@ class PromptSet:
         return len(self._trained)
 
     def __len__(self) -> int:
+        """Of named ones: how many are evaluated on."""
         return len(self._origins)
 
     def trained_in(self, others: "Iterable[PromptSet]") -> Tally:

@@ -4,9 +4,12 @@ import hashlib
 
 from ..errors import UserError
 from .rows import Row
+from .spec import DataSpec
 
 
-def split_rows(rows: list[Row], held_out: float, seed: int = 0) -> tuple[list[Row], list[Row]]:
+def split_rows(
+    rows: list[Row], held_out: float, seed: int = 0, where: str = "data.held_out"
+) -> tuple[list[Row], list[Row]]:
     """(train, held out), each in the order given; all rows of a prompt are on the same side.
 
     A prompt is held out if a hash of its text and the seed, read as a number in [0, 1), is below `held_out`, so adding
@@ -21,8 +24,17 @@ def split_rows(rows: list[Row], held_out: float, seed: int = 0) -> tuple[list[Ro
     held: list[Row] = []
     for row in rows:
         (held if prompt_position(row, seed) < held_out else train).append(row)
-    check_sides(held_out, len(train), len(held))
+    check_sides(held_out, len(train), len(held), where)
     return train, held
+
+
+def held_out_rows(rows: list[Row], spec: DataSpec, where: str = "data.held_out") -> list[Row]:
+    """What training on the same data leaves out, for measuring; all rows where it leaves out none.
+
+    Args:
+        where: what an error names, as in `split_rows`.
+    """
+    return split_rows(rows, spec.held_out, spec.seed, where)[1] if spec.held_out > 0 else rows
 
 
 def check_sides(held_out: float, train: int, held: int, where: str = "data.held_out") -> None:

@@ -6,6 +6,7 @@ from .rows import RawRow, Unusable, text_message
 from .spec import RowKind
 
 TIE = "a vote for neither reply"
+BOTH_BAD = "a vote that both replies are bad"
 OF_EVALUATION = "a vote on the evaluation's own samples, which are not for training"
 
 FIELDS = {"policy_a", "policy_b", "completion_a", "completion_b", "preference"}
@@ -30,7 +31,7 @@ def vote_as_ours(raw: RawRow, kind: RowKind, origin: str) -> RawRow:
     if isinstance(raw.get("prompt"), int):
         raise Unusable(OF_EVALUATION)
     if preference == 1.5:
-        raise Unusable(TIE)
+        raise Unusable(BOTH_BAD if raw.get("both_bad") is True else TIE)
     sides = [raw["completion_a"], raw["completion_b"]]
     for side in sides:
         if not isinstance(side, str):

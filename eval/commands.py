@@ -9,7 +9,7 @@ from ..data.encode import IGNORED, encode_demos
 from ..data.load import load_rows
 from ..data.rows import Row
 from ..data.spec import DataSpec, RowKind
-from ..data.split import split_rows
+from ..data.split import held_out_rows
 from ..errors import UserError
 from ..progress import meter
 from ..values import plain
@@ -22,7 +22,7 @@ from .workbench import Workbench
 
 def eval_winrate(spec: EvalSpec, run_dir: Path | None = None) -> list[dict[str, Any]]:
     """Win-rates alone: the rows of results.json without KL. Writes nothing."""
-    rows = evaluate(replace(spec, kl=False, reward_models=(), over_optimisation=None), run_dir).rows
+    rows = evaluate(replace(spec, kl=False, reward_models=(), over_optimisation=None, benchmarks=None), run_dir).rows
     return [{key: value for key, value in row.items() if not key.startswith("kl")} for row in rows]
 
 
@@ -101,5 +101,4 @@ def eval_reward(spec: EvalSpec, models: Sequence[RewardModel], *, skip: bool = F
 
 def _rows(spec: EvalSpec, data: DataSpec, kind: RowKind) -> list[Row]:
     """The rows to measure on: what training on the same data entry left out, or all where it left out none."""
-    rows = load_rows(data, kind, spec.folders).rows
-    return split_rows(rows, data.held_out, data.seed)[1] if data.held_out > 0 else rows
+    return held_out_rows(load_rows(data, kind, spec.folders).rows, data)

@@ -5,11 +5,22 @@ import re
 from pathlib import Path
 
 from ..errors import UserError
-from ..files import DOCTOR, EVALUATION, OVER_OPTIMISATION, RECIPE, REPORT, RESULTS, REWARDS, RUN_STATE, SAMPLES
+from ..files import (
+    BENCHMARKS,
+    DOCTOR,
+    EVALUATION,
+    OVER_OPTIMISATION,
+    RECIPE,
+    REPORT,
+    RESULTS,
+    REWARDS,
+    RUN_STATE,
+    SAMPLES,
+)
 
 _READ = (
     *(RUN_STATE, RECIPE, DOCTOR),
-    *(f"{EVALUATION}/{name}" for name in (RESULTS, SAMPLES, REWARDS, OVER_OPTIMISATION)),
+    *(f"{EVALUATION}/{name}" for name in (RESULTS, SAMPLES, REWARDS, OVER_OPTIMISATION, BENCHMARKS)),
 )
 _MARK = re.compile(rb"</html>\s*<!-- preftune-made-for ([0-9a-f]{64}) -->\s*$")
 _BYTES = 4096

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
-from ..files import EVALUATION, OVER_OPTIMISATION, RESULTS, REWARDS, SAMPLES, whole_folder
+from ..files import BENCHMARKS, EVALUATION, OVER_OPTIMISATION, RESULTS, REWARDS, SAMPLES, read_regular, whole_folder
 from ..values import plain
 from .samples import Sample
 
@@ -97,6 +97,7 @@ class Evaluation:
             nan without a verdict. The reference itself is left out.
         reward_models: one mapping per reward model, the rows of rewards.json.
         over_optimisation: the content of overoptimisation.json (see `overoptimisation.py`).
+        benchmarks: the content of benchmarks.json (see `harness/measure.py`).
     """
 
     rows: list[ResultRow]
@@ -105,17 +106,30 @@ class Evaluation:
     outcomes: dict[tuple[str, str], list[float]]
     reward_models: list[dict[str, Any]]
     over_optimisation: dict[str, Any] | None = None
+    benchmarks: dict[str, Any] | None = None
+
+
+def kept_benchmarks(run_dir: Path) -> dict[str, Any] | None:
+    """The content of benchmarks.json as it lies there; None where there is none that can be read."""
+    try:
+        found = json.loads(read_regular(run_dir / EVALUATION / BENCHMARKS))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def write_evaluation(run_dir: Path, evaluation: Evaluation) -> None:
     """Writes RUN/eval: results.json, samples.jsonl; rewards.json where a reward model was measured, and
-    overoptimisation.json where that was. The folder appears whole or not at all.
+    overoptimisation.json and benchmarks.json where those were. The folder appears whole or not at all; benchmarks that
+    were measured by themselves stay.
     """
+    benchmarks = evaluation.benchmarks or kept_benchmarks(run_dir)
     with whole_folder(run_dir / EVALUATION) as folder:
         contents = {
             RESULTS: evaluation.rows,
             REWARDS: evaluation.reward_models or None,
             OVER_OPTIMISATION: evaluation.over_optimisation,
+            BENCHMARKS: benchmarks,
         }
         for name, content in contents.items():
             if content is not None:

@@ -13,7 +13,7 @@ import numpy as np
 from ..data.encode import IGNORED, encode_pairs
 from ..data.load import load_rows
 from ..data.spec import DataSpec
-from ..data.split import split_rows
+from ..data.split import held_out_rows
 from ..errors import UserError
 from ..files import LINEAGE
 from ..models.batching import forward_tokens, token_batches
@@ -44,9 +44,7 @@ class Pairs:
 
 def read_pairs(bench: Workbench, data: DataSpec) -> Pairs:
     """The pairs of a data entry, with `held_out` only those that training on it left out."""
-    rows = load_rows(data, "pair", bench.spec.folders).rows
-    if data.held_out > 0:
-        rows = split_rows(rows, data.held_out, data.seed)[1]
+    rows = held_out_rows(load_rows(data, "pair", bench.spec.folders).rows, data)
     dataset, _ = encode_pairs(rows, bench.tokenizer, data)
     return Pairs(*([list(ids) for ids in dataset[key]] for key in ("prompt_ids", "chosen_ids", "rejected_ids")))
 

@@ -73,6 +73,7 @@ def evaluate(spec: EvalSpec, run_dir: Path | None = None, drawn: DrawnReplies | 
     kls = {policy: measure_kl(bench, replies) if spec.kl else None for policy, replies in samples.items()}
     rewards = measured_in_evaluation(bench)
     over = over_optimisation(bench, prompts, judges) if spec.over_optimisation is not None else None
+    benchmarks = _benchmarks(bench)
     rows: list[ResultRow] = []
     for policy, replies in samples.items():
         for judge in [judge.name for judge in judges] or [None]:
@@ -83,7 +84,16 @@ def evaluate(spec: EvalSpec, run_dir: Path | None = None, drawn: DrawnReplies | 
             how |= {"beams": spec.beams} if spec.beams > 1 else {}
             row = plain({**names, **said, **_reply_columns(replies, kls[policy]), **how, **extras.get(judge, {})})
             rows.append(row)
-    return Evaluation(rows, samples, scores, outcomes, rewards, over)
+    return Evaluation(rows, samples, scores, outcomes, rewards, over, benchmarks)
+
+
+def _benchmarks(bench: Workbench) -> dict[str, Any] | None:
+    """The content of benchmarks.json, where the evaluation has any."""
+    if bench.spec.benchmarks is None:
+        return None
+    from .harness.measure import measure_benchmarks
+
+    return measure_benchmarks(bench, bench.spec.benchmarks)
 
 
 def _of_judge(judge: Judge | PairJudge) -> dict[str, Any]:

@@ -59,6 +59,25 @@ class OverOptimisation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Benchmarks:
+    """Tasks of lm-eval, by its own names for them (see `harness/`).
+
+    Attributes:
+        tasks: names of tasks, groups or tags, or YAML files.
+        limit: documents of each task; None: all.
+        num_fewshot: examples before each question, where the task does not say that it has none; None: the task's own.
+        include_path: a folder of further tasks.
+        apply_chat_template: ask as in a chat.
+    """
+
+    tasks: tuple[str, ...]
+    limit: int | None = None
+    num_fewshot: int | None = None
+    include_path: Path | None = None
+    apply_chat_template: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalSpec:
     """One evaluation.
 
@@ -78,7 +97,7 @@ class EvalSpec:
         chat_template: a template instead of the tokenizer's own. template_date: the day that it writes.
         packed: forwards run without padding and repeated prefixes.
         reward_models: measured beside the policies where they are finished and have pairs that training left out.
-        over_optimisation: measured besides where it is given.
+        over_optimisation, benchmarks: measured besides where they are given.
     """
 
     base: Base
@@ -101,6 +120,7 @@ class EvalSpec:
     packed: bool = True
     reward_models: tuple[RewardModel, ...] = ()
     over_optimisation: OverOptimisation | None = None
+    benchmarks: Benchmarks | None = None
 
     def __post_init__(self) -> None:
         if self.reference not in self.policies and self.reference != BASE:

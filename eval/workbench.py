@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from ..data.encode import encode_prompts
 from ..data.load import load_rows
+from ..data.split import held_out_rows
 from ..errors import UserError
 from ..files import ADAPTER_CONFIG
 from ..models.adapters import AdapterSet, module_name
@@ -92,7 +94,7 @@ class Workbench:
         place = folder.resolve()
         if place not in self.loaded:
             check_adapter(folder, self.spec.base, self.tokenizer)
-            role = f"beside_{len(self.loaded)}"
+            role = next(name for number in count() if (name := f"beside_{number}") not in self.loaded.values())
             self.adapters.load(role, folder)
             self.loaded[place] = role
         return self.loaded[place]
@@ -110,8 +112,9 @@ class Workbench:
     def prompts(self) -> list[EncodedPrompt]:
         """The evaluation's prompts, encoded; the same list for every policy (E5)."""
         spec = self.spec
-        loaded = load_rows(spec.prompts, "prompt", spec.folders)
-        dataset, _ = encode_prompts(loaded.rows, self.tokenizer, spec.prompts)
+        rows = load_rows(spec.prompts, "prompt", spec.folders).rows
+        rows = held_out_rows(rows, spec.prompts, "eval.prompts.held_out")
+        dataset, _ = encode_prompts(rows, self.tokenizer, spec.prompts)
         check_context(dataset, spec.base, "eval.prompts", spec.max_new_tokens)
         return read_prompts(dataset)
 
@@ -152,6 +155,11 @@ class Workbench:
         # PEFT writes sets of names in any order
         plain = {name: sorted(value, key=str) if isinstance(value, list) else value for name, value in config.items()}
         return f"{adapter_sha256(folder)} {json.dumps(plain, sort_keys=True)}"
+
+    def adapter_of(self, policy: str) -> str | None:
+        """The hash of a policy's weights; None for the base."""
+        folder = self.spec.all_policies()[policy]
+        return None if folder is None else adapter_sha256(folder)
 
     def policy_kl(self, replies: Sequence[Sample]) -> KL:
         """KL of the policy that drew the replies to the evaluation's reference, measured once for each pair of both."""

@@ -1,7 +1,8 @@
 """Finding, fetching, converting and loading the frozen base model."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 import transformers
@@ -27,6 +28,9 @@ from .sound import CONFIG, check_files, weight_files
 from .tiny import PREFIX, random_model
 from .wheels import wheel_folder
 from .whole import loading_whole
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Task = Literal["causal", "reward"]
 Quantization = Literal["4bit", "8bit"]
@@ -75,6 +79,20 @@ def resolve_base(spec: str, revision: str | None = None) -> Base:
         if folder.parent != cache_dir():
             raise
         raise UserError(error.where, error.problem, f"delete {folder}: it is made again") from error
+
+
+def tokenizer_of(spec: str) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a base as `resolve_base` takes it; of a hub model no weights are fetched.
+
+    Raises:
+        UserError: as `resolve_base`.
+    """
+    from .tokens import load_tokenizer
+
+    if not is_hub(spec):
+        return load_tokenizer(resolve_base(spec))
+    folder = _download(spec, None, ignored=("*.safetensors", *_HUB_IGNORED))
+    return load_tokenizer(Base(spec, folder, folder.name, ""))
 
 
 def _sound_sha256(folder: Path, spec: str) -> str:
@@ -176,10 +194,12 @@ def model_folder(named: str, where: str) -> Path:
     return given if given.is_dir() else _download(named, None, where)
 
 
-def _download(spec: str, revision: str | None, where: str = _WHERE) -> Path:
+def _download(spec: str, revision: str | None, where: str = _WHERE, *, ignored: Sequence[str] = _HUB_IGNORED) -> Path:
     """Snapshot folder, named after its commit; only safe formats are fetched."""
     try:
-        folder = snapshot_download(spec, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED)
+        folder = snapshot_download(
+            spec, revision=revision, allow_patterns=list(_HUB_FILES), ignore_patterns=list(ignored)
+        )
     except LocalEntryNotFoundError as error:
         raise UserError(
             where,

@@ -23,6 +23,7 @@ from .base import Base
 from .lineage import load_adapter_base, read_lineage
 from .loading import load_model
 from .lora import lora_layers, refused_by_peft
+from .older import config_for_both, save_tokenizer
 from .plain_lora import read_config
 from .quiet import quiet_transformers
 from .rounding import rounded
@@ -121,7 +122,8 @@ def merge_adapter(adapter: Path, out: Path, dtype: str | None = None, rows: Rows
         if untied and target == "float32":
             again = open_model(AutoModelForCausalLM, out, str(out), dtype=torch.float32).eval()
             _check_same(exact, _outcome(again, counted), str(adapter))
-    tokenizer.save_pretrained(out)
+    save_tokenizer(tokenizer, out)
+    config_for_both(out)
     if found is None:
         return Merged(base, target, reward=task == "reward")
     difference = float((found - exact).abs().mean())

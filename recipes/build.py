@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..files import ADAPTER_CONFIG, LINEAGE
 from ..intact import read_json_object
+from . import schema
 from .schema import BASE, Data, Precision, Recipe, Stage
 
 if TYPE_CHECKING:
     from ..data.spec import DataSpec
-    from ..eval.spec import EvalSpec, OverOptimisation, RewardModel
+    from ..eval.spec import Benchmarks, EvalSpec, OverOptimisation, RewardModel
     from ..models.base import Base
     from ..models.lora import LoraSpec
     from ..stages.job import StageJob
@@ -193,7 +194,16 @@ def eval_spec(recipe: Recipe, base: "Base", run_dir: Path, policies: list[str] |
         packed=recipe.model.packed,
         reward_models=tuple(reward_model(recipe, name, run_dir) for name in reward_stages(recipe, left_out=True)),
         over_optimisation=None if part.over_optimisation is None else over_optimisation(recipe, run_dir),
+        benchmarks=None if part.benchmarks is None else benchmarks(part.benchmarks),
     )
+
+
+def benchmarks(part: schema.Benchmarks) -> "Benchmarks":
+    """The section of the recipe's evaluation, as the evaluation reads it."""
+    from ..eval.spec import Benchmarks
+
+    folder = None if part.include_path is None else Path(part.include_path).expanduser()
+    return Benchmarks(**{**part.model_dump(), "tasks": tuple(part.tasks), "include_path": folder})
 
 
 def over_optimisation(recipe: Recipe, run_dir: Path) -> "OverOptimisation":

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import UserError, nearest
 from ..eval.decoding import beam_problem
-from ..files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DOCTOR, EVAL_CACHE, EVALUATION, RECIPE, REPORT, RUN_STATE
+from ..files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DOCTOR, EVAL_CACHE, EVALUATION, RECIPE, REPORT, RUN_STATE, VOTES
 from .build import lora_values
 from .problems import problem
 from .schema import BASE, Data, Recipe, Stage
@@ -17,7 +17,7 @@ from .text import Path_, Text
 
 # Names that mean something else in a run folder, or in `from`.
 _RESERVED = (BASE, EVALUATION, EVAL_CACHE)
-_FILES = (RECIPE, RUN_STATE, REPORT, DOCTOR, "votes.jsonl")
+_FILES = (RECIPE, RUN_STATE, REPORT, DOCTOR, VOTES)
 # What files of a run end in, now or one day.
 _SUFFIXES = (".json", ".jsonl", ".yaml", ".html", ".lock", ".partial", ".old")
 _LONGEST = 100

@@ -5,12 +5,14 @@ It says what each key takes by itself. What two keys say together, files and dat
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..stages import fields
 from ..stages.fields import FIELDS, PARAMETER, TRAINING, Field, Meaning
 from ..stages.kinds import KINDS, Parameter, StageKind
+from .meanings import MEANINGS
 from .schema import Recipe, stage_model
 
 FILE = Path(__file__).with_name("recipe.schema.json")
@@ -62,7 +64,22 @@ def recipe_schema() -> Schema:
     # the name of a data entry stands for the entry
     prompts = definitions["Eval"]["properties"]["prompts"]
     definitions["Eval"]["properties"]["prompts"] = {"anyOf": [_TEXT, prompts]}
+    for part, meanings in MEANINGS.items():
+        for definition in [whole] if part == "Recipe" else _definitions(part, definitions):
+            _explain(definition["properties"], meanings)
     return {"$schema": DRAFT, **_without_titles(whole), "title": "A recipe of preftune"}
+
+
+def _definitions(part: str, definitions: Schema) -> list[Schema]:
+    return [definitions[f"{name}_stage"] for name in KINDS] if part == "Stage" else [definitions[part]]
+
+
+def _explain(keys: Schema, meanings: Mapping[str, str]) -> None:
+    """Each key's own line of meaning, where the schema has none that is nearer to it."""
+    for key in keys.keys() & meanings.keys():
+        own = keys[key]
+        # draft 7 reads nothing beside a `$ref`
+        keys[key] = {**({"allOf": [own]} if "$ref" in own else own), "description": meanings[key]}
 
 
 def _any_stage() -> Schema:

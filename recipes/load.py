@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,13 @@ from .over_optimisation import settle_over_optimisation
 from .parents import settle_parents
 from .problems import dotted, places_of, problem, schema_problems, shown
 from .schema import Recipe
-from .text import Path_, Text, parse_file, parse_value
+from .text import Path_, Text, parse_file, parse_value, plain_value
 
 SHIPPED = Path(__file__).parent
 # Their entries have names of the user's: an override cannot make one up by a slip of the pen.
 _NAMED = ("data", "stages")
+Overrides = Sequence[str] | Mapping[str, Any]
+"""`stages.dpo.beta=0.2` each, or values of Python's by key: with dots, nested, or both."""
 
 
 def shipped_recipes() -> list[Path]:
@@ -30,27 +32,39 @@ def shipped_recipes() -> list[Path]:
     return sorted(SHIPPED.glob("*.yaml"))
 
 
-def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path_or_name: str | Path, overrides: Overrides = ()) -> Recipe:
     """Read, override, check and fill in a recipe.
 
     Args:
         path_or_name: a YAML file, or the name of a shipped recipe.
-        overrides: `stages.dpo.beta=0.2`, values in YAML; a whole entry may be given, or removed with `null`.
+        overrides: `stages.dpo.beta=0.2`, values in YAML; a whole entry may be given, or removed with `null`. In a
+            mapping {"stages.dpo.beta": 0.2} and {"stages": {"dpo": {"beta": 0.2}}} say the same, and None removes.
 
     Raises:
         UserError: whatever is wrong, with file, line and key.
     """
     file = find_recipe(path_or_name)
-    text = _read(file)
+    return _recipe(_read(file), file.resolve(), overrides)
+
+
+def recipe_of(values: Mapping[str, Any], folder: Path, overrides: Overrides = ()) -> Recipe:
+    """As `load_recipe`, from a recipe's values in memory.
+
+    Args:
+        folder: where its relative paths are looked up.
+    """
+    text = Text("recipe", plain_value(values, "recipe"))
+    return _recipe(text, folder.resolve() / "recipe", overrides)
+
+
+def _recipe(text: Text, file: Path, overrides: Overrides) -> Recipe:
     found: list[UserError] = []
-    for override in overrides:
-        with gathering(found):
-            _override(text, override)
+    _apply(text, overrides, found)
     # before anything else is said of such a value
     raise_found(secret_problems(text))
-    complete = _normalise(text, file.resolve().parent, found)
+    complete = _normalise(text, file.parent, found)
     with gathering(found):
-        _read_checks(text, file.resolve().parent)
+        _read_checks(text, file.parent)
     recipe = _validated(text, found)
     if recipe is not None and complete:
         # what follows from a key that is refused already is not said as well
@@ -64,8 +78,8 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
         stage.train |= {
             key: each for key, each in stage.record.defaults.items() if key not in {**stage.train, **method}
         }
-    recipe._origin, recipe._places = file.resolve(), text.places()
-    _place_files(recipe, file.resolve().parent)
+    recipe._origin, recipe._places = file, text.places()
+    _place_files(recipe, file.parent)
     fill_eval(recipe)
     settle_over_optimisation(recipe, text)
     return recipe
@@ -125,17 +139,48 @@ def find_recipe(path_or_name: str | Path) -> Path:
     raise UserError(name, "no such recipe, neither a file nor a shipped one", nearest(name, shipped))
 
 
+def _apply(text: Text, overrides: Overrides, found: list[UserError]) -> None:
+    """Set every override in the values; what is wrong with one is added to `found`."""
+    if not isinstance(overrides, Mapping):
+        for override in overrides:
+            with gathering(found):
+                _override(text, override)
+        return
+    for key, value in overrides.items():
+        with gathering(found):
+            where = f"override ({shown_override(f'{key}={value}')})"
+            _merge(text, _path(str(key), where), plain_value(value, where), where)
+
+
 def _override(text: Text, override: str) -> None:
-    shown_ = shown_override(override)
-    where = f"command line ({shown_})"
+    where = f"command line ({shown_override(override)})"
     key, equals, raw = override.partition("=")
     if not equals or not key:
         raise UserError(where, "expected key=value", "write for example stages.dpo.beta=0.2")
+    path = _path(key, where)
+    _put(text, path, parse_value(raw, where), where)
+
+
+def _path(key: str, where: str) -> Path_:
     parts = re.sub(r"\[(\d+)\]", r".\1", key.strip()).split(".")
     if not all(parts):
         raise UserError(where, f"{key.strip()!r} has an empty part", "write for example stages.dpo.beta=0.2")
-    path: Path_ = tuple(int(part) if re.fullmatch("[0-9]+", part) else part for part in parts)
-    value = parse_value(raw, where)
+    return tuple(int(part) if re.fullmatch("[0-9]+", part) else part for part in parts)
+
+
+def _merge(text: Text, path: Path_, value: Any, where: str) -> None:
+    """A mapping changes the keys that it has in one that is there; anything else takes the place of what is there."""
+    there: Any = text.values
+    for part in path:
+        there = there.get(part) if isinstance(there, dict) else None
+    if not (isinstance(there, dict) and isinstance(value, dict)):
+        _put(text, path, value, where)
+        return
+    for key, each in value.items():
+        _merge(text, (*path, key), each, where)
+
+
+def _put(text: Text, path: Path_, value: Any, where: str) -> None:
     values: Any = text.values
     part: Any
     for depth, part in enumerate(path):
@@ -156,7 +201,7 @@ def _override(text: Text, override: str) -> None:
             if isinstance(values, dict) and values.get(part) is None:
                 values[part] = {}
             values = values[part]
-    text.given[path] = shown_
+    text.given[path] = where
     _take_from_here(text, path)
 
 
@@ -169,7 +214,7 @@ def _set(values: Any, key: str | int, value: Any) -> None:
 
 def _take_from_here(text: Text, path: Path_) -> None:
     """A path on the command line is meant from the current folder, one in the recipe from the recipe's."""
-    if path[-1] not in ("path", "base", "chat_template", "adapter"):
+    if path[-1] not in ("path", "base", "chat_template", "adapter", "include_path"):
         return
     above: Any = text.values
     for part in path[:-1]:
@@ -268,6 +313,9 @@ def _place_files(recipe: Recipe, folder: Path) -> None:
     for judge in recipe.eval.judges if recipe.eval else ():
         named = ("votes", "adapter", "cache", *(("model",) if judge.get("kind") == "model" else ()))
         judge.update({key: placed(judge[key]) for key in named if isinstance(judge.get(key), str)})
+    if recipe.eval is not None and (asked := recipe.eval.benchmarks) is not None:
+        asked.tasks = [placed(each) if each.endswith((".yaml", ".yml")) else each for each in asked.tasks]
+        asked.include_path = None if asked.include_path is None else placed(asked.include_path)
     model = recipe.model
     if not model.base.startswith(("pypi:", "random:")):
         model.base = placed(model.base)

@@ -225,6 +225,20 @@ class OverOptimisation(Part):
     prompts: Positive = 50
 
 
+class Benchmarks(Part):
+    """Tasks of lm-eval that every policy and the base are asked, in lm-eval's own words.
+
+    `tasks`: names of tasks, groups or tags, or YAML files; `limit`: documents of each; `num_fewshot`: examples before
+    a question; `include_path`: a folder of further tasks, whose Python runs; `apply_chat_template`: ask as in a chat.
+    """
+
+    tasks: list[str] = Field(min_length=1)
+    limit: Positive | None = None
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    include_path: str | None = None
+    apply_chat_template: bool = False
+
+
 class Eval(Part):
     """Samples of every policy on the same prompts, judged against the reference; judges as in `eval/judges/`."""
 
@@ -239,6 +253,7 @@ class Eval(Part):
     batch_size: Positive = 32
     beams: Positive | None = None
     over_optimisation: OverOptimisation | None = None
+    benchmarks: Benchmarks | None = None
 
 
 class Checkpoints(Part):
@@ -304,6 +319,12 @@ class Recipe(Part):
     def resolved(self) -> dict[str, Any]:
         """The recipe as plain values with its defaults, as written to RUN/recipe.yaml; loads back as the same."""
         return _written(self)
+
+    def text(self) -> str:
+        """`resolved` as YAML."""
+        import yaml
+
+        return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True, width=120)
 
 
 def _written(part: Any) -> Any:

@@ -5,8 +5,9 @@ names), `010` is ten. A key given twice is an error.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ class Text:
     """A parsed file: `values`, and the place ("file.yaml:12") of each key by its path from the top.
 
     Attributes:
-        lines: of the keys. given: the overrides that set them.
+        lines: of the keys. given: which override set them, in words.
         copied: keys whose value was copied from another key, where what is wrong with it is said already.
     """
 
@@ -70,7 +71,7 @@ class Text:
         """File and line of that key, of the nearest one above it where it is not there; or the override that set it."""
         for length in range(len(path), -1, -1):
             if path[:length] in self.given:
-                return f"command line ({self.given[path[:length]]})"
+                return self.given[path[:length]]
             if path[:length] in self.lines:
                 return f"{self.name}:{self.lines[path[:length]]}"
         return self.name
@@ -133,6 +134,30 @@ def parse_file(file: Path) -> Text:
 def parse_value(text: str, name: str) -> Any:
     """The value of a command line's `key=value`, read as YAML."""
     return parse(text, name).values
+
+
+def plain_value(value: Any, name: str, depth: int = 0) -> Any:
+    """A value of Python's as a YAML file would give it: mappings, lists, text, numbers, true, false, null.
+
+    Paths become text, tuples lists, numpy's and torch's numbers Python's.
+
+    Raises:
+        UserError: anything else.
+    """
+    if depth > MOST_DEEP:
+        raise UserError(name, _TOO_DEEP, "write it flatter")
+    if isinstance(value, Mapping):
+        return {str(key): plain_value(each, name, depth + 1) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_value(each, name, depth + 1) for each in value]
+    if isinstance(value, Path | date):
+        return str(value)
+    if callable(getattr(value, "item", None)):
+        value = value.item()
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    remedy = "a recipe holds mappings, lists, text and numbers; a function is named as module:function"
+    raise UserError(name, f"holds a {type(value).__name__}", remedy)
 
 
 def _nodes(node: yaml.Node, path: Path_, loader: _Loader, name: str) -> Iterator[tuple[Path_, yaml.Node]]:

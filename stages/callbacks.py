@@ -78,12 +78,35 @@ class LogFile(TrainerCallback):
                 file.write(json.dumps(plain({"step": state.global_step, **logs}), ensure_ascii=False) + "\n")
 
 
+_SHOWN = {
+    "eval_loss": "eval_loss",
+    "loss": "loss",
+    "objective/scores": "score",
+    "objective/kl": "KL",
+    "rollout/length": "length",
+    "eval_objective/scores": "held-out score",
+    "eval_objective/kl": "held-out KL",
+}
+"""What of a log the progress shows, under which name; of the two losses the later one."""
+
+
 class ProgressBar(TrainerCallback):
-    """A bar on a terminal; elsewhere a plain line now and then: `sft: 12/75 loss 1.23`."""
+    """A bar on a terminal; elsewhere a plain line now and then: `sft: 12/75 loss 1.23`, `ppo: 8/64 score 0.5 ...`."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.loss = name, ""
+        self.name = name
+        self.shown: dict[str, str] = {}
         self.meter: Meter | None = None
+
+    @property
+    def note(self) -> str:
+        """What was last measured."""
+        return " ".join(self.shown[key] for key in _SHOWN if key in self.shown)
+
+    def drawing(self, step: int, done: int, total: int) -> None:
+        """So many responses of a rollout are drawn, after that step: a bar says so, lines leave it out."""
+        if self.meter is not None and done < total:
+            self.meter(step, f"{self.note} (draws {done}/{total})".lstrip())
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
@@ -96,6 +119,7 @@ class ProgressBar(TrainerCallback):
                 lines=_SECONDS_BETWEEN_LINES,
                 bars=not args.disable_tqdm,
                 stoppable=False,
+                begun=state.global_step,
             )
 
     def on_log(
@@ -106,18 +130,21 @@ class ProgressBar(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: object,
     ) -> None:
-        for key in ("eval_loss", "loss"):
+        for key, name in _SHOWN.items():
             if logs and isinstance(logs.get(key), float):
-                self.loss = f"{key} {logs[key]:.4g}"
+                if key.endswith("loss"):
+                    self.shown.pop("eval_loss", None)
+                    self.shown.pop("loss", None)
+                self.shown[key] = f"{name} {logs[key]:.4g}"
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         # the last step is said at the end, when its loss is known
         if self.meter is not None and state.global_step < state.max_steps:
-            self.meter(state.global_step, self.loss)
+            self.meter(state.global_step, self.note)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if self.meter is not None:
-            self.meter.say(state.global_step, self.loss)
+            self.meter.say(state.global_step, self.note)
             self.meter.close()
             self.meter = None
 

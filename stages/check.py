@@ -46,7 +46,7 @@ def stage_problems(job: StageJob) -> list[UserError]:
     if found:
         return found
     with gathering(found):
-        args = stage_config(kind.config_class(), job, held_out=job.data.held_out > 0 and kind.on_policy is None)
+        args = stage_config(kind.config_class(), job, held_out=job.data.held_out > 0)
         found += _setting_problems(job, args)
         found += _best_problems(job, args)
         found += _checkpointing_problems(job, args)

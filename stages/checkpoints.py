@@ -24,13 +24,12 @@ from transformers.training_args import TrainingArguments
 from .. import stopping
 from ..errors import UserError
 from ..faults import refusal
-from ..files import LOG, sha256_of, to_disk, write_whole
+from ..files import LOG, MANIFEST, sha256_of, to_disk, write_whole
 from ..models import seams
 from ..models.sharded import most_of_all
 from ..progress import say
 from .job import CheckpointPlan
 
-MANIFEST = "manifest.json"
 SAVING = ".saving"
 _STATE = "trainer_state.json"
 _SHARED = 60.0

@@ -235,7 +235,7 @@ _REFERENCE: Mapping[str, Field] = {
     **_each("sync_ref_model ref_model_mixup_alpha ref_model_sync_steps", _NO_SYNC),
 }
 _NO_LOADER = _meaningless("PPO reads no rows through a data loader: leave it out")
-_PPO_EVAL = _meaningless("PPO evaluates nothing while it trains, and logs its own reward and KL: leave it out")
+_PPO_BEST = _meaningless("PPO ends with its last policy; keep_every keeps others on the way: leave it out")
 _PPO_OWN = _meaningless("the stage writes it into its own folder: leave it out")
 
 FIELDS: Mapping[str, Mapping[str, Field]] = {
@@ -293,8 +293,9 @@ FIELDS: Mapping[str, Mapping[str, Field]] = {
         "max_steps": _works(LIMIT, "optimiser steps, whole iterations of num_ppo_epochs x num_mini_batches"),
         "average_tokens_across_devices": _meaningless("a minibatch's loss is over all processes already: leave it out"),
         "neftune_noise_alpha": _meaningless("noise would part the policy from what it sampled: leave it out"),
-        **_each("eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size", _PPO_EVAL),
-        **_each("load_best_model_at_end metric_for_best_model greater_is_better", _PPO_EVAL),
+        "eval_strategy": _works(TEXT, "held-out prompts of the data entry: score, KL and length at an iteration's end"),
+        "per_device_eval_batch_size": _meaningless("forwards are as large as memory allows: leave it out"),
+        **_each("load_best_model_at_end metric_for_best_model greater_is_better", _PPO_BEST),
         **_each("dataloader_drop_last dataloader_pin_memory dataloader_persistent_workers", _NO_LOADER),
         **_each("dataloader_in_order dataloader_num_workers dataloader_prefetch_factor", _NO_LOADER),
         **_each("dataloader_multiprocessing_context train_sampling_strategy", _NO_LOADER),

@@ -399,6 +399,11 @@ def source_file(word: str) -> Path | None:
     return None if word in KINDS else Path(str(inspect.getsourcefile(_module(word.rpartition(":")[0]))))
 
 
+def forget_methods() -> None:
+    """Methods outside the package are read from their files again the next time that they are named."""
+    _module.cache_clear()
+
+
 @functools.cache
 def _module(home: str) -> ModuleType:
     """The module of that name, or from that file; run once in a process."""

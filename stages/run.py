@@ -40,6 +40,7 @@ from ..models.lineage import (
     write_lineage,
 )
 from ..models.loading import load_model
+from ..models.older import save_tokenizer
 from ..models.packing import attention_used
 from ..models.tokens import check_vocabulary, load_tokenizer, prepare_model, vocabulary_size
 from ..values import plain
@@ -238,7 +239,7 @@ def finish(
     metrics = plain({**metrics, "data": data.report})
     folders = parents if parents is not None else (() if job.parent is None else (job.parent,))
     if args.process_index == 0:
-        tokenizer.save_pretrained(job.output_dir)
+        save_tokenizer(tokenizer, job.output_dir)
         (job.output_dir / METRICS).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
         lineage = Lineage(
             stage=job.name,

@@ -1,6 +1,7 @@
 """What every test shares: no network, one cache for made bases, and the checklist's listing."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -29,6 +30,21 @@ def preftune_cache(tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+class _Root:
+    """The repository's root is a package, and no package of tests.
+
+    pytest would import it by the name of its folder, which may be none (`preftune-0.1.0`, `preftune-main`).
+    """
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collect_directory(self, path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+        return pytest.Dir.from_parent(parent, path=path) if path == Path(__file__).parents[1] else None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(_Root())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("data", "models", "stages", "eval", "recipes", "cli", "benchmarks", "tests")
+ROOMS = ("data", "models", "stages", "eval", "recipes", "cli", "api", "benchmarks", "tests")
 SEVERAL_PROCESSES = ("test_ppo_distributed.py", "test_ppo_resume.py")
 
 
@@ -279,6 +279,14 @@ MUTATIONS += [
         "seed=seed,", "seed=seed + len(policy),",
     ),
     Mutation("E5", "every share of the prompts is drawn as the first", "eval/samples.py", "first=first,", "first=0,"),
+    Mutation(
+        "E6", "a person votes twice on the same replies", "eval/chat/votes.py",
+        "if any(_choice(each) == mine for each in read_json_lines(path)):", "if False:",
+    ),
+    Mutation(
+        "E6", "people who vote at the same time are not kept apart", "journal.py",
+        'with FileLock(path.with_name(f".{path.name}.lock")):', "if True:",
+    ),
     Mutation(
         "S1", "a checkpoint's pickle is read whole", "models/pickles.py", "weights_only=True", "weights_only=False"
     ),

@@ -1,8 +1,9 @@
 """Two replies to one prompt shown without names: which stands where, and the vote that comes of it."""
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from ...data.sources import read_file
 from ...errors import UserError
 from ...intact import check_intact
 from .votes import Vote, check_place
+
+CHOICES: dict[str, float] = {"A": 1.0, "B": 2.0, "tie": 1.5, "both bad": 1.5}
+"""What a person may choose, and the preference that it is."""
 
 
 @dataclass(frozen=True)
@@ -23,24 +27,40 @@ class Ballot:
         messages: the conversation up to the replies.
         policies: of the reply shown as A and of the one shown as B.
         completions: theirs.
+        extra: what else its votes say.
     """
 
     prompt: int | list[Message]
     messages: list[Message]
     policies: tuple[str, str]
     completions: tuple[str, str]
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
-    def vote(self, preference: float) -> dict[str, Any]:
-        """The line of votes.jsonl (see `votes.py`); 1 for A, 2 for B, 1.5 for neither."""
+    def vote(self, choice: str, voter: str | None = None) -> dict[str, Any]:
+        """The line of votes.jsonl (see `votes.py`) of one of `CHOICES`.
+
+        Args:
+            voter: who chose; None: nobody says so.
+        """
         (policy_a, policy_b), (completion_a, completion_b) = self.policies, self.completions
-        return {
+        row: dict[str, Any] = {
             "prompt": self.prompt,
             "policy_a": policy_a,
             "policy_b": policy_b,
-            "preference": preference,
+            "preference": CHOICES[choice],
             "completion_a": completion_a,
             "completion_b": completion_b,
         }
+        if choice == "both bad":
+            row["both_bad"] = True
+        if voter is not None:
+            row["voter"] = voter
+        return {**row, "cast": datetime.now(UTC).isoformat(timespec="seconds"), **self.extra}
+
+    @property
+    def same(self) -> bool:
+        """Whether both replies are the same text: a tie that nobody need be asked about."""
+        return self.completions[0] == self.completions[1]
 
 
 def draw_pair(rng: random.Random, policies: Sequence[str]) -> tuple[str, str]:
@@ -49,13 +69,21 @@ def draw_pair(rng: random.Random, policies: Sequence[str]) -> tuple[str, str]:
     return first, second
 
 
-def sample_ballots(path: Path, policies: Sequence[str], votes: Sequence[Vote], seed: int) -> list[Ballot]:
-    """What is left to be voted on of an evaluation's samples: every pair of the policies on every prompt.
+def person_seed(seed: int, voter: str | None) -> int | str:
+    """The seed of what one person sees: another order for everybody, the same one each time."""
+    return seed if voter is None else f"{seed}:{voter}"
+
+
+def sample_ballots(
+    path: Path, policies: Sequence[str], votes: Sequence[Vote], seed: int, voter: str | None = None
+) -> list[Ballot]:
+    """What is left for a person to vote on of an evaluation's samples: every pair of the policies on every prompt.
 
     Args:
         path: its samples.jsonl.
-        votes: cast already; a pair that was voted on at a prompt's place is left out.
-        seed: of the ballots' order and of what stands where, which is the same however many are left.
+        votes: cast already; a pair that the voter voted on at a prompt's place is left out.
+        seed: with the voter it fixes the ballots' order and what stands where, which is the same however many are left.
+        voter: whose votes count; None: those of which nobody said whose they are.
 
     Raises:
         UserError: no such file, a policy that is not in it, or votes that were cast on another evaluation's replies.
@@ -69,8 +97,9 @@ def sample_ballots(path: Path, policies: Sequence[str], votes: Sequence[Vote], s
     for vote in votes:
         if isinstance(vote.prompt, int) and set(vote.policies) <= set(replies):
             check_place(vote, [replies[policy] for policy in vote.policies])
-            done.add((vote.prompt, frozenset(vote.policies)))
-    rng = random.Random(seed)
+            if vote.voter == voter:
+                done.add((vote.prompt, frozenset(vote.policies)))
+    rng = random.Random(person_seed(seed, voter))
     ballots = []
     for place, asked in enumerate(messages):
         for pair in combinations(policies, 2):

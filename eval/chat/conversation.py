@@ -86,12 +86,8 @@ class Conversation:
                 raise _Stopped
 
         adapters, role, stopped = self.bench.adapters, self.bench.roles[policy], False
-        ends = end_token_ids(tokenizer, adapters.model)
-        shared = {
-            "max_new_tokens": room,
-            "eos_token_id": ends,
-            "pad_token_id": tokenizer.pad_token_id,
-        }
+        shared = self._shared(room)
+        ends = shared["eos_token_id"]
         try:
             if spec.beams > 1:
                 # which beam is the best is known at the end
@@ -107,6 +103,34 @@ class Conversation:
         finished = bool(tokens) and tokens[-1] in ends
         text = tokenizer.decode(tokens, skip_special_tokens=True)
         return Reply(policy, text, len(tokens), finished, stopped and not finished)
+
+    def replies(self, policy: str, asked: Sequence[Sequence[Message]], seeds: Sequence[int]) -> list[Reply]:
+        """The policy's replies to several conversations, drawn together; each has a random stream of its own.
+
+        Raises:
+            UserError: as `reply`.
+        """
+        spec, tokenizer = self.bench.spec, self.bench.tokenizer
+        ids = [prompt_ids(tokenizer, list(messages)) for messages in asked]
+        shared = self._shared(min(spec.max_new_tokens, *(self._room(len(each)) for each in ids)))
+        adapters, role = self.bench.adapters, self.bench.roles[policy]
+        if spec.beams > 1:
+            drawn = beam_search(adapters, role, ids, num_beams=spec.beams, **shared)
+        else:
+            settings = {"temperature": spec.temperature, "seed": list(seeds), "recompute": True}
+            drawn = sample(adapters, role, ids, **settings, **shared)
+        texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in drawn.tokens]
+        parts = zip(texts, drawn.tokens, drawn.finished, strict=True)
+        return [Reply(policy, text, len(tokens), finished, False) for text, tokens, finished in parts]
+
+    def _shared(self, room: int) -> dict[str, Any]:
+        """What drawing and searching are told alike."""
+        tokenizer = self.bench.tokenizer
+        return {
+            "max_new_tokens": room,
+            "eos_token_id": end_token_ids(tokenizer, self.bench.adapters.model),
+            "pad_token_id": tokenizer.pad_token_id,
+        }
 
     def _room(self, prompt: int) -> int:
         """Tokens that the model can still read after so many."""

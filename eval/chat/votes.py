@@ -6,14 +6,18 @@ One vote per line:
 
 `prompt` is the prompt's place in the evaluation, counted from 0 (`prompt_index` in samples.jsonl), or the list of
 messages that was answered. `preference` goes from 1 (policy_a's reply is better) over 1.5 (neither) to 2 (policy_b's),
-as in annotations. Optional: `completion_a` and `completion_b`, the replies that were voted on.
+as in annotations. Optional: `completion_a` and `completion_b`, the replies that were voted on; `both_bad`, true where
+neither is better as both are bad; `voter`, who voted, and `cast`, when (UTC, ISO 8601); `labelling`, the name of the
+prompts that replies were drawn to for voting on them (`labels.py`). Votes of a labelling may be on two replies of one
+policy: they make pairs, and say nothing of policies.
+
+Several programs may add votes at the same time: each does so under a lock beside the file.
 """
 
-import json
 import math
-import os
+import unicodedata
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,8 @@ import numpy as np
 from ...data.rows import prompt_key
 from ...data.sources import read_file
 from ...errors import UserError
+from ...files import read_json_lines
+from ...journal import alone_with, append_line
 from ...values import plain
 from ..annotations import read_preference
 from ..statistics.ratings import Rating, rate_policies
@@ -39,6 +45,7 @@ class Vote:
         policies: the two policies, a and b.
         completions: their replies, None where the vote does not carry them.
         outcomes: what a and b got: 1 and 0, or between.
+        voter: who voted; None where nobody said so.
     """
 
     origin: str
@@ -46,6 +53,7 @@ class Vote:
     policies: tuple[str, str]
     completions: tuple[str | None, str | None]
     outcomes: tuple[float, float]
+    voter: str | None = None
 
 
 def messages_key(messages: Sequence[dict[str, Any]]) -> str:
@@ -54,17 +62,35 @@ def messages_key(messages: Sequence[dict[str, Any]]) -> str:
 
 
 def read_votes(path: Path) -> tuple[Vote, ...]:
-    """The votes of a file (see the module for its format).
+    """The votes on policies of a file (see the module for its format).
 
     Raises:
         UserError: no such file, no votes, or a field that is missing or not what it should be.
     """
     if not path.is_file():
         raise UserError(str(path), "no such file", "give a JSONL file of votes; preftune chat --compare writes one")
-    votes = tuple(_vote(row, origin) for origin, row in read_file(path, str(path)))
+    votes = votes_in(path)
     if not votes:
-        raise UserError(str(path), "holds no votes", "write one vote per line")
+        of_labelling = bool(read_json_lines(path))
+        said = "each of its votes is on two replies of one policy" if of_labelling else "holds no votes"
+        raise UserError(str(path), said, "vote on replies of two policies" if of_labelling else "write one a line")
     return votes
+
+
+def votes_in(path: Path) -> tuple[Vote, ...]:
+    """As `read_votes`; none where the file holds none on two policies."""
+    return tuple(_vote(row, origin) for origin, row in read_file(path, str(path)) if not _within_one_policy(row))
+
+
+def _within_one_policy(row: Mapping[str, Any]) -> bool:
+    """Whether it is a labelling's vote on two replies of one policy; elsewhere a policy against itself is a mistake."""
+    return isinstance(row.get("labelling"), str) and row.get("policy_a") == row.get("policy_b")
+
+
+def voter_name(said: str) -> str | None:
+    """A person's name as votes carry it: the same however its letters were typed; None where it is none."""
+    name = " ".join(unicodedata.normalize("NFC", said).split())
+    return name if 0 < len(name) <= 60 and name.isprintable() else None
 
 
 def check_place(vote: Vote, replies: Sequence[Sequence[str]]) -> None:
@@ -89,18 +115,31 @@ def check_place(vote: Vote, replies: Sequence[Sequence[str]]) -> None:
             )
 
 
-def append_vote(path: Path, row: dict[str, Any]) -> None:
+def append_vote(path: Path, row: Mapping[str, Any]) -> None:
     """Adds one line to the file; when this returns the vote is on disk, whatever happens to the process."""
-    line = json.dumps(row, ensure_ascii=False) + "\n"
-    with path.open("a+b") as file:
-        end = file.seek(0, os.SEEK_END)
-        if end:
-            file.seek(end - 1)
-            # a file written by hand may end without a line break
-            line = line if file.read(1) == b"\n" else "\n" + line
-        file.write(line.encode("utf-8", "surrogatepass"))
-        file.flush()
-        os.fsync(file.fileno())
+    with alone_with(path):
+        append_line(path, row)
+
+
+def cast_vote(path: Path, row: Mapping[str, Any]) -> bool:
+    """As `append_vote`, unless its voter has voted on these two replies to this prompt before, in whatever order.
+
+    Returns:
+        Whether it was added.
+    """
+    with alone_with(path):
+        mine = _choice(row)
+        if any(_choice(each) == mine for each in read_json_lines(path)):
+            return False
+        append_line(path, row)
+    return True
+
+
+def _choice(row: Mapping[str, Any]) -> tuple[object, ...]:
+    """Equal for two votes of one person on the same two replies."""
+    prompt = row.get("prompt")
+    sides = sorted(str((row.get(f"policy_{side}"), row.get(f"completion_{side}"))) for side in "ab")
+    return row.get("voter"), messages_key(prompt) if isinstance(prompt, list) else prompt, *sides
 
 
 def vote_rows(votes: Sequence[Vote], seed: int = 0) -> list[dict[str, Any]]:
@@ -148,7 +187,8 @@ def _vote(row: dict[str, Any], origin: str) -> Vote:
         raise UserError(origin, f"policy_a and policy_b are both {policies[0]!r}", "name two policies")
     completions = tuple(None if row.get(key) is None else _text(row, key, origin) for key in _COMPLETIONS)
     for_b = read_preference(row, origin) - 1.0
-    return Vote(origin, prompt, policies, (completions[0], completions[1]), (1.0 - for_b, for_b))
+    voter = None if row.get("voter") is None else _text(row, "voter", origin)
+    return Vote(origin, prompt, policies, (completions[0], completions[1]), (1.0 - for_b, for_b), voter)
 
 
 def _prompt(value: Any, origin: str) -> int | str:

@@ -15,7 +15,7 @@ from ...version import __version__
 from .. import replies
 from ..judges.verdicts import LENGTH_CONTROL_PROMPTS
 from ..report_state import check_replaceable, state_of
-from . import doctor, frontier, head, lengths, lineage, reward_models, samples, svg, text, winrates
+from . import benchmarks, doctor, frontier, head, lengths, lineage, reward_models, samples, svg, text, winrates
 from .curves import EVERY_PANEL, stage_curves
 from .read import Run, number, read_run
 
@@ -88,6 +88,7 @@ def _sections(run: Run) -> list[Section]:
         Section("winrates", "Win-rates", _winrates(run)),
         Section("frontier", "Reward against KL", _frontier(run)),
         Section("rewards", "Reward models", reward_models.reward_rows(run)),
+        Section("benchmarks", "What was forgotten", benchmarks.benchmark_table(run)),
         Section("lengths", "Reply lengths", lengths.length_figures(run)),
         Section("samples", "Samples", samples.browser(run)),
         Section(

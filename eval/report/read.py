@@ -12,6 +12,7 @@ import yaml
 from ...bounded_yaml import load_bounded
 from ...errors import UserError
 from ...files import (
+    BENCHMARKS,
     CHECKPOINTS,
     DOCTOR,
     EVALUATION,
@@ -67,7 +68,7 @@ class Run:
     Attributes:
         recipe: recipe.yaml as text, `plan` the same parsed.
         results: rows of eval/results.json; samples: lines of eval/samples.jsonl; rewards: rows of eval/rewards.json.
-        overoptimisation: eval/overoptimisation.json.
+        overoptimisation: eval/overoptimisation.json; benchmarks: eval/benchmarks.json.
         doctor: doctor.json.
         folder: the run's; None for one that was made up.
     """
@@ -78,6 +79,7 @@ class Run:
     samples: tuple[Mapping[str, Any], ...] = ()
     rewards: tuple[Mapping[str, Any], ...] = ()
     overoptimisation: Mapping[str, Any] | None = None
+    benchmarks: Mapping[str, Any] = field(default_factory=dict)
     doctor: Mapping[str, Any] | None = None
     recipe: str | None = None
     plan: Mapping[str, Any] = field(default_factory=dict)
@@ -140,7 +142,8 @@ def read_run(run_dir: Path) -> Run:
     evaluation = run_dir / EVALUATION
     check_intact(evaluation)
     results = _policy_rows(_rows(read_json(evaluation / RESULTS)))
-    if not results and not any(stage.folder for stage in stages):
+    benchmarks = _object(read_json(evaluation / BENCHMARKS))
+    if not results and not benchmarks and not any(stage.folder for stage in stages):
         raise UserError(str(run_dir), "holds no stage and no evaluation", "give the folder of a run (runs/NAME)")
     machines = [progress.get("machine"), *(x.get("machine") for s in stages for x in (s.metrics, s.lineage))]
     return Run(
@@ -150,6 +153,7 @@ def read_run(run_dir: Path) -> Run:
         samples=_policy_rows(read_lines(evaluation / SAMPLES)),
         rewards=_rows(read_json(evaluation / REWARDS)),
         overoptimisation=_object(read_json(evaluation / OVER_OPTIMISATION)) or None,
+        benchmarks=benchmarks,
         doctor=_object(read_json(run_dir / DOCTOR)) or None,
         recipe=text,
         plan=plan,

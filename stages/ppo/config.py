@@ -16,7 +16,7 @@ class PPOConfig(PPOSettings, TrainingArguments):
 
     `per_device_train_batch_size` is the number of sequences in one training forward and changes no result.
     `logging_steps`, `save_steps` and the learning-rate schedule count optimiser steps; metrics are logged at the end of
-    the iteration in which a logging step fell.
+    the iteration in which a logging step fell; so is `eval_strategy`'s evaluation made, of `eval_dataset`.
 
     Raises:
         ValueError: a value out of range, or sizes that do not divide.
@@ -77,8 +77,10 @@ class PPOConfig(PPOSettings, TrainingArguments):
                 f"gradient_accumulation_steps is {self.gradient_accumulation_steps}, expected 1: in PPO one optimiser "
                 "step is one minibatch (num_mini_batches), in forwards of per_device_train_batch_size"
             )
-        if self.eval_strategy != "no":
-            raise ValueError(f"eval_strategy is {self.eval_strategy}, expected 'no': PPO logs its own reward and KL")
+        if self.load_best_model_at_end:
+            raise ValueError(
+                "load_best_model_at_end is true, expected false: keep_every keeps policies on the way, to be compared"
+            )
 
     def _check_kl(self) -> None:
         allowed = KL_ESTIMATORS[self.kl_in]

@@ -34,14 +34,15 @@ class LoopState:
     """Where the loop stands.
 
     iteration: the one under way, or the next. slot: minibatches of it that are done. stopped: its epochs ended early.
-    log_due: a logging step fell in it. kl_coef: the controller's. running: the running reward scale.
-    metrics: the rollout's. totals: token sums and counts over the minibatches done.
+    log_due, eval_due: a step to log, or to evaluate at, fell in it. kl_coef: the controller's. running: the running
+    reward scale. metrics: the rollout's. totals: token sums and counts over the minibatches done.
     """
 
     iteration: int = 0
     slot: int = 0
     stopped: bool = False
     log_due: bool = False
+    eval_due: bool = False
     kl_coef: float = 0.0
     running: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
     metrics: dict[str, float] = field(default_factory=dict)

@@ -374,8 +374,12 @@ class Scoring:
         self.config, self.sources, self.scorers, self.reduce = config, sources, scorers, reduce
         self.running = RunningScale()
 
-    def __call__(self, responses: Responses) -> torch.Tensor:
-        """One score a response, fp32 [B], on the episodes' device."""
+    def __call__(self, responses: Responses, *, training: bool = True) -> torch.Tensor:
+        """One score a response, fp32 [B], on the episodes' device.
+
+        Args:
+            training: False: the running scale learns nothing of them, and neither it nor the clip behind it applies.
+        """
         config, device = self.config, responses.episodes.start_B.device
         parts = []
         for scorer in self.scorers:
@@ -388,11 +392,12 @@ class Scoring:
         scores_B = combine(
             torch.stack(parts), weights_S, how=config.reward_combination, penalty=config.ensemble_penalty
         )
-        if config.reward_scale == "running":
+        running = config.reward_scale == "running"
+        if running and training:
             moments = masked_moments(scores_B, torch.ones_like(scores_B, dtype=torch.bool))
             self.running.update(self.reduce(moments, "sum"))
             scores_B = scores_B / self.running.std
-        if config.reward_clip is not None:
+        if config.reward_clip is not None and (training or not running):
             scores_B = scores_B.clamp(-config.reward_clip, config.reward_clip)
         return apply_eos_rule(
             scores_B,

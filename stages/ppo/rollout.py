@@ -52,8 +52,13 @@ class Prompts:
         return len(self.ids)
 
     @classmethod
-    def of(cls, dataset: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> "Prompts":
+    def of(
+        cls, dataset: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, where: str = "train_dataset"
+    ) -> "Prompts":
         """From rows with `prompt` (text, or a list of messages) or `prompt_ids` made beforehand; others are columns.
+
+        Args:
+            where: what the rows are called in errors.
 
         Raises:
             UserError: no row, a row without a prompt, or an empty one.
@@ -64,19 +69,19 @@ class Prompts:
         for number, row in enumerate(dataset):
             if "prompt" not in row and "prompt_ids" not in row:
                 raise UserError(
-                    f"train_dataset row {number}",
+                    f"{where} row {number}",
                     f"its columns are {', '.join(row)}, expected 'prompt' or 'prompt_ids'",
                     "rename the prompt's column",
                 )
             tokens = list(row["prompt_ids"]) if "prompt_ids" in row else _encode(row["prompt"], tokenizer)
             if not tokens:
-                raise UserError(f"train_dataset row {number}", "the prompt is empty", "remove the row")
+                raise UserError(f"{where} row {number}", "the prompt is empty", "remove the row")
             ids.append(tokens)
             prompts.append(row["prompt"] if "prompt" in row else str(tokenizer.decode(tokens)))
             extra = json.loads(row["columns"]) if isinstance(row.get("columns"), str) else {}
             columns.append({**extra, **{name: value for name, value in row.items() if name not in _OURS}})
         if not ids:
-            raise UserError("train_dataset", "it has no row", "give at least one prompt")
+            raise UserError(where, "it has no row", "give at least one prompt")
         return cls(ids, prompts, columns)
 
     def take(self, rows: Sequence[int]) -> "Prompts":
@@ -337,11 +342,13 @@ def generate(
     seed: int,
     first: int = 0,
     device: torch.device,
+    on_batch: Callable[[int], None] | None = None,
 ) -> Episodes:
     """One response of the policy to each prompt.
 
     Args:
         first: the place of the first of these prompts among those of all processes: what is drawn goes by it.
+        on_batch: called with the number of responses done so far.
     """
     ends = end_token_ids(tokenizer, adapters.model)
     pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -361,6 +368,7 @@ def generate(
             seed=seed,
             first=first,
             batch_size=config.rollout_micro_batch_size,
+            on_batch=on_batch,
         )
     release_free_memory()
     return make_episodes(prompts.ids, generation, pad, device)

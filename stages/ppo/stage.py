@@ -25,6 +25,9 @@ _LAST = (
 )  # fmt: skip
 
 
+_EVALUATED = "eval_objective/scores"
+
+
 def run_ppo(job: StageJob) -> dict[str, Any]:
     """Run a PPO stage (see `run_stage`): the parent's adapter is policy and reference, `job.rewards` score.
 
@@ -41,7 +44,7 @@ def run_ppo(job: StageJob) -> dict[str, Any]:
     args = stage_config(
         PPOConfig,
         job,
-        held_out=False,
+        held_out=data.held is not None,
         logging_steps=1,
         samples_file=str(job.output_dir / "rollouts.jsonl"),
         policies_dir=str(job.output_dir / POLICIES),
@@ -50,12 +53,21 @@ def run_ppo(job: StageJob) -> dict[str, Any]:
     # 2. the base with policy, reference, reward and value
     adapters = open_adapters(job, tokenizer)
     trainer = PPOTrainer(
-        adapters, args, tokenizer, data.train, rewards=job.rewards, callbacks=stage_callbacks(job), quiet=True
+        adapters,
+        args=args,
+        train_dataset=data.train,
+        eval_dataset=data.held,
+        processing_class=tokenizer,
+        rewards=job.rewards,
+        callbacks=stage_callbacks(job),
+        quiet=True,
     )
     keep_event_files(trainer, job.output_dir / LOGS)
     # 3. train, save
     trainer.skips.allowed = job.nonfinite_skips
     trainer.train(take_up(trainer))
+    if data.held is not None and not _evaluated_last(trainer):
+        trainer.evaluate()
     adapters.save("default", job.output_dir, write=trainer.is_world_process_zero())
     parents = tuple(folder for folder in (job.parent, *stages) if folder is not None)
     return finish(job, tokenizer, data, args, _metrics(trainer), backbone=adapters.backbone, parents=parents)
@@ -63,9 +75,10 @@ def run_ppo(job: StageJob) -> dict[str, Any]:
 
 def _metrics(trainer: PPOTrainer) -> dict[str, float | None]:
     """The required measures and the last iteration's numbers."""
-    seconds = max(clock_of(trainer).seconds, 1e-9)
+    seconds = max(clock_of(trainer).seconds - trainer.evaluate_seconds, 1e-9)
     iterations = [entry for entry in trainer.state.log_history if "objective/kl" in entry]
     last = iterations[-1] if iterations else {}
+    held = next((entry for entry in reversed(trainer.state.log_history) if _EVALUATED in entry), {})
     episodes = trainer.loop.iteration * trainer.args.rollout_batch_size
     return {
         "train_seconds": seconds,
@@ -75,4 +88,11 @@ def _metrics(trainer: PPOTrainer) -> dict[str, float | None]:
         "steps": trainer.state.global_step,
         "episodes": episodes,
         **{name: last[name] for name in _LAST if name in last},
+        **{name: value for name, value in held.items() if name.startswith("eval_") and name != "eval_runtime"},
     }
+
+
+def _evaluated_last(trainer: PPOTrainer) -> bool:
+    """Whether the policy at hand was evaluated last."""
+    steps = [entry["step"] for entry in trainer.state.log_history if _EVALUATED in entry]
+    return bool(steps) and steps[-1] == trainer.state.global_step

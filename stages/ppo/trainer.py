@@ -9,7 +9,7 @@ import inspect
 import logging
 import random
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_callback import ExportableState, TrainerState
-from transformers.trainer_utils import TrainOutput, speed_metrics
+from transformers.trainer_utils import IntervalStrategy, TrainOutput, speed_metrics
 
 from ... import stopping
 from ...errors import UserError
@@ -38,15 +38,17 @@ from ...models.devices import say_unused_gpus
 from ...models.dropout import no_dropout
 from ...models.lora import LoraSpec
 from ...models.memory import release_free_memory
+from ...models.older import save_tokenizer
 from ...models.pickles import check_pickles
 from ...models.tokens import check_vocabulary
-from ..callbacks import Clock
+from ..callbacks import Clock, ProgressBar
 from ..checkpoints import Progress, Resumable, checkpoints, continuing, log_bytes, newest, read_progress
 from ..finite import Skips, not_finite
 from ..kl_control import kl_controller
 from ..losses import token_rewards
 from ..options import one_device
 from .config import PPOConfig
+from .evaluation import HeldOut
 from .files import (
     POLICIES,
     LoopState,
@@ -100,11 +102,12 @@ class OnPolicyTrainer(Resumable):
     Args:
         model: what answers: an `AdapterSet`, a `PeftModel` with one LoRA adapter, a plain causal model, or a string: a
             stage's folder, a hub id or another base spec.
-        args: the settings.
-        processing_class: the tokenizer; may be left out when `model` is a string.
-        train_dataset: rows with `prompt` (text, or messages) or `prompt_ids`; the other columns go to reward functions.
         reward_funcs: one or several functions with TRL's signature `f(prompts, completions, **columns)`, or names:
             "module:function", or a sequence-classification model.
+        args: the settings.
+        train_dataset: rows with `prompt` (text, or messages) or `prompt_ids`; the other columns go to reward functions.
+        eval_dataset: rows of the same kind, never trained on: see `evaluate`.
+        processing_class: the tokenizer; may be left out when `model` is a string.
         reward_adapter: folder of a reward stage on the same base.
         rewards: the same as `RewardSource` objects, with weights.
         callbacks, optimizers: as in `transformers.Trainer`.
@@ -115,6 +118,7 @@ class OnPolicyTrainer(Resumable):
         adapters: every role on the one base.
         method: what trains, and how.
         trainables: what a checkpoint holds, by name.
+        held_out: the prompts of `eval_dataset`.
         loop, rollout: the place in the run, and the rollout in flight between two minibatches.
         episodes, tokens: drawn, and in them, since the run's first iteration.
 
@@ -127,11 +131,12 @@ class OnPolicyTrainer(Resumable):
     def __init__(
         self,
         model: AdapterSet | PeftModel | PreTrainedModel | str,
+        reward_funcs: RewardFunc | Sequence[RewardFunc] | None = None,
         args: PPOConfig | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
         train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
         *,
-        reward_funcs: RewardFunc | Sequence[RewardFunc] = (),
         reward_adapter: str | Path | None = None,
         rewards: Sequence[RewardSource] = (),
         callbacks: list[TrainerCallback] | None = None,
@@ -141,19 +146,22 @@ class OnPolicyTrainer(Resumable):
         quiet: bool = False,
         **others: object,
     ) -> None:
-        _refuse_others(type(self), model, args, others)
+        _refuse_others(type(self), model, reward_funcs, args, others)
         for seam in (seams.TRAINER_CHECKPOINT, seams.TRAINER_RESUME):
             seams.require(seam, type(self))
         args = PPOConfig("ppo_output") if args is None else args
         sources = reward_sources(reward_funcs, reward_adapter, rewards)
         self.adapters, self.tokenizer = open_policy(model, processing_class, lora, peft_config)
-        self.prompts = Prompts.of(train_dataset if train_dataset is not None else (), self.tokenizer)
-        size = self.adapters.causal.config.get_text_config().vocab_size
-        check_vocabulary(self.prompts.ids, self.tokenizer, size, "train_dataset")
+        self.prompts = self._prompts(train_dataset if train_dataset is not None else (), "train_dataset")
+        self.held_out = None if eval_dataset is None else self._prompts(eval_dataset, "eval_dataset")
+        if self.held_out is None and args.eval_strategy != "no":
+            said = f"eval_strategy is {str(IntervalStrategy(args.eval_strategy).value)!r}, and no eval_dataset is given"
+            raise UserError(type(self).__name__, said, "give prompts to evaluate on, or leave eval_strategy out")
         super().__init__(
             model=self.adapters.model,
             args=one_device(args),
             train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
             processing_class=self.tokenizer,
             data_collator=_no_collator,
             callbacks=callbacks,
@@ -168,7 +176,17 @@ class OnPolicyTrainer(Resumable):
         self.loop = LoopState(kl_coef=args.kl_coef)
         self.rollout: Rollout | None = None
         self.episodes, self.tokens = 0, 0.0
+        self.evaluate_seconds = 0.0
         self.skips = Skips()
+
+    def _prompts(self, dataset: Any, where: str) -> Prompts:
+        if isinstance(dataset, Mapping):
+            said = f"is {type(dataset).__name__} of several datasets, expected one"
+            raise UserError(where, said, "give one, with a column that tells the rows apart")
+        prompts = Prompts.of(dataset, self.tokenizer, where)
+        size = self.adapters.causal.config.get_text_config().vocab_size
+        check_vocabulary(prompts.ids, self.tokenizer, size, where)
+        return prompts
 
     def build_method(self, sources: Sequence[RewardSource], scorers: Sequence[Scorer]) -> Method:
         """What trains, the advantage estimator and the loss; called once, with reference and rewards in place."""
@@ -218,6 +236,8 @@ class OnPolicyTrainer(Resumable):
         before = sum(each.seconds for each in self.callback_handler.callbacks if isinstance(each, Clock))
         self.control = self.callback_handler.on_train_begin(args, self.state, self.control)
         self.samples.start(loop.iteration + (self.rollout is not None))
+        if args.eval_on_start and args.eval_strategy != "no" and self.state.global_step == 0:
+            self.evaluate()
         while loop.iteration < iterations and not self.control.should_training_stop:
             self._iteration()
         return self._end(began - before, loop.iteration * args.rollout_batch_size)
@@ -266,7 +286,14 @@ class OnPolicyTrainer(Resumable):
         seed, first = seed_of(args.seed, "rollout", loop.iteration, 0), args.process_index * local
         with self._left_off():
             episodes = generate(
-                self.adapters, self.tokenizer, prompts, args, seed=seed, first=first, device=args.device
+                self.adapters,
+                self.tokenizer,
+                prompts,
+                args,
+                seed=seed,
+                first=first,
+                device=args.device,
+                on_batch=self._drawn,
             )
         generated = time.perf_counter()
 
@@ -289,6 +316,12 @@ class OnPolicyTrainer(Resumable):
         self._log_rollout(rollout, prompts, texts, non_score_BR, forwards.entropy_BR, times)
         return gathered(rollout)
 
+    def _drawn(self, done: int) -> None:
+        """Show it."""
+        for each in self.callback_handler.callbacks:
+            if isinstance(each, ProgressBar):
+                each.drawing(self.state.global_step, done, self.args.local_rollout_size())
+
     def _log_rollout(
         self,
         rollout: Rollout,
@@ -307,7 +340,7 @@ class OnPolicyTrainer(Resumable):
         metrics["rollout/tokens_per_second"] = tokens / seconds["rollout"]
         metrics |= {f"time/{name}": spent for name, spent in seconds.items()}
         loop.metrics, loop.totals = metrics, {}
-        loop.slot, loop.stopped, loop.log_due = 0, False, False
+        loop.slot, loop.stopped, loop.log_due, loop.eval_due = 0, False, False, False
         self.episodes += args.rollout_batch_size
         self.tokens += tokens
         asked, low = args.mismatch_tolerance, self._tolerance() != FULL_TOLERANCE
@@ -332,6 +365,7 @@ class OnPolicyTrainer(Resumable):
             self.state.epoch = self._epochs_done()
             self.control = self.callback_handler.on_step_end(args, self.state, self.control)
             loop.log_due |= self.control.should_log
+            loop.eval_due |= self.control.should_evaluate
             if loop.slot == args.steps_per_iteration():
                 self._finish_iteration()
                 self._keep_policy()
@@ -392,9 +426,43 @@ class OnPolicyTrainer(Resumable):
         if int(self._epochs_done()) > before:
             self.control = self.callback_handler.on_epoch_end(args, self.state, self.control)
             loop.log_due |= self.control.should_log
+            loop.eval_due |= self.control.should_evaluate
         if loop.log_due:
             found = loop.metrics | update_metrics(loop.totals, self.method)
             self.log({**found, **self.skips.said(), "episode": loop.iteration * args.rollout_batch_size})
+        if loop.eval_due:
+            self.evaluate()
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """One response of the policy, as it is now, to each held-out prompt: what it scores, and how far it has gone.
+
+        Args:
+            eval_dataset: other prompts than those that the trainer was made with.
+
+        Returns:
+            Means over the prompts, as logged: `eval_objective/scores`, `eval_objective/scores_std`,
+            `eval_objective/kl` in nats a response, `eval_objective/rlhf_reward`, `eval_rollout/length` in tokens,
+            `eval_rollout/eos_rate`, `eval_runtime` in seconds.
+
+        Raises:
+            UserError: there are no such prompts.
+        """
+        del ignore_keys
+        prompts = self.held_out if eval_dataset is None else self._prompts(eval_dataset, "eval_dataset")
+        if prompts is None:
+            raise UserError(f"{type(self).__name__}.evaluate", "no eval_dataset is given", "give prompts to answer")
+        began = time.perf_counter()
+        held = HeldOut(prompts, self.adapters, self.tokenizer, self.scoring, self.method, self.reduce)
+        found = held.measure(self.args, self.loop.kl_coef)
+        release_free_memory()
+        seconds = time.perf_counter() - began
+        self.evaluate_seconds += seconds
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in (found | {"runtime": seconds}).items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     def _tolerance(self) -> float:
         return tolerance(self.trunk.head.weight.dtype, autocast=self.args.bf16 or self.args.fp16)
@@ -457,7 +525,7 @@ class OnPolicyTrainer(Resumable):
             ]
         )
         self.rollout = None
-        self.episodes, self.tokens = 0, 0.0
+        self.episodes, self.tokens, self.evaluate_seconds = 0, 0.0, 0.0
         if self._created_lr_scheduler:  # by an earlier `train`, so not handed in by the caller
             self.optimizer = self.lr_scheduler = None
         self.loop = LoopState(kl_coef=args.kl_coef)
@@ -478,6 +546,7 @@ class OnPolicyTrainer(Resumable):
             self._load_rng_state(resume)
             done = read_progress(Path(resume), args.process_index, args.world_size)
             self.episodes, self.tokens = int(done.more["episodes"]), done.tokens
+            self.evaluate_seconds = done.evaluate_seconds
             self.skips.done, self.skips.logged = done.skipped, int(done.more["logged"])
             self.resumed = None
             if self.loop.slot:
@@ -552,13 +621,14 @@ class OnPolicyTrainer(Resumable):
         folder = Path(str(output_dir or self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         self.adapters.save(DEFAULT, folder)
-        self.tokenizer.save_pretrained(folder)
+        save_tokenizer(self.tokenizer, folder)
 
     def progress(self) -> Progress:
         seconds = sum(each.spent() for each in self.callback_handler.callbacks if isinstance(each, Clock))
         return Progress(
             tokens=self.tokens,
             seconds=seconds,
+            evaluate_seconds=self.evaluate_seconds,
             log_bytes=log_bytes(Path(str(self.args.output_dir)).parent),
             skipped=self.skips.done,
             more={"episodes": self.episodes, "logged": self.skips.logged},
@@ -582,7 +652,9 @@ class PPOTrainer(OnPolicyTrainer):
         return PPO(self.args, self.trunk, value_start(self.args, sources, scorers), self.reduce)
 
 
-def _refuse_others(cls: type[OnPolicyTrainer], model: object, args: object, others: dict[str, object]) -> None:
+def _refuse_others(
+    cls: type[OnPolicyTrainer], model: object, reward_funcs: object, args: object, others: dict[str, object]
+) -> None:
     """Say what stands here in the place of other trainers' arguments.
 
     Raises:
@@ -593,10 +665,12 @@ def _refuse_others(cls: type[OnPolicyTrainer], model: object, args: object, othe
     wrong: list[tuple[str, object, str]] = []
     if isinstance(model, TrainingArguments):
         wrong.append(("model", model, "a model, or a string"))
+    if isinstance(reward_funcs, TrainingArguments):
+        wrong.append(("reward_funcs", reward_funcs, "functions or names"))
     if args is not None and not isinstance(args, PPOConfig):
         wrong.append(("args", args, "a PPOConfig"))
     for name, value, wanted in wrong:
-        remedy = "the order is model, args, processing_class, train_dataset"
+        remedy = "the order is model, reward_funcs, args, train_dataset, eval_dataset, processing_class"
         raise UserError(cls.__name__, f"{name} is a {type(value).__name__}, expected {wanted}", remedy)
 
 

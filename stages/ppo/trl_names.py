@@ -7,7 +7,6 @@ from ...errors import UserError, nearest
 from .settings import PPOSettings
 
 _ONE_BASE = "leave it out: it is a frozen adapter on the policy's own base"
-_PROMPTS = "leave it out: the prompts are train_dataset, and held-out prompts are evaluated by `preftune eval`"
 _SAMPLING = "say it in PPOConfig: max_new_tokens, temperature, top_k, top_p"
 _RATES = "write RewardSource(kind, target, weight) in rewards=[...], one for each source"
 _KL = "write kl_coef (with kl_target and kl_horizon where it is to adapt)"
@@ -30,7 +29,6 @@ TRAINER: dict[str, str] = {
     "reward_weights": _RATES,
     "value_model": "leave it out: the value is an adapter here (PPOConfig(value='separate' or 'shared'))",
     "critic": "leave it out: the value is an adapter here (PPOConfig(value='separate' or 'shared'))",
-    "eval_dataset": _PROMPTS,
     "data_collator": "leave it out: prompts are kept as token ids, and padded nowhere but in the rollout",
     "generation_kwargs": _SAMPLING,
     "generation_config": _SAMPLING,

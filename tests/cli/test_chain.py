@@ -2,14 +2,20 @@
 
 import datetime
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from preftune.cli.output import duration
+from preftune import progress
+from preftune.cli.main import run_command
+from preftune.cli.process import exit_code_of
 from preftune.errors import UserError
+from preftune.progress import duration
+from preftune.stopping import Stopped
+from preftune.version import __version__
 
 from .workshop import ALL, Workshop
 
@@ -220,3 +226,81 @@ def test_a_run_keeps_the_precision_that_auto_was_at_its_first_start(shop: Worksh
 def test_evaluation_prompts_that_are_trained_on_are_said(shop: Workshop) -> None:
     shop.run()
     assert "eval.prompts: 1 of 1 prompts stand in the training data demos as well" in shop.said()
+
+
+def test_a_signal_says_what_is_kept_and_from_where_the_stage_goes_on(shop: Workshop) -> None:
+    def stop(name: str, output: Path) -> None:
+        if name == "reward":
+            checkpoint = output / "checkpoints" / "checkpoint-20"
+            checkpoint.mkdir(parents=True)
+            (checkpoint / "manifest.json").write_text("{}")
+            (output / "checkpoints" / "checkpoint-30").mkdir()  # cut off while it was written
+            raise Stopped(signal.SIGINT, "reward: stopped by SIGINT at step 20 of 60, with a checkpoint")
+
+    shop.during = stop
+    with pytest.raises(Stopped) as stopped:
+        shop.run()
+    assert stopped.value.kept == f"kept in {shop.path}: sft; reward goes on after step 20"
+    shop.during = lambda name, output: None
+    shop.run()
+
+    def at_once(name: str, output: Path) -> None:
+        raise Stopped(signal.SIGTERM)
+
+    shop.during = at_once
+    with pytest.raises(Stopped) as stopped:
+        shop.run(force=True)
+    assert stopped.value.kept.endswith("reward, ppo, dpo, eval; sft begins anew")
+
+
+def test_the_command_says_it_after_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    def work() -> None:
+        stopped = Stopped(signal.SIGINT, "sft: stopped by SIGINT at step 2 of 3, with a checkpoint")
+        stopped.kept = "kept in runs/x: sft goes on after step 2"
+        raise stopped
+
+    assert exit_code_of(work, "preftune run x") == 130
+    assert capsys.readouterr().err.splitlines() == [
+        "kept in runs/x: sft goes on after step 2",
+        "sft: stopped by SIGINT at step 2 of 3, with a checkpoint; continue with: preftune run x",
+    ]
+
+
+def test_what_the_later_steps_took_the_last_time_is_known_and_nothing_before(shop: Workshop) -> None:
+    seen: dict[str, float | None] = {}
+
+    def look(name: str, output: Path) -> None:
+        seen[name] = progress._Told.ahead
+
+    shop.during = look
+    shop.run()
+    assert seen == dict.fromkeys(("sft", "reward", "ppo", "dpo"))
+    state = shop.path / "run.json"
+    held = json.loads(state.read_text())
+    took = {"sft": 1.0, "reward": 2.0, "ppo": 4.0, "dpo": 8.0, "eval": 16.0}
+    for name, seconds in took.items():
+        held["stages"][name]["seconds"] = seconds
+        stamp = shop.path / name / ".key.json"
+        stamp.write_text(json.dumps(json.loads(stamp.read_text()) | {"seconds": seconds}))
+    state.write_text(json.dumps(held))
+    seen.clear()
+    shop.run("stages.reward.train.learning_rate=1e-3")
+    # ppo comes from reward; dpo does not, nor does the evaluation look at either: they are skipped
+    assert seen == {"reward": 4.0, "ppo": None}
+    seen.clear()
+    shop.run("stages.reward.train.learning_rate=1e-3", "stages.sft.train.learning_rate=1e-3")
+    assert seen["sft"] is not None and seen["sft"] > 24 and seen["dpo"] == 16.0
+
+
+def test_a_run_says_at_once_that_it_begins(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Before anything heavy is loaded, and with --json nothing but results on standard output."""
+    code = (
+        "import sys\nfrom preftune import progress\nfrom preftune.cli.main import run_command\n"
+        "def look(self, line):\n    print(line, 'torch' in sys.modules)\n    raise SystemExit\n"
+        "from preftune.cli.output import Output\nOutput.say = look\nrun_command(['run', 'smoke'])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert found.stdout.splitlines()[0] == f"preftune {__version__}: reading smoke False"
+    assert run_command(["run", "no-such-recipe", "--json"]) == 2
+    told = capsys.readouterr()
+    assert told.out == "" and told.err.splitlines()[0] == f"preftune {__version__}: reading no-such-recipe"

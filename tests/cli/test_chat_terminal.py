@@ -75,7 +75,7 @@ def test_a_person_votes_at_a_terminal(run):
     person = Typist("chat", run, "--compare", "sft,dpo", "--max-new-tokens", "3")
     assert "sft and dpo, two at a time without their names" in person.wait("you> ")
     person.type("Hi?\n")
-    shown = person.wait("better: 1 (A), 2 (B), = (neither), 0 (skip)? ")
+    shown = person.wait("better: 1 (A), 2 (B), = (neither), x (both bad), 0 (skip)? ")
     assert re.search(r"A: .*B: ", shown, re.S) and not re.search("sft|dpo", shown)
     person.type("first\n")
     person.wait("'first' is no vote")

@@ -126,3 +126,18 @@ def test_the_votes_command_stands_alone(shell, judged):
     refused("eval", "winrate", "--votes", judged / "none.jsonl", said="none.jsonl: no such file")
     refused("eval", "winrate", judged, "--votes", judged / "v.jsonl", said="--votes: stands alone")
     refused("eval", "winrate", said="neither a run folder nor")
+
+
+def test_people_with_names_vote_on_the_same_samples(shell, judged):
+    command = ("chat", judged, "--compare", "sft,dpo", "--samples", "--voter")
+    assert shell(*command, "Ada", typed="1\nx\n")[0] == 0
+    code, out, _ = shell(*command, " Ben ", typed="=\n" * 4)
+    assert code == 0 and "votes.jsonl: 6, 4 of them now" in out
+    code, out, _ = shell(*command, "Ada", typed="2\n" * 4)
+    assert code == 0 and "votes.jsonl: 8, 2 of them now" in out
+    votes = votes_of(judged)
+    assert [each["voter"] for each in votes] == ["Ada", "Ada", *["Ben"] * 4, "Ada", "Ada"]
+    assert len({(each["voter"], each["prompt"]) for each in votes}) == 8
+    assert [each.get("both_bad") for each in votes[:2]] == [None, True] and votes[1]["preference"] == 1.5
+    shell.refused("chat", judged, "--voter", "Ada", said="--voter: means nothing without --compare")
+    shell.refused(*command, " ", said="--voter: ' ' is no name")

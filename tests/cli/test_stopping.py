@@ -16,6 +16,7 @@ from preftune import stopping
 from preftune.stopping import Stopped
 
 STEPS = 60
+TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
 
 
 def preftune(folder: Path, *words: str, signals: tuple[signal.Signals, ...] = (), at: str = "") -> tuple[int, str]:
@@ -33,7 +34,7 @@ def preftune(folder: Path, *words: str, signals: tuple[signal.Signals, ...] = ()
     with process.stderr:
         for line in process.stderr:
             lines.append(line)
-            if waiting and re.match(at, line):
+            if waiting and re.match(TIME + at, line):
                 waiting = False
                 for each in signals:
                     process.send_signal(each)
@@ -60,6 +61,8 @@ def test_a_signal_leaves_a_checkpoint_and_the_same_command_goes_on(whole: Path, 
     said = rf"sft: stopped by {name} at step (\d+) of {STEPS}, with a checkpoint; continue with: preftune sft smoke "
     found = re.match(said, last)
     assert found and "--force" not in last and str(tmp_path / "run") in last, err
+    kept = f"kept in {tmp_path / 'run'}: no stage is done yet; sft goes on after step {found[1]}"
+    assert err.strip().splitlines()[-2] == kept
     assert json.loads((tmp_path / "run" / "run.json").read_text())["stages"]["sft"]["state"] == "stopped"
     assert "Traceback" not in err
 

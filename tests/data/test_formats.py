@@ -264,7 +264,13 @@ def test_votes_serve_the_other_kinds() -> None:
 
 
 def test_votes_that_are_no_training_data() -> None:
-    for raw, said in ((vote(1.5), "neither"), (vote(1, 3), "evaluation's own samples"), (vote(1, b="Hello."), "same")):
+    bad = vote(1.5) | {"both_bad": True}
+    for raw, said in (
+        (vote(1.5), "neither"),
+        (bad, "both replies are bad"),
+        (vote(1, 3), "evaluation's own samples"),
+        (vote(1, b="Hello."), "same"),
+    ):
         with pytest.raises(Unusable, match=said):
             normalise(raw, "pair", "f:1")
     for raw, said in (

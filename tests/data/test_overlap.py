@@ -26,3 +26,12 @@ def test_held_out_prompts_are_not_trained_on(kit) -> None:
     trained = {"d": [PromptSet.of(rows, spec)]}
     assert overlaps(PromptSet.of(held, kit.spec()), trained) == {}
     assert overlaps(PromptSet.of(train, kit.spec()), trained)["d"].count == len(train)
+
+
+def test_an_evaluation_on_held_out_prompts_shares_none_with_training_on_the_rest(kit) -> None:
+    rows, spec = prompts(*map(str, range(40))), kit.spec(held_out=0.5)
+    train, held = split_rows(rows, spec.held_out, spec.seed)
+    evaluated = PromptSet.of(rows, spec)
+    assert len(evaluated) == len(held)
+    assert overlaps(evaluated, {"d": [PromptSet.of(rows, spec)]}) == {}
+    assert overlaps(evaluated, {"d": [PromptSet.of(rows, kit.spec())]})["d"].count == len(held) < len(train) + len(held)

@@ -38,6 +38,7 @@ def micro_batches(value: str) -> dict:
     adapters = AdapterSet.create(load_model(base, dtype=torch.bfloat16), base, LoraSpec(r=8, alpha=16))
     made = PPOTrainer(
         adapters,
+        lambda completions, **_: [float(len(each)) for each in completions],
         PPOConfig(
             output_dir="out",
             bf16=True,
@@ -53,9 +54,8 @@ def micro_batches(value: str) -> dict:
             kl_in="loss",
             mismatch_tolerance=10.0,
         ),
-        load_tokenizer(base),
         Dataset.from_dict({"prompt": ["Hello there", "How are you?", "Tell me a story"]}),
-        reward_funcs=lambda completions, **_: [float(len(each)) for each in completions],
+        processing_class=load_tokenizer(base),
     )
     waits: list[dict[str, int]] = []
     method: Any = made.method

@@ -1,11 +1,9 @@
 """The report in a browser: on a phone and on a desk, light and dark, by keyboard, and without JavaScript.
 
-Needs playwright and a Chromium; skipped where either is missing, an error with PREFTUNE_BROWSER=required.
+Needs playwright and a Chromium (`tests/browser.py`).
 """
 
 import json
-import os
-import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,28 +13,13 @@ import yaml
 
 from preftune.eval.report.page import write_report
 
+from ..browser import Browser, Page, browser_or_skip, launched
 from .fake_run import build_run
 
-REQUIRED = os.environ.get("PREFTUNE_BROWSER") == "required"
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 HOSTILE = "</script><script>document.title='owned'</script><img src=//nowhere/x onerror=document.title='owned'>\u2028"
 SCREENS = [(width, theme) for width in (390, 1440) for theme in ("light", "dark")]
 
-try:
-    from playwright.sync_api import Browser, Page, sync_playwright
-except ImportError:
-    sync_playwright = None
-if not REQUIRED and (sync_playwright is None or CHROMIUM is None):
-    pytest.skip("needs playwright and chromium", allow_module_level=True)
+browser_or_skip()
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +31,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def chromium() -> "Iterator[Browser]":
-    assert sync_playwright is not None, "PREFTUNE_BROWSER=required, and playwright is not installed"
-    assert CHROMIUM is not None, "PREFTUNE_BROWSER=required, and there is no chromium"
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
+    yield from launched()
 
 
 @pytest.fixture

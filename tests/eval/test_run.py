@@ -203,6 +203,21 @@ def test_only_what_training_left_out_is_measured(run_dir):
     assert 0 < row["n"] == len(held) < 12
 
 
+def test_replies_are_drawn_to_what_training_left_out(run_dir):
+    prompts = replace(source("demos"), held_out=0.5)
+    _, held = split_rows(load_rows(prompts, "prompt", (run_dir,)).rows, 0.5, prompts.seed)
+    rows = run_eval(make_spec(run_dir, policies={"base": None, "sft": run_dir / "sft"}, prompts=prompts), run_dir)
+    assert {row["n"] for row in rows} == {len(held)}
+    samples = [json.loads(line) for line in (run_dir / "eval" / "samples.jsonl").read_text().splitlines()]
+    said = {sample["prompt"][-1]["content"] for sample in samples}
+    assert said == {row.prompt[-1]["content"] for row in held}
+
+
+def test_no_prompt_left_out_is_an_error(run_dir):
+    with pytest.raises(UserError, match=r"eval\.prompts\.held_out: .* leaves none held out"):
+        run_eval(make_spec(run_dir, prompts=replace(source("demos"), held_out=1e-9)), run_dir)
+
+
 def test_reward_rows_and_the_reward_judge(run_dir, reward_adapter):
     model = RewardModel(stage="rm", kind="reward", folder=reward_adapter, data=source("pairs"))
     (row,) = eval_reward(make_spec(run_dir), [model])

@@ -2,19 +2,41 @@
 
 import json
 import random
+import subprocess
+import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 
 import pytest
 
 from preftune.errors import UserError
-from preftune.eval.chat.blind import Ballot, draw_pair, sample_ballots
-from preftune.eval.chat.votes import append_vote, read_votes, vote_ratings, vote_rows
+from preftune.eval.chat.blind import CHOICES, Ballot, draw_pair, sample_ballots
+from preftune.eval.chat.votes import (
+    append_vote,
+    cast_vote,
+    read_votes,
+    vote_ratings,
+    vote_rows,
+    voter_name,
+)
+from preftune.journal import mend
 
 HI = [{"role": "user", "content": "hi"}]
 
 
 def vote(prompt, a: str, b: str, preference: float) -> dict:
     return {"prompt": prompt, "policy_a": a, "policy_b": b, "preference": preference}
+
+
+def samples(path, places: int) -> None:
+    """Samples of sft and dpo that say whose they are."""
+    rows = [
+        {"policy": policy, "prompt_index": place, "prompt": HI, "completion": f"{policy} {place}"}
+        for policy in ("sft", "dpo")
+        for place in range(places)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture
@@ -93,10 +115,15 @@ def test_every_pair_is_as_likely_in_either_order():
 
 def test_a_ballots_vote_names_the_policies_as_they_stood():
     ballot = Ballot(7, HI, ("dpo", "sft"), ("from dpo", "from sft"))
-    assert ballot.vote(2.0) == {
+    row = ballot.vote("B")
+    assert datetime.fromisoformat(row.pop("cast")).tzinfo is not None
+    assert row == {
         "prompt": 7, "policy_a": "dpo", "policy_b": "sft", "preference": 2.0,
         "completion_a": "from dpo", "completion_b": "from sft",
     }  # fmt: skip
+    assert [ballot.vote(choice)["preference"] for choice in CHOICES] == [1.0, 2.0, 1.5, 1.5]
+    assert ["both_bad" in ballot.vote(choice) for choice in CHOICES] == [False, False, False, True]
+    assert ballot.vote("A", "Ada")["voter"] == "Ada"
 
 
 def test_ballots_stay_as_they_are_when_some_are_done(tmp_path, votes):
@@ -123,3 +150,81 @@ def test_ballots_stay_as_they_are_when_some_are_done(tmp_path, votes):
     path.write_text(json.dumps({key: value for key, value in lines[0].items() if key != "completion"}))
     with pytest.raises(UserError, match=r"samples\.jsonl:1: no 'completion'"):
         sample_ballots(path, ["sft", "dpo"], [], 4)
+
+
+def test_everybody_votes_on_everything_in_an_order_of_their_own(tmp_path, votes):
+    path = tmp_path / "samples.jsonl"
+    samples(path, 8)
+    whole = {name: sample_ballots(path, ["sft", "dpo"], [], 4, name) for name in (None, "Ada", "Ben")}
+    assert all(sorted(each.prompt for each in ballots) == list(range(8)) for ballots in whole.values())
+    orders = [tuple((each.prompt, each.policies) for each in ballots) for ballots in whole.values()]
+    assert len(set(orders)) == 3
+    cast = votes(whole["Ada"][0].vote("A", "Ada"), whole["Ada"][1].vote("tie", "Ada"), whole[None][0].vote("B"))
+    assert sample_ballots(path, ["sft", "dpo"], cast, 4, "Ada") == whole["Ada"][2:]
+    assert sample_ballots(path, ["sft", "dpo"], cast, 4, "Ben") == whole["Ben"]
+    assert sample_ballots(path, ["sft", "dpo"], cast, 4) == whole[None][1:]
+
+
+@pytest.mark.checklist("E6")
+def test_e06_nobody_votes_twice_on_the_same_two_replies(tmp_path):
+    path = tmp_path / "votes.jsonl"
+    there, back = Ballot(HI, HI, ("dpo", "sft"), ("x", "y")), Ballot(HI, HI, ("sft", "dpo"), ("y", "x"))
+    assert cast_vote(path, there.vote("A", "Ada"))
+    assert not cast_vote(path, back.vote("A", "Ada"))
+    assert cast_vote(path, there.vote("A", "Ben"))
+    assert cast_vote(path, Ballot(HI, HI, ("dpo", "sft"), ("x", "z")).vote("A", "Ada"))
+    assert [each.voter for each in read_votes(path)] == ["Ada", "Ben", "Ada"]
+
+
+VOTER = """
+import sys
+from pathlib import Path
+from preftune.eval.chat.votes import cast_vote
+for place in range(20):
+    row = {"prompt": place, "policy_a": "a", "policy_b": "b", "preference": 1, "completion_a": "x" * 3000}
+    cast_vote(Path(sys.argv[1]), row | {"voter": sys.argv[2]})
+"""
+
+
+@pytest.mark.checklist("E6")
+def test_e06_votes_cast_at_the_same_time_are_all_there_and_there_once(tmp_path):
+    path = tmp_path / "votes.jsonl"
+    others = [subprocess.Popen([sys.executable, "-c", VOTER, path, name]) for name in ("Ada", "Ben")]
+    row = vote(0, "a", "b", 1) | {"completion_a": "x", "voter": "Cy"}
+    with ThreadPoolExecutor(8) as pool:
+        added = list(pool.map(lambda place: cast_vote(path, row | {"prompt": place % 20}), range(60)))
+    assert [each.wait() for each in others] == [0, 0]
+    assert sum(added) == 20
+    assert Counter(each.voter for each in read_votes(path)) == {"Ada": 20, "Ben": 20, "Cy": 20}
+
+
+def test_half_a_line_that_a_kill_left_is_no_vote(tmp_path):
+    path = tmp_path / "votes.jsonl"
+    row = vote(HI, "a", "b", 1) | {"completion_a": "x" * 200_000}
+    append_vote(path, row)
+    whole = path.read_bytes()
+    for half in (whole[:-9], whole[:50]):
+        path.write_bytes(whole + half)
+        with pytest.raises(UserError, match=r"votes.jsonl:2"):
+            read_votes(path)
+        mend(path)
+        assert path.read_bytes() == whole
+        path.write_bytes(whole + half)
+        append_vote(path, row)
+        assert path.read_bytes() == whole + whole
+    mend(tmp_path / "none.jsonl")
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_two_replies_of_one_policy_are_a_vote_of_a_labelling_only(votes):
+    one = vote(HI, "a", "a", 1)
+    with pytest.raises(UserError, match="are both 'a'"):
+        votes(one)
+    with pytest.raises(UserError, match="each of its votes is on two replies of one policy"):
+        votes(one | {"labelling": "mine"})
+    assert [each.policies for each in votes(one | {"labelling": "mine"}, vote(HI, "a", "b", 1))] == [("a", "b")]
+
+
+def test_a_name_is_the_same_however_it_was_typed():
+    assert voter_name("  Zoe\u0308  B ") == "Zo\u00eb B"
+    assert [voter_name(said) for said in ("", "  ", "x" * 61, "a\x1bb")] == [None] * 4

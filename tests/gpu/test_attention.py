@@ -86,7 +86,7 @@ def test_a_micro_batch_of_ppo_waits_for_nothing(tmp_path: Path) -> None:
     )
     prompts = Dataset.from_dict({"prompt": ["Hello there", "How are you?", "Tell me a story"]})
     trainer = PPOTrainer(
-        adapters, args, load_tokenizer(base), prompts, reward_funcs=lambda completions, **_: [0.5] * len(completions)
+        adapters, lambda completions, **_: [0.5] * len(completions), args, prompts, None, load_tokenizer(base)
     )
     backward, done = trainer.method.backward, []
 

@@ -25,7 +25,7 @@ from preftune.models.pickles import check_pickles, pickle_problem
 from preftune.models.tokens import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
-ROOMS = ("data", "models", "stages", "eval", "recipes", "cli")
+ROOMS = ("data", "models", "stages", "eval", "recipes", "cli", "api")
 
 
 class Payload:

@@ -63,10 +63,10 @@ def make(out: Path, prompts: Sequence[dict[str, Any]] = PROMPTS, model: Any = No
         # many of these rollouts are given, not drawn: no sampler has to agree with them
         "per_device_train_batch_size": 3, "seed": 1, "mismatch_tolerance": 100.0,
     } | options  # fmt: skip
-    callbacks = values.pop("callbacks", [])
+    callbacks, held_out = values.pop("callbacks", []), values.pop("held_out", None)
     return PPOTrainer(
-        model, PPOConfig(str(out), **values), load_tokenizer(base), prompts,
-        reward_funcs=letters, callbacks=callbacks, quiet=True,
+        model, letters, PPOConfig(str(out), **values), prompts, held_out, load_tokenizer(base),
+        callbacks=callbacks, quiet=True,
     )  # fmt: skip
 
 
@@ -207,7 +207,7 @@ REAL: dict[str, Any] = {
 def real_runs(out: Path, process: int, options: dict[str, Any] = REAL) -> dict[str, Any]:
     """A run that saves between two minibatches, the same resumed from there, and its first rollout again."""
     whole = make(out / "whole", SAME_PROMPT, callbacks=[LogFile(out / "whole" / "log.jsonl")], **options)
-    found: dict[str, Any] = {"whole": trained(whole)}
+    found: dict[str, Any] = {"whole": trained(whole), "held": whole.evaluate(PROMPTS[:5])}
     # a folder for each process shows which of them writes what
     resumed = make(out / f"resumed{process}", SAME_PROMPT, **options)
     found["resumed"] = trained(resumed, str(out / "whole" / "checkpoint-3"))
@@ -239,7 +239,8 @@ def several(mode: str, out: Path) -> None:
 
 def other_number(out: Path) -> None:
     """In one process: the run that two made, from its start and from their checkpoint between two minibatches."""
-    found = {"whole": trained(make(out / "one", SAME_PROMPT, **REAL))}
+    one = make(out / "one", SAME_PROMPT, **REAL)
+    found: dict[str, Any] = {"whole": trained(one), "held": one.evaluate(PROMPTS[:5])}
     resumed = make(out / "one-resumed", SAME_PROMPT, **REAL)
     found["resumed"] = trained(resumed, str(out / "whole" / "checkpoint-3"))
     (out / "found-one.json").write_text(json.dumps(found), encoding="utf-8")

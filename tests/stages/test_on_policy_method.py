@@ -82,7 +82,7 @@ class GroupTrainer(OnPolicyTrainer):
 
 def make(folder: Path, **options: Any) -> GroupTrainer:
     args = settings(folder, **options)
-    return GroupTrainer(tiny(), args, TOKENIZER, PROMPTS, reward_funcs=letters, quiet=True)
+    return GroupTrainer(tiny(), letters, args, PROMPTS, PROMPTS, TOKENIZER, quiet=True)
 
 
 def test_a_group_answers_one_prompt_and_its_advantages_add_up_to_nothing(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """PPO end to end on a tiny random model: what it takes, that it learns, what it logs, that it resumes."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -127,12 +128,13 @@ def test_the_known_names_are_logged(tmp_path: Path) -> None:
 
 def test_the_readmes_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    code = readme.partition("```python\n")[2].partition("```")[0]
-    assert "PPOTrainer(" in code
+    [code] = [
+        each for each in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "reward_funcs=share_of_e" in each
+    ]
     monkeypatch.chdir(tmp_path)
     told: dict[str, Any] = {}
     exec(code, told)
-    assert told["trainer"].state.global_step == 4 * 4  # 64 episodes in iterations of 16, 4 epochs each
+    assert told["trainer"].state.global_step == 2 * 4  # 16 episodes in iterations of 8, 4 epochs each
 
 
 def policies(folder: Path) -> dict[str, Any]:
@@ -170,7 +172,7 @@ def test_a_policy_by_name_brings_its_tokenizer(tmp_path: Path, model: str, sft_f
     stage = model == "stage"
     made = PPOTrainer(
         str(sft_folder) if stage else model,
-        settings(tmp_path, total_episodes=8),
+        args=settings(tmp_path, total_episodes=8),
         train_dataset=[{"prompt": [{"role": "user", "content": "Name a colour."}]}],
         reward_funcs=lambda completions: [float(len(turns[0]["content"])) for turns in completions],
     )
@@ -196,7 +198,7 @@ def test_a_stages_chat_template_comes_with_it_and_another_is_refused(sft_folder:
     tokenizer.save_pretrained(folder)
 
     def make() -> PPOTrainer:
-        return PPOTrainer(str(folder), settings(tmp_path), None, PROMPTS, reward_funcs=letters)
+        return PPOTrainer(str(folder), letters, settings(tmp_path), PROMPTS)
 
     with pytest.raises(UserError, match="chat_template_sha256 differs"):
         make()
@@ -246,13 +248,13 @@ def test_settings_that_do_not_fit_are_errors(tmp_path: Path, options: dict, word
 def test_what_is_missing_or_does_not_fit_is_an_error_in_words(tmp_path: Path) -> None:
     args = settings(tmp_path)
     with pytest.raises(UserError, match="no reward is given"):
-        PPOTrainer(tiny(), args, TOKENIZER, PROMPTS)
+        PPOTrainer(tiny(), None, args, PROMPTS, None, TOKENIZER)
     with pytest.raises(UserError, match="expected 'prompt'"):
-        PPOTrainer(tiny(), args, TOKENIZER, [{"text": "a"}], reward_funcs=letters)
+        PPOTrainer(tiny(), letters, args, [{"text": "a"}], None, TOKENIZER)
     with pytest.raises(UserError, match="processing_class is missing"):
-        PPOTrainer(tiny(), args, None, PROMPTS, reward_funcs=letters)
+        PPOTrainer(tiny(), letters, args, PROMPTS)
     with pytest.raises(UserError, match="use_dora=True"):
-        PPOTrainer(tiny_model(), args, TOKENIZER, PROMPTS, reward_funcs=letters, peft_config=LoraConfig(use_dora=True))
+        PPOTrainer(tiny_model(), letters, args, PROMPTS, None, TOKENIZER, peft_config=LoraConfig(use_dora=True))
 
 
 def test_a_config_defaults_to_the_whole_distribution_and_one_pass(tmp_path: Path) -> None:

@@ -134,6 +134,15 @@ def test_p23_two_processes_resume_exactly(outcome: Outcome) -> None:
         assert [timeless(log) for log in resumed["logs"]] == [timeless(log) for log in whole["logs"]]
 
 
+def test_held_out_prompts_are_measured_together(outcome: Outcome) -> None:
+    """Five prompts: the second process has two of them, and one more that counts nothing."""
+    one = json.loads((outcome.folder / "found-one.json").read_text(encoding="utf-8"))["held"]
+    assert one.pop("eval_runtime") > 0 and one["eval_objective/kl"] != 0
+    for each in outcome.found:
+        held = {name: value for name, value in each["held"].items() if name != "eval_runtime"}
+        assert held == pytest.approx(one, rel=1e-4, abs=1e-5)
+
+
 def test_the_first_process_keeps_policies(outcome: Outcome) -> None:
     places = {name: outcome.folder / name / POLICIES for name in ("whole", "resumed0", "resumed1")}
     kept = {name: {step: adapter_sha256(each) for step, each in kept_policies(p).items()} for name, p in places.items()}

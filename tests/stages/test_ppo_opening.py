@@ -24,7 +24,7 @@ LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v
 
 
 def opened(folder: Path, model: Any, **given: Any) -> PPOTrainer:
-    return PPOTrainer(model, settings(folder, total_episodes=8), TOKENIZER, PROMPTS, reward_funcs=letters, **given)
+    return PPOTrainer(model, letters, settings(folder, total_episodes=8), PROMPTS, None, TOKENIZER, **given)
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
@@ -131,12 +131,16 @@ def test_what_the_remedies_name_is_there(tmp_path: Path) -> None:
 
 def test_a_config_in_the_models_place_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="model is a PPOConfig, expected a model"):
-        PPOTrainer(settings(tmp_path), TOKENIZER, tiny())  # pyright: ignore[reportArgumentType]: TRL's order
+        PPOTrainer(settings(tmp_path), TOKENIZER, tiny())  # pyright: ignore[reportArgumentType]: TRL's order of old
+    with pytest.raises(
+        UserError, match=r"reward_funcs is a PPOConfig, .*the order is model, reward_funcs, args, train_d"
+    ):
+        PPOTrainer(tiny(), settings(tmp_path), TOKENIZER, PROMPTS)  # pyright: ignore[reportArgumentType]: ours of old
     with pytest.raises(UserError, match="args is a TrainingArguments"):
-        PPOTrainer(tiny(), TrainingArguments(str(tmp_path), use_cpu=True))  # pyright: ignore[reportArgumentType]
+        PPOTrainer(tiny(), letters, TrainingArguments(str(tmp_path), use_cpu=True))  # pyright: ignore[reportArgumentType]
 
 
 def test_a_prompt_beyond_the_embedding_is_refused(tmp_path: Path) -> None:
     rows = [{"prompt": "a"}, {"prompt_ids": [20, 21, len(TOKENIZER) + 3]}]
     with pytest.raises(UserError, match=r"row 2 holds the token .*the base's embedding has 264 rows"):
-        PPOTrainer(tiny(), settings(tmp_path), TOKENIZER, rows, reward_funcs=letters)
+        PPOTrainer(tiny(), letters, settings(tmp_path), rows, None, TOKENIZER)

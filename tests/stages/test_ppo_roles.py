@@ -71,7 +71,7 @@ def test_p22_reference_responses_score_zero_on_average_and_plain_peft_gives_the_
     run_stage(job)
     adapters = AdapterSet.create(load_model(job.base), job.base, job.lora, sft_folder)
     args = settings(tmp_path / "ppo")
-    made = PPOTrainer(adapters, args, tokenizer, [{"prompt": "a"}], reward_adapter=job.output_dir)
+    made = PPOTrainer(adapters, None, args, [{"prompt": "a"}], None, tokenizer, reward_adapter=job.output_dir)
     held = load_data(job, encode_pairs, tokenizer).held
     assert held is not None
     chosen = held["chosen_ids"][:]

@@ -69,7 +69,11 @@ def settings(folder: Path, **options: Any) -> PPOConfig:
 
 def trainer(folder: Path, model: Any = None, **options: Any) -> PPOTrainer:
     """A trainer on `tiny()` that is rewarded for letters, unless told otherwise."""
-    given = {name: options.pop(name) for name in ("rewards", "callbacks", "reward_adapter", "lora") if name in options}
+    given = {
+        name: options.pop(name)
+        for name in ("rewards", "callbacks", "reward_adapter", "lora", "eval_dataset")
+        if name in options
+    }
     made = PPOTrainer(
         tiny() if model is None else model,
         processing_class=options.pop("tokenizer", TOKENIZER),

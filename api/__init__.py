@@ -1,0 +1,1 @@
+"""What `import preftune` gives besides its trainers: the chain, its stages and its measurements, called from Python."""

@@ -1,0 +1,171 @@
+"""What each key of a recipe means, in a line: for editors (recipe.schema.json) and the reference (docs/recipes.md).
+
+A method's parameters say it themselves (`stages/kinds.py`), and so do the fields of `train` (`stages/fields.py`). A
+part or a key without its line, and a line without its key, fail a test. Imports nothing.
+"""
+
+from collections.abc import Mapping
+
+Meanings = Mapping[str, Mapping[str, str]]
+
+_ADAPTER = {
+    "r": "Rank: how many directions each adapted matrix may move in.",
+    "alpha": "The adapter's output is scaled by alpha / r.",
+    "dropout": "Share of the adapter's inputs that are left out in training.",
+    "target_modules": "Layers that get an adapter: all-linear, or a list of names.",
+    "use_rslora": "Scale by alpha / sqrt(r) instead.",
+}
+_SOURCE = {
+    "path": "A file (.jsonl, .json, .csv, .tsv, .parquet, also .gz), a folder of such files, or a hub id.",
+    "split": "The split of a dataset. Default: `train` where there is one.",
+    "columns": "Our name of a field: the file's name, for fields that are not recognised.",
+    "name": "The configuration of a dataset on the hub.",
+    "revision": "The revision of a dataset on the hub.",
+}
+
+MEANINGS: Meanings = {
+    "Recipe": {
+        "name": "The run's name; its folder is runs/NAME.",
+        "seed": "Of everything that is drawn, where a part says no other.",
+        "deterministic": "A GPU's kernels give the same bits every time, at a price in speed; a CPU's do anyway.",
+        "checkpoints": "When a stage saves what it continues from.",
+        "model": "The frozen base.",
+        "lora": "The adapter that every stage trains.",
+        "data": "Name: data entry. Stages refer to entries by their names.",
+        "stages": "Name: stage. Their order in the file means nothing.",
+        "eval": "What is measured at the end. Without it nothing is.",
+    },
+    "Model": {
+        "base": "A hub id, a folder, a .gguf file, pypi:DIST==VERSION, or random:NAME.",
+        "revision": "The revision of a base on the hub.",
+        "dtype": "auto: bfloat16 where the device computes in it, else float32; a run keeps that of its first start.",
+        "quantization": "Load the base in 4 bits (nf4) or 8, with bitsandbytes on a GPU.",
+        "chat_template": "A file, Jinja text, or a name among the tokenizer's templates. Default: its own.",
+        "template_date": "The day that a chat template writes which writes today's. Default: that of the first start.",
+        "packed": "Leave out padding and repeated prefixes in forwards. The numbers are the same.",
+    },
+    "Lora": _ADAPTER,
+    "LoraChange": {
+        **_ADAPTER,
+        "r": "Rank; not below the parent's.",
+        "alpha": "Scale; alpha / r stays the parent's where the stage starts from an adapter.",
+    },
+    "Source": {
+        **_SOURCE,
+        "weight": "This source's share of the mixture, relative to the other weights.",
+        "limit": "Use only that many rows, the first usable ones.",
+    },
+    "OnProblem": {
+        "malformed": "Broken JSON, no object, or a field that is missing or holds something else. Default: error.",
+        "template": "The chat template refuses the conversation or leaves a part of it out. Default: error.",
+        "unusable": "Nothing is to be learnt: an empty prompt or reply, two equal sides, a tie. Default: drop.",
+        "repeated": "The prompt has been seen before. Default: keep.",
+    },
+    "Data": {
+        **_SOURCE,
+        "sources": "Several sources in place of one path, mixed by their weights.",
+        "limit": "Rows in all, after mixing.",
+        "max_prompt_length": "Tokens of the prompt.",
+        "max_length": "Tokens of prompt and reply together.",
+        "overflow": "What becomes of a row beyond these lengths.",
+        "on_problem": "What becomes of rows with something wrong; every one is counted and named.",
+        "held_out": "Share of the prompts that are kept out of training, to evaluate on.",
+        "system": "A system message for rows that have none.",
+        "seed": "Of the mixing and of what is held out. Default: the recipe's.",
+    },
+    "Reward": {
+        "stage": "A reward stage of this recipe.",
+        "model": "A sequence-classification model with one output: a folder or a hub id.",
+        "function": "A Python function, module:name, with TRL's reward-function signature.",
+        "weight": "Factor of these scores in the sum.",
+    },
+    "Stage": {
+        "kind": "What kind of stage it is. Default: the stage's name.",
+        "from": "The parent: a stage's name, base, or {adapter: PATH}. Default: the SFT stage, where there is one.",
+        "data": "The name of a data entry.",
+        "lora": "What this stage's adapter has otherwise.",
+        "seed": "Default: the recipe's.",
+        "on_nonfinite": "A step whose loss or gradient is not finite: stop, or skip(N) for at most N of them.",
+        "train": "Fields of the stage's TRL or Transformers config, by their own names.",
+        "reward": "Where scores come from: a reward stage's name, one source, or a list of sources.",
+        "kl": "The KL penalty. A number stands for {coef: NUMBER}.",
+    },
+    "Eval": {
+        "prompts": "A data entry, or the name of one.",
+        "policies": "Stages whose policies answer the prompts; base is the untrained base.",
+        "reference": "The policy that the others are compared with.",
+        "judges": "Who says which reply is better: a list of mappings with a kind.",
+        "max_new_tokens": "Longest reply, in tokens.",
+        "temperature": "Of the sampling; 0 takes the likeliest token.",
+        "seed": "Default: the recipe's.",
+        "kl": "Measure the KL from each policy to the reference.",
+        "batch_size": "Replies drawn at once.",
+        "beams": "Width of a beam search, with temperature: 0 and kl: false.",
+        "over_optimisation": "Proxy and gold judge against KL, along PPO's way and with best of n.",
+        "benchmarks": "Tasks of lm-eval that every policy and the base are asked.",
+    },
+    "OverOptimisation": {
+        "gold": "The judge to believe, by its name.",
+        "proxy": "The judge that was optimised for. Default: that of the reward stage which PPO trains on.",
+        "policy": "Default: the first PPO stage.",
+        "best_of": "Replies a prompt, of which the proxy picks the best.",
+        "prompts": "At most so many.",
+    },
+    "Benchmarks": {
+        "tasks": "lm-eval's names of tasks, groups or tags, or YAML files.",
+        "limit": "Documents of each task. Default: all.",
+        "num_fewshot": "Examples before a question, unless a task says that it has none. Default: the task's own.",
+        "include_path": "A folder of further tasks. The Python in it runs.",
+        "apply_chat_template": "Ask as in a chat.",
+    },
+    "Checkpoints": {
+        "share": "After every such share of the stage's steps; null: not by steps.",
+        "minutes": "At least every so many minutes; null: not by time.",
+    },
+}
+"""A part's class in `recipes/schema.py` -> its key -> what it means. Every kind of stage is a `Stage`."""
+
+PARTS: Mapping[str, tuple[str, str]] = {
+    "Recipe": ("The top of the file", ""),
+    "Model": ("model", "model"),
+    "Lora": ("lora", "lora"),
+    "Data": ("A data entry", "data.NAME"),
+    "Source": ("A source of a mixture", "data.NAME.sources"),
+    "OnProblem": ("Rows with something wrong", "data.NAME.on_problem"),
+    "Stage": ("Every stage", "stages.NAME"),
+    "LoraChange": ("A stage's own adapter", "stages.NAME.lora"),
+    "Reward": ("A source of scores", "stages.NAME.reward"),
+    "Eval": ("eval", "eval"),
+    "OverOptimisation": ("Over-optimisation", "eval.over_optimisation"),
+    "Benchmarks": ("Standard benchmarks", "eval.benchmarks"),
+    "Checkpoints": ("checkpoints", "checkpoints"),
+}
+"""A part -> its heading in the reference, and its place in a recipe."""
+
+JUDGES: Meanings = {
+    "rubric": {"checks": "A list of checks, or a YAML file with one."},
+    "reward": {
+        "stage": "A reward stage of this recipe; or",
+        "adapter": "the folder of a reward adapter on the same base.",
+    },
+    "function": {"function": "module:name, with TRL's reward-function signature."},
+    "human": {"votes": "A file of votes, as `preftune chat --compare` writes it."},
+    "model": {
+        "model": "A sequence-classification model with one output: a folder or a hub id.",
+        "batch_size": "Rows in one forward.",
+    },
+    "endpoint": {
+        "url": "What comes before /chat/completions.",
+        "model": "The model's name there.",
+        "mode": "pairwise: which of two replies is better, asked in both orders (default); score: one reply, 1 to 10.",
+        "criteria": "What makes a reply better, in words.",
+        "api_key_env": "The environment's variable that holds the key.",
+        "parameters": "Fields of the request; null leaves one out.",
+        "concurrency": "Requests at a time.",
+        "retries": "After 429, 5xx or a failed connection, waiting longer each time.",
+        "timeout": "Seconds.",
+        "cache": "The folder of kept answers. Default: eval-cache in the run folder.",
+        "price_per_million": "{input: ..., output: ...}: tokens' price; the cost is then reported.",
+    },
+}
+"""A kind of judge -> its field -> what it means."""

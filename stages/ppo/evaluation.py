@@ -1,0 +1,66 @@
+"""The policy on prompts that it does not train on: drawn, scored and measured as in training, and nothing learned.
+
+Every evaluation draws from the same random streams, which go by a prompt's place: two policies that agree say the same,
+and what is measured does not depend on how many processes there are.
+
+Legend of shape suffixes: B episodes of this process, R response positions.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ...models.adapters import AdapterSet
+from ...models.masked import masked_sum
+from .config import PPOConfig
+from .method import Method
+from .rewards import Responses, Scoring
+from .rollout import Prompts, Reduce, decode, generate, seed_of
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Prompts to evaluate on, and what they are answered and measured with."""
+
+    prompts: Prompts
+    adapters: AdapterSet
+    tokenizer: PreTrainedTokenizerBase
+    scoring: Scoring
+    method: Method
+    reduce: Reduce
+
+    @torch.no_grad()
+    def measure(self, args: PPOConfig, kl_coef: float) -> dict[str, float]:
+        """Means over the prompts of all processes, by the names that training logs.
+
+        objective/scores: as in training, but for the running scale and the clip that follows it, which would make a
+        later evaluation another measure. objective/kl: nats a response, estimated on the sampled tokens.
+        """
+        size = len(self.prompts)
+        local = -(-size // args.world_size)
+        places = range(args.process_index * local, (args.process_index + 1) * local)
+        # every process has as many rows: those past the end are the last prompt's, and count nothing
+        prompts = self.prompts.take([min(place, size - 1) for place in places])
+        counts_B = torch.tensor([float(place < size) for place in places], dtype=torch.float64, device=args.device)
+        seed = seed_of(args.seed, "evaluation")
+        episodes = generate(
+            self.adapters, self.tokenizer, prompts, args, seed=seed, first=places[0], device=args.device
+        )
+        texts = decode(self.tokenizer, episodes.responses())
+        responses = Responses(episodes, prompts.prompts, texts, prompts.column_lists())
+        scores_B = self.scoring(responses, training=False)
+        forwards = self.method.forwards(episodes)
+        kl_B = masked_sum(forwards.logps_BR - forwards.ref_logps_BR, episodes.mask_BR, 1)
+        found = {
+            "objective/scores": scores_B,
+            "objective/kl": kl_B,
+            "objective/rlhf_reward": scores_B - kl_coef * kl_B,
+            "rollout/length": episodes.length_B,
+            "rollout/eos_rate": episodes.finished_B,
+            "scores_squared": scores_B.square(),
+        }
+        sums = self.reduce(torch.stack([(counts_B * x.double()).sum() for x in found.values()]), "sum")
+        means = {name: float(total) / size for name, total in zip(found, sums, strict=True)}
+        variance = means.pop("scores_squared") - means["objective/scores"] ** 2
+        return means | {"objective/scores_std": max(variance, 0.0) ** 0.5}
