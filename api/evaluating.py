@@ -94,7 +94,8 @@ def _of_run(run: Path, policies: Sequence[str] | None) -> "EvalSpec":
         raise UserError(str(run), f"holds no {RECIPE}", remedy)
     if isinstance(policies, str):
         raise UserError("policies=", f"is {policies!r}, expected a list of names", f"write [{policies!r}]")
-    return evaluation_of(run_recipe(run), run, policies, "policies=")
+    # its result has no place for standard benchmarks
+    return replace(evaluation_of(run_recipe(run), run, policies, "policies="), benchmarks=None)
 
 
 def _of_policies(given: Mapping[str, PolicyName] | Sequence[PolicyName], reference: str | None) -> "EvalSpec":

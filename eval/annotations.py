@@ -87,6 +87,17 @@ def read_annotations(path: Path, baseline: str | None = None) -> list[Annotation
     return found
 
 
+def generators(path: Path) -> set[str]:
+    """The models that a file of annotations compares, by their names in it.
+
+    Raises:
+        UserError: a row that is not what it should be.
+    """
+    stem = Path(path.name.removesuffix(".gz")).stem
+    read = (_read(row, origin, stem).comparison.models for origin, row in read_file(path, str(path)))
+    return {name for models in read for name in models if name is not None}
+
+
 def read_preference(row: dict[str, Any], origin: str) -> float:
     """The row's `preference`, a number from 1 to 2."""
     value = _field(row, "preference", origin)

@@ -22,7 +22,7 @@ from .workbench import Workbench
 
 def eval_winrate(spec: EvalSpec, run_dir: Path | None = None) -> list[dict[str, Any]]:
     """Win-rates alone: the rows of results.json without KL. Writes nothing."""
-    rows = evaluate(replace(spec, kl=False, reward_models=(), over_optimisation=None), run_dir).rows
+    rows = evaluate(replace(spec, kl=False, reward_models=(), over_optimisation=None, benchmarks=None), run_dir).rows
     return [{key: value for key, value in row.items() if not key.startswith("kl")} for row in rows]
 
 

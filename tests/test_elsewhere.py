@@ -14,15 +14,6 @@ from .test_packaging import build, copied, repository_files
 
 pytestmark = pytest.mark.slow
 
-RECIPE = """\
-name: mine
-model: {base: "random:llama", dtype: float32}
-data:
-  demos: {path: demos.jsonl}
-stages:
-  sft: {from: base, data: demos, train: {max_steps: 1}}
-"""
-
 
 class Installed:
     """An environment that holds the wheel, and of the test's own environment the libraries alone."""
@@ -79,8 +70,9 @@ def test_it_is_the_wheel_that_runs(installed: Installed) -> None:
 
 def test_a_chain_is_checked_run_and_handed_on(installed: Installed) -> None:
     folder = installed.elsewhere
-    (folder / "mine.yaml").write_text(RECIPE)
-    (folder / "demos.jsonl").write_text(json.dumps({"prompt": "Hi?", "completion": "Hello."}) + "\n")
+    rows = [{"prompt": f"What is {place}?", "completion": "A number."} for place in range(20)]
+    (folder / "demos.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    installed.preftune("init", "demos.jsonl", "--base", "random:llama", "--output", "mine.yaml")
     assert "demos" in installed.preftune("validate", "mine.yaml")
     installed.preftune("run", "smoke", "eval.max_new_tokens=4")
     said = installed.preftune("status", "runs/smoke")

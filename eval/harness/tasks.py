@@ -71,20 +71,22 @@ def quiet() -> Generator[None]:
     import lm_eval.api.task as home
 
     log = logging.getLogger("lm_eval")
-    before, bar = log.level, home.tqdm
+    before, bar = log.level, getattr(home, "tqdm", None)
     hides = not sys.stderr.isatty() and datasets.are_progress_bars_disabled() is False
     if hides:
         datasets.disable_progress_bars()
     states = random.getstate(), np.random.get_state()
     log.setLevel(logging.ERROR)
-    home.tqdm = lambda rows, **_: rows
+    if bar is not None:
+        home.tqdm = lambda rows, **_: rows
     random.seed(SEED)
     np.random.seed(FEWSHOT_SEED)
     try:
         yield
     finally:
         log.setLevel(before)
-        home.tqdm = bar
+        if bar is not None:
+            home.tqdm = bar
         if hides:
             datasets.enable_progress_bars()
         random.setstate(states[0])
