@@ -7,7 +7,7 @@ from typing import Any
 from ..errors import UserError, nearest
 from ..files import EVALUATION, REPORT, RESULTS, REWARDS
 from ..intact import read_json
-from ..progress import duration, say
+from ..progress import duration
 from ..recipes.load import load_recipe, shipped_recipes
 from ..recipes.schema import Recipe
 from ..version import __version__
@@ -18,7 +18,7 @@ from .output import Output
 
 def run_chain(recipe: str, overrides: Sequence[str] | None, options: Options, json: bool) -> list[Done]:
     """`preftune run`: run the chain, then say where the results are."""
-    _greet(recipe)
+    _greet(recipe, json)
     loaded = load_recipe(recipe, overrides or ())
     return _run(loaded, options, Output(json))
 
@@ -35,7 +35,7 @@ def run_alone(
     json: bool,
 ) -> list[Done]:
     """`preftune dpo` and the like: run one stage on what is in the run folder."""
-    _greet(recipe)
+    _greet(recipe, json)
     loaded = load_recipe(recipe, overrides or ())
     if from_adapter is not None and not holds_adapter(from_adapter):
         raise UserError("--from-adapter", f"{str(from_adapter)!r} holds no adapter", "give a finished stage's folder")
@@ -83,9 +83,9 @@ def list_recipes(json: bool) -> None:
     Output(json).rows(rows)
 
 
-def _greet(recipe: str) -> None:
+def _greet(recipe: str, json: bool) -> None:
     """On the screen at once: what comes next, torch above all, takes seconds to load."""
-    say(f"preftune {__version__}: reading {recipe}")
+    Output(json, log=True).say(f"preftune {__version__}: reading {recipe}")
 
 
 def _run(recipe: Recipe, options: Options, output: Output) -> list[Done]:

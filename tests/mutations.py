@@ -174,6 +174,11 @@ MUTATIONS = [
         "RunningScale(*self.loop.running)", "RunningScale()",
     ),
     Mutation(
+        "P23", "an evaluation that is due is forgotten in a checkpoint", "stages/ppo/files.py",
+        "known = {each.name for each in fields(LoopState)}",
+        'known = {each.name for each in fields(LoopState)} - {"eval_due"}',
+    ),
+    Mutation(
         "P24", "adding an adapter unfreezes the others", "models/adapters.py",
         "parameter.requires_grad_(before.get(id(parameter), trainable))", "parameter.requires_grad_(True)",
     ),
@@ -279,6 +284,14 @@ MUTATIONS += [
         "seed=seed,", "seed=seed + len(policy),",
     ),
     Mutation("E5", "every share of the prompts is drawn as the first", "eval/samples.py", "first=first,", "first=0,"),
+    Mutation(
+        "E6", "a person votes twice on the same replies", "eval/chat/votes.py",
+        "if any(_choice(each) == mine for each in read_json_lines(path)):", "if False:",
+    ),
+    Mutation(
+        "E6", "people who vote at the same time are not kept apart", "journal.py",
+        'with FileLock(path.with_name(f".{path.name}.lock")):', "if True:",
+    ),
     Mutation(
         "S1", "a checkpoint's pickle is read whole", "models/pickles.py", "weights_only=True", "weights_only=False"
     ),

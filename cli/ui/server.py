@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from ...errors import UserError
 from ...files import REPORT
@@ -72,12 +72,22 @@ def address(host: str, port: int, token: str | None) -> str:
 
 
 def application(blocks: "Blocks", run: Path, host: str, token: str | None) -> "FastAPI":
-    """The page, its report and who may see them."""
+    """The page in its frame."""
     import gradio as gr
-    from fastapi import FastAPI
-    from fastapi.responses import FileResponse, PlainTextResponse, RedirectResponse
 
     from . import shown
+
+    theme = gr.Theme(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    return gr.mount_gradio_app(
+        guarded(run, host, token), blocks, "/", theme=theme, head=shown.head(), footer_links=[], run_history=False,
+        ssr_mode=False, enable_monitoring=False, pwa=False, mcp_server=False, show_error=False,
+    )  # fmt: skip
+
+
+def guarded(run: Path, host: str, token: str | None) -> "FastAPI":
+    """What the page is put into: the run's report, and who may see anything at all."""
+    from fastapi import FastAPI
+    from fastapi.responses import FileResponse, PlainTextResponse, RedirectResponse
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
@@ -104,11 +114,7 @@ def application(blocks: "Blocks", run: Path, host: str, token: str | None) -> "F
         answer.headers["Referrer-Policy"] = "no-referrer"
         return answer
 
-    theme = gr.Theme(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    return gr.mount_gradio_app(
-        app, blocks, "/", theme=theme, head=shown.head(), footer_links=[], run_history=False, ssr_mode=False,
-        enable_monitoring=False, pwa=False, mcp_server=False, show_error=False,
-    )  # fmt: skip
+    return app
 
 
 def serve(app: "FastAPI", listening: socket.socket) -> None:
@@ -130,6 +136,9 @@ def _same(given: str, token: str) -> bool:
 
 
 def _asks_for_us(request: "Request", host: str) -> bool:
-    """Whether a request was made to this machine by name or number, and not by way of a name that leads here."""
-    named = (request.headers.get("host") or "").rsplit(":", 1)[0].strip("[]") or host
-    return named == host or is_loopback(named)
+    """Whether a request is our page's: it names this machine, by no name that merely leads here, and no page elsewhere
+    sent it."""
+    asked = request.headers.get("host") or ""
+    named = asked.rsplit(":", 1)[0].strip("[]") or host
+    origin = request.headers.get("origin")
+    return (named == host or is_loopback(named)) and (origin is None or urlsplit(origin).netloc == asked)

@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from functools import cache
+from contextlib import suppress
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ...eval.report import text
 from ...eval.report.curves import EVERY_PANEL, stage_curves
 from ...eval.report.page import TEMPLATES
 from ...eval.report.read import read_run
-from ...files import REPORT
+from ...files import LOG, REPORT, RUN_STATE, VOTES
 from ...progress import duration
 from ..compare import open_votes
 from ..status import DONE, FAILED, INTERRUPTED, RUNNING, status_of
@@ -60,7 +61,7 @@ def states(run: Path) -> str:
     """The run's stages: how far each is, and its last numbers."""
     try:
         status = status_of(run)
-    except UserError as error:
+    except (UserError, OSError) as error:
         return _part("trouble", said=str(error))
     rows = [(each, each.row(), _BADGES.get(each.state, "tie")) for each in status.steps]
     return _part("states", status=status, rows=rows, report=(run / REPORT).is_file())
@@ -68,19 +69,39 @@ def states(run: Path) -> str:
 
 def curves(run: Path) -> str:
     """What the stages logged, drawn as in the report."""
+    return _curves(run, _mark(run / RUN_STATE, *run.glob(f"*/{LOG}"), *run.glob(f".*/{LOG}")))
+
+
+def tally(run: Path) -> str:
+    """The votes so far."""
+    return _tally(run, _mark(run / VOTES))
+
+
+def _mark(*files: Path) -> tuple[object, ...]:
+    """Another one where one of the files was written since: what is read of them need not be read each time."""
+    found: list[object] = []
+    for file in sorted(files):
+        with suppress(OSError):
+            stat = file.stat()
+            found.append((str(file), stat.st_ino, stat.st_mtime_ns, stat.st_size))
+    return tuple(found)
+
+
+@lru_cache(maxsize=2)
+def _curves(run: Path, mark: tuple[object, ...]) -> str:
     try:
         stages = read_run(run).stages
-    except UserError:
+    except (UserError, OSError):
         return ""  # nothing is there yet
     drawn = [(s, stage_curves(s.log, EVERY_PANEL if s.record is None else s.record.panels)[0]) for s in stages]
     return _part("drawn", it=[(stage, main) for stage, main in drawn if main])
 
 
-def tally(run: Path) -> str:
-    """The votes so far."""
+@lru_cache(maxsize=2)
+def _tally(run: Path, mark: tuple[object, ...]) -> str:
     try:
-        votes = open_votes(run)
-    except UserError as error:
+        votes = open_votes(run) if mark else []
+    except (UserError, OSError) as error:
         return _part("trouble", said=str(error))
     voters = {vote.voter for vote in votes}
     return _part("tally", votes=votes, voters=len(voters), rows=vote_rows(votes)) if votes else ""

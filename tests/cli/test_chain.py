@@ -296,11 +296,11 @@ def test_a_run_says_at_once_that_it_begins(capsys: pytest.CaptureFixture[str], t
     """Before anything heavy is loaded, and with --json nothing but results on standard output."""
     code = (
         "import sys\nfrom preftune import progress\nfrom preftune.cli.main import run_command\n"
-        "def look(line):\n    print(line, 'torch' in sys.modules, 'pydantic' in sys.modules)\n    raise SystemExit\n"
-        "import preftune.cli.commands as commands\ncommands.say = look\nrun_command(['run', 'smoke', '--json'])"
+        "def look(self, line):\n    print(line, 'torch' in sys.modules)\n    raise SystemExit\n"
+        "from preftune.cli.output import Output\nOutput.say = look\nrun_command(['run', 'smoke'])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert found.stdout.splitlines()[0] == f"preftune {__version__}: reading smoke False True"
+    assert found.stdout.splitlines()[0] == f"preftune {__version__}: reading smoke False"
     assert run_command(["run", "no-such-recipe", "--json"]) == 2
     told = capsys.readouterr()
     assert told.out == "" and told.err.splitlines()[0] == f"preftune {__version__}: reading no-such-recipe"

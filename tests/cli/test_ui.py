@@ -18,7 +18,7 @@ from preftune.cli.ui.desk import Desk
 from preftune.cli.ui.labelling import Drawing, labelling_of
 from preftune.cli.ui.model import Model
 from preftune.cli.ui.options import UiOptions
-from preftune.cli.ui.server import address, is_loopback
+from preftune.cli.ui.server import address, guarded, is_loopback
 from preftune.errors import UserError
 
 from .conftest import EVAL, RECIPE, SYSTEM, talk, user, votes_of
@@ -54,7 +54,7 @@ def test_mistakes_are_one_line(shell, run, tmp_path, monkeypatch):
     refused(*label, "--replies", 1, said="--replies: 1 of one policy leaves nothing to choose from")
     refused(*label, "--temperature", 0, said="--replies: 2 replies with temperature 0 are the same 2 times")
     prompts.write_text(json.dumps({"prompt": "x" * 5000}))
-    refused(*label, said="--label")
+    refused(*label, said="p.jsonl: no row is left .*longer than max_length")
     monkeypatch.setattr(command, "find_spec", lambda name: None)
     refused("ui", run, said=r"needs gradio; pip install 'preftune\[ui\]'")
     monkeypatch.undo()
@@ -80,19 +80,15 @@ def test_the_address_carries_the_token():
 
 @pytest.fixture
 def served():
-    """served(run, token) is a function that asks a page of nothing: get(path, **headers)."""
-    gradio = pytest.importorskip("gradio")
-    import httpx
+    """served(run, token) is a function that asks what gradio's page is put into: get(path, **headers)."""
+    httpx = pytest.importorskip("httpx")
 
-    from preftune.cli.ui.server import application
+    def start(run: Path, token: str | None) -> Callable[..., Any]:
+        app = guarded(run, "127.0.0.1", token)
+        app.add_api_route("/", lambda: "secret")
 
-    def start(run: Path, token: str | None) -> Callable[..., httpx.Response]:
-        with gradio.Blocks(analytics_enabled=False) as blocks:
-            gradio.HTML("secret")
-        app = application(blocks, run, "127.0.0.1", token)
-
-        def get(path: str, **headers: str) -> httpx.Response:
-            async def ask() -> httpx.Response:
+        def get(path: str, **headers: str) -> Any:
+            async def ask() -> Any:
                 async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1") as client:
                     return await client.get(path, headers=headers)
 
@@ -125,6 +121,8 @@ def test_a_page_without_a_token_answers_this_machine_alone(served: Callable[...,
     assert get("/report.html").status_code == 404
     # a name of somebody else's that leads here, as a page elsewhere may ask a browser for
     assert get("/", host="evil.example:80").status_code == 403
+    assert get("/", host="localhost:7860", origin="http://localhost:7860").status_code == 200
+    assert get("/", host="localhost:7860", origin="http://evil.example").status_code == 403
 
 
 def test_a_labelling_is_drawn_by_the_policies_and_goes_on_where_it_stopped(run: Path, tmp_path: Path):

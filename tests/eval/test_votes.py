@@ -165,7 +165,8 @@ def test_everybody_votes_on_everything_in_an_order_of_their_own(tmp_path, votes)
     assert sample_ballots(path, ["sft", "dpo"], cast, 4) == whole[None][1:]
 
 
-def test_nobody_votes_twice_on_the_same_two_replies(tmp_path):
+@pytest.mark.checklist("E6")
+def test_e06_nobody_votes_twice_on_the_same_two_replies(tmp_path):
     path = tmp_path / "votes.jsonl"
     there, back = Ballot(HI, HI, ("dpo", "sft"), ("x", "y")), Ballot(HI, HI, ("sft", "dpo"), ("y", "x"))
     assert cast_vote(path, there.vote("A", "Ada"))
@@ -185,7 +186,8 @@ for place in range(20):
 """
 
 
-def test_votes_cast_at_the_same_time_are_all_there_and_there_once(tmp_path):
+@pytest.mark.checklist("E6")
+def test_e06_votes_cast_at_the_same_time_are_all_there_and_there_once(tmp_path):
     path = tmp_path / "votes.jsonl"
     others = [subprocess.Popen([sys.executable, "-c", VOTER, path, name]) for name in ("Ada", "Ben")]
     row = vote(0, "a", "b", 1) | {"completion_a": "x", "voter": "Cy"}
