@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError
 from ..progress import duration
 from ..recipes.build import base_dtype, folders, stage_job
+from ..recipes.expansion import expansion_words
 from ..recipes.graph import order
 from ..recipes.load import load_recipe
 from ..recipes.schema import Recipe
@@ -50,6 +51,8 @@ def plan_recipe(
         UserError: the recipe, its data, the card or the config cannot be used.
     """
     loaded = load_recipe(recipe, overrides)
+    for words in expansion_words(loaded.expanded):
+        output.say(words)
     make_functions_importable(loaded)
     quiet_libraries()
     from ..models.cards import card_named

@@ -117,7 +117,7 @@ def with_reference(
     Raises:
         UserError: there is no such policy, or it was made on another base or with another tokenizer.
     """
-    from ..eval.spec import check_adapter
+    from ..models.lineage import check_parent
     from ..models.tokens import load_tokenizer
 
     known = [BASE, *policies(recipe)]
@@ -130,7 +130,10 @@ def with_reference(
         if not folder.is_dir():
             raise UserError("--reference", f"no policy and no folder {reference!r}", nearest(reference, known))
         tokenizer = load_tokenizer(spec.base, recipe.model.chat_template, recipe.model.template_date)
-        check_adapter(folder, spec.base, tokenizer)
+        if not holds_adapter(folder):
+            remedy = "give a folder that a stage or PEFT's save_pretrained wrote"
+            raise UserError(str(folder), "holds no adapter", remedy)
+        check_parent(folder, spec.base, tokenizer)
         if read_json_object(folder / ADAPTER_CONFIG).get("task_type") == "SEQ_CLS":
             raise UserError(str(folder), "is a reward model, expected a policy", "name a stage that speaks")
     return replace(spec, policies={**those, reference: folder}, reference=reference)

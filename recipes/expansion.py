@@ -288,7 +288,7 @@ def _name_all(text: Text, written: Mapping[str, Sequence[str]]) -> Iterator[User
     if isinstance(judges, list):
         evaluation["judges"] = [new for judge in judges for new in _judges(judge, written)]
     reference = _text(evaluation.get("reference")) or ""
-    if reference in written:
+    if reference is not None and reference in written:
         names = written[reference]
         said = f"{reference} is {len(names)} stages ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
         remedy = f"name one of them, or base, or give {reference} a seed of its own: then it is one stage for all"

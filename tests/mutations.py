@@ -299,6 +299,10 @@ MUTATIONS += [
         "S2", "everybody imports what lies beside a recipe", "own_code.py",
         "if fullname != self.asked and not self._is_own(_importer(inspect.currentframe())):", "if False:",
     ),
+    Mutation(
+        "S3", "a stage that goes on tells its trackers rows again", "stages/trackers.py",
+        "if self._at <= self._told:", "if self._at < (0, 0):",
+    ),
 ]  # fmt: skip
 
 

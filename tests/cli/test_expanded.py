@@ -30,7 +30,7 @@ def test_a_stage_by_its_name_in_the_recipe_is_all_of_its_variants(shop):
     assert shop.run(*SEEDS, only="dpo", force=True) == DPO
     assert shop.run(*SEEDS, only="dpo-seed1", force=True) == ["dpo-seed1"]
     with pytest.raises(UserError, match="no such stage; did you mean 'dpo'"):
-        shop.run(*SEEDS, only="dpp")
+        shop.run(*SEEDS, only="dpoo")
 
 
 def test_the_runs_recipe_states_them_and_status_reads_it(shop):

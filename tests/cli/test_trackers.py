@@ -22,7 +22,7 @@ data:
 stages:
   sft: {data: demos, train: {max_steps: 3, per_device_train_batch_size: 2}}
   reward: {data: pairs, train: {max_steps: 2, per_device_train_batch_size: 2}}
-  dpo: {data: pairs, train: {max_steps: 2, per_device_train_batch_size: 2}}
+  dpo: {data: pairs, seeds: [0, 1], train: {max_steps: 2, per_device_train_batch_size: 2}}
   ppo: {reward: reward, data: prompts, rollout_batch_size: 4, total_episodes: 8, num_ppo_epochs: 1,
         num_mini_batches: 1, max_new_tokens: 4}
 eval:
@@ -32,7 +32,7 @@ eval:
   max_new_tokens: 4
   judges: [{kind: reward, stage: reward}]
 """
-STAGES = ("sft", "reward", "dpo", "ppo")
+STAGES = ("sft", "reward", "dpo-seed0", "dpo-seed1", "ppo")
 
 
 def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -66,10 +66,19 @@ def test_event_files_and_trackio_hold_every_curve_after_the_end(preftune_cache, 
         assert found[f"train/{name}"] == [(step, pytest.approx(value, rel=1e-6)) for step, value in logged]
         assert len(logged) >= 2
     # 2. the evaluation's results
-    row = next(each for each in json.loads((run / "eval" / "results.json").read_text()) if each["policy"] == "dpo")
+    results = json.loads((run / "eval" / "results.json").read_text())
+    row = next(each for each in results if each["policy"] == "dpo-seed1")
     told = curves(run / "eval" / "runs")
-    assert told[f"dpo/{row['judge']}/win_rate"] == [(0, pytest.approx(row["win_rate"]))]
-    assert told["dpo/kl"] == [(0, pytest.approx(row["kl"], rel=1e-6, abs=1e-12))]
+    assert told[f"dpo-seed1/{row['judge']}/win_rate"] == [(0, pytest.approx(row["win_rate"]))]
+    assert told["dpo-seed1/kl"] == [(0, pytest.approx(row["kl"], rel=1e-6, abs=1e-12))]
+    # the two seeds together
+    (over,) = json.loads((run / "eval" / "aggregate.json").read_text())
+    both = [each for each in results if each["policy"] in ("dpo-seed0", "dpo-seed1")]
+    assert (over["over"], over["policy"], over["n"]) == ("seeds", "dpo", 2) and len(both) == 2
+    assert over["mean_score"] == pytest.approx(sum(each["mean_score"] for each in both) / 2)
+    assert over["mean_score_low"] <= over["mean_score"] <= over["mean_score_high"]
+    page = (run / "report.html").read_text()
+    assert "mean of 2 seeds" in page and 'class="band' in page and "95% interval of the mean" in page
     # 3. Trackio: one project, one group, a run a stage
     (database,) = (tmp_path / "trackio").glob("*.db")
     with sqlite3.connect(database) as opened:
@@ -81,7 +90,7 @@ def test_event_files_and_trackio_hold_every_curve_after_the_end(preftune_cache, 
     # 4. a second start does nothing and tells nothing; what trackers are named is no part of a key
     capfd.readouterr()
     load = load_recipe(tmp_path / "told.yaml", ["trackers=null"])
-    assert [each.state for each in Chain(load, Options(output_dir=run), Output()).run()] == ["skipped"] * 5
+    assert [each.state for each in Chain(load, Options(output_dir=run), Output()).run()] == ["skipped"] * 6
     # 5. nobody's key stands in what the run leaves behind
     texts = [file.read_bytes() for file in run.rglob("*") if file.is_file() and file.suffix != ".safetensors"]
     assert not any(SECRET.encode() in text for text in texts)

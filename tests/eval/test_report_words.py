@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from preftune.eval.report import doctor, frontier, head, winrates
+from preftune.eval.report.curves import seed_curves
 from preftune.eval.report.page import render
 from preftune.eval.report.read import Run, StageRecord, read_run
 from preftune.eval.report.reward_models import length_words
 from preftune.eval.results import silent_judges
 from preftune.eval.statistics.over_seeds import over_seeds, seed_groups, t_interval
-from preftune.stages.kinds import stage_kind
+from preftune.stages.kinds import Panel, stage_kind
 
 from .fake_run import build_run
 
@@ -109,3 +110,14 @@ def test_length_that_separates_the_pairs_is_said_with_its_remedy():
     assert "length alone separates these pairs (longer wins: 0.95)" in length_words(row)
     assert length_words(row | {"longer_wins": 0.7, "shorter_wins": 0.3}) == ""
     assert "shorter wins" in length_words(row | {"longer_wins": 0.02, "shorter_wins": 0.98})
+
+
+def test_curves_of_several_seeds_are_their_mean_in_a_band():
+    logs = [
+        [{"step": step, "loss": 3.0 - step + seed} for step in (1, 2, 3)] + [{"step": 9, "loss": 7.0}] * (seed == 0)
+        for seed in (0, 2)
+    ]
+    (curve,) = seed_curves(logs, [Panel("loss", "nats", ("loss", "eval_loss"))])
+    # at the places that both have: 3 - step + 1
+    assert curve.last == "1" and "loss from 3 to 1" in str(curve.figure) and str(curve.figure).count("<polygon") == 1
+    assert not seed_curves([logs[0], [{"step": 4, "loss": 1.0}]], [Panel("loss", "nats", ("loss",))])

@@ -42,7 +42,8 @@ def recorded(monkeypatch) -> type[Recorded]:
 TOLD_OF = {"trackers": Trackers(("wandb",), "project", "group")}
 
 
-def test_a_stage_that_was_cut_off_tells_no_row_twice(make_job, recorded, monkeypatch):
+@pytest.mark.checklist("S3")
+def test_s03_a_stage_that_was_cut_off_tells_no_row_twice(make_job, recorded, monkeypatch):
     job = make_job(
         "sft", train={"max_steps": 5}, held_out=0.25, checkpoints=CheckpointPlan(share=0.4, minutes=None), **TOLD_OF
     )
