@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -119,8 +120,11 @@ def _upload(staged: Path, repo: str, private: bool, revision: str | None, messag
     import httpx2 as httpx
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.utils import disable_progress_bars
 
     api = HfApi(library_name="preftune")
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     try:
         api.whoami()
         url = api.create_repo(repo, private=private or None, exist_ok=True)
@@ -137,6 +141,11 @@ def _upload(staged: Path, repo: str, private: bool, revision: str | None, messag
         raise UserError("hub", "there is no token", "set $HF_TOKEN, or run: hf auth login") from error
     except HfHubHTTPError as error:
         raise _refused(error, repo, api.endpoint) from error
+    except RuntimeError as error:  # an upload of its own threads, with what went wrong as its cause
+        if isinstance(error.__cause__, HfHubHTTPError):
+            raise _refused(error.__cause__, repo, api.endpoint) from error
+        said = f"{error} ({' '.join(str(error.__cause__ or '').split())[:120]})"
+        raise UserError("hub", said, "push again: what is there already is not sent again") from error
     except (httpx.HTTPError, OfflineModeIsEnabled, ConnectionError) as error:
         said = f"{api.endpoint} cannot be reached ({' '.join(str(error).split())[:120]})"
         raise UserError("hub", said, "look at the network, $HF_ENDPOINT and $HF_HUB_OFFLINE, and push again") from error

@@ -155,6 +155,7 @@ def stage(run: Path) -> Path:
 GONE = {"README.md", "adapter_config.json", "adapter_model.safetensors", "lineage.json", "metrics.json"}
 
 
+@pytest.mark.filterwarnings("ignore:Use 'content=")  # huggingface_hub's own, in its upload of large files
 def test_what_belongs_to_the_adapter_goes_and_nothing_else(stage: Path, hub: Hub, shell) -> None:
     code, said, err = shell("push", stage, "me/x", "--private", "--revision", "dev")
     assert code == 0, err
@@ -178,6 +179,7 @@ def test_a_dry_run_lists_and_sends_nothing(stage: Path, hub: Hub, shell) -> None
     }
 
 
+@pytest.mark.filterwarnings("ignore:Use 'content=")
 @pytest.mark.parametrize(
     ("part", "code", "said"),
     [
@@ -202,9 +204,6 @@ def test_no_token_no_hub_and_no_name_are_one_line(stage: Path, hub: Hub, shell, 
 
 def test_a_key_is_not_pushed(stage: Path, hub: Hub, shell) -> None:
     text = (stage / LINEAGE).read_text()
-    (stage / LINEAGE).write_text(
-        text.replace('"seed": 3', f'"seed": 3, "x": "hf_{"b" * 34}"').replace(', "x"', ', "x"')
-    )
     entry = json.loads(text)
     entry["config"]["train"]["note"] = "hf_" + "b" * 34
     (stage / LINEAGE).write_text(json.dumps(entry))
