@@ -19,9 +19,9 @@ from .errors import UserError
 RECIPE, RUN_STATE, REPORT, DOCTOR = "recipe.yaml", "run.json", "report.html", "doctor.json"
 """In a run's folder."""
 
-METRICS, LOG, LINEAGE, CHECKPOINTS, LOGS = "metrics.json", "log.jsonl", "lineage.json", "checkpoints", "logs"
+METRICS, LOG, LINEAGE, CHECKPOINTS, LOGS = "metrics.json", "log.jsonl", "lineage.json", "checkpoints", "runs"
 ROLLOUTS = "rollouts.jsonl"
-"""In a stage's folder, beside its adapter; `logs` holds what trackers write (`report_to`)."""
+"""In a stage's folder, beside its adapter; `runs` holds what trackers write (`trackers`, `report_to`)."""
 
 VOTES = "votes.jsonl"
 """In a run's folder: people's votes on its policies' replies."""
@@ -35,12 +35,13 @@ PROGRESS = "progress.json"
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 """PEFT's own names: an adapter lies directly in its stage's folder."""
 
-EVALUATION, RESULTS, SAMPLES, REWARDS, OVER_OPTIMISATION, BENCHMARKS = (
+EVALUATION, RESULTS, SAMPLES, REWARDS, OVER_OPTIMISATION, AGGREGATE, BENCHMARKS = (
     "eval",
     "results.json",
     "samples.jsonl",
     "rewards.json",
     "overoptimisation.json",
+    "aggregate.json",
     "benchmarks.json",
 )
 """The evaluation's folder in that of the run, and what lies in it."""
@@ -51,7 +52,7 @@ EVAL_CACHE = "eval-cache"
 STAMP = ".key.json"
 """In a finished folder, of a stage or of the evaluation: what it was made for, and what was written into it."""
 
-_EVALUATED = {RESULTS, SAMPLES, REWARDS, OVER_OPTIMISATION, BENCHMARKS, STAMP}
+_EVALUATED = {RESULTS, SAMPLES, REWARDS, OVER_OPTIMISATION, AGGREGATE, BENCHMARKS, STAMP, LOGS}
 _LITTER = {".DS_Store", "Thumbs.db", ".ipynb_checkpoints", "lost+found"}
 """What file managers, notebooks and file systems leave anywhere, and nobody misses."""
 

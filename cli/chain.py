@@ -16,6 +16,7 @@ from ..files import EVALUATION, LINEAGE, RECIPE, STAMP, write_whole
 from ..printed import printable
 from ..progress import ahead, duration
 from ..recipes.build import eval_spec, stage_job
+from ..recipes.expansion import expansion_words, members
 from ..recipes.graph import needed_for, order, parents
 from ..recipes.schema import Recipe
 from ..stopping import Stopped
@@ -107,6 +108,8 @@ class Chain:
     def _run(self) -> list[Done]:
         # 1. what is to be done, before anything heavy is imported
         selected = self.selected = self._selected()
+        for words in expansion_words(self.recipe.expanded):
+            self.output.say(words)
         make_functions_importable(self.recipe)
         quiet_libraries()
         machines = None
@@ -208,13 +211,14 @@ class Chain:
     def _selected(self) -> list[str]:
         recipe, options = self.recipe, self.options
         for flag, name in (("--only", options.only), ("--until", options.until)):
-            if name is not None and name not in recipe.stages:
-                raise UserError(f"{flag} {name}", "no such stage", nearest(name, recipe.stages))
+            if name is not None and name not in recipe.stages and name not in recipe.expanded:
+                raise UserError(f"{flag} {name}", "no such stage", nearest(name, [*recipe.expanded, *recipe.stages]))
         if options.only is not None and options.until is not None:
             raise UserError("--only, --until", "both are given", "keep one of them")
         if options.only is not None:
-            return [options.only]
-        return order(recipe) if options.until is None else needed_for(recipe, [options.until])
+            wanted = members(recipe.expanded, [options.only])
+            return [name for name in order(recipe) if name in wanted]
+        return order(recipe) if options.until is None else needed_for(recipe, members(recipe.expanded, [options.until]))
 
     def _accept(self) -> None:
         """Once nothing is left that could refuse the recipe, write it into the run; before, its own one stays there."""

@@ -107,16 +107,46 @@ def kl(
     overrides: EvalOverrides = None,
     policies: Policies = None,
     data: DataOption = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="base, a stage of the run, or an adapter's folder, also of another run on the same base."),
+    ] = None,
     json: AsJson = False,
 ) -> None:
     """KL(policy || reference) in nats, with standard errors, on replies to the evaluation's prompts or those of --data.
 
-    Without an evaluation in the recipe the reference is its first SFT stage, else the base.
+    RUN may be RUN/STAGE: that policy alone. Without an evaluation in the recipe the reference is its first SFT stage,
+    else the base.
     """
+    run, policies = _stage_of(run, policies)
     recipe, spec = _open(run, overrides, policies, without_eval=data is not None)
     from ..eval.commands import eval_kl
+    from ..recipes.expansion import members
+    from .policies import with_reference
 
-    _print(eval_kl(spec if data is None else replace(spec, prompts=_data(recipe, data, "prompt"))), json)
+    if data is not None:
+        spec = replace(spec, prompts=_data(recipe, data, "prompt"))
+    if reference is not None:
+        asked = members(recipe.expanded, policies.split(",")) if policies else None
+        spec = with_reference(spec, recipe, run, reference, asked)
+    rows = eval_kl(spec)
+    # its KL to itself says nothing, unless nothing else was asked for
+    _print([row for row in rows if row["policy"] != reference or len(rows) == 1], json)
+
+
+def _stage_of(run: Path, policies: str | None) -> tuple[Path, str | None]:
+    """(the run, its policies): a stage's folder is that policy of the run that it lies in."""
+    from ..files import ADAPTER_CONFIG
+
+    here = run.expanduser()
+    if not (here / ADAPTER_CONFIG).is_file():
+        return run, policies
+    if policies:
+        raise UserError("--policies", f"stands beside {run}, which is one policy", "leave one of them out")
+    if not (here.absolute().parent / RECIPE).is_file():
+        remedy = "give RUN/STAGE, and the other one with --reference"
+        raise UserError(str(run), f"is an adapter outside a run: its folder's has no {RECIPE}", remedy)
+    return here.absolute().parent, here.absolute().name
 
 
 @app.command()
@@ -323,9 +353,11 @@ def _open(
         UserError: a policy in it is unknown or not finished.
     """
     recipe = _recipe(run, overrides, without_eval=without_eval)
+    from ..recipes.expansion import members
     from .policies import evaluation_of
 
-    chosen = [name.strip() for name in policies.split(",")] if policies else None
+    named = [name.strip() for name in policies.split(",")] if policies else None
+    chosen = members(recipe.expanded, named) if named is not None else None
     return recipe, evaluation_of(recipe, run, chosen)
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError, nearest
-from ..files import RECIPE
+from ..files import ADAPTER_CONFIG, RECIPE
+from ..intact import read_json_object
 from ..recipes.build import base_dtype, data_spec, eval_spec, folders, policy_folder
 from ..recipes.graph import policies
 from ..recipes.load import load_recipe
@@ -103,6 +104,36 @@ def sampling_spec(recipe: Recipe, base: "Base", run: Path) -> "EvalSpec":
         packed=recipe.model.packed,
         **given,
     )
+
+
+def with_reference(
+    spec: "EvalSpec", recipe: Recipe, run: Path, reference: str, asked: Sequence[str] | None = None
+) -> "EvalSpec":
+    """The same evaluation against another reference: base, a stage of the run, or any adapter's folder on its base.
+
+    Args:
+        asked: of these policies alone; None: of all that the evaluation has.
+
+    Raises:
+        UserError: there is no such policy, or it was made on another base or with another tokenizer.
+    """
+    from ..eval.spec import check_adapter
+    from ..models.tokens import load_tokenizer
+
+    known = [BASE, *policies(recipe)]
+    those = {name: folder for name, folder in spec.policies.items() if asked is None or name in asked}
+    if reference in known:
+        check_policy(recipe, run, reference, "--reference")
+        folder = None if reference == BASE else policy_folder(recipe, run, reference)
+    else:
+        folder = Path(reference).expanduser()
+        if not folder.is_dir():
+            raise UserError("--reference", f"no policy and no folder {reference!r}", nearest(reference, known))
+        tokenizer = load_tokenizer(spec.base, recipe.model.chat_template, recipe.model.template_date)
+        check_adapter(folder, spec.base, tokenizer)
+        if read_json_object(folder / ADAPTER_CONFIG).get("task_type") == "SEQ_CLS":
+            raise UserError(str(folder), "is a reward model, expected a policy", "name a stage that speaks")
+    return replace(spec, policies={**those, reference: folder}, reference=reference)
 
 
 def evaluation_of(

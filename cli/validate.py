@@ -12,6 +12,7 @@ from ..data.spec import RowKind
 from ..data.split import check_sides
 from ..errors import UserError, gathering, raise_found
 from ..recipes.build import base_dtype, data_spec, eval_spec, folders, stage_job
+from ..recipes.expansion import expansion_words
 from ..recipes.graph import lines_of_descent, order, unused_stages
 from ..recipes.load import load_recipe
 from ..recipes.schema import Data, Recipe
@@ -42,6 +43,8 @@ def validate_recipe(recipe: str, overrides: Sequence[str], output: Output) -> No
     make_functions_importable(loaded)
     quiet_libraries()
     output.say(f"recipe: {loaded.name}, stages in running order: {', '.join(lines_of_descent(loaded))}")
+    for words in expansion_words(loaded.expanded):
+        output.say(words)
     if unused := unused_stages(loaded):
         output.say(f"nothing uses {', '.join(unused)}: no stage starts from it, and no evaluation looks at it")
     found: list[UserError] = []
@@ -98,6 +101,10 @@ def check_settings(
             job = stage_job(recipe, name, stand_in, run_dir, run_dir / name)
             found += stage_problems(job)
             found += process_problems(job, processes)
+    for index, name in enumerate(recipe.trackers):
+        from ..stages.trackers import tracker_problem
+
+        found += [each for each in (tracker_problem(name, f"trackers.{index}"),) if each is not None]
     with gathering(found):
         _check_quantization(recipe)
     if recipe.eval is not None and judges:

@@ -1,12 +1,22 @@
 """What an evaluation found, and the files of RUN/eval that hold it."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
-from ..files import BENCHMARKS, EVALUATION, OVER_OPTIMISATION, RESULTS, REWARDS, SAMPLES, read_regular, whole_folder
+from ..files import (
+    AGGREGATE,
+    BENCHMARKS,
+    EVALUATION,
+    OVER_OPTIMISATION,
+    RESULTS,
+    REWARDS,
+    SAMPLES,
+    read_regular,
+    whole_folder,
+)
 from ..values import plain
 from .samples import Sample
 
@@ -98,6 +108,7 @@ class Evaluation:
         reward_models: one mapping per reward model, the rows of rewards.json.
         over_optimisation: the content of overoptimisation.json (see `overoptimisation.py`).
         benchmarks: the content of benchmarks.json (see `harness/measure.py`).
+        over_seeds: the rows of aggregate.json (see `statistics.over_seeds`).
     """
 
     rows: list[ResultRow]
@@ -107,6 +118,7 @@ class Evaluation:
     reward_models: list[dict[str, Any]]
     over_optimisation: dict[str, Any] | None = None
     benchmarks: dict[str, Any] | None = None
+    over_seeds: list[dict[str, Any]] = field(default_factory=list)
 
 
 def kept_benchmarks(run_dir: Path) -> dict[str, Any] | None:
@@ -118,10 +130,13 @@ def kept_benchmarks(run_dir: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def write_evaluation(run_dir: Path, evaluation: Evaluation) -> None:
+def write_evaluation(run_dir: Path, evaluation: Evaluation, also: Callable[[Path], None] | None = None) -> None:
     """Writes RUN/eval: results.json, samples.jsonl; rewards.json where a reward model was measured, and
-    overoptimisation.json and benchmarks.json where those were. The folder appears whole or not at all; benchmarks that
-    were measured by themselves stay.
+    overoptimisation.json and benchmarks.json where those were, aggregate.json where there are several seeds. The folder
+    appears whole or not at all; benchmarks that were measured by themselves stay.
+
+    Args:
+        also: writes what else belongs into the folder, before it appears.
     """
     benchmarks = evaluation.benchmarks or kept_benchmarks(run_dir)
     with whole_folder(run_dir / EVALUATION) as folder:
@@ -129,6 +144,7 @@ def write_evaluation(run_dir: Path, evaluation: Evaluation) -> None:
             RESULTS: evaluation.rows,
             REWARDS: evaluation.reward_models or None,
             OVER_OPTIMISATION: evaluation.over_optimisation,
+            AGGREGATE: evaluation.over_seeds or None,
             BENCHMARKS: benchmarks,
         }
         for name, content in contents.items():
@@ -142,3 +158,5 @@ def write_evaluation(run_dir: Path, evaluation: Evaluation) -> None:
                         for name, table in (("scores", evaluation.scores), ("outcomes", evaluation.outcomes))
                     }
                     file.write(json.dumps(plain({**reply.as_dict(), **judged}), ensure_ascii=False) + "\n")
+        if also is not None:
+            also(folder)

@@ -21,6 +21,8 @@ from .reward_models import measured_in_evaluation
 from .samples import Sample
 from .shared import is_first
 from .spec import EvalSpec
+from .statistics.over_seeds import over_seeds
+from .tracked import tell_trackers
 from .workbench import Workbench
 
 __all__ = ["EvalSpec", "Evaluation", "evaluate", "run_eval"]
@@ -44,7 +46,7 @@ def run_eval(spec: EvalSpec, run_dir: Path | None = None) -> list[ResultRow]:
     drawn = DrawnReplies(root, keeps=is_first())
     evaluation = evaluate(spec, root, drawn)
     if is_first():
-        write_evaluation(root, evaluation)
+        write_evaluation(root, evaluation, partial(tell_trackers, spec.trackers, evaluation))
     return evaluation.rows
 
 
@@ -84,7 +86,7 @@ def evaluate(spec: EvalSpec, run_dir: Path | None = None, drawn: DrawnReplies | 
             how |= {"beams": spec.beams} if spec.beams > 1 else {}
             row = plain({**names, **said, **_reply_columns(replies, kls[policy]), **how, **extras.get(judge, {})})
             rows.append(row)
-    return Evaluation(rows, samples, scores, outcomes, rewards, over, benchmarks)
+    return Evaluation(rows, samples, scores, outcomes, rewards, over, benchmarks, over_seeds(rows, spec.seed_groups))
 
 
 def _benchmarks(bench: Workbench) -> dict[str, Any] | None:

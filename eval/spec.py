@@ -1,7 +1,7 @@
 """What an evaluation is made of."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +12,7 @@ from ..files import ADAPTER_CONFIG, LINEAGE
 from ..models.base import Base
 from ..models.lineage import check_lineage
 from ..models.loading import Quantization
+from ..stages.job import Trackers
 from .decoding import beam_problem
 
 BASE = "base"
@@ -98,6 +99,8 @@ class EvalSpec:
         packed: forwards run without padding and repeated prefixes.
         reward_models: measured beside the policies where they are finished and have pairs that training left out.
         over_optimisation, benchmarks: measured besides where they are given.
+        seed_groups: policies that differ in their seeds alone, whose results are put together.
+        trackers: who is told of the results.
     """
 
     base: Base
@@ -121,6 +124,8 @@ class EvalSpec:
     reward_models: tuple[RewardModel, ...] = ()
     over_optimisation: OverOptimisation | None = None
     benchmarks: Benchmarks | None = None
+    seed_groups: tuple[tuple[str, ...], ...] = ()
+    trackers: Trackers = field(default_factory=Trackers)
 
     def __post_init__(self) -> None:
         if self.reference not in self.policies and self.reference != BASE:
@@ -131,9 +136,9 @@ class EvalSpec:
             )
         if self.temperature < 0:
             raise UserError("eval.temperature", f"is {self.temperature}, expected 0 or more", "write 0.7, say")
-        for field in ("max_new_tokens", "batch_size", "beams"):
-            if getattr(self, field) < 1:
-                raise UserError(f"eval.{field}", f"is {getattr(self, field)}, expected 1 or more", "raise it")
+        for name in ("max_new_tokens", "batch_size", "beams"):
+            if getattr(self, name) < 1:
+                raise UserError(f"eval.{name}", f"is {getattr(self, name)}, expected 1 or more", "raise it")
         asks_for_curve = self.over_optimisation is not None
         found = beam_problem(self.beams, temperature=self.temperature, kl=self.kl, over_optimisation=asks_for_curve)
         if found is not None:

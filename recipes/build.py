@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ..eval.spec import Benchmarks, EvalSpec, OverOptimisation, RewardModel
     from ..models.base import Base
     from ..models.lora import LoraSpec
-    from ..stages.job import StageJob
+    from ..stages.job import StageJob, Trackers
     from ..stages.ppo.rewards import RewardSource
 
 
@@ -141,7 +141,15 @@ def stage_job(
         checkpoints=CheckpointPlan(recipe.checkpoints.share, recipe.checkpoints.minutes),
         nonfinite_skips=nonfinite_skips(stage),
         deterministic=recipe.deterministic,
+        trackers=trackers(recipe, run_dir),
     )
+
+
+def trackers(recipe: Recipe, run_dir: Path) -> "Trackers":
+    """Who is told of the run: its project is the recipe, and the run's folder says which of its runs it is."""
+    from ..stages.job import Trackers
+
+    return Trackers(tuple(recipe.trackers), recipe.name, run_dir.absolute().name)
 
 
 def policy_folder(recipe: Recipe, run_dir: Path, name: str) -> Path:
@@ -168,6 +176,7 @@ def policy_folder(recipe: Recipe, run_dir: Path, name: str) -> Path:
 def eval_spec(recipe: Recipe, base: "Base", run_dir: Path, policies: list[str] | None = None) -> "EvalSpec":
     """The recipe's evaluation (it must have one), of all its policies or of some."""
     from ..eval.spec import EvalSpec
+    from ..eval.statistics.over_seeds import seed_groups
 
     part = recipe.eval
     assert part is not None
@@ -194,6 +203,8 @@ def eval_spec(recipe: Recipe, base: "Base", run_dir: Path, policies: list[str] |
         packed=recipe.model.packed,
         reward_models=tuple(reward_model(recipe, name, run_dir) for name in reward_stages(recipe, left_out=True)),
         over_optimisation=None if part.over_optimisation is None else over_optimisation(recipe, run_dir),
+        seed_groups=tuple(map(tuple, seed_groups(recipe.resolved()["stages"]))),
+        trackers=trackers(recipe, run_dir),
         benchmarks=None if part.benchmarks is None else benchmarks(part.benchmarks),
     )
 

@@ -139,6 +139,11 @@ def graph_problems(recipe: Recipe, text: Text) -> Iterator[UserError]:
             yield problem(text, (*here, "from"), said, "start from a policy, such as the reward model's own parent")
         yield from _said_twice(text, here, stage)
         yield from _growth_problems(recipe, text, name, stage)
+    for name, each in recipe.expanded.items():
+        for index, stage in enumerate(each):
+            if stage not in recipe.stages:
+                path: Path_ = ("expanded", name, index)
+                yield problem(text, path, f"no stage {stage!r}", nearest(stage, recipe.stages))
     yield from _circle(recipe, text)
     yield from _eval_problems(recipe, text)
 

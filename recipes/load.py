@@ -13,6 +13,7 @@ from ..data.sources import find
 from ..errors import UserError, gathering, nearest, raise_found
 from ..stages.kinds import KINDS, VARIANTS, stage_kind
 from .confidential import secret_problems, shown_override
+from .expansion import expand, in_words_once, name_all
 from .graph import fill_eval, graph_problems
 from .over_optimisation import settle_over_optimisation
 from .parents import settle_parents
@@ -70,7 +71,7 @@ def _recipe(text: Text, file: Path, overrides: Overrides) -> Recipe:
         # what follows from a key that is refused already is not said as well
         found += [each for each in graph_problems(recipe, text) if not any(map(partial(_same_place, each), found))]
     if recipe is None or found:
-        raise_found(found)
+        raise_found(in_words_once(found, text.values.get("expanded")))
     assert recipe is not None  # or something was found
     for stage in recipe.stages.values():
         # stated, so that nobody need guess what a stage was trained with
@@ -252,7 +253,11 @@ def _normalise(text: Text, folder: Path, found: list[UserError]) -> bool:
             evaluation["prompts"] = {"path": prompts}
     if bad and not stages:
         raise_found(found)
-    return not bad
+    if bad:
+        return False
+    unsound = [*expand(text), *name_all(text)]
+    found += unsound
+    return not unsound
 
 
 def _settle_kind(text: Text, name: str, stage: Any, folder: Path) -> None:

@@ -27,7 +27,11 @@ MEANINGS: Meanings = {
     "Recipe": {
         "name": "The run's name; its folder is runs/NAME.",
         "seed": "Of everything that is drawn, where a part says no other.",
+        "seeds": "Every stage without a seed of its own once for each, such as [0, 1, 2]: dpo-seed0, dpo-seed1, ...",
+        "expanded": "Written into a run's recipe: the stages that seeds and grids made of one.",
         "deterministic": "A GPU's kernels give the same bits every time, at a price in speed; a CPU's do anyway.",
+        "trackers": "tensorboard, trackio, wandb, or others that Transformers reports to: told of all stages, and the "
+        "three of the evaluation.",
         "checkpoints": "When a stage saves what it continues from.",
         "model": "The frozen base.",
         "lora": "The adapter that every stage trains.",
@@ -85,6 +89,8 @@ MEANINGS: Meanings = {
         "data": "The name of a data entry.",
         "lora": "What this stage's adapter has otherwise.",
         "seed": "Default: the recipe's.",
+        "seeds": "This stage, and what comes from it, once for each: [0, 1, 2] makes dpo-seed0, dpo-seed1, dpo-seed2.",
+        "grid": "Keys of the stage with lists of values, such as {beta: [0.03, 0.1]}: a stage for each combination.",
         "on_nonfinite": "A step whose loss or gradient is not finite: stop, or skip(N) for at most N of them.",
         "train": "Fields of the stage's TRL or Transformers config, by their own names.",
         "reward": "Where scores come from: a reward stage's name, one source, or a list of sources.",

@@ -132,7 +132,8 @@ class Stage(Part):
     """What every stage has; `stage_model` adds what its kind's record says.
 
     `train`: fields of the stage's TRL / Transformers config by their own names. `on_nonfinite`: what happens to a step
-    whose loss or gradient is NaN or infinite: `stop`, or `skip(N)` for at most N steps.
+    whose loss or gradient is NaN or infinite: `stop`, or `skip(N)` for at most N steps. `seeds` and `grid` make it a
+    stage for each value (`expansion.py`): a recipe that was read has none of them.
     """
 
     kind: str
@@ -140,6 +141,8 @@ class Stage(Part):
     data: str
     lora: LoraChange = Field(default_factory=LoraChange)
     seed: Seed | None = None
+    seeds: list[Seed] | None = None
+    grid: dict[str, Any] | None = None
     on_nonfinite: str | None = Field(default=None, pattern=r"^(stop|skip\([1-9]\d*\))$")
     train: dict[str, Any] = Field(default_factory=dict)
 
@@ -266,15 +269,25 @@ class Checkpoints(Part):
     minutes: float | None = Field(default=5, gt=0)
 
 
+def _several(value: object) -> object:
+    """`trackers: wandb` is a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
 class Recipe(Part):
     """A whole chain. Stages form a graph by `from` (and by `reward`); their order in the file means nothing.
 
-    `deterministic`: a GPU's kernels give the same bits every time, at a price in speed; a CPU's do anyway.
+    `deterministic`: a GPU's kernels give the same bits every time, at a price in speed; a CPU's do anyway. `trackers`:
+    who is told of every stage that names nobody else in `report_to`, and of the evaluation. `expanded`: the stages that
+    seeds and grids made of one.
     """
 
     name: str = Field(pattern=r"^[\w][\w.-]*$")
     seed: Seed = 0
+    seeds: list[Seed] | None = None
+    expanded: dict[str, list[str]] = Field(default_factory=dict)
     deterministic: bool = False
+    trackers: Annotated[list[str], BeforeValidator(_several)] = Field(default_factory=list)
     checkpoints: Checkpoints = Field(default_factory=Checkpoints)
     model: Model
     lora: Lora = Field(default_factory=Lora)

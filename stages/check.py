@@ -18,21 +18,10 @@ from .job import StageJob
 from .options import stage_config, word_problems
 from .reward_functions import check_signature, import_function
 from .reward_models import check_reward_model
+from .trackers import reporting, tracker_problem
 
 _TRIED = 20
 """So many steps of a schedule are tried."""
-_PACKAGES = {
-    "azure_ml": "azureml",
-    "flyte": "flytekit",
-    **{
-        name: name
-        for name in (
-            *("clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "kubeflow", "mlflow", "neptune", "swanlab"),
-            *("tensorboard", "trackio", "wandb"),
-        )
-    },
-}
-"""What Transformers reports to -> the module that it needs."""
 
 
 def stage_problems(job: StageJob) -> list[UserError]:
@@ -168,11 +157,10 @@ def _device_problems(job: StageJob, args: TrainingArguments) -> Iterator[UserErr
 def _package_problems(job: StageJob, args: TrainingArguments) -> Iterator[UserError]:
     """What is asked for and not installed."""
     here = f"stages.{job.name}.train"
-    for name in args.report_to or ():
-        if name not in _PACKAGES:
-            yield UserError(f"{here}.report_to", f"{name!r} is no tracker", nearest(name, _PACKAGES))
-        elif not (_installed(_PACKAGES[name]) or (name == "tensorboard" and _installed("tensorboardX"))):
-            yield UserError(f"{here}.report_to", f"{name} is not installed", f"pip install {_PACKAGES[name]}")
+    asked = job.train.get("report_to") is not None  # the recipe's trackers are looked at once for all stages
+    for name in (each for some in reporting(job) for each in some) if asked else ():
+        if (refused := tracker_problem(name, f"{here}.report_to", space=job.train.get("trackio_space_id"))) is not None:
+            yield refused
     if args.use_liger_kernel and not _installed("liger_kernel"):
         yield UserError(f"{here}.use_liger_kernel", "liger-kernel is not installed", "pip install liger-kernel")
 

@@ -158,7 +158,11 @@ TRAINING: Mapping[str, Field] = {
     "disable_tqdm": _works(FLAG, optional=True),
     "logging_nan_inf_filter": _meaningless("a loss that is not finite stops the stage: leave it out"),
     "include_num_input_tokens_seen": _meaningless("num_tokens is in log.jsonl: leave it out"),
-    "report_to": _works(TEXTS, "needs the tracker's package; event files lie in RUN/<stage>/logs", optional=True),
+    "report_to": _works(
+        TEXTS,
+        "instead of the recipe's trackers; needs the tracker's package; event files lie in RUN/<stage>/runs",
+        optional=True,
+    ),
     **_each("run_name trackio_space_id trackio_bucket_id", _works(TEXT, optional=True)),
     "trackio_static_space_id": _works(OPEN, optional=True),
     # evaluation during training

@@ -31,6 +31,20 @@ class CheckpointPlan:
     minutes: float | None = 5.0
 
 
+@dataclass(frozen=True)
+class Trackers:
+    """Who is told of a run besides its own files, and what they call it.
+
+    Attributes:
+        names: tensorboard, trackio, wandb, or others that Transformers reports to.
+        project: the recipe's name. group: the run's, which all its stages and its evaluation share.
+    """
+
+    names: tuple[str, ...] = ()
+    project: str = "preftune"
+    group: str = "preftune"
+
+
 @dataclass(frozen=True, kw_only=True)
 class StageJob:
     """Everything one stage needs, resolved: no recipe is read below this line.
@@ -49,6 +63,7 @@ class StageJob:
         checkpoints: when it writes one to continue from.
         nonfinite_skips: so many steps whose loss or gradient is not finite are left out; one more ends the stage.
         deterministic: a GPU's kernels give the same bits every time.
+        trackers: who is told, where `train` names nobody else.
     """
 
     name: str
@@ -72,6 +87,7 @@ class StageJob:
     checkpoints: CheckpointPlan = field(default_factory=CheckpointPlan)
     nonfinite_skips: int = 0
     deterministic: bool = False
+    trackers: Trackers = field(default_factory=Trackers)
 
     @property
     def record(self) -> StageKind:

@@ -96,7 +96,7 @@ WORDS: Mapping[str, str] = {
         ("grad_accum", "grad_acc", "gradient_accumulation", "accumulation_steps"), "gradient_accumulation_steps"
     ),
     **dict.fromkeys(("grad_clip", "max_norm", "gradient_clipping", "clip_grad_norm"), "max_grad_norm"),
-    **dict.fromkeys(("wandb", "tensorboard", "logger", "tracker"), "report_to"),
+    **dict.fromkeys(("wandb", "tensorboard", "trackio", "logger", "tracker", "trackers"), "report_to"),
     **dict.fromkeys(("eval_batch_size",), "per_device_eval_batch_size"),
     **dict.fromkeys(("evaluation_strategy", "evaluate"), "eval_strategy"),
     **dict.fromkeys(("checkpointing", "grad_checkpointing"), "gradient_checkpointing"),
@@ -109,7 +109,7 @@ WORDS: Mapping[str, str] = {
 
 _LAUNCH = "use --launch CONFIG, which `accelerate config --config_file CONFIG` writes"
 GONE: Mapping[str, str] = {
-    "logging_dir": "leave it out: event files lie in RUN/<stage>/logs",
+    "logging_dir": "leave it out: event files lie in RUN/<stage>/runs",
     "overwrite_output_dir": "use --force",
     "save_safetensors": "leave it out: nothing else is written",
     "no_cuda": "write use_cpu: true",

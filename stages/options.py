@@ -19,6 +19,7 @@ from .fields import PARAMETER, Field, fields_of
 from .job import StageJob
 from .kinds import EARLY_STOPPING, Parameter
 from .names import meant
+from .trackers import reporting
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -83,6 +84,8 @@ def stage_config(config_class: type[ConfigT], job: StageJob, *, held_out: bool, 
         **evaluation_defaults(job, given, held_out=held_out),
         **({"save_strategy": "steps"} if keeps_checkpoints(job) else {}),
         **given,
+        # the others are written to by `trackers.Tracking`
+        "report_to": reporting(job)[1] or "none",
         "output_dir": str(job.output_dir / CHECKPOINTS),
     }
     old, new = "gradient_checkpointing", "activation_checkpointing"

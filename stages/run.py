@@ -284,7 +284,7 @@ def finished(job: StageJob) -> dict[str, Any] | None:
 
 
 def _clear_checkpoints(job: StageJob) -> None:
-    """Remove the checkpoints, unless the recipe asks for them; what trackers wrote beside them stays, in `logs`."""
+    """Remove the checkpoints, unless the recipe asks for them; what trackers wrote beside them stays, in `runs`."""
     folder = job.output_dir / CHECKPOINTS
     shutil.rmtree(folder / SAVING, ignore_errors=True)
     for _, each in checkpoints(folder):

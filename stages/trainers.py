@@ -43,6 +43,7 @@ from .finite import Skips, not_finite, rows_of
 from .global_batch import GlobalBatch, say_own_batches
 from .job import StageJob
 from .kinds import EARLY_STOPPING
+from .trackers import Tracking, closing_trackers
 
 logger = logging.getLogger(__name__)
 NO_AUX: dict[str, Any] = {"router_aux_loss_coef": 0.0}
@@ -239,11 +240,12 @@ class StageTrainer(GlobalBatch, Resumable):
 
 
 def stage_callbacks(job: StageJob) -> list[TrainerCallback]:
-    """The callbacks of every trainer of ours: log.jsonl, progress, the clock, checkpoints to continue from, and early
-    stopping if asked for."""
+    """The callbacks of every trainer of ours: log.jsonl, progress, clock, checkpoints to continue from, trackers, and
+    early stopping if asked for."""
     callbacks: list[TrainerCallback] = [LogFile(job.output_dir / LOG), StepFile(job.output_dir / PROGRESS)]
     callbacks += [ProgressBar(job.name), Clock(), HandingBack()]
     callbacks.append(Continuing(job.name, job.continuing()))
+    callbacks.append(Tracking(job))
     if (patience := job.method.get(EARLY_STOPPING)) is not None:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=int(patience)))
     return callbacks
@@ -264,14 +266,14 @@ def train(trainer: Trainer, rows: int) -> dict[str, float | None]:
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)
     checkpoint = take_up(trainer)
-    with _without_rename_warnings():
+    with _without_rename_warnings(), closing_trackers(trainer):
         output = trainer.train(resume_from_checkpoint=checkpoint)
+        seconds = max(clock_of(trainer).seconds - getattr(trainer, "evaluate_seconds", 0.0), 1e-9)
+        peak = peak_memory_bytes()
+        if trainer.eval_dataset is not None and not _evaluated_last(trainer):
+            trainer.evaluate()
     seams.require(seams.TRAINED_TOKENS, trainer)
     tokens: Any = trainer
-    seconds = max(clock_of(trainer).seconds - getattr(trainer, "evaluate_seconds", 0.0), 1e-9)
-    peak = peak_memory_bytes()
-    if trainer.eval_dataset is not None and not _evaluated_last(trainer):
-        trainer.evaluate()
     history = trainer.state.log_history
     epochs = _epochs(trainer)
     losses = [entry["loss"] for entry in history if "loss" in entry]

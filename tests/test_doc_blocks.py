@@ -25,6 +25,8 @@ from .doc_blocks import RUN, Block, Session, blocks
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ["README.md", *sorted(f"docs/{each.relative_to(ROOT / 'docs')}" for each in (ROOT / "docs").rglob("*.md"))]
+SLOW = {"README.md", *(f"docs/{name}.md" for name in ("api", "evaluation", "faq", "gpu", "quickstart"))}
+"""Documents whose blocks train, or plan, more than a tiny stage."""
 RECIPE = """\
 name: x
 model: {base: "random:llama"}
@@ -95,7 +97,9 @@ def session(prepared: Path, tmp_path: Path) -> Iterator[Callable[[str], list[str
         yield follow
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize(
+    "document", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in DOCUMENTS]
+)
 def test_every_block_of_a_document_works(document: str, session: Callable[[str], list[str]]):
     problems = session((ROOT / document).read_text(encoding="utf-8"))
     assert not problems, f"{document}\n" + "\n\n".join(problems)

@@ -13,17 +13,17 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted(f"docs/{each.relative_to(ROOT / 'docs')}" for each in (ROOT / "docs").rglob("*.md"))
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "tests/README.md", "benchmarks/NOTES.md",
              "stages/FIELDS.md", "examples/README.md", *PAGES)  # fmt: skip
-# of a run's folder, of the reader, of others
-ELSEWHERE = {"RUN/eval/results.json", "recipe.yaml", "run.json", "lineage.json", "metrics.json", "eval/results.json",
+# of the reader, of others
+ELSEWHERE = {"recipe.yaml", "run.json", "lineage.json", "metrics.json", "results.json", "eval/results.json",
              "mine.yaml", "my.yaml", "config.json", "dataset_info.json"}  # fmt: skip
 ENDINGS = ("py", "md", "toml", "yaml", "json", "svg", "txt")
 
 
 def named_files(text: str) -> list[str]:
-    """Paths within backticks or links, relative to the root; those of `ELSEWHERE` are left out."""
+    """Paths within backticks or links, relative to the root; those of `ELSEWHERE` and of a run are left out."""
     found = re.findall(rf"(?<=[`(])(?:[\w.-]+/)*[\w.-]+\.(?:{'|'.join(ENDINGS)})(?=[`)])", text)
     folders = re.findall(r"(?<=`)(?:[\w.-]+/)+(?=`)", text)
-    return [name for name in found + folders if name not in ELSEWHERE]
+    return [name for name in found + folders if name not in ELSEWHERE and not name.startswith("RUN/")]
 
 
 def exists(name: str, beside: Path) -> bool:

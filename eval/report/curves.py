@@ -9,6 +9,7 @@ from markupsafe import Markup
 from scipy.ndimage import uniform_filter1d
 
 from ...stages.kinds import KINDS, PPO, Panel
+from ..statistics.over_seeds import t_interval
 from . import svg
 from .axes import axis, frame, left_margin
 from .read import number
@@ -79,15 +80,48 @@ def _panel(panel: Panel, found: Series, counted: str) -> Curve:
     return Curve(panel.title, panel.unit, last, figure)
 
 
-def draw(title: str, curves: Sequence[tuple[str, Sequence[float], Sequence[float]]], counted: str) -> Markup:
-    """One panel: (name, places, values) of each curve; several carry their names and differ in their dashes."""
+def seed_curves(logs: Sequence[Sequence[Mapping[str, Any]]], panels: Sequence[Panel]) -> list[Curve]:
+    """The panels of stages that differ in their seed alone: the mean at each place that all have, and around it the 95%
+    interval of that mean over seeds."""
+    read = [read_curves(log) for log in logs]
+    shown = []
+    for panel in panels:
+        drawn: list[tuple[str, list[float], list[float]]] = []
+        bands: list[tuple[list[float], list[float]]] = []
+        for key, name in zip(panel.keys, panel.names or panel.keys, strict=True):
+            each = [dict(zip(*found.get(key, ([], [])), strict=True)) for _, found in read]
+            places = sorted(set.intersection(*map(set, each)))
+            if len(places) > 1:
+                fitted = [t_interval([one[place] for one in each]) for place in places]
+                drawn.append((name, places, [mean for mean, *_ in fitted]))
+                bands.append(([low for *_, low, _ in fitted], [high for *_, high in fitted]))
+        if drawn:
+            figure = draw(panel.title, drawn, read[0][0], bands)
+            shown.append(Curve(panel.title, panel.unit, short(drawn[0][2][-1]), figure))
+    return shown
+
+
+def draw(
+    title: str,
+    curves: Sequence[tuple[str, Sequence[float], Sequence[float]]],
+    counted: str,
+    bands: Sequence[tuple[Sequence[float], Sequence[float]]] = (),
+) -> Markup:
+    """One panel: (name, places, values) of each curve; several carry their names and differ in their dashes. `bands`:
+    (lower ends, upper ends) around each, or none."""
     thinned = [(name, thin(xs), thin(ys)) for name, xs, ys in curves]
     legend = 16 if len(curves) > 1 else 0
     top, floor = 10 + legend, HEIGHT - 36
-    y = axis([v for _, _, ys in thinned for v in ys], floor, top, ticks=4)
+    around = [(thin(lows), thin(highs)) for lows, highs in bands]
+    ends = [v for pair in around for each in pair for v in each]
+    y = axis([*(v for _, _, ys in thinned for v in ys), *ends], floor, top, ticks=4)
     x = axis([v for _, xs, _ in thinned for v in xs], left_margin(y), WIDTH - 12, ticks=5, tight=True)
     parts = frame(x, y, counted, "")
     at = x.start
+    for place, ((_, xs, _), (lows, highs)) in enumerate(zip(thinned, around, strict=False)):
+        edge = [*zip(xs, lows, strict=True), *reversed(list(zip(xs, highs, strict=True)))]
+        corners = svg.path_points([(x.at(a), y.at(b)) for a, b in edge])
+        parts.append(svg.tag("polygon", points=corners, class_=f"band {svg.series(place + 1)}"))
     for place, (name, xs, ys) in enumerate(thinned):
         parts += _curve(place, [x.at(v) for v in xs], [y.at(v) for v in ys])
         if legend:

@@ -15,9 +15,10 @@ from ...version import __version__
 from .. import replies
 from ..judges.verdicts import LENGTH_CONTROL_PROMPTS
 from ..report_state import check_replaceable, state_of
+from ..statistics.over_seeds import seed_groups, shared_name
 from . import benchmarks, doctor, frontier, head, lengths, lineage, reward_models, samples, svg, text, winrates
-from .curves import EVERY_PANEL, stage_curves
-from .read import Run, number, read_run
+from .curves import EVERY_PANEL, seed_curves, stage_curves
+from .read import Run, StageRecord, number, read_run
 
 TEMPLATES = Path(__file__).with_name("templates")
 
@@ -120,12 +121,27 @@ def _trained(run: Run) -> dict[str, Any] | None:
 
 
 def _curves(run: Run) -> list[dict[str, Any]]:
-    shown = []
+    shown = _over_seeds(run)
     for stage in run.stages:
         main, rest = stage_curves(stage.log, EVERY_PANEL if stage.record is None else stage.record.panels)
         numbers = {k: v for k, v in stage.metrics.items() if is_number(v)}
         if main or rest or numbers:
             shown.append({"stage": stage, "main": main, "rest": rest, "metrics": numbers})
+    return shown
+
+
+def _over_seeds(run: Run) -> list[dict[str, Any]]:
+    """The mean curves of stages that differ in their seed alone."""
+    stages, shown = {stage.name: stage for stage in run.stages}, []
+    for names in seed_groups(run.plan.get("stages") or {}):
+        those = [stages[name] for name in names if name in stages and stages[name].log]
+        if len(those) < 2:
+            continue
+        record = those[0].record
+        curves = seed_curves([stage.log for stage in those], EVERY_PANEL if record is None else record.panels)
+        words = f"mean of {len(those)} seeds, with the 95% interval of the mean"
+        group = StageRecord(shared_name(names), words, "done", None, ())
+        shown += [{"stage": group, "main": curves, "rest": [], "metrics": {}}] if curves else []
     return shown
 
 

@@ -1,6 +1,5 @@
 """Win-rates, ratings and the matrix of all pairs."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from ..judges.names import judge_name
 from ..judges.self_preference import self_preference
 from ..results import silence_words, unread_answers, unread_words
 from ..statistics.intervals import mean_se, wilson_interval
+from ..statistics.over_seeds import over_seeds, seed_groups
 from . import svg
 from .axes import Axis, axis
 from .read import Run, number
@@ -34,6 +34,7 @@ def judge_tables(run: Run) -> list[dict[str, Any]]:
     """One table per judge: its rows with bars, ratings, and the matrix where it compared more than two policies."""
     errors, places = score_errors(run), {policy: i for i, policy in enumerate(run.policies())}
     tables, own = [], self_judged(run)
+    groups = seed_groups(run.plan.get("stages") or {})
     for judge in run.judges():
         rows = [row for row in run.results if row.get("judge") == judge]
         rated = [r for r in rows if number(r.get("rating_log_odds")) is not None]
@@ -62,7 +63,7 @@ def judge_tables(run: Run) -> list[dict[str, Any]]:
                 "unread": unread_words(unread) if (unread := unread_answers(rows).get(judge)) else "",
                 "first_place": first_place_words(rows[0]),
                 "self": own.get(judge, ""),
-                "seeds": over_seeds(run, rows),
+                "seeds": [each for each in over_seeds(rows, groups) if "win_rate" in each],
                 "matrix": heat_matrix(matrix, places) if len(matrix) > 2 else [],
                 "names": [row["policy"] for row in matrix],
             }
@@ -97,51 +98,6 @@ def first_place_words(row: Mapping[str, Any]) -> str:
         return f"{said}: no favour for a place shows."
     place = "first" if share > 0.5 else "second"
     return f"{said}: this judge favours the {place} place, which both orders even out."
-
-
-def over_seeds(run: Run, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each group of policies whose stages differ in their seed alone: mean, spread and range over seeds."""
-    by_policy = {row["policy"]: row for row in rows}
-    found = []
-    for names in seed_groups(run.plan.get("stages") or {}):
-        rates = [rate for name in names if (rate := number(by_policy.get(name, {}).get("win_rate"))) is not None]
-        if len(rates) < 2:
-            continue
-        scores = [s for name in names if (s := number(by_policy.get(name, {}).get("mean_score"))) is not None]
-        spread = mean_se(rates)[1] * len(rates) ** 0.5
-        mean = sum(rates) / len(rates)
-        row = {"names": names, "n": len(rates), "win_rate": mean, "sd": spread, "low": min(rates), "high": max(rates)}
-        found.append(row | {"score": sum(scores) / len(scores) if scores else None})
-    return found
-
-
-def seed_groups(stages: Mapping[str, Any]) -> list[list[str]]:
-    """The stages of a recipe that are the same but for their seeds and those of their parents, two or more each."""
-
-    def same(name: str, above: tuple[str, ...] = ()) -> str:
-        stage = stages.get(name)
-        if not isinstance(stage, Mapping) or name in above:
-            return name
-        given = {key: value for key, value in stage.items() if key != "seed"}
-        train = given.get("train")
-        if isinstance(train, Mapping):
-            given["train"] = {key: value for key, value in train.items() if key not in ("seed", "data_seed")}
-        for key in ("from", "reward"):
-            if isinstance(given.get(key), str):
-                given[key] = same(given[key], (*above, name))
-        if isinstance(given.get("reward"), list):
-            given["reward"] = [
-                {**each, "stage": same(str(each["stage"]), (*above, name))}
-                if isinstance(each, Mapping) and "stage" in each
-                else each
-                for each in given["reward"]
-            ]
-        return json.dumps({"kind": stage.get("kind") or name, **given}, sort_keys=True, default=str)
-
-    groups: dict[str, list[str]] = {}
-    for name in stages:
-        groups.setdefault(same(name), []).append(name)
-    return [names for names in groups.values() if len(names) > 1]
 
 
 def heat_matrix(rows: Sequence[Mapping[str, Any]], places: Mapping[str, int]) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from ..job import StageJob
 from ..method_problems import no_reward
 from ..options import stage_config
 from ..run import finish, load_data, open_adapters, open_tokenizer
+from ..trackers import closing_trackers
 from ..trainers import stage_callbacks, take_up
 from .config import PPOConfig
 from .files import POLICIES
@@ -65,9 +66,10 @@ def run_ppo(job: StageJob) -> dict[str, Any]:
     keep_event_files(trainer, job.output_dir / LOGS)
     # 3. train, save
     trainer.skips.allowed = job.nonfinite_skips
-    trainer.train(take_up(trainer))
-    if data.held is not None and not _evaluated_last(trainer):
-        trainer.evaluate()
+    with closing_trackers(trainer):
+        trainer.train(take_up(trainer))
+        if data.held is not None and not _evaluated_last(trainer):
+            trainer.evaluate()
     adapters.save("default", job.output_dir, write=trainer.is_world_process_zero())
     parents = tuple(folder for folder in (job.parent, *stages) if folder is not None)
     return finish(job, tokenizer, data, args, _metrics(trainer), backbone=adapters.backbone, parents=parents)

@@ -12,6 +12,7 @@ from preftune.eval.report.page import render
 from preftune.eval.report.read import Run, StageRecord, read_run
 from preftune.eval.report.reward_models import length_words
 from preftune.eval.results import silent_judges
+from preftune.eval.statistics.over_seeds import over_seeds, seed_groups, t_interval
 from preftune.stages.kinds import stage_kind
 
 from .fake_run import build_run
@@ -65,12 +66,15 @@ def test_stages_that_differ_in_their_seed_alone_stand_together():
         "dpo1": {"kind": "dpo", "from": "sft1", "beta": 0.1, "train": {"max_steps": 4}},
         "dpo2": {"kind": "dpo", "from": "sft", "beta": 0.2, "train": {"max_steps": 4}},
     }
-    assert winrates.seed_groups(stages) == [["sft", "sft1"], ["dpo", "dpo1"]]
-    run = Run("t", (), plan={"stages": stages})
+    groups = seed_groups(stages)
+    assert groups == [["sft", "sft1"], ["dpo", "dpo1"]]
     rows = [row("dpo", win_rate=0.6), row("dpo1", win_rate=0.8), row("dpo2", win_rate=0.1)]
-    (found,) = winrates.over_seeds(run, rows)
-    assert (found["names"], found["n"], found["win_rate"]) == (["dpo", "dpo1"], 2, pytest.approx(0.7))
-    assert found["sd"] == pytest.approx(math.sqrt(0.02))
+    (found,) = over_seeds(rows, groups)
+    assert (found["policies"], found["n"], found["win_rate"]) == (["dpo", "dpo1"], 2, pytest.approx(0.7))
+    assert found["win_rate_sd"] == pytest.approx(math.sqrt(0.02))
+    # Student's t with one degree of freedom reaches 12.7062 standard errors, 0.1 each: past the ends of a rate
+    assert (found["win_rate_low"], found["win_rate_high"]) == (0.0, 1.0)
+    assert t_interval([1.0, 2.0, 3.0])[2:] == pytest.approx((2 - 4.302653 / math.sqrt(3), 2 + 4.302653 / math.sqrt(3)))
 
 
 def test_no_score_is_drawn_beyond_what_the_judge_can_give(run):

@@ -91,7 +91,7 @@ def test_a_method_of_ones_own_may_add_fields():
         ("sft", {"use_liger_kernel": True}, "pip install liger-kernel"),
         ("sft", {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycels": 1}}, "num_cycels"),
         ("sft", {"neftune_noise_alpha": 5}, "set model.packed to false"),
-        ("sft", {"logging_dir": "x"}, "RUN/<stage>/logs"),
+        ("sft", {"logging_dir": "x"}, "RUN/<stage>/runs"),
         ("sft", {"lr": 1}, "write learning_rate"),
         ("sft", {"learning_rate": None}, "leave it out for the default"),
         ("sft", {"router_aux_loss_coef": 0.1}, "no mixture of experts"),
@@ -147,11 +147,11 @@ def test_asked_for_checkpoints_stay(make_job):
     job = make_job("sft", train={"max_steps": 4, "save_steps": 2, "save_total_limit": 1})
     run_stage(job)
     assert [each.name for each in (job.output_dir / "checkpoints").iterdir()] == ["checkpoint-4"]
-    assert not (job.output_dir / "logs").exists()
+    assert not (job.output_dir / "runs").exists()
 
 
 def test_event_files_stay(make_job, monkeypatch):
-    """Of TensorBoard, in the stage's `logs` from the start; of one that writes where checkpoints are, afterwards."""
+    """Of TensorBoard, in the stage's `runs` from the start; of one that writes where checkpoints are, afterwards."""
     seen = []
 
     class TensorBoardCallback(TrainerCallback):
@@ -165,8 +165,8 @@ def test_event_files_stay(make_job, monkeypatch):
     monkeypatch.setattr(sft, "stage_callbacks", lambda job: [*stage_callbacks(job), TensorBoardCallback()])
     job = make_job("sft")
     run_stage(job)
-    assert seen == [str(job.output_dir / "logs")]
-    assert (job.output_dir / "logs" / "emissions.csv").read_text() == "1"
+    assert seen == [str(job.output_dir / "runs")]
+    assert (job.output_dir / "runs" / "emissions.csv").read_text() == "1"
     assert not (job.output_dir / "checkpoints").exists()
 
 
