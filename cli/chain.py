@@ -427,7 +427,9 @@ class Chain:
         if self._run_stage is not None:
             return
         from ..eval.report.page import write_report
+        from .cards import refresh_cards
 
+        refresh_cards(self.path)
         write_report(self.path)
 
 

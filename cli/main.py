@@ -317,6 +317,20 @@ def export(
 
 
 @app.command()
+def push(
+    source: Annotated[Path, typer.Argument(metavar="RUN/STAGE", help="A finished stage's folder.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hugging Face hub.")],
+    private: Annotated[bool, typer.Option("--private", help="A repository that is made is private.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would go.")] = False,
+    revision: Annotated[str | None, typer.Option(metavar="BRANCH", help="Default: main.")] = None,
+) -> None:
+    """Upload a stage to the Hugging Face hub: adapter, tokenizer, lineage, metrics, model card; nothing else."""
+    from .push import push_stage
+
+    push_stage(source, repo, private, dry_run, revision)
+
+
+@app.command()
 def report(run: RunArgument) -> None:
     """Write RUN/report.html again from what lies in the run folder."""
     from .commands import run_folder

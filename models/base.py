@@ -11,7 +11,7 @@ from typing import Any
 from .sound import CONFIG, check_numbers, read_header, read_object
 
 # `name` or `owner/name`; no path once resolved, no `pypi:` and no `random:` spec looks like that.
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 # What changes in config.json without changing the model.
 _CONFIG_NOISE = ("transformers_version", "_name_or_path")
 
@@ -35,12 +35,12 @@ class Base:
     @property
     def model_id(self) -> str:
         """What `from_pretrained` takes on any machine that can reach it: the hub id, or else the folder's path."""
-        return self.spec if _HUB_ID.fullmatch(self.spec) else str(self.path)
+        return self.spec if HUB_ID.fullmatch(self.spec) else str(self.path)
 
 
 def is_hub(spec: str) -> bool:
     """Whether the spec can only be a hub id: nothing of that name lies here."""
-    return _HUB_ID.fullmatch(spec) is not None and not spec.endswith(".gguf") and not Path(spec).exists()
+    return HUB_ID.fullmatch(spec) is not None and not spec.endswith(".gguf") and not Path(spec).exists()
 
 
 def content_sha256(folder: Path, weights: list[Path], spec: str) -> str:

@@ -40,6 +40,7 @@ from ..models.lineage import (
     write_lineage,
 )
 from ..models.loading import load_model
+from ..models.model_card import write_card
 from ..models.older import save_tokenizer
 from ..models.packing import attention_used
 from ..models.tokens import check_vocabulary, load_tokenizer, prepare_model, vocabulary_size
@@ -260,6 +261,7 @@ def finish(
             reward=reward,
         )
         write_lineage(job.output_dir, lineage)
+        write_card(job.output_dir)
         _clear_checkpoints(job)
     return metrics
 
