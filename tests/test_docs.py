@@ -14,8 +14,8 @@ PAGES = sorted(f"docs/{each.relative_to(ROOT / 'docs')}" for each in (ROOT / "do
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "tests/README.md", "benchmarks/NOTES.md",
              "stages/FIELDS.md", "examples/README.md", *PAGES)  # fmt: skip
 # of the reader, of others
-ELSEWHERE = {"recipe.yaml", "run.json", "lineage.json", "metrics.json", "results.json", "eval/results.json", "mine.yaml", "my.yaml",
-             "config.json", "dataset_info.json"}  # fmt: skip
+ELSEWHERE = {"recipe.yaml", "run.json", "lineage.json", "metrics.json", "results.json", "eval/results.json",
+             "mine.yaml", "my.yaml", "config.json", "dataset_info.json"}  # fmt: skip
 ENDINGS = ("py", "md", "toml", "yaml", "json", "svg", "txt")
 
 
