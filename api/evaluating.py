@@ -79,7 +79,10 @@ def evaluate(
             changes["reference"] = _known(reference, spec)
         if judges is not None:
             changes["judges"] = tuple(dict(each) for each in judges)
-        spec = replace(spec, **changes, reward_models=() if prompts is not None else spec.reward_models)
+        if prompts is not None:
+            # of the recipe's own data: not what was asked
+            changes |= {"reward_models": (), "over_optimisation": None, "benchmarks": None}
+        spec = replace(spec, **changes)
         from ..eval.run import evaluate as measure
 
         return _result(measure(spec, run))
@@ -145,4 +148,5 @@ def _result(found: "Evaluation") -> EvaluationResult:
                 for name, table in tables
             }
             samples.append(plain({**reply.as_dict(), **judged}))
-    return EvaluationResult(tuple(found.rows), tuple(samples), tuple(found.reward_models))
+    parts = (tuple(found.rows), tuple(samples), tuple(found.reward_models))
+    return EvaluationResult(*parts, found.over_optimisation, found.benchmarks)

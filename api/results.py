@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError, nearest
-from ..files import EVALUATION, LOG, REPORT, RESULTS, REWARDS, json_objects
-from ..intact import read_json
+from ..files import BENCHMARKS, EVALUATION, LOG, OVER_OPTIMISATION, REPORT, RESULTS, REWARDS, SAMPLES, json_objects
+from ..intact import read_json, read_json_object
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -52,11 +52,14 @@ class EvaluationResult:
         samples: one per policy and prompt: `policy`, `prompt_index`, `prompt`, `completion`, `tokens`, `finished`,
             `scores` and `outcomes` by judge.
         reward_models: one per reward model measured on pairs that its training left out.
+        over_optimisation, benchmarks: the content of those files, where the recipe asks for it.
     """
 
     rows: tuple[Mapping[str, Any], ...]
     samples: tuple[Mapping[str, Any], ...] = ()
     reward_models: tuple[Mapping[str, Any], ...] = ()
+    over_optimisation: Mapping[str, Any] | None = None
+    benchmarks: Mapping[str, Any] | None = None
 
     def to_pandas(self) -> "DataFrame":
         """`rows` as a table."""
@@ -72,9 +75,10 @@ class EvaluationResult:
         folder = run / EVALUATION
         if not (folder / RESULTS).is_file():
             return None
-        samples = folder / "samples.jsonl"
+        samples = folder / SAMPLES
         lines = json_objects(samples.read_text(encoding="utf-8")) if samples.is_file() else []
-        return cls(_rows(folder / RESULTS), tuple(lines), _rows(folder / REWARDS))
+        others = [read_json_object(folder / name) or None for name in (OVER_OPTIMISATION, BENCHMARKS)]
+        return cls(_rows(folder / RESULTS), tuple(lines), _rows(folder / REWARDS), *others)
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,8 @@ Processes = Annotated[
 Policies = Annotated[str | None, typer.Option(metavar="A,B", help="These policies only. Default: the recipe's.")]
 DataOption = Annotated[str | None, typer.Option("--data", help="A data entry of the recipe, or a file.")]
 
-ExportTarget = Literal["verl"]
-"""Programs that `preftune export` writes for."""
+ExportTarget = Literal["merged", "gguf", "ollama", "vllm", "verl"]
+"""What `preftune export` writes: a policy as one model, for llama.cpp, Ollama, vLLM; a PPO stage for verl to train."""
 
 
 def apart(overrides: list[str] | None) -> tuple[list[str], list[str]]:

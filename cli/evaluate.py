@@ -121,12 +121,14 @@ def kl(
     run, policies = _stage_of(run, policies)
     recipe, spec = _open(run, overrides, policies, without_eval=data is not None)
     from ..eval.commands import eval_kl
+    from ..recipes.expansion import members
     from .policies import with_reference
 
     if data is not None:
         spec = replace(spec, prompts=_data(recipe, data, "prompt"))
     if reference is not None:
-        spec = with_reference(spec, recipe, run, reference)
+        asked = members(recipe.expanded, policies.split(",")) if policies else None
+        spec = with_reference(spec, recipe, run, reference, asked)
     rows = eval_kl(spec)
     # its KL to itself says nothing, unless nothing else was asked for
     _print([row for row in rows if row["policy"] != reference or len(rows) == 1], json)

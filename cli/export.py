@@ -1,4 +1,4 @@
-"""`preftune export`: a run's stage for another program to train on."""
+"""`preftune export`, and to verl: a run's stage for another program to train on."""
 
 import inspect
 import json
@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
+from ..files import RECIPE
 from ..printed import printable
 from ..recipes.build import stage_job
 from ..recipes.schema import Recipe
 from . import verl_reward
 from .arguments import ExportTarget
 from .commands import the_stage
+from .export_model import export_model
 from .folder import holds_adapter
 from .merge import beside, check_new
 from .policies import recipe_base, run_recipe
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from ..stages.job import StageJob
     from ..stages.ppo.config import PPOConfig
 
-_KIND = "ppo"
+_KIND, _VERL = "ppo", "verl"
 _MODEL, _REWARD, _VALUE, _TOKENIZER = "model", "reward_model", "value_adapter", "tokenizer"
 _ROWS = "train.parquet"
 _REWARD_FILE, _REWARD_SETTINGS, _SCRIPT, _README = "reward.py", "reward.json", "run.sh", "README.md"
@@ -42,6 +44,29 @@ class _Export:
     sizes: Sizes
     model: str
     served: str | None
+
+
+def export_to(
+    source: Path, to: ExportTarget, stage: str | None, out: Path | None, output_dir: Path | None, dtype: str | None
+) -> None:
+    """`preftune export`: to verl a stage that is to be trained, to every other program a policy that is.
+
+    Raises:
+        UserError: no folder to write to, or two; and as `export_stage` and `export_model`.
+    """
+    if (out is None) == (output_dir is None):
+        said = "says no folder to write to" if out is None else "says two folders to write to"
+        raise UserError("preftune export", said, f"write preftune export {source} OUT --to {to}")
+    folder = out or output_dir
+    assert folder is not None
+    if to != _VERL:
+        export_model(source, to, stage, folder, dtype)
+        return
+    if dtype is not None:
+        raise UserError("--dtype", "verl takes the recipe's", "leave it out")
+    if stage is None and not (source / RECIPE).is_file() and (source.parent / RECIPE).is_file():
+        source, stage = source.parent, source.name
+    export_stage(source, to, stage, folder)
 
 
 def export_stage(run: Path, to: ExportTarget, stage: str | None, out: Path) -> None:

@@ -298,15 +298,22 @@ def merge(
 
 @app.command()
 def export(
-    run: RunArgument,
+    source: Annotated[Path, typer.Argument(metavar="RUN/STAGE", help="A finished stage's folder; of verl a run's.")],
     to: Annotated[ExportTarget, typer.Option("--to", help="For which program.")],
-    output_dir: Annotated[Path, typer.Option(help="A new folder.", show_default=False)],
-    stage: Annotated[str | None, typer.Option(help="Which, where the recipe has several PPO stages.")] = None,
+    out: Annotated[Path | None, typer.Argument(metavar="[OUT]", help="A new folder.", show_default=False)] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="The same as OUT.", show_default=False)] = None,
+    stage: Annotated[str | None, typer.Option(help="Which, where a run is given.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="merged: as of preftune merge. gguf, ollama: float16 (default), ..., q8_0.")
+    ] = None,
 ) -> None:
-    """Hand a stage to another program. verl: a PPO stage, as data, models, reward and script."""
-    from .export import export_stage
+    """Write a policy for another program: one ordinary model, a GGUF file for llama.cpp, a folder for Ollama or vLLM.
 
-    export_stage(run, to, stage, output_dir)
+    verl: a PPO stage to train there, as data, models, reward and script.
+    """
+    from .export import export_to
+
+    export_to(source, to, stage, out, output_dir, dtype)
 
 
 @app.command()

@@ -106,8 +106,13 @@ def sampling_spec(recipe: Recipe, base: "Base", run: Path) -> "EvalSpec":
     )
 
 
-def with_reference(spec: "EvalSpec", recipe: Recipe, run: Path, reference: str) -> "EvalSpec":
+def with_reference(
+    spec: "EvalSpec", recipe: Recipe, run: Path, reference: str, asked: Sequence[str] | None = None
+) -> "EvalSpec":
     """The same evaluation against another reference: base, a stage of the run, or any adapter's folder on its base.
+
+    Args:
+        asked: of these policies alone; None: of all that the evaluation has.
 
     Raises:
         UserError: there is no such policy, or it was made on another base or with another tokenizer.
@@ -116,9 +121,7 @@ def with_reference(spec: "EvalSpec", recipe: Recipe, run: Path, reference: str) 
     from ..models.tokens import load_tokenizer
 
     known = [BASE, *policies(recipe)]
-    asked = dict(spec.policies)
-    if spec.reference not in (reference, BASE) and recipe.eval is None:
-        asked.pop(spec.reference, None)
+    those = {name: folder for name, folder in spec.policies.items() if asked is None or name in asked}
     if reference in known:
         check_policy(recipe, run, reference, "--reference")
         folder = None if reference == BASE else policy_folder(recipe, run, reference)
@@ -130,7 +133,7 @@ def with_reference(spec: "EvalSpec", recipe: Recipe, run: Path, reference: str) 
         check_adapter(folder, spec.base, tokenizer)
         if read_json_object(folder / ADAPTER_CONFIG).get("task_type") == "SEQ_CLS":
             raise UserError(str(folder), "is a reward model, expected a policy", "name a stage that speaks")
-    return replace(spec, policies={**asked, reference: folder}, reference=reference)
+    return replace(spec, policies={**those, reference: folder}, reference=reference)
 
 
 def evaluation_of(

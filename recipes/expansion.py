@@ -287,7 +287,7 @@ def _name_all(text: Text, written: Mapping[str, Sequence[str]]) -> Iterator[User
         evaluation["policies"] = [new for each in listed for new in written.get(_text(each) or "", [each])]
     if isinstance(judges, list):
         evaluation["judges"] = [new for judge in judges for new in _judges(judge, written)]
-    reference = _text(evaluation.get("reference"))
+    reference = _text(evaluation.get("reference")) or ""
     if reference in written:
         names = written[reference]
         said = f"{reference} is {len(names)} stages ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"

@@ -174,6 +174,11 @@ MUTATIONS = [
         "RunningScale(*self.loop.running)", "RunningScale()",
     ),
     Mutation(
+        "P23", "an evaluation that is due is forgotten in a checkpoint", "stages/ppo/files.py",
+        "known = {each.name for each in fields(LoopState)}",
+        'known = {each.name for each in fields(LoopState)} - {"eval_due"}',
+    ),
+    Mutation(
         "P24", "adding an adapter unfreezes the others", "models/adapters.py",
         "parameter.requires_grad_(before.get(id(parameter), trainable))", "parameter.requires_grad_(True)",
     ),

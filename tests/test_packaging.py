@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("data", "models", "stages", "eval", "recipes", "cli", "api", "benchmarks")
-NOT_IMPORTED = {"gguf": "transformers reads .gguf bases with it"}
+NOT_IMPORTED: dict[str, str] = {}
 OPTIONAL = {"deepspeed", "lm-eval", "gradio", "fastapi", "uvicorn"}
 """Imported only where a user's launch has loaded it already, or where a command says that it needs an extra."""
 BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"

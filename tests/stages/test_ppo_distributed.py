@@ -210,7 +210,12 @@ def test_only_the_first_process_writes(outcome: Outcome) -> None:
     first = {file.name for file in (outcome.folder / "resumed0").rglob("*") if file.is_file()}
     assert {"adapter_model.safetensors", "optimizer.pt", "ppo_state.json", "rollouts.jsonl"} <= first
     with (outcome.folder / "whole" / "log.jsonl").open(encoding="utf-8") as lines:
-        assert [json.loads(line)["step"] for line in lines] == [4, 8, 8]  # two iterations, and the run's summary
+        assert [json.loads(line)["step"] for line in lines] == [
+            4,
+            8,
+            8,
+            8,
+        ]  # iterations, summary, evaluation
 
 
 def timeless(log: dict[str, Any]) -> dict[str, Any]:

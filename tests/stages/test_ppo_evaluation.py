@@ -73,7 +73,8 @@ def test_it_comes_at_the_end_of_the_iteration_in_which_its_step_fell_and_changes
     assert kls[0] == 0 and kls[1] != 0 and len(set(kls)) == 3
 
 
-def test_a_resumed_run_evaluates_what_the_whole_run_does(tmp_path: Path) -> None:
+@pytest.mark.checklist("P23")
+def test_p23_a_resumed_run_evaluates_what_the_whole_run_does(tmp_path: Path) -> None:
     options: dict[str, Any] = {"learning_rate": 0.05, "total_episodes": 24, "save_strategy": "steps", "save_steps": 3}
     options |= {"eval_strategy": "steps", "eval_steps": 2}
     whole = trainer(tmp_path, eval_dataset=HELD, **options)
