@@ -61,7 +61,7 @@ _ARCHITECTURES = {
     "qwen2": _Architecture("qwen2", gguf.MODEL_ARCH.QWEN2, biases=("q_proj", "k_proj", "v_proj")),
     "qwen3": _Architecture("qwen3", gguf.MODEL_ARCH.QWEN3),
 }
-"""By transformers' model_type; each was held against llama.cpp itself, logits and tokens."""
+"""By transformers' model_type. Each is held against the reload in transformers; llama.cpp itself has read llama."""
 
 _QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
