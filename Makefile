@@ -64,7 +64,7 @@ $(VENV)/.runtime: pyproject.toml constraints.txt
 # The link is for the type checker, which finds the package in src/.
 $(VENV)/.test: $(VENV)/.runtime
 	$(PIP) --editable '.[test]'
-	-$(BIN)/python -m compileall -qq -j 2 $(VENV)/lib
+	$(BIN)/python -m compileall -qq -j 2 $(VENV)/lib || true  # some packages hold files that are no Python
 	mkdir -p $(VENV)/src
 	ln -sfn "$(CURDIR)" $(VENV)/src/preftune
 	touch $@

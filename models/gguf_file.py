@@ -313,4 +313,4 @@ def _kept(
     return wanted, quantize(tensor.float().contiguous().numpy(), wanted)
 
 
-GGUF_TYPES: tuple[str, ...] = get_args(GgufType)
+GGUF_TYPES: tuple[GgufType, ...] = get_args(GgufType)

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM as Auto
 from preftune.errors import UserError
 from preftune.models.gguf_file import _LLAMA3_SPLIT as LLAMA3
 from preftune.models.gguf_file import _QWEN2_SPLIT as QWEN2
-from preftune.models.gguf_file import GGUF_TYPES, check_architecture, read_gguf, write_gguf
+from preftune.models.gguf_file import GGUF_TYPES, GgufType, check_architecture, read_gguf, write_gguf
 from preftune.models.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, byte_tokenizer
 
 TEXTS = ["Hello there, it's 2026 <|im_start|>user\nWhat's 12345 + 1?<|im_end|>\n", "  naïve 日本 \t\n\n x", ""]
@@ -115,7 +115,8 @@ def test_greedy_replies_in_sixteen_bits_are_those_of_the_rounded_model(tmp_path:
     folder = written(tmp_path / "model")
     model: Any = Auto.from_pretrained(folder, dtype=torch.float32).eval()
     prompts = torch.randint(20, 300, (20, 6), generator=torch.Generator().manual_seed(1))
-    for kind, dtype in (("f16", torch.float16), ("bf16", torch.bfloat16)):
+    kinds: dict[GgufType, torch.dtype] = {"f16": torch.float16, "bf16": torch.bfloat16}
+    for kind, dtype in kinds.items():
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype).float()
         model.save_pretrained(folder)
