@@ -7,10 +7,12 @@ import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
+from threading import Thread
 
 import pytest
 
 from preftune.errors import UserError
+from preftune.eval.chat import votes as files_of_votes
 from preftune.eval.chat.blind import CHOICES, Ballot, draw_pair, sample_ballots
 from preftune.eval.chat.votes import (
     append_vote,
@@ -20,7 +22,7 @@ from preftune.eval.chat.votes import (
     vote_rows,
     voter_name,
 )
-from preftune.journal import mend
+from preftune.journal import append_line, mend
 
 HI = [{"role": "user", "content": "hi"}]
 
@@ -196,6 +198,26 @@ def test_e06_votes_cast_at_the_same_time_are_all_there_and_there_once(tmp_path):
     assert [each.wait() for each in others] == [0, 0]
     assert sum(added) == 20
     assert Counter(each.voter for each in read_votes(path)) == {"Ada": 20, "Ben": 20, "Cy": 20}
+
+
+@pytest.mark.checklist("E6")
+def test_e06_who_votes_waits_for_a_vote_that_is_being_written(tmp_path, monkeypatch):
+    path = tmp_path / "votes.jsonl"
+    row = vote(HI, "a", "b", 1) | {"completion_a": "x", "voter": "Ada"}
+    added = []
+    second = Thread(target=lambda: added.append(cast_vote(path, row)))
+
+    def interrupted(*arguments):
+        monkeypatch.setattr(files_of_votes, "append_line", append_line)
+        second.start()
+        second.join(2)
+        append_line(*arguments)
+
+    monkeypatch.setattr(files_of_votes, "append_line", interrupted)
+    added.append(cast_vote(path, row))
+    second.join()
+    assert added == [True, False]
+    assert len(read_votes(path)) == 1
 
 
 def test_half_a_line_that_a_kill_left_is_no_vote(tmp_path):
