@@ -4,9 +4,10 @@ Lines that a command writes to a file or a pipe begin with the time (`stamp`). I
 something to show.
 """
 
+import math
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
@@ -50,8 +51,11 @@ class Meter:
         self._started = self._spoken = time.monotonic()
         self._said = -1
 
-    def __call__(self, done: int, note: str = "") -> None:
+    def __call__(self, done: int, note: str = "", values: Sequence[float] = ()) -> None:
         """`done` steps are done; the note stands behind their number.
+
+        Args:
+            values: what was measured so far; a bar has their curve behind the note.
 
         Raises:
             Stopped: a signal asked for it.
@@ -69,7 +73,8 @@ class Meter:
                 self._spoken = now
                 progress, task = self._bar
                 whole = self._whole_run(self._seconds_left(done))
-                shown = printable(", ".join(filter(None, [note, whole])))
+                curve = sparkline(values) if progress.console.encoding.startswith("utf") else ""
+                shown = printable(", ".join(filter(None, [" ".join(filter(None, [note, curve])), whole])))
                 progress.update(task, completed=done, note=shown, refresh=True)
         elif done == self._total or now - self._spoken > self._lines:
             self.say(done, note)
@@ -100,6 +105,24 @@ class Meter:
         if self._bar is not None:
             self._bar[0].stop()
             self._bar = None
+
+
+def sparkline(values: Sequence[float], width: int = 16) -> str:
+    """A curve of at most so many characters from the lowest block to a full one; "" while there are under three points.
+
+    Each character is the mean of as many neighbours as the others; what is not finite is left out.
+    """
+    points = [value for value in values if math.isfinite(value)]
+    count = min(width, len(points))
+    if count < 3:
+        return ""
+    ends = [place * len(points) // count for place in range(count + 1)]
+    means = [sum(points[a:b]) / (b - a) for a, b in zip(ends, ends[1:], strict=False)]
+    low, spread = min(means), max(means) - min(means)
+    return "".join(_BLOCKS[round((mean - low) / spread * (len(_BLOCKS) - 1)) if spread else 0] for mean in means)
+
+
+_BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 class _Silent:

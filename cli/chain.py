@@ -142,6 +142,9 @@ class Chain:
             for place, name in enumerate(selected):
                 with ahead(self._ahead(done, name, selected[place + 1 :])):
                     done.append(self._stage(name))
+                if done[-1].state == "ran":
+                    with suppress(OSError):  # its curves need not wait for what comes; the last one says what is wrong
+                        self._report()
             # 4. the evaluation, and the report
             if evaluates:
                 done.append(self._evaluation())

@@ -88,6 +88,8 @@ _SHOWN = {
     "eval_objective/kl": "held-out KL",
 }
 """What of a log the progress shows, under which name; of the two losses the later one."""
+_DRAWN = ("loss", "objective/scores")
+"""Of which a bar draws the curve: a method logs one of them."""
 
 
 class ProgressBar(TrainerCallback):
@@ -96,6 +98,7 @@ class ProgressBar(TrainerCallback):
     def __init__(self, name: str) -> None:
         self.name = name
         self.shown: dict[str, str] = {}
+        self.curve: list[float] = []
         self.meter: Meter | None = None
 
     @property
@@ -106,7 +109,7 @@ class ProgressBar(TrainerCallback):
     def drawing(self, step: int, done: int, total: int) -> None:
         """So many responses of a rollout are drawn, after that step: a bar says so, lines leave it out."""
         if self.meter is not None and done < total:
-            self.meter(step, f"{self.note} (draws {done}/{total})".lstrip())
+            self.meter(step, f"{self.note} (draws {done}/{total})".lstrip(), self.curve)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
@@ -136,11 +139,13 @@ class ProgressBar(TrainerCallback):
                     self.shown.pop("eval_loss", None)
                     self.shown.pop("loss", None)
                 self.shown[key] = f"{name} {logs[key]:.4g}"
+                if key in _DRAWN:
+                    self.curve.append(logs[key])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         # the last step is said at the end, when its loss is known
         if self.meter is not None and state.global_step < state.max_steps:
-            self.meter(state.global_step, self.note)
+            self.meter(state.global_step, self.note, self.curve)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if self.meter is not None:

@@ -12,7 +12,7 @@ from rich.live import Live
 
 from preftune import progress
 from preftune.cli.output import Output
-from preftune.progress import Meter, ahead, meter, say
+from preftune.progress import Meter, ahead, meter, say, sparkline
 from preftune.stages.callbacks import ProgressBar
 
 
@@ -72,7 +72,7 @@ def test_ppo_shows_score_kl_and_length(capsys, monkeypatch):
     state: Any = SimpleNamespace(is_world_process_zero=True, max_steps=8, global_step=0)
     told: list[tuple[int, str]] = []
     bar.on_train_begin(SimpleNamespace(disable_tqdm=True), state, None)
-    monkeypatch.setattr(bar, "meter", lambda done, note="": told.append((done, note)))
+    monkeypatch.setattr(bar, "meter", lambda done, note="", values=(): told.append((done, note)))
     bar.drawing(0, 2, 4)
     bar.on_log(None, state, None, {"objective/scores": 0.5, "objective/kl": 0.0214, "rollout/length": 12.0, "lr": 1.0})
     state.global_step = 4
@@ -86,6 +86,42 @@ def test_ppo_shows_score_kl_and_length(capsys, monkeypatch):
         (4, "score 0.5 KL 0.0214 length 12 (draws 2/4)"),
         (4, "score 0.5 KL 0.0214 length 12 held-out score 0.25"),
     ]
+
+
+def test_a_sparkline_goes_from_the_lowest_to_the_highest():
+    assert sparkline([1.0, 2.0]) == ""
+    assert sparkline([3.0, 2.0, 1.0]) == "█▅▁"
+    assert sparkline([5.0] * 4) == "▁▁▁▁"
+    assert sparkline([1.0, float("nan"), 2.0, 8.0]) == "▁▂█"
+    # each character the mean of two
+    assert sparkline([0.0, 2.0, 4.0, 4.0, 7.0, 9.0], width=3) == "▁▄█"
+    assert len(sparkline(list(range(100)))) == 16
+
+
+def test_a_bar_draws_the_curve_of_the_loss_where_its_terminal_can(monkeypatch):
+    state: Any = SimpleNamespace(is_world_process_zero=True, max_steps=8, global_step=0)
+    for encoding, curve in (("utf-8", " █▅▁"), ("latin-1", "")):
+        monkeypatch.setattr("sys.stderr", Screen(encoding))
+        bar: Any = ProgressBar("sft")
+        bar.on_train_begin(SimpleNamespace(disable_tqdm=False), state, None)
+        for step, loss in enumerate((3.0, 2.0, 1.0), 1):
+            bar.on_log(None, state, None, {"loss": loss, "grad_norm": 9.0 * step})
+        state.global_step = 4
+        monkeypatch.setattr(bar.meter, "_spoken", 0.0)
+        bar.on_step_end(None, state, None)
+        shown = bar.meter._bar[0].tasks[0].fields["note"]
+        bar.on_train_end(SimpleNamespace(), state, None)
+        assert shown.startswith(f"loss 1{curve}") and len(shown.split(",")[0]) == len(f"loss 1{curve}")
+
+
+class Screen(io.TextIOWrapper):
+    """A terminal of that encoding."""
+
+    def __init__(self, encoding: str) -> None:
+        super().__init__(io.BytesIO(), encoding=encoding)
+
+    def isatty(self) -> bool:
+        return True
 
 
 def test_a_bar_is_taken_away_when_the_work_fails(monkeypatch):

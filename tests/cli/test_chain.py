@@ -31,6 +31,19 @@ def test_a_second_run_does_nothing_and_says_so(shop: Workshop):
     assert json.loads((shop.path / "run.json").read_text())["stages"] == entries
 
 
+def test_the_report_is_written_after_every_stage_and_a_disk_that_refuses_it_stops_only_the_last(shop, monkeypatch):
+    states: list[dict[str, str]] = []
+
+    def report(_: object) -> None:
+        states.append(shop.states())
+        raise OSError("read-only")
+
+    monkeypatch.setattr("preftune.cli.chain.Chain._report", report)
+    with pytest.raises(OSError, match="read-only"):
+        shop.run()
+    assert [sum(state == "done" for state in each.values()) for each in states] == [1, 2, 3, 4, 5]
+
+
 def test_a_changed_parameter_runs_that_stage_and_what_depends_on_it(shop: Workshop):
     shop.run()
     shop.said()
