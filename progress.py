@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import TYPE_CHECKING, TextIO
 
 from . import stopping
@@ -117,7 +118,7 @@ def sparkline(values: Sequence[float], width: int = 16) -> str:
     if count < 3:
         return ""
     ends = [place * len(points) // count for place in range(count + 1)]
-    means = [sum(points[a:b]) / (b - a) for a, b in zip(ends, ends[1:], strict=False)]
+    means = [sum(points[a:b]) / (b - a) for a, b in pairwise(ends)]
     low, spread = min(means), max(means) - min(means)
     return "".join(_BLOCKS[round((mean - low) / spread * (len(_BLOCKS) - 1)) if spread else 0] for mean in means)
 
