@@ -1,7 +1,8 @@
 """How much reward for how much KL: PPO, DPO and best of n on the quickstart task, with a reward that is known.
 
-    preftune run quickstart --until reward
-    python -m preftune.benchmarks.frontier --run runs/quickstart
+    preftune run quickstart --until reward --output-dir runs/longer data.demos.limit=600 data.pairs.limit=480 \\
+        stages.sft.train.learning_rate=2e-4
+    python -m preftune.benchmarks.frontier --run runs/longer
 
 The reward is the rubric itself, so nothing can be gained by fooling a reward model. PPO is rewarded with it and held to
 KL targets over a decade by the adaptive controller; best of n picks by it; DPO learns from the shipped pairs, whose
@@ -29,7 +30,7 @@ REWARD = 'stages.ppo.reward=[{function: "preftune.benchmarks.quick:rubric_scores
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=Path("runs/quickstart"))
+    parser.add_argument("--run", type=Path, default=Path("runs/longer"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--name", default="frontier")
     args = parser.parse_args()

@@ -1,7 +1,8 @@
 """PPO of the quickstart recipe in ten seeds, nothing else changed: does any of them collapse?
 
-    preftune run quickstart --until reward
-    python -m preftune.benchmarks.ppo_seeds --run runs/quickstart
+    preftune run quickstart --until reward --output-dir runs/longer data.demos.limit=600 data.pairs.limit=480 \\
+        stages.sft.train.learning_rate=2e-4
+    python -m preftune.benchmarks.ppo_seeds --run runs/longer
 
 A seed has collapsed when its policy's rubric score at the end is below SFT's, or its KL above three times the target.
 The seed decides which prompts come when, and what is said to them.
@@ -15,7 +16,7 @@ from typing import Any
 
 from ..recipes.load import load_recipe
 from .measure import RESULTS, figure, machine, write_result
-from .quick import RECIPE, Trial, run_trials
+from .quick import LONGER, RECIPE, Trial, run_trials
 
 CURVES = {
     "objective/scores": "reward (standard deviations)",
@@ -27,12 +28,12 @@ CURVES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=Path("runs/quickstart"))
+    parser.add_argument("--run", type=Path, default=Path("runs/longer"))
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--set", nargs="*", default=[], help="recipe overrides, to try other settings")
     parser.add_argument("--name", default="ppo_seeds")
     args = parser.parse_args()
-    target = load_recipe(RECIPE, args.set).stages["ppo"].method().get("kl_target")
+    target = load_recipe(RECIPE, [*LONGER, *args.set]).stages["ppo"].method().get("kl_target")
     sft, *seeds = run_trials(
         args.run,
         [

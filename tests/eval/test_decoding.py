@@ -10,7 +10,7 @@ from preftune.models.base import Base
 from preftune.recipes.build import eval_spec
 from preftune.recipes.load import load_recipe
 
-ALONE = ("eval.temperature=0", "eval.kl=false", "eval.over_optimisation=null")
+ALONE = ("eval.temperature=0", "eval.kl=false")
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_an_evaluation_refuses_what_beams_make_meaningless(tmp_path, changes, sa
 
 def test_a_recipe_refuses_it_before_anything_trains():
     with pytest.raises(UserError, match=r"temperature 0\.7 and kl and over_optimisation would mean nothing"):
-        load_recipe("quickstart", ["eval.beams=4"])
+        load_recipe("quickstart", ["eval.beams=4", "eval.over_optimisation={gold: rubric, proxy: reward}"])
 
 
 def test_without_beams_neither_recipe_nor_key_speaks_of_them(tmp_path):
