@@ -35,14 +35,14 @@ from ...errors import UserError
 from ...files import EVAL_CACHE
 from ...models.adapters import AdapterSet
 from ...progress import meter
+from ...stages.scorers.endpoint_answers import Answers
+from ...stages.scorers.endpoint_client import Client, Endpoint, Usage
+from ...stages.scorers.endpoint_prompts import CRITERIA, comparison, rating, read_choice, read_rating, why_unread
 from ...values import is_finite
 from ..samples import Sample
 from ..shared import is_first
 from ..statistics.intervals import mean_se
 from ..statistics.winrate import order_outcomes
-from .endpoint_answers import Answers
-from .endpoint_client import Client, Endpoint, Usage
-from .endpoint_prompts import CRITERIA, comparison, rating, read_choice, read_rating, why_unread
 from .judge import Judge, JudgePlan, PairJudge
 from .names import judge_name
 

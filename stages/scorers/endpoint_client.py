@@ -17,8 +17,8 @@ from typing import Any, Protocol, runtime_checkable
 import httpx2 as httpx
 
 from ...errors import UserError
-from ..results import unread_words
 from .endpoint_answers import Answers
+from .unread import unread_words
 
 Messages = list[dict[str, str]]
 WhyUnread = Callable[[str, str | None], str | None]

@@ -9,8 +9,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..results import CUT
 from .endpoint_client import Messages
+from .unread import CUT
 
 FILTERED, EMPTY, UNREADABLE = "stopped by a content filter", "empty", "unreadable"
 CRITERIA = "how well it does what the user asks: helpful, correct, relevant, harmless and no longer than needed"
