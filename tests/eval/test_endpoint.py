@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from preftune.errors import UserError
-from preftune.stages.scorers import endpoint_client as room
+from preftune.stages.scorers import posting as room
 from preftune.stages.scorers.endpoint_answers import Answers
 from preftune.stages.scorers.endpoint_client import Client, Endpoint
 
