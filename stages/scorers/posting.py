@@ -45,7 +45,15 @@ class Server(Protocol):
 
 
 class Unanswered(UserError):
-    """A request without an answer after all retries, or one that the server refuses: another one may fare better."""
+    """A request without an answer after all retries, or one that the server refuses: another one may fare better.
+
+    Args:
+        reached: False: there is no server at that address.
+    """
+
+    def __init__(self, where: str, problem: str, remedy: str, *, reached: bool = True) -> None:
+        self.reached = reached
+        super().__init__(where, problem, remedy)
 
 
 class _Stopped(Exception):
@@ -117,14 +125,16 @@ class Poster:
         self, http: httpx.Client, body: dict[str, Any], stop: threading.Event
     ) -> tuple[httpx.Response, int]:
         server = self.server
-        problem = ""
+        problem, reached = "", True
         for attempt in range(server.retries + 1):
             asked_to_wait = 0.0
             try:
                 response = http.post(server.address, json=body)
             except httpx.RequestError as error:
+                reached = not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
                 problem = f"cannot be reached ({type(error).__name__}: {self.hide(str(error))})"
             else:
+                reached = True
                 status, inside = response.status_code, self.error_inside(response)
                 if response.is_success and inside is None:
                     return response, attempt
@@ -136,7 +146,8 @@ class Poster:
             if attempt < server.retries:
                 own = min(2.0**attempt, LONGEST_WAIT) * self._jitter.uniform(0.75, 1.25)
                 pause(max(own, asked_to_wait), stop)
-        raise Unanswered(server.where, f"{server.address} {problem}, after {server.retries} retries", self.remedies[0])
+        said = f"{server.address} {problem}, after {server.retries} retries"
+        raise Unanswered(server.where, said, self.remedies[0], reached=reached)
 
     def _refused(self, response: httpx.Response, status: int) -> UserError:
         server = self.server
