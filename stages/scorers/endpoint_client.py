@@ -219,7 +219,7 @@ class Client:
             counts = [int(used.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
             if not isinstance(text, str):
                 raise TypeError(text)
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise UserError(
                 self.endpoint.where,
                 f"{self.endpoint.address} gave no chat completion{self.poster.said(response)}",
@@ -250,7 +250,7 @@ def _error_inside(response: httpx.Response) -> int | None:
         return None
     try:
         error = said_error(json.loads(response.text))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not error:
         return None

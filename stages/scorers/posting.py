@@ -168,7 +168,7 @@ class Poster:
             given = json.loads(text)
             error = said_error(given) or given
             text = str(error.get("message", error) if isinstance(error, dict) else error)
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             pass
         line = " ".join(self.hide(text).split())
         return f" ({line[:_SHOWN]})" if line else ""
