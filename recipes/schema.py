@@ -120,6 +120,13 @@ def _as_parent(value: object) -> object:
     return value
 
 
+def _as_rule(value: object) -> object:
+    """What becomes of a reply without a score."""
+    if not (value is None or value in ("stop", "skip") or is_number(value)):
+        raise PydanticCustomError("rule", "{wanted}", {"wanted": "stop, skip or a number"})
+    return value
+
+
 class Reward(Part):
     """One source of scores, with its weight in the sum: a `kind` with its fields, as a judge has them
     (`stages/scorers/kinds.py`). `stage`, `model` and `function` alone say their kind by themselves.
@@ -136,7 +143,7 @@ class Reward(Part):
     model: str | None = None
     function: str | None = None
     weight: float = 1.0
-    on_failure: Literal["stop", "skip"] | float | None = None
+    on_failure: Annotated[Literal["stop", "skip"] | float | None, BeforeValidator(_as_rule)] = None
 
     def entry(self) -> dict[str, Any]:
         """What it says of its source, as of a judge."""
