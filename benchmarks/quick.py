@@ -134,7 +134,7 @@ def _summary(replies: Sequence[Any], scores: Sequence[float], kl: float) -> dict
 
 
 def _rubric(recipe: Recipe) -> Any:
-    from ..eval.judges.rubric import parse_rubric
+    from ..stages.scorers.rubric import parse_rubric
 
     assert recipe.eval is not None
     checks = next(each["checks"] for each in recipe.eval.judges if each["kind"] == "rubric")

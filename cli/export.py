@@ -117,6 +117,12 @@ def _check_parents(recipe: Recipe, name: str, job: "StageJob", run: Path) -> Non
             remedy = f"train it: preftune run {run / 'recipe.yaml'} --until {folder.name}"
             raise UserError(str(folder), "holds no adapter", remedy)
     where = f"stages.{name}.reward"
+    for each in job.rewards:
+        if each.kind not in ("stage", "model", "function"):
+            said = f"a source of kind {each.kind}, which is not written out for verl"
+            raise UserError(where, said, "write it as a Python function, or train here")
+        if each.on_failure != "stop":
+            raise UserError(where, "on_failure is none of verl's", "leave it out")
     models = [each.name for each in job.rewards if each.kind != "function"]
     if len(models) > 1:
         said = f"{len(models)} reward models, and verl serves one"

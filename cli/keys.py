@@ -13,8 +13,9 @@ from ..eval.judges.kinds import judge_parts
 from ..models.fingerprints import code_sha256, content, folder_sha256
 from ..recipes.build import base_dtype, data_spec, data_values, folders, lora_values, reward_stages
 from ..recipes.graph import parents
-from ..recipes.schema import BASE, Benchmarks, Recipe
+from ..recipes.schema import BASE, Benchmarks, Recipe, Reward
 from ..stages.kinds import source_file
+from ..stages.scorers.kinds import KINDS as SCORERS
 
 if TYPE_CHECKING:
     from ..models.base import Base
@@ -119,14 +120,24 @@ class Keys:
         elif stage.parent == BASE:
             parts["from"] = BASE
         for index, source in enumerate(stage.rewards):
-            parts |= _flat(f"reward.{index}", source.model_dump(exclude_none=True))
-            if source.function is not None:
-                parts[f"code of {source.function}"] = code_sha256(source.function)
-            if source.model is not None and Path(source.model).is_dir():
-                parts[f"files of {source.model}"] = folder_sha256(Path(source.model))
+            parts |= self._reward(index, source)
         if (method := source_file(stage.kind)) is not None:
             parts[f"code of {stage.record.name}"] = hashlib.sha256(method.read_bytes()).hexdigest()
         return counted(parts)
+
+    @staticmethod
+    def _reward(index: int, source: Reward) -> dict[str, Any]:
+        """What a source's scores depend on: its words, and the code and files that they name."""
+        said = source.model_dump(exclude_none=True)
+        kind = SCORERS.get(source.scorer or "")
+        parts = _flat(f"reward.{index}", said if kind is None else kind.counted(said))
+        if source.function is not None:
+            parts[f"code of {source.function}"] = code_sha256(source.function)
+        if kind is not None and kind.name == "model" and source.model is not None and Path(source.model).is_dir():
+            parts[f"files of {source.model}"] = folder_sha256(Path(source.model))
+        if isinstance(adapter := said.get("adapter"), str):
+            parts[f"files of {adapter}"] = content(Path(adapter).expanduser())
+        return parts
 
     def evaluation(self, known: Mapping[str, str]) -> dict[str, Any]:
         """What the evaluation's result depends on: its part of the recipe, and the stages that it looks at."""

@@ -10,12 +10,15 @@ from ..data.overlap import PromptSet, overlap_words, overlaps
 from ..data.report import DataReport
 from ..data.spec import RowKind
 from ..data.split import check_sides
-from ..errors import UserError, gathering, raise_found
+from ..errors import UserError, gathering, nearest, raise_found
 from ..recipes.build import base_dtype, data_spec, eval_spec, folders, stage_job
 from ..recipes.expansion import expansion_words
 from ..recipes.graph import lines_of_descent, order, unused_stages
 from ..recipes.load import load_recipe
 from ..recipes.schema import Data, Recipe
+from ..stages.scorers.kinds import KINDS as SCORERS
+from ..stages.scorers.verifiers import Unusable as UnusableAnswer
+from ..stages.scorers.verifiers import Verifier, parse_verifier
 from ..values import is_number
 from .output import Output
 from .process import make_functions_importable, quiet_libraries
@@ -221,12 +224,14 @@ class DataCheck:
         spec = data_spec(entry, self.recipe.seed)
         label = f"data {name} as {_ROW_NAMES[kind]}" if name != EVAL_PROMPTS else name
         read, prompts, columns = DataReport(), PromptSet(spec, named=name == EVAL_PROMPTS), Columns()
+        answers = Answers(self.recipe, name, kind)
         encoded: DataReport | None = None
 
         def rows() -> "Iterator[Row]":
             for row in stream_rows(spec, kind, folders(self.recipe), read, _place(name)):
                 prompts.add(row)
                 columns.add(row)
+                answers.add(row)
                 yield row
 
         try:
@@ -261,6 +266,7 @@ class DataCheck:
                 trained = prompts.trained_rows
                 check_sides(spec.held_out, trained, prompts.rows - trained, f"{_place(name)}.held_out")
         found += self._function_problems(name, kind, columns)
+        found += answers.problems(columns)
         found += self._batch_problems(name, kind, prompts.trained_rows)
         raise_found(found)
 
@@ -275,7 +281,7 @@ class DataCheck:
             named = [(f"eval.judges[{i}].function", each, columns.every) for i, each in functions if each]
         for stage_name, stage in self.recipe.stages.items():
             if stage.data == name:
-                functions = ((place, each.function) for place, each in enumerate(stage.rewards))
+                functions = ((place, each.function) for place, each in enumerate(stage.rewards) if each.function)
                 here = f"stages.{stage_name}.reward"
                 named += [(f"{here}.{i}", each, columns.some) for i, each in functions if each]
         if named:
@@ -342,6 +348,72 @@ class DataCheck:
         if self.output is not None:
             for line in lines:
                 self.output.say(f"{label}: {line}")
+
+
+class Answers:
+    """What verifiers and servers read in the columns of an entry's rows, looked at row by row.
+
+    Args:
+        name: the data entry. kind: of the rows.
+    """
+
+    def __init__(self, recipe: Recipe, name: str, kind: RowKind) -> None:
+        self._sources = list(_column_readers(recipe, name)) if kind == "prompt" else []
+        self._verifiers = [found for found in map(_verifier, self._sources) if found is not None]
+        self._bad: dict[str, tuple[str, int]] = {}
+
+    def add(self, row: "Row") -> None:
+        """One more row."""
+        for where, verifier in self._verifiers:
+            if row.columns.get(verifier.column or "") is None:
+                continue  # said once, of all rows
+            try:
+                verifier.check_row(row.columns)
+            except UnusableAnswer as error:
+                first, count = self._bad.get(where, (f"{row.origin}: {error}", 0))
+                self._bad[where] = first, count + 1
+
+    def problems(self, columns: "Columns") -> Iterator[UserError]:
+        """Columns that not every row has, and answers that nothing can be compared with; a source that says what
+        becomes of those (`on_failure`) takes them."""
+        for where, entry in self._sources:
+            if entry.get("on_failure", "stop") != "stop":
+                continue
+            for column in SCORERS[str(entry["kind"])].columns(entry):
+                if column not in columns.every:
+                    some = "not every row has it" if column in columns.some else "no row has it"
+                    said = f"reads the column {column!r}, and {some}"
+                    known = sorted(columns.every)
+                    remedy = nearest(column, known) if known else "add the column, or say on_failure"
+                    yield UserError(where, said, remedy)
+            if where in self._bad:
+                first, count = self._bad[where]
+                more = f", and {count - 1} more rows" if count > 1 else ""
+                yield UserError(where, f"{first}{more}", "correct the data, or say on_failure")
+
+
+def _column_readers(recipe: Recipe, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, entry with its kind) of each judge and source that scores replies to the prompts of that data entry."""
+    if name == EVAL_PROMPTS and recipe.eval is not None:
+        judges = [(f"eval.judges[{place}]", dict(each)) for place, each in enumerate(recipe.eval.judges)]
+        yield from (each for each in judges if each[1].get("kind") in SCORERS)
+    for stage_name, stage in recipe.stages.items():
+        for place, reward in enumerate(stage.rewards if stage.data == name else ()):
+            if (kind := reward.scorer) in SCORERS:
+                rule = {} if reward.on_failure is None else {"on_failure": reward.on_failure}
+                yield f"stages.{stage_name}.reward.{place}", {**reward.entry(), "kind": kind, **rule}
+
+
+def _verifier(source: tuple[str, dict[str, Any]]) -> tuple[str, Verifier] | None:
+    """The verifier that an entry describes; None of another kind, and of a malformed one, of which others tell."""
+    where, entry = source
+    if entry["kind"] != "verifier":
+        return None
+    fields = {key: value for key, value in entry.items() if key not in ("kind", "name", "on_failure")}
+    try:
+        return where, parse_verifier(fields, where)
+    except UserError:
+        return None
 
 
 class Columns:

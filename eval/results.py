@@ -17,19 +17,9 @@ from ..files import (
     read_regular,
     whole_folder,
 )
+from ..stages.scorers.unread import unread_words
 from ..values import plain
 from .samples import Sample
-
-CUT = "cut at max_tokens"
-"""Why an answer of an endpoint held no verdict: the one reason that a recipe can mend."""
-
-
-def unread_words(unread: Mapping[str, int]) -> str:
-    """ "3 answers without a verdict (2 cut at max_tokens, 1 empty), asked again on the next run"."""
-    total = sum(unread.values())
-    why = ", ".join(f"{n} {reason}" for reason, n in unread.items())
-    raise_it = "; raise parameters.max_tokens" if CUT in unread else ""
-    return f"{total} answer{'s' if total > 1 else ''} without a verdict ({why}), asked again on the next run{raise_it}"
 
 
 class AgainstOther(TypedDict):

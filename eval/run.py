@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..progress import say
+from ..stages.scorers.endpoint_client import Metered
 from ..values import plain
 from .drawn import DrawnReplies
-from .judges.endpoint_client import Metered
 from .judges.judge import Judge, PairJudge, PlacingJudge, asked
 from .judges.registry import plan_judges
 from .judges.verdicts import COLUMNS, Verdicts, verdict_columns

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ..files import ADAPTER_CONFIG, LINEAGE
 from ..intact import read_json_object
 from . import schema
-from .schema import BASE, Data, Precision, Recipe, Stage
+from .schema import BASE, Data, Precision, Recipe, Reward, Stage
 
 if TYPE_CHECKING:
     from ..data.spec import DataSpec
@@ -61,18 +61,25 @@ def lora_values(recipe: Recipe, name: str) -> dict[str, Any]:
 
 def reward_sources(stage: Stage, run_dir: Path) -> "tuple[RewardSource, ...]":
     """Where the stage's scores come from; a reward stage is its folder in the run."""
+    return tuple(reward_source(each, run_dir) for each in stage.rewards)
+
+
+def reward_source(reward: Reward, run_dir: Path) -> "RewardSource":
+    """One of them."""
     from ..stages.ppo.rewards import RewardSource
 
-    made = []
-    for each in stage.rewards:
-        if each.stage is not None:
-            made.append(RewardSource("stage", str(run_dir / each.stage), each.weight))
-        elif each.model is not None:
-            made.append(RewardSource("model", each.model, each.weight))
-        else:
-            assert each.function is not None  # the graph's check
-            made.append(RewardSource("function", each.function, each.weight))
-    return tuple(made)
+    kind, settings = reward.scorer, reward.settings()
+    rule = "stop" if reward.on_failure is None else reward.on_failure
+    if kind == "reward":
+        folder = run_dir / reward.stage if reward.stage is not None else Path(settings["adapter"]).expanduser()
+        return RewardSource("stage", str(folder), reward.weight, on_failure=rule)
+    if kind == "model":
+        size = {"batch_size": settings["batch_size"]} if "batch_size" in settings else {}
+        return RewardSource("model", str(reward.model), reward.weight, size, rule)
+    if kind == "function":
+        return RewardSource("function", str(reward.function), reward.weight, on_failure=rule)
+    assert kind is not None  # the graph's check
+    return RewardSource(kind, reward.called, reward.weight, settings, rule, run_dir)  # pyright: ignore[reportArgumentType]: one of them
 
 
 def start_folder(stage: Stage, run_dir: Path) -> Path | None:

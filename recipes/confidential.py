@@ -37,10 +37,10 @@ def secret_problems(text: Text) -> Iterator[UserError]:
         key = next((part for part in reversed(path) if isinstance(part, str)), "")
         if _is_secret(key, value):
             remedy = "keep it in the environment, which is read there"
-            if key in _HUB:
-                remedy = "leave it out: the hub reads $HF_TOKEN"
-            elif "judges" in path:
+            if "judges" in path or "reward" in path:
                 remedy = "leave it out, and put the key into the environment (api_key_env names the variable)"
+            elif key in _HUB:
+                remedy = "leave it out: the hub reads $HF_TOKEN"
             yield problem(text, path, "holds a key or a password, which a recipe would spread", remedy)
 
 

@@ -10,9 +10,12 @@ from typing import Any
 from ..errors import UserError, nearest
 from ..eval.decoding import beam_problem
 from ..files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DOCTOR, EVAL_CACHE, EVALUATION, RECIPE, REPORT, RUN_STATE, VOTES
+from ..stages.names import meant
+from ..stages.scorers.kinds import IMPLIED
+from ..stages.scorers.kinds import KINDS as SCORERS
 from .build import lora_values
 from .problems import problem
-from .schema import BASE, Data, Recipe, Stage
+from .schema import BASE, Data, Recipe, Reward, Stage
 from .text import Path_, Text
 
 # Names that mean something else in a run folder, or in `from`.
@@ -23,6 +26,8 @@ _SUFFIXES = (".json", ".jsonl", ".yaml", ".html", ".lock", ".partial", ".old")
 _LONGEST = 100
 _SHOWN = 10
 _NAME = re.compile(r"\w[\w.-]*")
+_LARGEST = 3.4e38
+"""Scores are fp32."""
 
 
 def parents(recipe: Recipe, name: str) -> list[str]:
@@ -83,7 +88,7 @@ def lines_of_descent(recipe: Recipe) -> list[str]:
     lines = []
     for name in order(recipe):
         stage = recipe.stages[name]
-        rewards = [each.stage or each.model or each.function for each in stage.rewards]
+        rewards = [each.stage or each.model or each.function or each.called for each in stage.rewards]
         scored = f", rewards: {' and '.join(map(str, rewards))}" if rewards else ""
         lines.append(f"{name} (from {'the adapter ' if stage.imports else ''}{stage.parent}{scored})")
     return lines
@@ -202,20 +207,49 @@ def _data_problems(recipe: Recipe, text: Text) -> Iterator[UserError]:
 def _reward_problems(recipe: Recipe, text: Text, name: str, stage: Stage, rewards: list[str]) -> Iterator[UserError]:
     for index, source in enumerate(stage.rewards):
         path: Path_ = ("stages", name, "reward", index)
-        given = [key for key in ("stage", "model", "function") if getattr(source, key) is not None]
-        if len(given) != 1:
-            said = f"names {' and '.join(given) or 'nothing'}, expected one of stage, model, function"
-            yield problem(text, path, said, "give each source its own entry")
+        kind = source.scorer
+        if kind not in SCORERS:
+            yield _no_kind(text, path, source)
             continue
-        if source.stage is not None and source.stage not in rewards:
+        fields = SCORERS[kind].fields
+        for key in source.settings():
+            if key not in fields:
+                remedy = meant(key, "reward") or nearest(key, (*fields, "kind", "name", "weight", "on_failure"))
+                yield problem(text, (*path, key), f"a {kind} source takes no {key!r}", remedy)
+        if kind == "reward" and (source.stage is None) == (source.settings().get("adapter") is None):
+            said = "a reward source needs a stage or an adapter folder, not both"
+            yield problem(text, path, said, "write stage: reward")
+        if source.stage is not None and kind == "reward" and source.stage not in rewards:
             known = recipe.stages.get(source.stage)
             said = f"no stage {source.stage!r}" if known is None else f"stage {source.stage!r} is of kind {known.kind}"
             remedy = nearest(source.stage, rewards) if rewards else "add a stage of kind reward"
             yield problem(text, path, f"{said}, expected a reward stage", remedy)
-        if source.function is not None and ":" not in source.function:
+        if kind == "function" and ":" not in str(source.function or ""):
             yield problem(
                 text, path, f"is {source.function!r}, expected module:function", "write my_module:my_function"
             )
+        if kind == "model" and not source.model:
+            yield problem(text, path, "names no model", "write model: FOLDER, or a hub id")
+        if isinstance(source.on_failure, float) and abs(source.on_failure) > _LARGEST:
+            yield problem(text, (*path, "on_failure"), f"is {source.on_failure}", "write stop, skip or a number")
+
+
+def _no_kind(text: Text, path: Path_, source: Reward) -> UserError:
+    """The error of a source that is of none of the kinds, or of several."""
+    known = ", ".join(SCORERS)
+    if source.kind is None:
+        given = [key for key in IMPLIED if getattr(source, key) is not None]
+        if unknown := next(iter(source.model_extra or {}), None):
+            known_key = any(unknown in each.fields for each in SCORERS.values())
+            if not known_key:
+                said = f"{unknown!r} is no key of a source of scores"
+                remedy = meant(unknown, "reward") or nearest(unknown, ("kind", *IMPLIED, "weight", "on_failure"))
+                return problem(text, (*path, unknown), said, remedy)
+        said = f"names {' and '.join(given) or 'nothing'}, expected one of {', '.join(IMPLIED)}, or a kind"
+        return problem(text, path, said, "give each source its own entry" if given else f"write kind: one of {known}")
+    if source.kind == "human":
+        return problem(text, (*path, "kind"), "people compare replies, and a reward scores one", f"use one of {known}")
+    return problem(text, (*path, "kind"), f"is {source.kind!r}, expected one of {known}", nearest(source.kind, SCORERS))
 
 
 def _said_twice(text: Text, here: Path_, stage: Stage) -> Iterator[UserError]:

@@ -12,7 +12,8 @@ from typing import Any
 from ..stages import fields
 from ..stages.fields import FIELDS, PARAMETER, TRAINING, Field, Meaning
 from ..stages.kinds import KINDS, Parameter, StageKind
-from .meanings import MEANINGS
+from ..stages.scorers.kinds import KINDS as SCORERS
+from .meanings import JUDGES, MEANINGS
 from .schema import Recipe, stage_model
 
 FILE = Path(__file__).with_name("recipe.schema.json")
@@ -61,6 +62,13 @@ def recipe_schema() -> Schema:
         "properties": {name: {**named, "else": {"$ref": f"#/$defs/{name}_stage"}} for name in KINDS},
         "additionalProperties": {"allOf": [{"required": ["kind"]}, {"$ref": "#/$defs/stage"}]},
     }
+    # a source of scores has the fields of its kind
+    source = definitions["Reward"]
+    source["properties"]["kind"] = {"enum": list(SCORERS)}
+    for name, kind in SCORERS.items():
+        for field in kind.fields:
+            source["properties"].setdefault(field, {"description": JUDGES[name][field]})
+    source["additionalProperties"] = False
     # the name of a data entry stands for the entry
     prompts = definitions["Eval"]["properties"]["prompts"]
     definitions["Eval"]["properties"]["prompts"] = {"anyOf": [_TEXT, prompts]}

@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from .over_optimisation import settle_over_optimisation
 from .parents import settle_parents
 from .problems import dotted, places_of, problem, schema_problems, shown
 from .schema import Recipe
-from .text import Path_, Text, parse_file, parse_value, plain_value
+from .text import Path_, Text, parse_file, parse_value, plain_value, read_text
 
 SHIPPED = Path(__file__).parent
+_TEXT_FILES = (".txt", ".md", ".j2", ".jinja")
 # Their entries have names of the user's: an override cannot make one up by a slip of the pen.
 _NAMED = ("data", "stages")
 Overrides = Sequence[str] | Mapping[str, Any]
@@ -64,8 +65,8 @@ def _recipe(text: Text, file: Path, overrides: Overrides) -> Recipe:
     # before anything else is said of such a value
     raise_found(secret_problems(text))
     complete = _normalise(text, file.parent, found)
-    with gathering(found):
-        _read_checks(text, file.parent)
+    _read_files(text, file.parent, found)
+    raise_found(secret_problems(text))
     recipe = _validated(text, found)
     if recipe is not None and complete:
         # what follows from a key that is refused already is not said as well
@@ -291,16 +292,44 @@ def _place_kind(text: Text, name: str, stage: dict[str, Any], folder: Path) -> N
     stage_kind(stage["kind"], f"{text.place(where)}: {dotted(where)}")
 
 
-def _read_checks(text: Text, folder: Path) -> None:
-    """A rubric's `checks` may name a YAML file; the run keeps what it said, so later edits change no old result."""
-    evaluation = text.values.get("eval")
-    judges = evaluation.get("judges") if isinstance(evaluation, dict) else None
-    for place, judge in enumerate(judges if isinstance(judges, list) else ()):
-        if isinstance(judge, dict) and isinstance(named := judge.get("checks"), str):
-            file = find(named, (folder,))
-            if file is None or not file.is_file():
-                raise problem(text, ("eval", "judges", place, "checks"), f"no file {named!r}", "correct the path")
-            judge["checks"] = parse_file(file).values
+def _read_files(text: Text, folder: Path, found: list[UserError]) -> None:
+    """What a judge or a source of scores may name a file for: a rubric's `checks`, a JSON `schema`, a `prompt`.
+
+    The run keeps what the file said, so later edits change no old result.
+    """
+    for path, entry in _scorers(text.values):
+        for key in ("checks", "schema"):
+            if isinstance(named := entry.get(key), str):
+                with gathering(found):
+                    entry[key] = parse_file(_file(text, (*path, key), named, folder)).values
+        named = entry.get("prompt")
+        if isinstance(named, str) and "\n" not in named and (named.endswith(_TEXT_FILES) or len(named.split()) == 1):
+            with gathering(found):
+                entry["prompt"] = read_text(_file(text, (*path, "prompt"), named, folder))
+
+
+def _scorers(values: Any) -> Iterator[tuple[Path_, dict[str, Any]]]:
+    """The judges and the sources of scores, with their places."""
+    evaluation, stages = values.get("eval"), values.get("stages")
+    several: list[tuple[Path_, Any]] = []
+    if isinstance(evaluation, dict):
+        several.append((("eval", "judges"), evaluation.get("judges")))
+    for name, stage in stages.items() if isinstance(stages, dict) else ():
+        if isinstance(stage, dict):
+            several.append((("stages", name, "reward"), stage.get("reward")))
+    for path, entries in several:
+        if isinstance(entries, dict):
+            yield path, entries
+        for place, entry in enumerate(entries if isinstance(entries, list) else ()):
+            if isinstance(entry, dict):
+                yield (*path, place), entry
+
+
+def _file(text: Text, path: Path_, named: str, folder: Path) -> Path:
+    file = find(named, (folder,))
+    if file is None or not file.is_file():
+        raise problem(text, path, f"no file {named!r}", "correct the path")
+    return file
 
 
 def _place_files(recipe: Recipe, folder: Path) -> None:
@@ -318,6 +347,9 @@ def _place_files(recipe: Recipe, folder: Path) -> None:
     for judge in recipe.eval.judges if recipe.eval else ():
         named = ("votes", "adapter", "cache", *(("model",) if judge.get("kind") == "model" else ()))
         judge.update({key: placed(judge[key]) for key in named if isinstance(judge.get(key), str)})
+    for stage in recipe.stages.values():
+        for extra in (each.model_extra or {} for each in stage.rewards):
+            extra.update({key: placed(extra[key]) for key in ("adapter", "cache") if isinstance(extra.get(key), str)})
     if recipe.eval is not None and (asked := recipe.eval.benchmarks) is not None:
         asked.tasks = [placed(each) if each.endswith((".yaml", ".yml")) else each for each in asked.tasks]
         asked.include_path = None if asked.include_path is None else placed(asked.include_path)

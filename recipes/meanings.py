@@ -78,10 +78,15 @@ MEANINGS: Meanings = {
         "seed": "Of the mixing and of what is held out. Default: the recipe's.",
     },
     "Reward": {
+        "kind": "What scores: a kind of judge that scores one reply, with its fields (see Judges). stage, model and "
+        "function say theirs by themselves.",
+        "name": "Its name in messages.",
         "stage": "A reward stage of this recipe.",
         "model": "A sequence-classification model with one output: a folder or a hub id.",
         "function": "A Python function, module:name, with TRL's reward-function signature.",
         "weight": "Factor of these scores in the sum.",
+        "on_failure": "A reply that it fails to score: stop (default); skip, which leaves this source out for that "
+        "reply; or the number that the reply gets.",
     },
     "Stage": {
         "kind": "What kind of stage it is. Default: the stage's name.",
@@ -148,8 +153,39 @@ PARTS: Mapping[str, tuple[str, str]] = {
 }
 """A part -> its heading in the reference, and its place in a recipe."""
 
+_SERVER = {
+    "api_key_env": "The environment's variable that holds the key.",
+    "concurrency": "Requests at a time. Default: 8.",
+    "retries": "After 429, 5xx or a failed connection, waiting longer each time. Default: 6.",
+    "timeout": "Seconds. Default: 120.",
+    "cache": "The folder of kept answers. Default: eval-cache in the run folder; false: none are kept.",
+}
+
 JUDGES: Meanings = {
     "rubric": {"checks": "A list of checks, or a YAML file with one."},
+    "verifier": {
+        "check": "exact, numeric, regex, json, length, starts_with, ends_with, contains, excludes, no_code or tags.",
+        "column": "exact, numeric: the data's column with the right answer, or a list of right ones; regex: what the "
+        "pattern's first group must be.",
+        "value": "exact, numeric: the right answer for every row, in place of a column.",
+        "extract": "exact, numeric: where the answer stands, the first of these that the reply has: boxed, hash "
+        "(####), answer (<answer>), last_line, last_number, all. Default: boxed, hash, answer, all or last_number.",
+        "ignore_case": "exact, starts_with, ends_with, contains, excludes: case means nothing.",
+        "ignore_punctuation": "exact: punctuation means nothing.",
+        "tolerance": "numeric: how far the number may be off. Default: 0.",
+        "relative_tolerance": "numeric: the same, as a share of the right number. Default: 0.",
+        "percent": "numeric: 12% is 0.12. Default: the sign is passed over, and 12% is 12.",
+        "decimal": "numeric: what stands before tenths, '.' (default) or ','; the other one stands between thousands.",
+        "pattern": "regex: a regular expression of Python's.",
+        "full": "regex: the whole reply is what the pattern describes. Default: it is found somewhere.",
+        "schema": "json: a JSON schema, or a file with one. Default: any JSON will do.",
+        "fenced": "json: one code block around it is allowed (default).",
+        "unit": "length: words (default), characters or tokens.",
+        "min": "length: at least so many.",
+        "max": "length: at most so many.",
+        "values": "starts_with, ends_with: one of these texts; contains: each of them; excludes: none.",
+        "tags": "tags: their names, in order. Default: think, answer.",
+    },
     "reward": {
         "stage": "A reward stage of this recipe; or",
         "adapter": "the folder of a reward adapter on the same base.",
@@ -160,17 +196,25 @@ JUDGES: Meanings = {
         "model": "A sequence-classification model with one output: a folder or a hub id.",
         "batch_size": "Rows in one forward.",
     },
+    "http": {
+        "url": "Where prompts, completions and columns are posted.",
+        "format": "plain (default), openrlhf (as its remote_rm_url is asked), verl (as its compute_score is called).",
+        "column": "The data's column that is openrlhf's labels, verl's ground_truth.",
+        "batch_size": "Replies in a request. Default: 32; verl's has one.",
+        **_SERVER,
+        "api_key_env": "The environment's variable that holds a key, sent as a bearer token. Default: none is sent.",
+    },
     "endpoint": {
         "url": "What comes before /chat/completions.",
         "model": "The model's name there.",
-        "mode": "pairwise: which of two replies is better, asked in both orders (default); score: one reply, 1 to 10.",
-        "criteria": "What makes a reply better, in words.",
-        "api_key_env": "The environment's variable that holds the key.",
+        "mode": "pairwise: which of two replies is better, asked in both orders (a judge's default); score: one reply, "
+        "1 to 10 (a reward's).",
+        "criteria": "What makes a reply better, in words; or",
+        "criteria_column": "the data's column that says it, row by row; or",
+        "prompt": "the instruction in place of ours, text or a file; {column} stands for the row's. The form of the "
+        "verdict is added.",
         "parameters": "Fields of the request; null leaves one out.",
-        "concurrency": "Requests at a time.",
-        "retries": "After 429, 5xx or a failed connection, waiting longer each time.",
-        "timeout": "Seconds.",
-        "cache": "The folder of kept answers. Default: eval-cache in the run folder.",
+        **_SERVER,
         "price_per_million": "{input: ..., output: ...}: tokens' price; the cost is then reported.",
     },
 }

@@ -57,7 +57,8 @@ def _lines() -> Iterator[str]:
             for kind in KINDS.values():
                 yield from _kind(kind, schema["$defs"])
     yield "## Judges\n"
-    yield "`eval.judges`: each entry has a `kind`, the fields of that kind, and a `name` if it wants another one.\n"
+    yield "`eval.judges`: each entry has a `kind`, the fields of that kind, and a `name` if it wants another one."
+    yield "A stage's `reward` takes the same, but for `human`; [Rewards](rewards.md) says more of each.\n"
     yield "| kind | field | meaning |"
     yield "|---|---|---|"
     for name, kind in JUDGE_KINDS.items():

@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from ..errors import Summary, UserError, UserErrors
 from ..stages.kinds import StageKind, stage_kind
+from ..stages.scorers.kinds import entry_kind, reward_name
 from ..values import is_number
 
 BASE = "base"
@@ -119,13 +120,49 @@ def _as_parent(value: object) -> object:
     return value
 
 
-class Reward(Part):
-    """One source of scores: exactly one of `stage`, `model` and `function`, with its weight in the sum."""
+def _as_rule(value: object) -> object:
+    """What becomes of a reply without a score."""
+    if not (value is None or value in ("stop", "skip") or is_number(value)):
+        raise PydanticCustomError("rule", "{wanted}", {"wanted": "stop, skip or a number"})
+    return value
 
+
+class Reward(Part):
+    """One source of scores, with its weight in the sum: a `kind` with its fields, as a judge has them
+    (`stages/scorers/kinds.py`). `stage`, `model` and `function` alone say their kind by themselves.
+
+    `on_failure`: what becomes of a reply that it fails to score: the stage stops, the source is left out for that
+    reply, or the reply gets that number from it.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    kind: str | None = None
+    name: str | None = None
     stage: str | None = None
     model: str | None = None
     function: str | None = None
     weight: float = 1.0
+    on_failure: Annotated[Literal["stop", "skip"] | float | None, BeforeValidator(_as_rule)] = None
+
+    def entry(self) -> dict[str, Any]:
+        """What it says of its source, as of a judge."""
+        said = {**self.model_dump(exclude={"weight", "on_failure"}, exclude_none=True)}
+        return {key: value for key, value in said.items() if value is not None}
+
+    def settings(self) -> dict[str, Any]:
+        """The fields of its kind."""
+        return {key: value for key, value in self.entry().items() if key not in ("kind", "name")}
+
+    @property
+    def scorer(self) -> str | None:
+        """The kind that it has or implies; None where it does neither."""
+        return entry_kind(self.entry())
+
+    @property
+    def called(self) -> str:
+        """Its name in messages."""
+        return reward_name(self.entry())
 
 
 class Stage(Part):
@@ -355,4 +392,4 @@ def _written(part: Any) -> Any:
         value = _written(getattr(part, name))
         if not (value is None and info.default is None) and value != {}:
             values[info.alias or name] = value
-    return values
+    return values | {name: _written(value) for name, value in (part.model_extra or {}).items()}

@@ -123,12 +123,16 @@ def parse(text: str, name: str) -> Text:
 
 def parse_file(file: Path) -> Text:
     """Parse a YAML file; as `parse`, and an error where it cannot be read."""
+    return parse(read_text(file), str(file))
+
+
+def read_text(file: Path) -> str:
+    """What a text file says, up to a bound. Raises UserError where it cannot be read."""
     try:
         with file.open(encoding="utf-8-sig") as opened:
-            text = opened.read(MOST_CHARACTERS + 1)
+            return opened.read(MOST_CHARACTERS + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(str(file), f"cannot be read ({error})", "give a UTF-8 text file") from error
-    return parse(text, str(file))
 
 
 def parse_value(text: str, name: str) -> Any:

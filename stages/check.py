@@ -16,8 +16,8 @@ from ..models.cost import adapter_parameters
 from ..values import is_finite
 from .job import StageJob
 from .options import stage_config, word_problems
-from .reward_functions import check_signature, import_function
 from .reward_models import check_reward_model
+from .scorers.opening import check_source
 from .trackers import reporting, tracker_problem
 
 _TRIED = 20
@@ -47,10 +47,15 @@ def stage_problems(job: StageJob) -> list[UserError]:
     for index, source in enumerate(job.rewards):
         here = f"stages.{job.name}.reward.{index}"
         with gathering(found):
-            if isinstance(source.target, str) and source.kind == "function":
-                check_signature(import_function(source.target, here), here)
-            elif isinstance(source.target, str) and source.kind == "model":
-                check_reward_model(source.target, f"{here}.model")
+            if source.kind == "model":
+                size = source.settings.get("batch_size", 1)
+                if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                    found.append(UserError(f"{here}.batch_size", f"is {size!r}, expected 1 or more", "leave it out"))
+                check_reward_model(str(source.target), f"{here}.model")
+            elif source.kind == "stage":
+                continue  # a stage of the run may not have run yet
+            else:
+                check_source(source.kind, source.opening(here))
     return found
 
 

@@ -117,4 +117,6 @@ def ppo_problems(job: StageJob, args: "PPOConfig") -> list[UserError]:
 
 def no_reward(job: StageJob) -> UserError:
     """The error of an on-policy stage whose replies nothing scores."""
-    return UserError(f"stages.{job.name}.reward", "no reward is given", "name a reward stage, a model or a function")
+    return UserError(
+        f"stages.{job.name}.reward", "no reward is given", "name a reward stage, a model, a function or a verifier"
+    )

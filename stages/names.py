@@ -53,7 +53,7 @@ ALIASES: Mapping[str, Mapping[str, str]] = {
         **dict.fromkeys(("loss",), "loss_type"),
     },
     "reward": {
-        **dict.fromkeys(("path", "name", "model_name_or_path", "reward_model_path", "reward_model"), "model"),
+        **dict.fromkeys(("path", "model_name_or_path", "reward_model_path", "reward_model"), "model"),
         **dict.fromkeys(("func", "reward_func", "reward_function"), "function"),
         **dict.fromkeys(("coef", "reward_weight"), "weight"),
     },

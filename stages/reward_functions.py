@@ -78,6 +78,7 @@ def call_reward_function(
     completions: Sequence[str | list[Message]],
     completion_ids: Sequence[Sequence[int]],
     columns: Mapping[str, Sequence[object]],
+    failed: dict[int, str] | None = None,
 ) -> list[float]:
     """One score a completion, in order; NaN where the function returned None.
 
@@ -88,6 +89,8 @@ def call_reward_function(
         prompts, completions: as the data had them, text or conversations; a completion in its prompt's own form.
         completion_ids: token ids of the completions.
         columns: every other column of the data, a list with an element for each completion.
+        failed: gets the place of each completion whose score is neither None nor a finite number, and what is wrong
+            with it; None: that is an error.
 
     Raises:
         UserError: a parameter that nothing fills; not a list, array, tensor or generator of scores, not as many as
@@ -112,7 +115,16 @@ def call_reward_function(
             f"{name} returned {len(scores)} scores for {len(completions)} completions",
             "return one number (or None) for each completion",
         )
-    return [_score(each, where, name, completion) for each, completion in zip(scores, completions, strict=True)]
+    found = [_score(each) for each in scores]
+    for place, (each, completion) in enumerate(zip(found, completions, strict=True)):
+        if each is None:
+            said = f"{name} returned {_shown(scores[place])}"
+            if failed is None:
+                text = completion if isinstance(completion, str) else completion[-1]["content"]
+                remedy = "return finite numbers, or None where it has no score"
+                raise UserError(where, f"{said} for completion {text[:80]!r}", remedy)
+            failed[place] = said
+    return [math.nan if each is None else each for each in found]
 
 
 def _taken(function: RewardFunction, given: dict[str, Any], where: str) -> dict[str, Any]:
@@ -155,20 +167,21 @@ def _listed(returned: Any) -> list[Any] | None:
     return None
 
 
-def _score(score: Any, where: str, name: str, completion: str | list[Message]) -> float:
+def _score(score: Any) -> float | None:
+    """NaN where the function has none; None where it is no finite number."""
     if score is None:
         return math.nan
     if hasattr(score, "item") and getattr(score, "size", None) is not None and _elements(score) == 1:
         score = score.item()
     if not isinstance(score, numbers.Real) or not abs(float(score)) <= _LARGEST:
-        text = completion if isinstance(completion, str) else completion[-1]["content"]
-        shown = repr(score) if len(repr(score)) <= 40 else f"a {type(score).__name__}"
-        raise UserError(
-            where,
-            f"{name} returned {shown} for completion {text[:80]!r}",
-            "return finite numbers, or None where it has no score",
-        )
+        return None
     return float(score)
+
+
+def _shown(score: Any) -> str:
+    if hasattr(score, "item") and getattr(score, "size", None) is not None and _elements(score) == 1:
+        score = score.item()
+    return repr(score) if len(repr(score)) <= 40 else f"a {type(score).__name__}"
 
 
 def _elements(score: Any) -> int:

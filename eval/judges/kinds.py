@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...stages.scorers.kinds import KINDS as SCORERS
+
 if TYPE_CHECKING:
     from .judge import JudgePlan
 
@@ -51,30 +53,28 @@ class JudgeKind:
         return importlib.import_module(f".{self.module}", __package__)
 
 
+def _scoring(name: str, *, fingerprinted: bool = False, **more: Any) -> JudgeKind:
+    """A judge that is a source of scores as well, as a stage trains on it."""
+    kind = SCORERS[name]
+    lowest_highest = kind.bounds
+    return JudgeKind(
+        name,
+        kind.fields,
+        f"{name}_judge",
+        called=kind.called,
+        bounds=lambda entry: lowest_highest,
+        fingerprinted=fingerprinted,
+        **more,
+    )
+
+
 KINDS: dict[str, JudgeKind] = {
     kind.name: kind
     for kind in (
-        JudgeKind(
-            "rubric",
-            ("checks",),
-            "rubric_judge",
-            called=lambda entry: "rubric",
-            bounds=lambda entry: (0.0, 1.0),
-        ),
-        JudgeKind(
-            "reward",
-            ("stage", "adapter"),
-            "reward_judge",
-            called=lambda entry: entry.get("stage", "reward"),
-            fingerprinted=True,
-        ),
-        JudgeKind(
-            "function",
-            ("function",),
-            "function_judge",
-            called=lambda entry: str(entry.get("function")).partition(":")[2],
-            fingerprinted=True,
-        ),
+        _scoring("rubric"),
+        _scoring("verifier"),
+        _scoring("reward", fingerprinted=True),
+        _scoring("function", fingerprinted=True),
         JudgeKind(
             "human",
             ("votes",),
@@ -83,24 +83,9 @@ KINDS: dict[str, JudgeKind] = {
             only_compares=lambda entry: True,
             fingerprinted=True,
         ),
-        JudgeKind(
-            "model",
-            ("model", "batch_size"),
-            "model_judge",
-            called=lambda entry: entry.get("model"),
-            fingerprinted=True,
-        ),
-        JudgeKind(
-            "endpoint",
-            (
-                *("url", "model", "mode", "criteria", "api_key_env", "parameters", "concurrency", "retries"),
-                *("timeout", "cache", "price_per_million"),
-            ),
-            "endpoint_judge",
-            called=lambda entry: entry.get("model"),
-            only_compares=lambda entry: entry.get("mode", "pairwise") == "pairwise",
-            bounds=lambda entry: (1.0, 10.0),
-        ),
+        _scoring("model", fingerprinted=True),
+        _scoring("http"),
+        _scoring("endpoint", only_compares=lambda entry: entry.get("mode", "pairwise") == "pairwise"),
     )
 }
 

@@ -1,14 +1,14 @@
-"""A rubric as a judge: `{kind: rubric, checks: [...]}` (`rubric.py` has the checks)."""
+"""A rubric as a judge: `{kind: rubric, checks: [...]}` (`stages/scorers/rubric.py` has the checks)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...stages.scorers.rubric import Rubric, parse_rubric
 from ..samples import Sample
 from .judge import JudgePlan
 from .names import judge_name
-from .rubric import Rubric, parse_rubric
 
 
 @dataclass(frozen=True)

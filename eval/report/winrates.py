@@ -6,9 +6,10 @@ from typing import Any
 
 from markupsafe import Markup
 
+from ...stages.scorers.unread import unread_words
 from ..judges.names import judge_name
 from ..judges.self_preference import self_preference
-from ..results import silence_words, unread_answers, unread_words
+from ..results import silence_words, unread_answers
 from ..statistics.intervals import mean_se, wilson_interval
 from ..statistics.over_seeds import over_seeds, seed_groups
 from . import svg

@@ -48,7 +48,7 @@ class HeldOut:
             self.adapters, self.tokenizer, prompts, args, seed=seed, first=places[0], device=args.device
         )
         texts = decode(self.tokenizer, episodes.responses())
-        responses = Responses(episodes, prompts.prompts, texts, prompts.column_lists())
+        responses = Responses(episodes, prompts.prompts, texts, prompts.column_lists(), prompts.rows)
         scores_B = self.scoring(responses, training=False)
         forwards = self.method.forwards(episodes)
         kl_B = masked_sum(forwards.logps_BR - forwards.ref_logps_BR, episodes.mask_BR, 1)

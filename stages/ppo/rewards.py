@@ -3,10 +3,10 @@
 Legend of shape suffixes: S sources, B responses.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -22,11 +22,13 @@ from ...models.lineage import adapter_sha256, check_lineage, read_lineage
 from ...models.loading import model_folder
 from ...models.masked import masked_moments
 from ...models.transfer import to_device
-from ..reward_functions import RewardFunction, call_reward_function, import_function
+from ..reward_functions import RewardFunction
+from ..scorers.opening import OPENERS, Opening
+from ..scorers.replies import Failures, OnFailure, Replies, TextScorer, wrong_score
 from .network import Trunk
 from .rollout import Episodes, PromptText, Reduce
 
-RewardKind = Literal["stage", "model", "function"]
+RewardKind = Literal["stage", "model", "function", "rubric", "verifier", "endpoint", "http"]
 RewardFunc = str | RewardFunction
 """A source of scores as a user gives it: a function, or a name."""
 
@@ -38,18 +40,30 @@ class RewardSource:
     Attributes:
         kind: "stage": the folder of a reward stage (an adapter on the same base); "model": a hub id or local folder of
             any sequence-classification model, with its own tokenizer; "function": "module:function" or a callable with
-            TRL's signature `f(prompts, completions, **columns) -> list[float | None]`.
-        target: the folder, the model or the function.
+            TRL's signature `f(prompts, completions, **columns) -> list[float | None]`; "rubric", "verifier",
+            "endpoint", "http": what `settings` says.
+        target: the folder, the model or the function; of the other kinds a name for logs.
         weight: its factor in the sum; unused in an ensemble.
+        settings: of the last four kinds, the fields that a recipe has: {"check": "numeric", "column": "answer"}, say.
+        on_failure: what becomes of a reply that it fails to score: "stop" with an error, "skip" this source for that
+            reply, or the number that it gets.
+        run_dir: the run in whose folder a server's answers are kept, where `settings` name no other; None: in memory.
     """
 
     kind: RewardKind
     target: RewardFunc
     weight: float = 1.0
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    on_failure: OnFailure = "stop"
+    run_dir: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in ("stage", "model", "function"):
-            raise ValueError(f"reward kind is {self.kind!r}, expected 'stage', 'model' or 'function'")
+        if self.kind not in get_args(RewardKind):
+            known = ", ".join(map(repr, get_args(RewardKind)))
+            raise ValueError(f"reward kind is {self.kind!r}, expected one of {known}")
+        rule = self.on_failure
+        if rule not in ("stop", "skip") and (isinstance(rule, str) or wrong_score(rule) is not None):
+            raise ValueError(f"on_failure is {rule!r}, expected 'stop', 'skip' or a finite number")
         if callable(self.target) and self.kind != "function":
             raise ValueError(f"a reward of kind {self.kind!r} was given a function, expected a path or a model id")
 
@@ -58,9 +72,16 @@ class RewardSource:
         """For logs: the function's name, or the target as written."""
         return self.target if isinstance(self.target, str) else getattr(self.target, "__name__", repr(self.target))
 
-    def as_dict(self) -> dict[str, str | float]:
+    def as_dict(self) -> dict[str, Any]:
         """For lineage.json."""
-        return {"kind": self.kind, "target": self.name, "weight": self.weight}
+        said = {"kind": self.kind, "target": self.name, "weight": self.weight}
+        more = {"settings": dict(self.settings)} if self.settings else {}
+        return {**said, **more, **({} if self.on_failure == "stop" else {"on_failure": self.on_failure})}
+
+    def opening(self, where: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Opening:
+        """What one of `OPENERS` opens."""
+        settings = {"function": self.target} if self.kind == "function" else self.settings
+        return Opening(settings, where, self.on_failure, tokenizer, self.run_dir)
 
 
 def combine(
@@ -133,19 +154,21 @@ class Responses:
 
     prompts: as the data had them, text or messages. texts: the responses without special tokens.
     columns: every other column of the data, a list a response.
+    rows: places of the prompts in the data, for messages; empty where they are not known.
     """
 
     episodes: Episodes
     prompts: list[PromptText]
     texts: list[str]
     columns: dict[str, list[object]]
+    rows: Sequence[int] = ()
 
-    def completions(self) -> list[PromptText]:
-        """In the prompts' own form: text, or a list with one assistant message."""
-        return [
-            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-            for prompt, text in zip(self.prompts, self.texts, strict=True)
-        ]
+    def replies(self) -> Replies:
+        """What a source needs that reads texts."""
+        host = self.episodes.host
+        starts = host.start_B.tolist()
+        prompt_ids = [row[:start].tolist() for row, start in zip(host.ids_BT, starts, strict=True)]
+        return Replies(self.prompts, self.texts, self.columns, prompt_ids, self.episodes.responses(), self.rows)
 
 
 class Scorer(Protocol):
@@ -284,25 +307,34 @@ class ModelScorer:
         }
 
 
-class FunctionScorer:
-    """A Python function with TRL's signature: f(prompts, completions, **columns) -> list[float | None]."""
+class TextSource:
+    """A source that reads texts and the data's columns: a function, a rubric, a verifier, a server."""
 
     normal = None
 
-    def __init__(self, source: RewardSource) -> None:
-        self.name = source.name
-        self.function: RewardFunction = source.target if callable(source.target) else import_function(source.target)
+    def __init__(self, source: RewardSource, scorer: TextScorer) -> None:
+        self.name, self.scorer = source.name, scorer
 
     def __call__(self, responses: Responses) -> torch.Tensor:
-        scores = call_reward_function(
-            self.function,
-            where=f"reward {self.name}",
-            prompts=responses.prompts,
-            completions=responses.completions(),
-            completion_ids=responses.episodes.responses(),
-            columns=responses.columns,
-        )
+        scores = self.scorer(responses.replies())
         return torch.tensor(scores, dtype=torch.float32, device=responses.episodes.start_B.device)
+
+
+class FiniteScorer:
+    """A model's scores, none of which is to be NaN or infinite: what is, is a failure of the source."""
+
+    def __init__(self, scorer: "AdapterScorer | ModelScorer", source: RewardSource) -> None:
+        self.name, self.scorer, self.normal = scorer.name, scorer, scorer.normal
+        self.failures = Failures(f"reward {source.name}", source.on_failure)
+
+    def __call__(self, responses: Responses) -> torch.Tensor:
+        scores_B = self.scorer(responses)
+        if bool(scores_B.isfinite().all()):
+            return scores_B
+        scores = scores_B.tolist()
+        why = {place: said for place, score in enumerate(scores) if (said := wrong_score(score)) is not None}
+        settled = self.failures.settled(responses.replies(), scores, why, "see what the model makes of this reply")
+        return torch.tensor(settled, dtype=scores_B.dtype, device=scores_B.device)
 
 
 def build_scorers(
@@ -315,7 +347,7 @@ def build_scorers(
     """One scorer a source; a reward stage becomes the frozen adapter "reward" (the next ones "reward_2", ...).
 
     Raises:
-        UserError: a reward stage of another base or tokenizer, or a model or function that cannot score.
+        UserError: a reward stage of another base or tokenizer, or a source that cannot score.
     """
     scorers: list[Scorer] = []
     stages = 0
@@ -325,12 +357,24 @@ def build_scorers(
             role = REWARD if stages == 1 else f"{REWARD}_{stages}"
             check_lineage(_path(source), trunk.adapters.base, tokenizer)
             _load_stage(trunk.adapters, role, source)
-            scorers.append(AdapterScorer(trunk, role, source))
+            scorers.append(FiniteScorer(AdapterScorer(trunk, role, source), source))
         elif source.kind == "model":
-            scorers.append(ModelScorer(source, device))
+            scorers.append(FiniteScorer(ModelScorer(source, device, source.settings.get("batch_size")), source))
         else:
-            scorers.append(FunctionScorer(source))
+            scorers.append(text_source(source, tokenizer))
     return scorers
+
+
+def text_source(source: RewardSource, tokenizer: PreTrainedTokenizerBase | None = None) -> TextSource:
+    """Any source but a reward stage and a model.
+
+    Args:
+        tokenizer: the policy's, for servers that are told tokens as text.
+
+    Raises:
+        UserError: a source that cannot score.
+    """
+    return TextSource(source, OPENERS[source.kind](source.opening(f"reward {source.name}", tokenizer)))
 
 
 def _load_stage(adapters: AdapterSet, role: str, source: RewardSource) -> None:

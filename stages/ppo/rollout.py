@@ -9,7 +9,7 @@ Legend of shape suffixes: B rows (episodes of this process), T positions of prom
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -42,11 +42,13 @@ _OURS = ("prompt", "prompt_ids", "columns")
 
 @dataclass(frozen=True)
 class Prompts:
-    """ids: token ids, ready to be answered. prompts: text or messages. columns: what reward functions also get."""
+    """ids: token ids, ready to be answered. prompts: text or messages. columns: what rewards also read. rows: their
+    places in the data."""
 
     ids: list[list[int]]
     prompts: list[PromptText]
     columns: list[dict[str, object]]
+    rows: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -82,11 +84,12 @@ class Prompts:
             columns.append({**extra, **{name: value for name, value in row.items() if name not in _OURS}})
         if not ids:
             raise UserError(where, "it has no row", "give at least one prompt")
-        return cls(ids, prompts, columns)
+        return cls(ids, prompts, columns, list(range(len(ids))))
 
     def take(self, rows: Sequence[int]) -> "Prompts":
         """The given rows, in that order."""
-        return Prompts([self.ids[i] for i in rows], [self.prompts[i] for i in rows], [self.columns[i] for i in rows])
+        several = ([each[i] for i in rows] for each in (self.ids, self.prompts, self.columns))
+        return Prompts(*several, rows=[self.rows[i] for i in rows])  # pyright: ignore[reportArgumentType]: as they were
 
     def column_lists(self) -> dict[str, list[object]]:
         """Columns as lists, None where a row has none: what a reward function is called with."""

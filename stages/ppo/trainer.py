@@ -299,7 +299,7 @@ class OnPolicyTrainer(Resumable):
 
         # 3. Score.
         texts = decode(self.tokenizer, episodes.responses())
-        scores_B = self.scoring(Responses(episodes, prompts.prompts, texts, prompts.column_lists()))
+        scores_B = self.scoring(Responses(episodes, prompts.prompts, texts, prompts.column_lists(), prompts.rows))
         scored = time.perf_counter()
 
         # 4. Log-probs of old policy and reference; the KL penalty goes into the rewards, token by token.

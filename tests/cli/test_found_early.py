@@ -106,7 +106,7 @@ def check_data(recipe: Path, *overrides: str, output: Output | None = None, brie
     ],
 )
 def test_wrong_settings(recipe: Path, overrides: list[str], said: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("preftune.eval.judges.rubric._PATIENCE", 0.05)
+    monkeypatch.setattr("preftune.stages.scorers.rubric._PATIENCE", 0.05)
     with pytest.raises(UserError, match=said) as error:
         check(recipe, *overrides)
     assert not isinstance(error.value, UserErrors)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from preftune.eval.judges.endpoint_client import Endpoint
+from preftune.stages.scorers.endpoint_client import Endpoint
 
 Reply = tuple[int, dict[str, str], Any] | None
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from preftune.errors import UserError
-from preftune.eval.judges import endpoint_client as room
-from preftune.eval.judges.endpoint_answers import Answers
-from preftune.eval.judges.endpoint_client import Client, Endpoint
+from preftune.stages.scorers import posting as room
+from preftune.stages.scorers.endpoint_answers import Answers
+from preftune.stages.scorers.endpoint_client import Client, Endpoint
 
 from .chat_server import ChatServer, Reply, completion, echo, endpoint, last_words, saying
 

@@ -11,14 +11,14 @@ import pytest
 import yaml
 
 from preftune.errors import UserError
-from preftune.eval.judges.endpoint_client import Metered
 from preftune.eval.judges.endpoint_judge import CACHE_FOLDER
-from preftune.eval.judges.endpoint_prompts import read_choice, read_rating, why_unread
 from preftune.eval.judges.judge import PairJudge
 from preftune.eval.judges.registry import plan_judges
 from preftune.eval.judges.verdicts import Verdicts
 from preftune.eval.samples import EncodedPrompt, Sample
 from preftune.recipes.load import load_recipe
+from preftune.stages.scorers.endpoint_client import Metered
+from preftune.stages.scorers.endpoint_prompts import read_choice, read_rating, why_unread
 
 from .chat_server import ChatServer, completion, last_words
 

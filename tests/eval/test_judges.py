@@ -86,7 +86,7 @@ def test_reward_is_read_at_the_last_token_whatever_the_padding(five_tokens):
 @pytest.mark.parametrize(
     ("raw", "said"),
     [
-        ({"kind": "oracle"}, "rubric, reward, function"),
+        ({"kind": "oracle"}, "rubric, verifier, reward, function"),
         ({"kind": "rubric", "check": []}, "takes no 'check'"),
         ({"kind": "reward"}, "a stage or an adapter"),
         ({"kind": "reward", "stage": "reward"}, "without a run folder"),

@@ -3,7 +3,7 @@
 import pytest
 
 from preftune.errors import UserError
-from preftune.eval.judges.rubric import count_sentences, parse_rubric
+from preftune.stages.scorers.rubric import count_sentences, parse_rubric
 
 CASES = [
     ({"kind": "max_words", "value": 3}, "one two three", "one two three four"),

@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from preftune.errors import UserError
-from preftune.eval.judges import rubric
 from preftune.eval.judges.registry import plan_judges
+from preftune.stages.scorers import rubric
 
 
 def test_a_pattern_that_does_not_end_is_given_up(monkeypatch: pytest.MonkeyPatch):

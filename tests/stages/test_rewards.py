@@ -7,12 +7,12 @@ from preftune.errors import UserError
 from preftune.models.generate import Generation
 from preftune.models.masked import masked_moments
 from preftune.stages.ppo.rewards import (
-    FunctionScorer,
     Responses,
     RewardSource,
     RunningScale,
     apply_eos_rule,
     combine,
+    text_source,
 )
 from preftune.stages.ppo.rollout import make_episodes
 
@@ -60,11 +60,11 @@ def test_functions_get_texts_columns_and_conversations() -> None:
         return [1.5, None]
 
     chat = [[{"role": "user", "content": "q"}]] * 2
-    scores = FunctionScorer(RewardSource("function", reward))(responses(chat, ["a", "b"], answer=[4, 5]))
+    scores = text_source(RewardSource("function", reward))(responses(chat, ["a", "b"], answer=[4, 5]))
     assert scores[0] == 1.5 and scores[1].isnan()
     assert seen["answer"] == [4, 5] and seen["completion_ids"] == [[1, 2], [1, 2]]
     assert seen["completions"] == [[{"role": "assistant", "content": "a"}], [{"role": "assistant", "content": "b"}]]
-    plain = FunctionScorer(RewardSource("function", lambda completions: [float(len(t)) for t in completions]))
+    plain = text_source(RewardSource("function", lambda completions: [float(len(t)) for t in completions]))
     assert plain(responses(["p", "q"], ["a", "bcd"], unused=[0, 0])).tolist() == [1.0, 3.0]
 
 
@@ -72,7 +72,7 @@ def test_functions_get_texts_columns_and_conversations() -> None:
     ("result", "problem"), [([1.0], "1 scores for 2 completions"), ([1.0, float("nan")], "returned nan")]
 )
 def test_what_a_function_returns_is_checked(result: list[float], problem: str) -> None:
-    scorer = FunctionScorer(RewardSource("function", lambda completions: result))
+    scorer = text_source(RewardSource("function", lambda completions: result))
     with pytest.raises(UserError, match=problem):
         scorer(responses(["p", "q"], ["a", "b"]))
 
@@ -87,5 +87,5 @@ def test_a_source_that_does_not_apply_is_left_out_as_in_trl() -> None:
 
 
 def test_a_reward_of_another_kind_is_refused() -> None:
-    with pytest.raises(ValueError, match="expected 'stage', 'model' or 'function'"):
+    with pytest.raises(ValueError, match="expected one of 'stage', 'model', 'function'"):
         RewardSource("judge", "x")  # pyright: ignore[reportArgumentType]: what is tested

@@ -158,23 +158,40 @@ def _none(found: Any) -> bool:
 
 
 def _regex(fields: Mapping[str, Any], where: str) -> Predicate:
-    try:
-        pattern = bounded(
-            lambda: _compiled(fields["pattern"]), _PATIENCE, f"{where}.pattern", "the pattern", "write a shorter one"
-        )
-    except (re.error, regex.error, TypeError, OverflowError, RecursionError) as error:
-        raise UserError(
-            f"{where}.pattern", f"{fields['pattern']!r} is no regular expression ({error})", "correct the pattern"
-        ) from None
+    pattern = parse_pattern(fields["pattern"], f"{where}.pattern")
+    return lambda text: pattern.search(text) is not None
 
-    def passes(text: str) -> bool:
+
+class Pattern:
+    """A regular expression that gives up on a text after a while."""
+
+    def __init__(self, compiled: Any, written: str, where: str) -> None:
+        self._compiled, self._written, self._where = compiled, written, where
+        self.groups: int = compiled.groups
+
+    def search(self, text: str) -> Any:
+        """As `re.search`. Raises UserError where that takes too long."""
+        return self._found(self._compiled.search, text)
+
+    def fullmatch(self, text: str) -> Any:
+        """As `re.fullmatch`. Raises UserError where that takes too long."""
+        return self._found(self._compiled.fullmatch, text)
+
+    def _found(self, look: Callable[..., Any], text: str) -> Any:
         try:
-            return pattern.search(text, timeout=_PATIENCE) is not None
+            return look(text, timeout=_PATIENCE)
         except TimeoutError:
-            said = f"{fields['pattern']!r} takes more than {_PATIENCE:g} s on one reply (repeats within repeats)"
-            raise UserError(f"{where}.pattern", said, "write it without one quantifier inside another") from None
+            said = f"{self._written!r} takes more than {_PATIENCE:g} s on one reply (repeats within repeats)"
+            raise UserError(self._where, said, "write it without one quantifier inside another") from None
 
-    return passes
+
+def parse_pattern(pattern: Any, where: str) -> Pattern:
+    """Raises UserError for what is no regular expression, or takes too long to compile."""
+    try:
+        compiled = bounded(lambda: _compiled(pattern), _PATIENCE, where, "the pattern", "write a shorter one")
+    except (re.error, regex.error, TypeError, OverflowError, RecursionError) as error:
+        raise UserError(where, f"{pattern!r} is no regular expression ({error})", "correct the pattern") from None
+    return Pattern(compiled, pattern, where)
 
 
 def _compiled(pattern: Any) -> Any:

@@ -1,34 +1,26 @@
-"""A client of an OpenAI-compatible chat endpoint: several requests at once, sent again after passing failures, every
-answer that says what was asked kept, everything counted.
-
-The key comes from the environment, goes into one header and nowhere else: what the server says is cleared of it before
-anybody reads it.
-"""
+"""A client of an OpenAI-compatible chat endpoint: every answer that says what was asked is kept, everything counted."""
 
 import hashlib
 import json
-import random
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import httpx2 as httpx
 
 from ...errors import UserError
-from ..results import unread_words
 from .endpoint_answers import Answers
+from .posting import Poster, Unanswered, said_error
+from .unread import unread_words
 
 Messages = list[dict[str, str]]
 WhyUnread = Callable[[str, str | None], str | None]
 
-
-# Seconds: the longest wait of our own, and the longest that a server may ask for.
-LONGEST_WAIT = 60.0
-LONGEST_RETRY_AFTER = 300.0
-_SHOWN = 200
-_SHORTEST_SECRET = 8
+_REMEDIES = (
+    "see that the server runs, or lower concurrency, and start again: answers so far are kept",
+    "correct url or model",
+    "correct model or parameters",
+)
 
 
 @dataclass(frozen=True)
@@ -119,10 +111,6 @@ class _Answer:
     completion_tokens: int
 
 
-class _Stopped(Exception):
-    """Another request failed for good, so this one is not sent again."""
-
-
 class Client:
     """Asks an endpoint; `usage` counts over all calls of `ask`.
 
@@ -134,15 +122,22 @@ class Client:
     def __init__(self, endpoint: Endpoint, answers: Answers, why_unread: WhyUnread = lambda text, finish: None) -> None:
         self.endpoint, self.answers, self.why_unread = endpoint, answers, why_unread
         self.usage = Usage(cost=None if endpoint.price is None else 0.0)
+        self.poster = Poster(endpoint, _REMEDIES, _error_inside)
         self._asked: dict[str, str] = {}
-        self._jitter = random.Random()
 
-    def ask(self, conversations: Sequence[Messages], on_answer: Callable[[int], None] | None = None) -> list[str]:
+    def ask(
+        self,
+        conversations: Sequence[Messages],
+        on_answer: Callable[[int], None] | None = None,
+        on_unanswered: Callable[[str, Unanswered], None] | None = None,
+    ) -> list[str]:
         """The model's answers, in the conversations' order, "" for one that says nothing of what was asked; equal
         conversations are asked once.
 
         Args:
             on_answer: called with the number of answers that have come so far.
+            on_unanswered: called with the key of a conversation (`Endpoint.key_of`) that has no answer after all
+                retries, and its error; its answer is "" then. None: the error is raised.
 
         Raises:
             UserError: the endpoint refused a request, gave something else than an answer, or could not be reached
@@ -157,29 +152,49 @@ class Client:
                 self.usage.cached += 1
                 del wanted[key]
         if wanted:
-            self._send(wanted, on_answer)
+            self._send(wanted, on_answer, on_unanswered)
         return [self._asked[key] for key in keys]
 
-    def _send(self, wanted: dict[str, Messages], on_answer: Callable[[int], None] | None) -> None:
-        """All requests, as many at a time as the endpoint allows; the first that fails for good ends them all."""
-        endpoint, stop = self.endpoint, threading.Event()
-        headers = {} if endpoint.key is None else {"Authorization": f"Bearer {endpoint.key}"}
-        # the threads are the limit; the library's own, 100 connections, would only let requests wait in vain
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=endpoint.concurrency)
-        with (
-            httpx.Client(headers=headers, timeout=endpoint.timeout, limits=limits) as http,
-            ThreadPoolExecutor(endpoint.concurrency) as pool,
-        ):
-            futures = {pool.submit(self._answer, http, key, wanted[key], stop): key for key in wanted}
-            try:
-                for done, future in enumerate(as_completed(futures), 1):
-                    self._count(futures[future], future.result())
-                    if on_answer is not None:
-                        on_answer(done)
-            except BaseException:
-                stop.set()
-                pool.shutdown(cancel_futures=True)
-                raise
+    def forget(self, conversations: Sequence[Messages] | None = None) -> None:
+        """Let go of what was answered (None: of everything): it is looked up again, or asked for anew."""
+        for key in list(self._asked) if conversations is None else map(self.endpoint.key_of, conversations):
+            self._asked.pop(key, None)
+
+    def _send(
+        self,
+        wanted: dict[str, Messages],
+        on_answer: Callable[[int], None] | None,
+        on_unanswered: Callable[[str, Unanswered], None] | None,
+    ) -> None:
+        endpoint, done = self.endpoint, 0
+        said = {"model": endpoint.model, **endpoint.parameters}
+        bodies = {key: {**said, "messages": messages} for key, messages in wanted.items()}
+
+        def read(key: str, response: httpx.Response, retries: int) -> _Answer:
+            """Kept as soon as it is there: it is paid for, whatever becomes of the others."""
+            answer = self._read(response, retries)
+            if self.why_unread(answer.text, answer.finish) is None:
+                self._keep(key, wanted[key], answer.text)
+            return answer
+
+        def take(key: str, answer: _Answer) -> None:
+            nonlocal done
+            done += 1
+            self._count(key, answer)
+            if on_answer is not None:
+                on_answer(done)
+
+        def fail(key: str, error: Unanswered) -> None:
+            assert on_unanswered is not None
+            on_unanswered(key, error)
+            self._asked[key] = ""
+
+        self.poster.send_all(bodies, read, take, None if on_unanswered is None else fail)
+
+    def _keep(self, key: str, messages: Messages, text: str) -> None:
+        endpoint = self.endpoint
+        said = {"url": endpoint.url, "model": endpoint.model, "parameters": endpoint.parameters}
+        self.answers.put(key, {**said, "messages": messages, "answer": text})
 
     def _count(self, key: str, answer: _Answer) -> None:
         unread = self.why_unread(answer.text, answer.finish)
@@ -194,51 +209,6 @@ class Client:
         if price is not None:
             usage.cost = (usage.prompt_tokens * price[0] + usage.completion_tokens * price[1]) / 1e6
 
-    def _answer(self, http: httpx.Client, key: str, messages: Messages, stop: threading.Event) -> _Answer:
-        """One answer, kept as soon as it is there: it is paid for, whatever becomes of the others."""
-        endpoint = self.endpoint
-        answer = self._ask_until_answered(http, messages, stop)
-        if self.why_unread(answer.text, answer.finish) is None:
-            self.answers.put(
-                key,
-                {
-                    "url": endpoint.url,
-                    "model": endpoint.model,
-                    "parameters": endpoint.parameters,
-                    "messages": messages,
-                    "answer": answer.text,
-                },
-            )
-        return answer
-
-    def _ask_until_answered(self, http: httpx.Client, messages: Messages, stop: threading.Event) -> _Answer:
-        endpoint = self.endpoint
-        body = {"model": endpoint.model, "messages": messages, **endpoint.parameters}
-        problem = ""
-        for attempt in range(endpoint.retries + 1):
-            asked_to_wait = 0.0
-            try:
-                response = http.post(endpoint.address, json=body)
-            except httpx.RequestError as error:
-                problem = f"cannot be reached ({type(error).__name__}: {self._hide(str(error))})"
-            else:
-                status, inside = response.status_code, _error_inside(response)
-                if response.is_success and inside is None:
-                    return self._read(response, attempt)
-                status = status if inside is None else inside
-                if status not in (408, 429) and status < 500:
-                    raise self._refused(response, status)
-                problem = f"answered {status}{self._said(response)}"
-                asked_to_wait = _retry_after(response)
-            if attempt < endpoint.retries:
-                own = min(2.0**attempt, LONGEST_WAIT) * self._jitter.uniform(0.75, 1.25)
-                pause(max(own, asked_to_wait), stop)
-        raise UserError(
-            endpoint.where,
-            f"{endpoint.address} {problem}, after {endpoint.retries} retries",
-            "see that the server runs, or lower concurrency, and start again: answers so far are kept",
-        )
-
     def _read(self, response: httpx.Response, retries: int) -> _Answer:
         """A chat completion; a model that said nothing (a refusal, thoughts cut short) has said ""."""
         try:
@@ -249,47 +219,16 @@ class Client:
             counts = [int(used.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
             if not isinstance(text, str):
                 raise TypeError(text)
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise UserError(
                 self.endpoint.where,
-                f"{self.endpoint.address} gave no chat completion{self._said(response)}",
+                f"{self.endpoint.address} gave no chat completion{self.poster.said(response)}",
                 "give the url of an OpenAI-compatible endpoint, up to /chat/completions",
             ) from None
         finish = choice.get("finish_reason")
-        return _Answer(self._hide(text), finish if isinstance(finish, str) else None, retries, counts[0], counts[1])
-
-    def _refused(self, response: httpx.Response, status: int) -> UserError:
-        endpoint = self.endpoint
-        if status in (401, 403):
-            # Servers like to repeat a part of the key that they do not know, so theirs is not shown.
-            said = f"{endpoint.address} answered {status}"
-            lacking = "" if endpoint.key else ", which is not set"
-            return UserError(endpoint.where, said, f"put a key that it takes into ${endpoint.key_env}{lacking}")
-        remedy = "correct url or model" if status < 400 or status == 404 else "correct model or parameters"
-        return UserError(endpoint.where, f"{endpoint.address} answered {status}{self._said(response)}", remedy)
-
-    def _said(self, response: httpx.Response) -> str:
-        """The server's own words, in one line and without the key, to stand in an error."""
-        text = response.text
-        try:
-            given = json.loads(text)
-            error = _said_error(given) or given
-            text = str(error.get("message", error) if isinstance(error, dict) else error)
-        except (ValueError, AttributeError):
-            pass
-        line = " ".join(self._hide(text).split())
-        return f" ({line[:_SHOWN]})" if line else ""
-
-    def _hide(self, text: str) -> str:
-        key = self.endpoint.key
-        # Servers at home take any word for a key; such a word is no secret, and may stand in an answer.
-        return text if key is None or len(key) < _SHORTEST_SECRET else text.replace(key, "***")
-
-
-def pause(seconds: float, stop: threading.Event) -> None:
-    """Waits, unless there is nothing to wait for any more. Raises _Stopped then."""
-    if stop.wait(seconds):
-        raise _Stopped
+        return _Answer(
+            self.poster.hide(text), finish if isinstance(finish, str) else None, retries, counts[0], counts[1]
+        )
 
 
 def _joined(content: Any) -> Any:
@@ -305,35 +244,15 @@ def _is_text(part: Any) -> bool:
     return isinstance(part, str) or part.get("type") in (None, "text", "output_text")
 
 
-def _said_error(given: Any) -> Any:
-    """What an answer says of an error, in its own place or in that of its first choice; None where it says nothing."""
-    if not isinstance(given, dict):
-        return None
-    choices = given.get("choices")
-    first = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else None
-    if first is None:
-        return given.get("error")
-    return first.get("error") or ("an error" if first.get("finish_reason") == "error" else None)
-
-
 def _error_inside(response: httpx.Response) -> int | None:
     """The status of a provider's error that came inside a good answer, 502 where it has none; None: there is none."""
     if not response.is_success:
         return None
     try:
-        error = _said_error(json.loads(response.text))
-    except ValueError:
+        error = said_error(json.loads(response.text))
+    except (ValueError, RecursionError):
         return None
     if not error:
         return None
     code = error.get("code", error.get("status")) if isinstance(error, dict) else None
     return code if isinstance(code, int) and not isinstance(code, bool) and 400 <= code < 600 else 502
-
-
-def _retry_after(response: httpx.Response) -> float:
-    """Seconds that the server asks us to wait; 0 where it does not, or names a date."""
-    try:
-        asked = float(response.headers.get("retry-after", "0"))
-    except ValueError:
-        return 0.0
-    return min(asked, LONGEST_RETRY_AFTER) if asked > 0 else 0.0

@@ -1,0 +1,87 @@
+"""The sources of a recipe's reward outside a trainer: opened once, they score any replies.
+
+Legend of shape suffixes: S sources, B replies.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ...errors import UserError
+from ...models.adapters import AdapterSet
+from ...models.generate import Generation
+from ..scorers.replies import Replies
+from .network import Trunk
+from .rewards import Responses, RewardSource, ScoreSettings, Scoring, build_scorers
+from .rollout import make_episodes
+
+
+@dataclass(frozen=True)
+class ScoreRules:
+    """How scores become one: the fields of an on-policy stage that say it, with their defaults there."""
+
+    normalize_rewards: bool = True
+    reward_scale: Literal["none", "std", "running"] = "none"
+    reward_clip: float | None = None
+    reward_combination: Literal["sum", "ensemble"] = "sum"
+    ensemble_penalty: float = 1.0
+    missing_eos_penalty: float | None = None
+    missing_eos_score: float | None = None
+
+
+class ReplyScorer:
+    """Sources that were opened.
+
+    Args:
+        adapters: the base on which reward stages score; each becomes one of its frozen adapters.
+        tokenizer: the base's.
+        rules: how the scores of several sources become one.
+
+    Raises:
+        UserError: no source, a reward stage of another base or tokenizer, or a source that cannot score.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[RewardSource],
+        adapters: AdapterSet,
+        tokenizer: PreTrainedTokenizerBase,
+        rules: ScoreSettings | None = None,
+    ) -> None:
+        if not sources:
+            raise UserError("reward", "no source of scores is given", "name a reward stage, a verifier or a function")
+        self.device = next(adapters.model.parameters()).device
+        self.pad_token_id = int(tokenizer.pad_token_id or 0)  # pyright: ignore[reportArgumentType]: one token
+        scorers = build_scorers(sources, Trunk(adapters), tokenizer, device=self.device)
+        for head in adapters.heads.values():
+            head.to(self.device)
+        self.scoring = Scoring(rules or ScoreRules(), sources, scorers, lambda sums, how: sums)
+
+    def __call__(self, replies: Replies, finished: Sequence[bool] | None = None) -> torch.Tensor:
+        """One score a reply, fp32 [B], as training would give it (without a running scale).
+
+        Args:
+            replies: with `prompt_ids` and `reply_ids`; a reply has at least one token.
+            finished: whether each ended by itself, for what a missing EOS costs; None: all did.
+
+        Raises:
+            UserError: a source failed, and its `on_failure` says to stop, or it scores nothing at all.
+        """
+        return self.scoring(self._responses(replies, finished), training=False)
+
+    def each(self, replies: Replies) -> torch.Tensor:
+        """Every source's raw scores [S, B], NaN where it does not apply; arguments and errors as of a call."""
+        responses = self._responses(replies, None)
+        return torch.stack([scorer(responses).to(self.device) for scorer in self.scoring.scorers])
+
+    def _responses(self, replies: Replies, finished: Sequence[bool] | None) -> Responses:
+        ids = [list(each) for each in replies.reply_ids]
+        ended = [True] * len(ids) if finished is None else list(finished)
+        generation = Generation(ids, [[0.0] * len(each) for each in ids], ended)
+        prompts = [list(each) for each in replies.prompt_ids]
+        episodes = make_episodes(prompts, generation, self.pad_token_id, self.device)
+        columns = {name: list(values) for name, values in replies.columns.items()}
+        return Responses(episodes, list(replies.prompts), list(replies.texts), columns, replies.rows)
