@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -62,7 +63,7 @@ logger = logging.getLogger(__name__)
 POLICY = "policy"
 """The name of the adapter that speaks."""
 
-_REPLIES_A_PIECE = 512
+_REPLIES_A_PIECE = {"cpu": 512, "cuda": 8192}
 """At most so many are drawn between two savings: enough that a batch seldom waits for the last of its replies."""
 
 
@@ -221,8 +222,7 @@ def _draw(job: StageJob, sampler: _Sampler, prompts: Prompts, done: int, before:
         Stopped: a signal asked for it; the pieces so far are kept.
     """
     these, total, n = sampler.these, len(prompts), sampler.settings.n
-    share = job.checkpoints.share
-    most = max(1, min(_REPLIES_A_PIECE // n, total if share is None else round(share * total)))
+    most = _prompts_a_piece(job, sampler.settings, total, sampler.device.type)
     began, began_at, found = time.monotonic(), done, list[Piece]()
     _log(job, before, these)
     reset_peak_memory()
@@ -244,8 +244,8 @@ def _draw(job: StageJob, sampler: _Sampler, prompts: Prompts, done: int, before:
                 piece = Piece(done, replies, time.monotonic() - started)
                 if these.rank == 0:
                     keep_piece(job.output_dir / CHECKPOINTS, piece)
-            found.append(piece)
-            done = piece.end
+                found.append(piece)
+                done = piece.end
             _log(job, [*before, *found], these)
             if (number := these.asked_to_stop()) is not None and done < total:
                 raise stopping.Stopped(number)
@@ -255,6 +255,14 @@ def _draw(job: StageJob, sampler: _Sampler, prompts: Prompts, done: int, before:
     finally:
         meter.close()
     return found
+
+
+def _prompts_a_piece(job: StageJob, settings: SampleSettings, prompts: int, device: str) -> int:
+    """So many prompts are answered between two savings: the recipe's share of them, but whole batches."""
+    share = job.checkpoints.share
+    wanted = prompts if share is None else round(share * prompts)
+    least = math.ceil((settings.batch_size or 32) / settings.n)
+    return max(1, min(_REPLIES_A_PIECE.get(device, 8192) // settings.n, max(wanted, least)))
 
 
 def _log(job: StageJob, pieces: Sequence[Piece], these: Processes) -> None:
