@@ -239,7 +239,7 @@ def fill_eval(recipe: Recipe) -> None:
 
 def _data_problems(recipe: Recipe, text: Text) -> Iterator[UserError]:
     entries: list[tuple[Path_, Data]] = [(("data", name), entry) for name, entry in recipe.data.items()]
-    if recipe.eval is not None and ("eval", "prompts") not in text.copied:
+    if recipe.eval is not None and (recipe.eval.prompts.stage or ("eval", "prompts") not in text.copied):
         entries.append((("eval", "prompts"), recipe.eval.prompts))
     for path, entry in entries:
         if entry.stage is not None:
@@ -265,7 +265,7 @@ def _stage_entry_problems(recipe: Recipe, text: Text, path: Path_, entry: Data) 
             )
     sampling = [name for name, stage in recipe.stages.items() if not stage.record.trains]
     if path[0] == "eval":
-        yield problem(text, here, "the evaluation's prompts are there before anything trains", "give a path")
+        yield problem(text, path, "the evaluation's prompts are there before anything trains", "give a path")
     elif entry.stage not in sampling:
         known = recipe.stages.get(str(entry.stage))
         said = f"no stage {entry.stage!r}" if known is None else f"stage {entry.stage!r} is of kind {known.kind}"
