@@ -23,6 +23,9 @@ METRICS, LOG, LINEAGE, CHECKPOINTS, LOGS = "metrics.json", "log.jsonl", "lineage
 ROLLOUTS = "rollouts.jsonl"
 """In a stage's folder, beside its adapter; `runs` holds what trackers write (`trackers`, `report_to`)."""
 
+ROWS = "rows.jsonl"
+"""In the folder of a stage that samples: the rows that it kept, for the stages that read them."""
+
 VOTES = "votes.jsonl"
 """In a run's folder: people's votes on its policies' replies."""
 

@@ -9,7 +9,7 @@ from ..cli.folder import holds_adapter
 from ..cli.policies import check_policy, last_policy, recipe_base, run_recipe
 from ..data.spec import DataSpec, SourceSpec
 from ..errors import UserError, nearest
-from ..files import LINEAGE, RECIPE
+from ..files import LINEAGE, RECIPE, ROWS
 from ..recipes.build import base_dtype, policy_folder
 from ..recipes.schema import BASE, Recipe
 from ..stages.kinds import KINDS
@@ -70,6 +70,8 @@ def find_source(path: str | Path, name: str | None = None, *, dtype: str | None 
         found = _of_adapter(place, reward)
     elif reward:
         raise UserError(str(path), "holds no reward stage", "give a finished reward stage's folder, runs/NAME/reward")
+    elif (place / ROWS).is_file():
+        raise UserError(str(path), "holds rows that were sampled, and no model", "give the stage that they came from")
     else:
         found = _of_model(path)
     return found if dtype is None else replace(found, settings={**found.settings, "dtype": dtype})

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ..errors import UserError
-from ..files import EVALUATION, LINEAGE, RESULTS
+from ..files import ADAPTER_CONFIG, EVALUATION, LINEAGE, RESULTS
 from ..intact import read_json
 
 
@@ -25,6 +25,8 @@ def refresh_cards(run: Path) -> None:
 
     rows = evaluated(run)
     for folder in sorted(each.parent for each in run.glob(f"*/{LINEAGE}")):
+        if not (folder / ADAPTER_CONFIG).is_file():
+            continue  # rows, and no adapter
         try:
             write_card(folder, rows)
         except (UserError, OSError):

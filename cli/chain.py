@@ -191,9 +191,11 @@ class Chain:
         for name, state in states.items():
             if state in (None, "done"):
                 continue
-            step = self.folder.checkpoint_step(name)
+            step, prompts = self.folder.checkpoint_step(name), self.folder.prompts_done(name)
             if name == EVALUATION:
                 said.append(f"{name} goes on with the replies that are drawn")
+            elif prompts is not None:
+                said.append(f"{name} goes on after prompt {prompts}")
             else:
                 said.append(f"{name} begins anew" if step is None else f"{name} goes on after step {step}")
         return f"kept in {self.path}: {'; '.join(said)}"
@@ -455,6 +457,9 @@ def _highlights(metrics: Mapping[str, Any] | None) -> str:
         "held_out_accuracy": "held-out accuracy",
         "objective/scores": "score",
         "objective/kl": "KL",
+        "score_chosen": "score of the chosen",
+        "score_rejected": "of the rejected",
+        "score_kept": "score of the kept",
     }
     said = [f"{word} {metrics[key]:.4g}" for key, word in names.items() if metrics and is_number(metrics.get(key))]
     return f" ({', '.join(said)})" if said else ""

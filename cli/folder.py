@@ -151,6 +151,12 @@ class RunFolder:
         steps = [int(each.rpartition("-")[2]) for each in names if each.rpartition("-")[2].isdecimal()]
         return max(steps, default=None)
 
+    def prompts_done(self, name: str) -> int | None:
+        """How many prompts a sampling stage under way is done with; None where it is not one, or has drawn nothing."""
+        places = [each.stem for each in (self.partial(name) / CHECKPOINTS).glob("replies-*-*.json")]
+        ends = [int(each.rpartition("-")[2]) for each in places if each.rpartition("-")[2].isdecimal()]
+        return max(ends, default=None)
+
     def record(self, name: str, **values: Any) -> None:
         """Set a step's entry in run.json."""
         self.stages[name] = values

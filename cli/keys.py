@@ -36,7 +36,7 @@ _IDLE = frozenset(
         *("trackio_bucket_id", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
         *("dataloader_prefetch_factor", "dataloader_multiprocessing_context"),
     )
-) | {"log_samples_every", "num_log_samples"}
+) | {"log_samples_every", "num_log_samples", "batch_size"}
 """What says how a stage is shown or fed, and changes no number that comes out of it."""
 
 _SAVING = frozenset({"train.save_strategy", "train.save_steps", "train.save_total_limit"})
@@ -75,7 +75,8 @@ class Keys:
         """Read the data of these stages and of the evaluation: a bad file is found before the first stage trains."""
         for name in stages:
             stage = self.recipe.stages[name]
-            self.fingerprint(data_spec(self.recipe.data[stage.data], self.recipe.seed), stage.record.rows)
+            if self.recipe.data[stage.data].stage is None:  # else they are not there before their stage has run
+                self.fingerprint(data_spec(self.recipe.data[stage.data], self.recipe.seed), stage.record.rows)
         if evaluation and self.recipe.eval is not None:
             self.fingerprint(data_spec(self.recipe.eval.prompts, self.recipe.seed), "prompt")
 
@@ -105,13 +106,15 @@ class Keys:
             **self._model(),
             "kind": stage.record.name,
             "seed": recipe.seed if stage.seed is None else stage.seed,
-            **_flat("lora", lora_values(recipe, name)),
+            **(_flat("lora", lora_values(recipe, name)) if stage.record.trains else {}),
             **stage.method(),
             **({} if stage.on_nonfinite in (None, "stop") else {"on_nonfinite": stage.on_nonfinite}),
             **_flat("train", stage.train),
             **_flat("data", data_values(spec)),
-            f"data {stage.data}": self.fingerprint(spec, stage.record.rows),
         }
+        # sampled rows are what their stage made, which is among the parents
+        if recipe.data[stage.data].stage is None:
+            parts[f"data {stage.data}"] = self.fingerprint(spec, stage.record.rows)
         for parent in parents(recipe, name):
             if not (from_adapter is not None and parent == stage.parent):
                 parts |= {f"stage {parent}": known[parent], f"adapter {parent}": content(self.run_dir / parent)}

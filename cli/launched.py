@@ -56,7 +56,7 @@ def _launcher(config: str, said: str, run_dir: str, step: str, *arguments: str) 
     process = ["-m", MODULE, "process", said, run_dir, step, *arguments]
     try:
         options = _torchrun_options(config)
-        config = _plain_config(config, Path(said), step)
+        config = _plain_config(config, Path(said), trains=_trains(Path(run_dir), step))
         options += _cpu_options(config)
         launch_command(launch_command_parser().parse_args(["--config_file", config, *options, *process]))
     except ChildFailedError as error:
@@ -86,26 +86,35 @@ def read_values(config: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _plain_config(config: str, folder: Path, step: str) -> str:
+def _trains(run_dir: Path, step: str) -> bool:
+    """Whether something trains in it: not in the evaluation, and not in a stage that samples."""
+    from ..recipes.load import load_recipe
+
+    if step == EVALUATION or not (recipe := run_dir / RECIPE).is_file():
+        return step != EVALUATION
+    return load_recipe(recipe).stages[step].record.trains
+
+
+def _plain_config(config: str, folder: Path, *, trains: bool) -> str:
     """The config to launch a step with, without `OF_LAUNCHER`. One that asks for FSDP becomes one of plain processes
     that divide the frozen base themselves (`models.sharded`): accelerate's FSDP divides the adapters too, and on a CPU
     nothing, without a word.
 
-    An evaluation trains nothing, so no engine has anything to do in it. Each of its processes has the whole base, which
-    drawing replies needs in any case.
+    Where nothing trains, no engine has anything to do. Each process then has the whole base, which drawing replies
+    needs in any case.
     """
     import yaml
 
     found = read_values(Path(config))
     engine = str(found.get("distributed_type")).upper()
-    if step == EVALUATION and found.get("use_cpu"):
+    if not trains and found.get("use_cpu"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # it would take a GPU where there is one
-    plain = engine == "FSDP" or (engine == "DEEPSPEED" and step == EVALUATION)
+    plain = engine == "FSDP" or (engine == "DEEPSPEED" and not trains)
     if not plain and not found.keys() & OF_LAUNCHER:
         return config
     found = {key: value for key, value in found.items() if key not in OF_LAUNCHER}
     if plain:
-        if step != EVALUATION:
+        if trains:
             os.environ[SHARD_BASE] = "1"
         found = {key: value for key, value in found.items() if not key.startswith(("fsdp", "deepspeed"))}
         several = "MULTI_CPU" if found.get("use_cpu") else "MULTI_GPU"

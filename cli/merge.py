@@ -122,7 +122,7 @@ def stage_rows(adapter: Path) -> "Rows":
     from ..data.encode import encode_rows
     from ..data.load import load_rows
     from ..models.auto import open_tokenizer
-    from ..recipes.build import data_spec, folders
+    from ..recipes.build import data_folders, data_spec
     from .policies import run_recipe
 
     try:
@@ -131,7 +131,7 @@ def stage_rows(adapter: Path) -> "Rows":
             name = recipe.stages[name].parent
         stage = recipe.stages[name]
         spec = data_spec(recipe.data[stage.data], recipe.seed)
-        rows = list(load_rows(spec, stage.record.rows, folders(recipe)).rows)[:_ROWS]
+        rows = list(load_rows(spec, stage.record.rows, data_folders(recipe, stage.data, run)).rows)[:_ROWS]
         tokenizer = open_tokenizer(adapter, str(adapter))
         encoded = encode_rows(stage.record.rows, rows, tokenizer, spec)[0]
     except (UserError, KeyError, OSError):

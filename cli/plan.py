@@ -1,5 +1,6 @@
 """What a recipe will cost on a device, stage by stage, before anything is fetched, loaded or run."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from ..recipes.expansion import expansion_words
 from ..recipes.graph import order
 from ..recipes.load import load_recipe
 from ..recipes.schema import Recipe
+from ..stages.sample.settings import ALL, THRESHOLD
 from .output import Output
 from .process import make_functions_importable, quiet_libraries
 from .validate import is_on_hub
@@ -237,8 +239,30 @@ class _Plan:
         """The rows of a stage in tokens: to train on, and held out."""
         key = (self.recipe.stages[name].data, job.record.rows)
         if key not in self._rows:
-            self._rows[key] = self._read(key[0], job)
+            source = self.recipe.data[key[0]].stage
+            self._rows[key] = self._read(key[0], job) if source is None else self._sampled(key[0], source, job)
         return self._rows[key]
+
+    def _sampled(self, entry: str, source: str, job: "StageJob") -> "tuple[AnyRows, AnyRows | None]":
+        """Rows that are not there yet: at most as many as their stage may keep, each as long as it may be."""
+        from ..stages.costs import AssumedRows
+
+        recipe, spec, kind = self.recipe, job.data, job.record.rows
+        run = Path("runs") / recipe.name
+        sampling = stage_job(recipe, source, job.base, run, run / source)
+        prompts = self.rows(source, sampling)[0]
+        longest = min(prompts.longest + sampling.method_value("max_new_tokens"), spec.max_length or sys.maxsize)
+        several = sampling.method_value("keep") in (ALL, THRESHOLD)
+        count = len(prompts) * (sampling.method_value("n") if several else 1)
+        # a pair is two labelled replies
+        count *= 2 if kind == "label" and not several else 1
+        count = min(count, spec.limit or count)
+        self._note(
+            f"data.{entry}: {source} has not sampled its rows yet: taken to be {count or 'of unknown number'}, and "
+            f"{longest} tokens long each, at most"
+        )
+        held = round(count * spec.held_out)
+        return AssumedRows(count - held, longest, kind), AssumedRows(held, longest, kind) if held else None
 
     def _read(self, entry: str, job: "StageJob") -> "tuple[AnyRows, AnyRows | None]":
         from ..data.encode import encode_rows
@@ -267,13 +291,12 @@ class _Plan:
         parts = split_rows(loaded.rows, spec.held_out, spec.seed)
         made = [Rows(encode_rows(kind, part, tokenizer, spec)[0], kind, every) if part else None for part in parts]
         assert made[0] is not None
-        on_policy = job.record.on_policy is not None
-        return made[0], None if on_policy else made[1]
+        return made[0], None if job.record.draws else made[1]
 
     def _replies(self, job: "StageJob") -> "tuple[str, Sequence[int]]":
         """How long sampled replies are expected to be: as those that their policy was taught, of which data entry."""
         name = self.recipe.stages[job.name].parent
-        while job.record.on_policy is not None and name in self.recipe.stages:
+        while job.record.draws and name in self.recipe.stages:
             stage = self.recipe.stages[name]
             rows = self._rows.get((stage.data, "demo"), (None, None))[0]
             if stage.record.rows == "demo" and rows is not None and rows.known and len(rows):
@@ -306,7 +329,7 @@ class _Plan:
         else:
             timed = self._timed(job)
             found = None if timed is None else measured_seconds(cost, timed, self.seconds)
-        if found is not None and job.record.on_policy is not None:
+        if found is not None and job.record.draws:
             self._note(f"{job.name}: {self._lengths_in_words(job)}")
         return found
 
@@ -377,6 +400,9 @@ def _launched(config: Path | None) -> tuple[int, bool]:
 def _changes(job: "StageJob") -> "Iterator[tuple[str, StageJob]]":
     """Single changes that need less memory, those that change no result first: in words, and made."""
     here = f"stages.{job.name}"
+    if not job.record.trains:
+        yield from _sampling_changes(job)
+        return
     asked = job.train.get("gradient_checkpointing", job.train.get("activation_checkpointing"))
     if not asked:
         yield f"{here}.train.gradient_checkpointing=true", _with(job, gradient_checkpointing=True)
@@ -403,6 +429,15 @@ def _changes(job: "StageJob") -> "Iterator[tuple[str, StageJob]]":
         yield "model.quantization=4bit", replace(job, quantization="4bit")
     if job.method_value("value") == "separate":
         yield f"{here}.value=shared", replace(job, method={**job.method, "value": "shared"})
+
+
+def _sampling_changes(job: "StageJob") -> "Iterator[tuple[str, StageJob]]":
+    at_once = job.method_value("batch_size") or 32
+    for size in (at_once // 2, at_once // 4, at_once // 8):
+        if size:
+            yield f"stages.{job.name}.batch_size={size}", replace(job, method={**job.method, "batch_size": size})
+    if job.quantization is None:
+        yield "model.quantization=4bit", replace(job, quantization="4bit")
 
 
 def _with(job: "StageJob", **train: Any) -> "StageJob":

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ..errors import UserError, nearest
 from ..files import ADAPTER_CONFIG, RECIPE
 from ..intact import read_json_object
-from ..recipes.build import base_dtype, data_spec, eval_spec, folders, policy_folder
+from ..recipes.build import base_dtype, data_spec, eval_spec, policy_folder, run_folders
 from ..recipes.graph import policies
 from ..recipes.load import load_recipe
 from ..recipes.schema import BASE, Recipe
@@ -94,7 +94,7 @@ def sampling_spec(recipe: Recipe, base: "Base", run: Path) -> "EvalSpec":
         policies={},
         reference=BASE,
         prompts=data_spec(recipe.data[stage.data], recipe.seed),
-        folders=folders(recipe),
+        folders=run_folders(recipe, run),
         dtype=base_dtype(recipe),
         quantization=recipe.model.quantization,
         seed=recipe.seed,

@@ -223,6 +223,11 @@ class DataCheck:
 
         spec = data_spec(entry, self.recipe.seed)
         label = f"data {name} as {_ROW_NAMES[kind]}" if name != EVAL_PROMPTS else name
+        if entry.stage is not None:
+            if not self.brief:
+                self._say(label, [f"not checked, {entry.stage} samples them when the recipe runs"])
+            yield {"data": name, "rows": kind, "stage": entry.stage}
+            return
         read, prompts, columns = DataReport(), PromptSet(spec, named=name == EVAL_PROMPTS), Columns()
         answers = Answers(self.recipe, name, kind)
         encoded: DataReport | None = None
@@ -297,7 +302,7 @@ class DataCheck:
         """Stages that would take no step: every batch is left out for not being full."""
         for stage_name, stage in self.recipe.stages.items():
             record = stage.record
-            if stage.data != name or record.rows != kind or record.on_policy is not None:
+            if stage.data != name or record.rows != kind or record.draws:
                 continue
             train = {**record.defaults, **stage.train}
             batch = train.get("per_device_train_batch_size", 8)

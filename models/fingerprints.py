@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from ..files import ADAPTER_WEIGHTS
+from ..files import ADAPTER_WEIGHTS, ROWS
 from ..own_code import find_named
 from .cache import file_sha256
 
@@ -11,10 +11,12 @@ _MODEL_FILES = (".safetensors", ".bin", ".json", ".jinja", ".txt", ".model")
 
 
 def content(folder: Path) -> str | None:
-    """Hash of the adapter in a folder; None where there is none."""
+    """Hash of the adapter in a folder, or of the rows of a stage that samples; None where there is neither."""
     from .lineage import adapter_sha256
 
-    return adapter_sha256(folder) if (folder / ADAPTER_WEIGHTS).is_file() else None
+    if (folder / ADAPTER_WEIGHTS).is_file():
+        return adapter_sha256(folder)
+    return file_sha256(folder / ROWS) if (folder / ROWS).is_file() else None
 
 
 def folder_sha256(folder: Path) -> str:

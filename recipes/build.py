@@ -4,7 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import ADAPTER_CONFIG, LINEAGE
+from ..files import ADAPTER_CONFIG, LINEAGE, ROWS
 from ..intact import read_json_object
 from . import schema
 from .schema import BASE, Data, Precision, Recipe, Reward, Stage
@@ -19,11 +19,16 @@ if TYPE_CHECKING:
 
 
 def data_spec(entry: Data, seed: int) -> "DataSpec":
-    """The data room's description of an entry; `seed` where the entry has none of its own."""
+    """The data room's description of an entry; `seed` where the entry has none of its own.
+
+    The rows of a stage that samples are a file below the run folder, which `folders` has for who reads them.
+    """
     from ..data.spec import DataSpec, OnProblem, SourceSpec
 
     if entry.sources:
         sources = tuple(SourceSpec(**each.model_dump()) for each in entry.sources)
+    elif entry.stage is not None:
+        sources = (SourceSpec(f"{entry.stage}/{ROWS}"),)
     else:
         assert entry.path is not None  # the graph's check
         sources = (
@@ -42,9 +47,24 @@ def data_spec(entry: Data, seed: int) -> "DataSpec":
     )
 
 
-def folders(recipe: Recipe) -> tuple[Path, ...]:
-    """Where relative paths are looked up; the data room adds the shipped data."""
-    return (recipe.folder,) if recipe.folder is not None else ()
+def folders(recipe: Recipe, run_dir: Path | None = None) -> tuple[Path, ...]:
+    """Where relative paths are looked up; the data room adds the shipped data.
+
+    Args:
+        run_dir: the run, for rows that its stages sample: before all else, as a recipe may lie in another run's folder.
+    """
+    return (*(() if run_dir is None else (run_dir,)), *(() if recipe.folder is None else (recipe.folder,)))
+
+
+def data_folders(recipe: Recipe, name: str, run_dir: Path) -> tuple[Path, ...]:
+    """Where a data entry's paths are looked up."""
+    return folders(recipe, None if recipe.data[name].stage is None else run_dir)
+
+
+def run_folders(recipe: Recipe, run_dir: Path) -> tuple[Path, ...]:
+    """Where the paths of any data entry are looked up, those of sampled rows among them."""
+    sampled = any(entry.stage is not None for entry in recipe.data.values())
+    return folders(recipe, run_dir if sampled else None)
 
 
 def lora_spec(recipe: Recipe, name: str) -> "LoraSpec":
@@ -135,7 +155,7 @@ def stage_job(
         lora=lora_spec(recipe, name),
         parent=parent,
         data=data_spec(recipe.data[stage.data], recipe.seed),
-        folders=folders(recipe),
+        folders=data_folders(recipe, stage.data, run_dir),
         method=stage.method(),
         train=dict(stage.train),
         rewards=reward_sources(stage, run_dir),
@@ -194,7 +214,7 @@ def eval_spec(recipe: Recipe, base: "Base", run_dir: Path, policies: list[str] |
         },
         reference=part.reference,
         prompts=data_spec(part.prompts, recipe.seed),
-        folders=folders(recipe),
+        folders=run_folders(recipe, run_dir),
         judges=tuple(part.judges),
         dtype=base_dtype(recipe),
         quantization=recipe.model.quantization,

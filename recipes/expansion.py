@@ -1,8 +1,9 @@
 """Experiments: `seeds` and `grid` of a recipe, written out as a stage for each value.
 
 A stage has a point for each combination of what varies: seeds, which are one axis of the whole recipe, and each key of
-a grid. What comes from it varies as it does: each point of a parent gets its own child, and where a stage has several
-parents those of one point belong together. A child whose parent has seeds has the same, and trains with them.
+a grid. What comes from it, or reads the rows that it samples, varies as it does: each point of a parent gets its own
+child, and where a stage has several parents those of one point belong together. A child whose parent has seeds has the
+same, and trains with them.
 """
 
 import copy
@@ -44,11 +45,12 @@ def expand(text: Text) -> list[UserError]:
         return found
     shared = values.get("seeds")
     points: dict[str, list[Point]] = {}
+    above = {name: _parents(values, name) for name in stages}
     with gathering(found):
         if shared is not None:
             _check_values(text, ("seeds",), shared, seeds=True)
-        for name in _in_order(stages):
-            points[name] = _points(text, stages, name, points, shared)
+        for name in _in_order(above):
+            points[name] = _points(text, stages, name, above[name], points, shared)
         total = sum(map(len, points.values()))
         if total > MOST:
             said = f"seeds and grids make {total} stages of {len(stages)}, expected at most {MOST}"
@@ -64,12 +66,13 @@ def expand(text: Text) -> list[UserError]:
                 said = f"{new!r} would be the name of two stages"
                 found.append(problem(text, ("stages", name), said, "rename one, or leave out one of two like values"))
                 continue
-            made[new] = _stage(stage, name, point, points)
+            made[new] = _stage(stage, name, point, points, _sampled(values, stage))
             groups.setdefault(name, []).append(new)
             _place(text, name, new)
     if found:
         return found
     values["stages"] = made
+    _expand_data(text, points)
     values.pop("seeds", None)
     written = {name: names for name, names in groups.items() if names != [name]}
     if written:
@@ -125,37 +128,69 @@ def _asked(values: Mapping[str, Any], stages: Mapping[str, Any]) -> bool:
     return varied or values.get("seeds") is not None
 
 
-def _parents(stages: Mapping[str, Any], name: str) -> list[str]:
-    """The stages that one names in `from` and `reward`."""
+def _parents(values: Mapping[str, Any], name: str) -> list[str]:
+    """The stages that one names in `from` and `reward`, and whose rows it reads."""
+    stages = values["stages"]
     stage = stages[name]
     reward = stage.get("reward")
     listed = reward if isinstance(reward, list) else [reward]
     named = [stage.get("from"), *(each.get("stage") if isinstance(each, dict) else each for each in listed)]
+    named.append(_sampled(values, stage))
     return [each for each in dict.fromkeys(filter(None, map(_text, named))) if each in stages and each != name]
+
+
+def _sampled(values: Mapping[str, Any], stage: Mapping[str, Any]) -> str | None:
+    """The stage that samples the rows which this one reads; None where they come from files."""
+    entries = values.get("data")
+    entry = entries.get(_text(stage.get("data"))) if isinstance(entries, dict) else None
+    return _text(entry.get("stage")) if isinstance(entry, dict) else None
+
+
+def _expand_data(text: Text, points: Mapping[str, list[Point]]) -> None:
+    """An entry for each variant of the stage whose rows it is."""
+    entries = text.values.get("data")
+    for name, entry in list(entries.items()) if isinstance(entries, dict) else ():
+        source = _text(entry.get("stage")) if isinstance(entry, dict) else None
+        if source is None or points.get(source, [{}]) == [{}]:
+            continue
+        del entries[name]
+        for point in points[source]:
+            new = variant(source, point)
+            entries[_entry(name, source, new)] = {**entry, "stage": new}
+            for table in (text.lines, text.given):
+                for path, place in list(table.items()):
+                    if path[:2] == ("data", name):
+                        path = ("data", _entry(name, source, new), *path[2:])  # noqa: PLW2901
+                        table.setdefault(path, place)  # pyright: ignore[reportArgumentType]
+
+
+def _entry(name: str, source: str, new: str) -> str:
+    """The data entry for a variant of its stage: `pairs-seed0` of `pairs`."""
+    return name + new[len(source) :]
 
 
 def _text(value: object) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _in_order(stages: Mapping[str, Any]) -> list[str]:
+def _in_order(above: Mapping[str, list[str]]) -> list[str]:
     """Parents first. A circle is the graph's to refuse: what is in one comes as it stands."""
     done: dict[str, None] = {}
-    waiting = list(stages)
+    waiting = list(above)
     while waiting:
-        ready = [name for name in waiting if all(each in done for each in _parents(stages, name))] or waiting
+        ready = [name for name in waiting if all(each in done for each in above[name])] or waiting
         done |= dict.fromkeys(ready)
         waiting = [name for name in waiting if name not in done]
     return list(done)
 
 
 def _points(
-    text: Text, stages: Mapping[str, Any], name: str, known: Mapping[str, list[Point]], shared: Any
+    text: Text, stages: Mapping[str, Any], name: str, above: list[str], known: Mapping[str, list[Point]], shared: Any
 ) -> list[Point]:
     """What a stage varies over: what its parents do, joined, its grid, and seeds last."""
     stage, here = stages[name], ("stages", name)
     joined: list[Point] = [{}]
-    for parent in _parents(stages, name):
+    for parent in above:
         theirs = known.get(parent, [{}])
         _same_seeds(text, here, joined, theirs, f"{parent}'s")
         pairs = itertools.product(joined, theirs)
@@ -227,8 +262,14 @@ def _check_values(text: Text, path: Path_, values: Any, *, seeds: bool = False) 
         raise problem(text, path, f"is {shown(values)}, and holds a value twice", "keep one of them")
 
 
-def _stage(stage: Any, name: str, point: Point, points: Mapping[str, list[Point]]) -> dict[str, Any]:
-    """A stage's values at a point."""
+def _stage(
+    stage: Any, name: str, point: Point, points: Mapping[str, list[Point]], sampled: str | None
+) -> dict[str, Any]:
+    """A stage's values at a point.
+
+    Args:
+        sampled: the stage whose rows it reads.
+    """
     made = copy.deepcopy(stage)
     for key in ("seeds", "grid"):
         made.pop(key, None)
@@ -254,6 +295,8 @@ def _stage(stage: Any, name: str, point: Point, points: Mapping[str, list[Point]
 
     if "from" in made:
         made["from"] = at(made["from"])
+    if sampled is not None:
+        made["data"] = _entry(made["data"], sampled, at(sampled))
     rewards = made.get("reward")
     for each in rewards if isinstance(rewards, list) else [rewards]:
         if isinstance(each, dict) and "stage" in each:

@@ -31,11 +31,19 @@ _LARGEST = 3.4e38
 
 
 def parents(recipe: Recipe, name: str) -> list[str]:
-    """The stages that this one needs: the one it starts from first, then the reward stages that score it."""
+    """The stages that this one needs: the one it starts from first, then the reward stages that score it, then the one
+    whose rows it reads."""
     stage = recipe.stages[name]
     needed = [] if stage.parent == BASE or stage.imports else [stage.parent]
     needed += [each.stage for each in stage.rewards if each.stage is not None]
+    needed += [source for source in (data_stage(recipe, name),) if source is not None]
     return list(dict.fromkeys(needed))
+
+
+def data_stage(recipe: Recipe, name: str) -> str | None:
+    """The stage that samples the rows which this one reads; None where they come from files."""
+    entry = recipe.data.get(recipe.stages[name].data)
+    return None if entry is None else entry.stage
 
 
 def order(recipe: Recipe) -> list[str]:
@@ -84,20 +92,24 @@ def policies(recipe: Recipe) -> list[str]:
 
 
 def lines_of_descent(recipe: Recipe) -> list[str]:
-    """Each stage in running order with what it starts from: "sft (from base)", "ppo (from sft, rewards: reward)"."""
+    """Each stage in running order with what it starts from: "sft (from base)", "ppo (from sft, rewards: reward)",
+    "dpo (from sft, rows: pairs1)"."""
     lines = []
     for name in order(recipe):
         stage = recipe.stages[name]
         rewards = [each.stage or each.model or each.function or each.called for each in stage.rewards]
         scored = f", rewards: {' and '.join(map(str, rewards))}" if rewards else ""
-        lines.append(f"{name} (from {'the adapter ' if stage.imports else ''}{stage.parent}{scored})")
+        rows = "" if (source := data_stage(recipe, name)) is None else f", rows: {source}"
+        lines.append(f"{name} (from {'the adapter ' if stage.imports else ''}{stage.parent}{scored}{rows})")
     return lines
 
 
 def unused_stages(recipe: Recipe) -> list[str]:
-    """The stages that come before others by their kind, or judge them, and that no stage and no evaluation uses.
+    """The stages that come before others by their kind, judge them or sample for them, and that no stage and no
+    evaluation uses.
 
-    A policy at the end of the chain is what the chain is for; an SFT stage or a reward model beside it is not.
+    A policy at the end of the chain is what the chain is for; an SFT stage or a reward model beside it is not, nor are
+    rows, unless they are every reply with its score.
     """
     used = {parent for name in recipe.stages for parent in parents(recipe, name)}
     if recipe.eval is not None:
@@ -106,7 +118,9 @@ def unused_stages(recipe: Recipe) -> list[str]:
     return [
         name
         for name, stage in recipe.stages.items()
-        if many and name not in used and (stage.record.first or stage.record.produces == "reward")
+        if many
+        and name not in used
+        and (stage.record.first or stage.record.produces == "reward" or stage.record.row_kinds(stage.method()))
     ]
 
 
@@ -138,10 +152,16 @@ def graph_problems(recipe: Recipe, text: Text) -> Iterator[UserError]:
             yield problem(text, (*here, "from"), f"no stage {stage.parent!r}", nearest(stage.parent, known))
         if stage.data not in recipe.data:
             yield problem(text, (*here, "data"), f"no data entry {stage.data!r}", nearest(stage.data, recipe.data))
+        yield from _sampled_problems(recipe, text, name, stage)
         yield from _reward_problems(recipe, text, name, stage, rewards)
-        if stage.parent in rewards and stage.record.produces == "policy":
+        if stage.parent in rewards and stage.record.produces != "reward":
             said = f"{stage.parent!r} is a reward model, expected a policy"
             yield problem(text, (*here, "from"), said, "start from a policy, such as the reward model's own parent")
+        if (above := recipe.stages.get(stage.parent)) is not None and not above.record.trains:
+            said = f"{stage.parent!r} samples rows and trains nothing, expected a policy"
+            remedy = f"start from {above.parent}, say, and read the rows with data: {{stage: {stage.parent}}}"
+            yield problem(text, (*here, "from"), said, remedy)
+        yield from _idle_problems(text, here, stage)
         yield from _said_twice(text, here, stage)
         yield from _growth_problems(recipe, text, name, stage)
     for name, each in recipe.expanded.items():
@@ -172,6 +192,37 @@ def _folder_key(name: str) -> str:
     return unicodedata.normalize("NFKC", name).casefold()
 
 
+def _sampled_problems(recipe: Recipe, text: Text, name: str, stage: Stage) -> Iterator[UserError]:
+    """Rows of another stage: it samples some, and of the kind that this one reads."""
+    source = data_stage(recipe, name)
+    if source is None or (sampling := recipe.stages.get(source)) is None or sampling.record.trains:
+        return  # said of the entry
+    there: Path_ = ("stages", name, "data")
+    given, wanted = sampling.record.row_kinds(sampling.method()), stage.record.rows
+    if wanted not in given:
+        said = f"reads {_ROWS[wanted]}, and {source} samples {_listed([_ROWS[each] for each in given])}"
+        fitting = {"pair": "best_worst", "demo": "best", "label": "best_worst", "prompt": "best"}[wanted]
+        yield problem(text, there, said, f"set stages.{source}.keep: {fitting}, or read other data")
+
+
+_ROWS = {"demo": "demonstrations", "pair": "pairs", "label": "labelled replies", "prompt": "prompts"}
+
+
+def _listed(words: list[str]) -> str:
+    return " or ".join(words) if words else "replies and their scores for people to look at"
+
+
+def _idle_problems(text: Text, here: Path_, stage: Stage) -> Iterator[UserError]:
+    """What a stage says of its training where nothing trains."""
+    if stage.record.trains:
+        return
+    said = {"train": stage.train, "lora": stage.lora.model_dump(exclude_none=True), "on_nonfinite": stage.on_nonfinite}
+    for key, value in said.items():
+        if value:
+            words = f"has no effect: a {stage.record.name} stage trains nothing"
+            yield problem(text, (*here, key), words, "leave it out")
+
+
 def _circle(recipe: Recipe, text: Text) -> Iterator[UserError]:
     known = {name: [each for each in parents(recipe, name) if each in recipe.stages] for name in recipe.stages}
     try:
@@ -179,8 +230,10 @@ def _circle(recipe: Recipe, text: Text) -> Iterator[UserError]:
     except ValueError as error:
         circle = error.args[0]
         shown = [*circle[:4], "...", *circle[-4:]] if len(circle) > _SHOWN else circle
+        reads = any(data_stage(recipe, each) in circle for each in circle)
         where: Path_ = ("stages", circle[0], "from")
-        yield problem(text, where, f"a circle: {' -> '.join(shown)}", "let one of them start from base")
+        remedy = "let one of them start from base, or read other data" if reads else "let one of them start from base"
+        yield problem(text, where, f"a circle: {' -> '.join(shown)}", remedy)
 
 
 def fill_eval(recipe: Recipe) -> None:
@@ -191,9 +244,12 @@ def fill_eval(recipe: Recipe) -> None:
 
 def _data_problems(recipe: Recipe, text: Text) -> Iterator[UserError]:
     entries: list[tuple[Path_, Data]] = [(("data", name), entry) for name, entry in recipe.data.items()]
-    if recipe.eval is not None and ("eval", "prompts") not in text.copied:
+    if recipe.eval is not None and (recipe.eval.prompts.stage or ("eval", "prompts") not in text.copied):
         entries.append((("eval", "prompts"), recipe.eval.prompts))
     for path, entry in entries:
+        if entry.stage is not None:
+            yield from _stage_entry_problems(recipe, text, path, entry)
+            continue
         if entry.path is None and not entry.sources:
             yield problem(text, path, "has neither path nor sources", "give one path, or a list of sources")
         if entry.path is not None and entry.sources:
@@ -202,6 +258,24 @@ def _data_problems(recipe: Recipe, text: Text) -> Iterator[UserError]:
             for key in ("split", "columns", "name", "revision"):
                 if getattr(entry, key) is not None:
                     yield problem(text, (*path, key), "belongs to one source", "write it into that source")
+
+
+def _stage_entry_problems(recipe: Recipe, text: Text, path: Path_, entry: Data) -> Iterator[UserError]:
+    """An entry that is the rows of a stage."""
+    here: Path_ = (*path, "stage")
+    for key in ("path", "sources", "split", "columns", "name", "revision"):
+        if getattr(entry, key) is not None:
+            yield problem(
+                text, (*path, key), "stands beside stage, whose rows are read as it wrote them", "leave it out"
+            )
+    sampling = [name for name, stage in recipe.stages.items() if not stage.record.trains]
+    if path[0] == "eval":
+        yield problem(text, path, "the evaluation's prompts are there before anything trains", "give a path")
+    elif entry.stage not in sampling:
+        known = recipe.stages.get(str(entry.stage))
+        said = f"no stage {entry.stage!r}" if known is None else f"stage {entry.stage!r} is of kind {known.kind}"
+        remedy = nearest(str(entry.stage), sampling) if sampling else "add a stage of kind sample"
+        yield problem(text, here, f"{said}, expected one that samples rows", remedy)
 
 
 def _reward_problems(recipe: Recipe, text: Text, name: str, stage: Stage, rewards: list[str]) -> Iterator[UserError]:
@@ -263,6 +337,8 @@ def _growth_problems(recipe: Recipe, text: Text, name: str, stage: Stage) -> Ite
     """A child starts as an exact copy of its parent's adapter: its rank may grow, the rest may not change."""
     if stage.parent not in recipe.stages or stage.parent == name:
         return
+    if not (stage.record.trains and recipe.stages[stage.parent].record.trains):
+        return
     ours, theirs = lora_values(recipe, name), lora_values(recipe, stage.parent)
     here: Path_ = ("stages", name, "lora")
     if ours["r"] < theirs["r"]:
@@ -289,15 +365,16 @@ def _eval_problems(recipe: Recipe, text: Text) -> Iterator[UserError]:
     if recipe.eval is None:
         return
     part = recipe.eval
-    known = [BASE, *(name for name in recipe.stages if name not in reward_models(recipe))]
+    known = [BASE, *(name for name, stage in recipe.stages.items() if stage.record.produces == "policy")]
     curve = part.over_optimisation is not None
     if found := beam_problem(part.beams or 1, temperature=part.temperature, kl=part.kl, over_optimisation=curve):
         yield problem(text, ("eval", "beams"), *found)
     unknown = [policy for policy in part.policies if policy not in known]
     for index, policy in enumerate(part.policies):
         if policy in unknown:
-            kind = " (a reward model)" if policy in recipe.stages else ""
-            said = f"{policy!r} is no policy{kind}"
+            stage = recipe.stages.get(policy)
+            what = {"reward": " (a reward model)", "rows": " (it samples rows)"}
+            said = f"{policy!r} is no policy{'' if stage is None else what[stage.record.produces]}"
             yield problem(text, ("eval", "policies", index), said, nearest(policy, known))
     if part.reference not in (*part.policies, BASE) and part.policies and not unknown:
         said = f"{part.reference!r} is not among the policies"

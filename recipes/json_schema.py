@@ -112,6 +112,7 @@ def _stage(kind: StageKind, definitions: Schema) -> Schema:
     schema["required"] = [each for each in schema.get("required", ()) if each != "kind"]
     adapter = {"type": "object", "properties": {"adapter": _TEXT}, "required": ["adapter"]}
     keys["from"] = {"anyOf": [_TEXT, {**adapter, "additionalProperties": False}]}
+    keys["data"] = {"anyOf": [_TEXT, {"allOf": [{"$ref": "#/$defs/Data"}], "required": ["stage"]}]}
     if kind.needs_reward:
         source = {"anyOf": [_TEXT, {"$ref": "#/$defs/Reward"}]}
         keys["reward"] = {"anyOf": [*source["anyOf"], {"type": "array", "items": source, "minItems": 1}]}
@@ -123,6 +124,10 @@ def _stage(kind: StageKind, definitions: Schema) -> Schema:
         keys[group] = {"anyOf": [{"type": "number"}, {"$ref": f"#/$defs/{group}"}]}
     for parameter in kind.alone():
         keys[parameter.name] |= _described(parameter)
+    if not kind.trains:
+        for key in ("train", "lora", "on_nonfinite"):
+            del keys[key]
+        return {**schema, "description": kind.title.removeprefix("The ").capitalize()}
     table = FIELDS.get(kind.config.rpartition(":")[2], TRAINING)
     train = {name: _field(name, field, kind, keys) for name, field in sorted(table.items())}
     keys["train"] = {"type": "object", "properties": train, "additionalProperties": False}

@@ -227,7 +227,8 @@ def _take_from_here(text: Text, path: Path_) -> None:
 
 
 def _normalise(text: Text, folder: Path, found: list[UserError]) -> bool:
-    """Write out what a recipe may leave out: a stage's kind by its name, its parent, the evaluation's prompts.
+    """Write out what a recipe may leave out: a stage's kind by its name, its parent, the evaluation's prompts; and what
+    it may write in a stage that has a place of its own.
 
     What is wrong is added to `found`; stages that cannot be read are taken out of the values, and the answer is False.
     """
@@ -238,6 +239,7 @@ def _normalise(text: Text, folder: Path, found: list[UserError]) -> bool:
         with gathering(found):
             _settle_kind(text, name, stage, folder)
             _place_adapter(stage, folder)
+            _name_data(text, name, stage)
         bad += [name] if len(found) > before else []
     for name in bad:
         del stages[name]
@@ -281,6 +283,29 @@ def _place_adapter(stage: dict[str, Any], folder: Path) -> None:
     parent = stage.get("from")
     if isinstance(parent, dict) and isinstance(named := parent.get("adapter"), str):
         parent["adapter"] = str((folder / Path(named).expanduser()).resolve())
+
+
+def _name_data(text: Text, name: str, stage: dict[str, Any]) -> None:
+    """`data: {stage: pairs}` in a stage becomes a data entry by the name of the stage that samples the rows."""
+    entry = stage.get("data")
+    if not isinstance(entry, dict):
+        return
+    path: Path_ = ("stages", name, "data")
+    source = entry.get("stage")
+    if not isinstance(source, str):
+        said = f"is {shown(entry)}, expected the name of a data entry, or {{stage: NAME}}"
+        raise problem(text, path, said, "write the entry under data, and its name here")
+    if not isinstance(text.values.get("data"), dict):
+        text.values["data"] = {}
+    entries = text.values["data"]
+    if entries.setdefault(source, entry) != entry:
+        said = f"the data entry {source!r} says something else than this stage does"
+        raise problem(text, path, said, f"write data: {source}, or give this one an entry of its own under data")
+    for table in (text.lines, text.given):
+        for known, place in list(table.items()):
+            if known[:3] == path:
+                table.setdefault(("data", source, *known[3:]), place)  # pyright: ignore[reportArgumentType]
+    stage["data"] = source
 
 
 def _place_kind(text: Text, name: str, stage: dict[str, Any], folder: Path) -> None:

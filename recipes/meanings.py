@@ -67,6 +67,7 @@ MEANINGS: Meanings = {
     },
     "Data": {
         **_SOURCE,
+        "stage": "A stage of kind sample, whose rows are read, in place of a path.",
         "sources": "Several sources in place of one path, mixed by their weights.",
         "limit": "Rows in all, after mixing.",
         "max_prompt_length": "Tokens of the prompt.",
@@ -91,7 +92,7 @@ MEANINGS: Meanings = {
     "Stage": {
         "kind": "What kind of stage it is. Default: the stage's name.",
         "from": "The parent: a stage's name, base, or {adapter: PATH}. Default: the SFT stage, where there is one.",
-        "data": "The name of a data entry.",
+        "data": "The name of a data entry, or {stage: NAME}: the rows that a stage of kind sample keeps.",
         "lora": "What this stage's adapter has otherwise.",
         "seed": "Default: the recipe's.",
         "seeds": "This stage, and what comes from it, once for each: [0, 1, 2] makes dpo-seed0, dpo-seed1, dpo-seed2.",

@@ -71,8 +71,12 @@ def _kind(kind: StageKind, definitions: dict[str, Any]) -> Iterator[str]:
     yield f"### kind: {kind.name}\n"
     config = kind.config.rpartition(":")[2]
     defaults = ", ".join(f"`{name}: {_plain(value)}`" for name, value in kind.defaults.items())
-    yield f"Reads {_ROWS[kind.rows]}. `train` takes the fields of `{config}` ([all of them](../stages/FIELDS.md))."
-    yield f"Where the recipe does not say them: {defaults}.\n"
+    if kind.trains:
+        yield f"Reads {_ROWS[kind.rows]}. `train` takes the fields of `{config}` ([all of them](../stages/FIELDS.md))."
+        yield f"Where the recipe does not say them: {defaults}.\n"
+    else:
+        yield f"Reads {_ROWS[kind.rows]}, and gives rows to stages whose `data` names it ([more](stages/sample.md)):"
+        yield "nothing trains, and it has no `train`, `lora` and `on_nonfinite`.\n"
     keys = definitions[f"{kind.name}_stage"]["properties"]
     own = {"reward": keys["reward"]} if kind.needs_reward else {}
     for parameter in kind.parameters:

@@ -88,9 +88,10 @@ class OnProblem(Part):
 
 
 class Data(Part):
-    """A data entry: one `path`, or several `sources`; lengths in tokens."""
+    """A data entry: one `path`, the rows of a `stage` that samples, or several `sources`; lengths in tokens."""
 
     path: str | None = None
+    stage: str | None = None
     sources: list[Source] | None = None
     split: str | None = None
     columns: dict[str, str] | None = None
@@ -170,7 +171,8 @@ class Stage(Part):
 
     `train`: fields of the stage's TRL / Transformers config by their own names. `on_nonfinite`: what happens to a step
     whose loss or gradient is NaN or infinite: `stop`, or `skip(N)` for at most N steps. `seeds` and `grid` make it a
-    stage for each value (`expansion.py`): a recipe that was read has none of them.
+    stage for each value (`expansion.py`): a recipe that was read has none of them. `data` may be written as an entry
+    of its own, `{stage: NAME}`: it is one by that stage's name once the recipe is read.
     """
 
     kind: str

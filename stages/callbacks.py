@@ -187,10 +187,14 @@ class StepFile(TrainerCallback):
 
     def _write(self, state: TrainerState) -> None:
         self._written = time.monotonic()
-        seconds = round(self._written - self._since, 3)
-        row = {"step": state.global_step, "steps": state.max_steps, "began": self._began, "seconds": seconds}
-        with suppress(OSError):  # no reason to end a training
-            write_whole(self.path, json.dumps(row) + "\n")
+        write_step(self.path, state.global_step, state.max_steps, self._began, self._written - self._since)
+
+
+def write_step(path: Path, step: int, steps: int, began: int, seconds: float) -> None:
+    """Write how far a stage is, as `StepFile` says."""
+    row = {"step": step, "steps": steps, "began": began, "seconds": round(seconds, 3)}
+    with suppress(OSError):  # no reason to end it
+        write_whole(path, json.dumps(row) + "\n")
 
 
 class Clock(TrainerCallback):

@@ -44,6 +44,8 @@ PRODUCTS = "compiled products"
 _REWARD = "reward"
 
 _ROWS_AT_ONCE = 32
+_BYTES_A_TOKEN = 5
+"""Of sampled text on the disk."""
 _TRAINER, _HOLES = 50_000_000, 0.25
 """What a process on a CPU holds beside the tensors that are counted: the trainer with what it imports, and of what a
 step makes, the share that the allocator holds for nothing after one step. Over its steps a process then grows by a
@@ -258,7 +260,7 @@ def stage_cost(
         UserError: the stage's config refuses a value.
     """
     stage = _Stage(job, config, rows, held, place, replies)
-    work = stage.trained() if job.record.on_policy is None else stage.on_policy()
+    work = stage.work()
     peaks, why = _peaks(stage, config, work)
     compiled = stage.compiled() if place.device == "cpu" else 0
     phases: dict[str, Parts] = {}
@@ -334,7 +336,7 @@ class _Stage:
         optim = self.args.optim
         self.optim = str(getattr(optim, "value", optim))  # the name of an enumeration's member says its class too
         self.paged = place.device == "cuda" and is_paged(self.optim)
-        self.new_tokens: int = 0 if kind.on_policy is None else job.method_value("max_new_tokens")
+        self.new_tokens: int = job.method_value("max_new_tokens") if kind.draws else 0
         self._replies = sorted(min(each, self.new_tokens) for each in replies)
         self.reply: float = sum(self._replies) / len(self._replies) if replies else self.new_tokens
 
@@ -351,6 +353,8 @@ class _Stage:
     def steps(self) -> int | None:
         """Optimiser steps of the run."""
         args, n = self.args, len(self.rows)
+        if not self.job.record.trains:
+            return 0
         if (policy := self.job.record.on_policy) is not None:
             iterations = self.iterations()
             return (
@@ -389,6 +393,9 @@ class _Stage:
 
     def tokens(self) -> int | None:
         """Tokens of the rows that the run sees, replies included."""
+        if not self.job.record.trains:
+            n = self._value("n")
+            return round(n * (sum(self.rows.lengths) + len(self.rows) * self.reply)) if len(self.rows) else None
         if (steps := self.steps()) is None:
             return None
         mean = sum(self.rows.lengths) / len(self.rows) if len(self.rows) else self.rows.longest
@@ -401,6 +408,8 @@ class _Stage:
         if (tokens := self.tokens()) is None:
             return None
         kind = self.job.record
+        if not kind.trains:
+            return training_flops(self.size, tokens, 1 + self._reward_stages(), self._replies_in_all() * self.reply, 1)
         again = 1 if self.checkpointing else 0
         if (policy := kind.on_policy) is None:
             work = self.trained()[0]
@@ -422,6 +431,8 @@ class _Stage:
 
     def trained_parameters(self) -> int:
         """Of the adapters that train, their heads left out."""
+        if not self.job.record.trains:
+            return 0
         separate = self.job.record.on_policy is not None and self._value("value") == "separate"
         return self.size.adapter * (2 if separate else 1)
 
@@ -441,10 +452,9 @@ class _Stage:
     def constant(self) -> Parts:
         """What every phase holds on each device."""
         job, size, place, weights = self.job, self.size, self.place, self._weights()
-        stages = sum(each.kind == "stage" for each in job.rewards)
-        frozen = size.adapter * (int(job.record.needs_reference) + stages)
+        frozen = size.adapter * (int(job.record.needs_reference or not job.record.trains) + self._reward_stages())
         trained = self.trained_parameters()
-        several = place.processes > 1 and job.record.on_policy is None
+        several = place.processes > 1 and job.record.on_policy is None and job.record.trains
         return Counter(
             {
                 WEIGHTS: weights,
@@ -452,7 +462,7 @@ class _Stage:
                 OPTIMISER: 0 if self.paged else self.optimiser(),
                 BUCKETS: trained * ADAPTER_BYTES if several else 0,
                 LIBRARIES: place.libraries,
-                MERGED: self._merged() if place.device == "cuda" and job.record.on_policy is not None else 0,
+                MERGED: self._merged() if place.device == "cuda" and job.record.draws else 0,
             }
         )
 
@@ -464,7 +474,12 @@ class _Stage:
         return self.size.linear_bytes if laid_out_anew else self.size.adapted_bytes
 
     def disk_bytes(self) -> int:
-        """The adapter, two checkpoints with the optimiser (a new one is written beside the old), and kept policies."""
+        """The adapter, two checkpoints with the optimiser (a new one is written beside the old), and kept policies.
+
+        Of a stage that samples: replies as text, until the rows are written beside them.
+        """
+        if not self.job.record.trains:
+            return round(2 * _BYTES_A_TOKEN * (self.tokens() or 0))
         adapter = self.size.adapter * ADAPTER_BYTES
         checkpoint = self.trained_parameters() * ADAPTER_BYTES + self.optimiser()
         every = self.job.method_value("keep_every")
@@ -489,7 +504,7 @@ class _Stage:
     def _all_batches(self) -> Iterator[list[TokenIds]]:
         """The batches of one shuffled pass, or as many as the run has; replies are as they are expected."""
         draw, count = random.Random(self.job.seed), max(1, min(_TREES, self.steps() or _TREES))
-        sampled = self.job.record.on_policy is not None
+        sampled = self.job.record.draws
         for _ in range(count if len(self.rows) else 1):
             rows = draw.sample(range(len(self.rows)), min(self.batch, len(self.rows))) or [*range(self.batch)]
             found = self.rows.sequences(rows)
@@ -497,6 +512,12 @@ class _Stage:
             yield [[*row, *[-1 - n] * t] for n, (row, t) in enumerate(zip(found, lengths, strict=True))]
 
     # --- what is done -------------------------------------------------------------------------------------------------
+
+    def work(self) -> list[Work]:
+        """All that the stage does."""
+        if not self.job.record.trains:
+            return self.sampled()
+        return self.trained() if self.job.record.on_policy is None else self.on_policy()
 
     def trained(self) -> list[Work]:
         """The work of a stage on TRL's trainers."""
@@ -557,11 +578,44 @@ class _Stage:
             work.append(self._update("score", size, updates, passes))
         return work
 
+    def sampled(self) -> list[Work]:
+        """The work of a stage that samples rows: replies, and their scores."""
+        n, known = self._value("n"), len(self.rows)
+        replies = max(1, self._replies_in_all() // self.place.processes) if known else None
+        at_once = min(self._value("batch_size") or _ROWS_AT_ONCE, replies or _ROWS_AT_ONCE)
+        count = math.ceil(at_once / n)
+        order = sorted(range(known), key=lambda row: self.rows.lengths[row]) or [*range(count)]
+        middle = max(0, (len(order) - count) // 2)
+        parts = (order[-count:], order[middle : middle + count])
+        longest, usual = ([row for row in self.rows.sequences(part) for _ in range(n)][:at_once] for part in parts)
+        work = [self._decoding(longest, usual, replies or at_once, None if replies is None else 1)]
+        if not self._reward_stages():
+            return work
+        full = [[*row, *[-1 - i] * self.new_tokens] for i, row in enumerate(longest)]
+        rows = max(1, min(len(full), self._forward_tokens() // max(map(len, full))))
+        typical = tuple(
+            [*row, *[i] * t] for i, (row, t) in enumerate(zip(usual, self.replies(len(usual)), strict=True))
+        )
+        times = None if replies is None else math.ceil(replies / len(usual)) * self._reward_stages()
+        return [*work, Work("scores", "forward", self._batch(full[:rows], 0), typical, 0, times)]
+
+    def _replies_in_all(self) -> int:
+        return len(self.rows) * self._value("n")
+
+    def _reward_stages(self) -> int:
+        return sum(each.kind == "stage" for each in self.job.rewards)
+
     def _rollout(self, rollout: int, times: Callable[[float], float | None]) -> Work:
-        size, unit, cpu = self.size, BYTES[self.job.dtype], self.place.device == "cpu"
         # without a number a GPU takes as many rows as its memory has room for; so many it should
         at_once = min(self._value("rollout_micro_batch_size") or _ROWS_AT_ONCE, rollout)
         prompts, typical = self._prompts(at_once)
+        return self._decoding(prompts, typical, rollout, times(1))
+
+    def _decoding(
+        self, prompts: Sequence[TokenIds], typical: Sequence[TokenIds], replies: int, times: float | None
+    ) -> Work:
+        """So many replies, of which as many as there are prompts are drawn at once."""
+        size, unit, cpu, at_once = self.size, BYTES[self.job.dtype], self.place.device == "cpu", len(prompts)
         width = max(map(len, prompts))
         columns = at_once * (width + self.new_tokens)
         holds = Counter(
@@ -576,8 +630,8 @@ class _Stage:
             }
         )
         batch = self._batch(prompts, 0) if cpu else Batch.even(at_once, width, 0)
-        decodes = Decodes(at_once, self.replies(rollout), self.new_tokens)
-        return Work("rollout", "prefill", batch, tuple(typical), 0, times(1), holds=holds, decodes=decodes)
+        decodes = Decodes(at_once, self.replies(replies), self.new_tokens)
+        return Work("rollout", "prefill", batch, tuple(typical), 0, times, holds=holds, decodes=decodes)
 
     def _forwards(self, rollout: int, times: Callable[[float], float | None]) -> list[Work]:
         """The rollout's log-probs under policy and reference, its values, its scores."""
@@ -590,7 +644,7 @@ class _Stage:
         held = Counter({GRADIENTS: self.trained_parameters() * ADAPTER_BYTES})
         phase = "log-probs and scores"
         policies = Work(phase, "forward", batch, typical, scored, times(2 * calls), False, holds=held, longer=longer)
-        scalars = sum(each.kind == "stage" for each in self.job.rewards) + (self._value("value") == "separate")
+        scalars = self._reward_stages() + (self._value("value") == "separate")
         scores = replace(policies, heaviest=self._unscored(batch), scored=0, times=times(calls * scalars), trl=True)
         return [policies, *([scores] if scalars else [])]
 

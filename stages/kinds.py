@@ -23,6 +23,7 @@ from ..data.spec import RowKind
 from ..errors import UserError, nearest, user_code
 from ..own_code import FILE_MODULE, import_named, look_in
 from .ppo.settings import PPOSettings
+from .sample.settings import SampleSettings, gives_rows
 
 
 class Panel(NamedTuple):
@@ -76,7 +77,7 @@ class StageKind:
         run: "module:function", or the function: takes a `StageJob`, returns what metrics.json holds.
         parameters: of the method.
         groups: recipe words that are written as a group, `kl: {coef: 0.1}`: group -> its key -> the parameter.
-        produces: a policy, which samples and can be evaluated, or a reward model.
+        produces: a policy, which samples and can be evaluated, a reward model, or rows, which later stages read.
         needs_reference: it measures its policy against the frozen adapter that it started from.
         needs_reward: the recipe says where its scores come from.
         orders_pairs: what comes out of it says which of two replies is better, by a score or an implicit reward.
@@ -89,6 +90,7 @@ class StageKind:
         check: "module:function", or the function: takes a `StageJob` and its built config, returns a list of
             `UserError`s: what the config alone accepts and the run would refuse.
         first: such a stage comes before the others: without `from` it starts from the base, and they start from it.
+        gives: of a kind that produces rows: the kinds of rows that may be read, by the values of its parameters.
     """
 
     name: str
@@ -98,7 +100,7 @@ class StageKind:
     run: str | Callable[..., dict[str, Any]]
     parameters: tuple[Parameter, ...] = ()
     groups: Mapping[str, Mapping[str, str]] = field(default_factory=lambda: MappingProxyType({}))
-    produces: Literal["policy", "reward"] = "policy"
+    produces: Literal["policy", "reward", "rows"] = "policy"
     needs_reference: bool = False
     needs_reward: bool = False
     orders_pairs: bool = False
@@ -109,6 +111,26 @@ class StageKind:
     defaults: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     check: str | Callable[..., list[UserError]] | None = None
     first: bool = False
+    gives: Callable[[Mapping[str, Any]], tuple[RowKind, ...]] | None = None
+
+    @property
+    def trains(self) -> bool:
+        """Whether an adapter comes out of it."""
+        return self.produces != "rows"
+
+    @property
+    def draws(self) -> bool:
+        """Whether its policy answers the prompts that it reads."""
+        return self.on_policy is not None or not self.trains
+
+    def row_kinds(self, method: Mapping[str, Any]) -> tuple[RowKind, ...]:
+        """The kinds of rows that a stage of it writes; none of a kind that trains.
+
+        Args:
+            method: what the recipe says for its parameters.
+        """
+        values = {each.name: each.default for each in self.parameters} | dict(method)
+        return () if self.gives is None else self.gives(values)
 
     def parameter(self, name: str) -> Parameter:
         """One of the parameters. Raises KeyError for another name."""
@@ -136,7 +158,7 @@ class StageKind:
         return pkgutil.resolve_name(self.run) if isinstance(self.run, str) else self.run
 
 
-def parameters_of(settings: type) -> tuple[Parameter, ...]:
+def parameters_of(settings: type, *, of_config: bool = True) -> tuple[Parameter, ...]:
     """The fields of a dataclass as parameters; the help is what each field's metadata says."""
     hints = get_type_hints(settings, include_extras=True)
     return tuple(
@@ -145,6 +167,7 @@ def parameters_of(settings: type) -> tuple[Parameter, ...]:
             hints[each.name],
             each.default if each.default is not MISSING else each.default_factory(),  # pyright: ignore[reportCallIssue]: one of them is there
             each.metadata["help"],
+            of_config,
         )
         for each in fields(settings)
     )
@@ -346,7 +369,32 @@ PPO = StageKind(
     ),
 )
 
-KINDS: dict[str, StageKind] = {each.name: each for each in (SFT, REWARD, DPO, KTO, PPO)}
+SAMPLE = StageKind(
+    name="sample",
+    title="The sampling stage",
+    rows="prompt",
+    # nothing trains: of this config the run reads nothing
+    config="transformers:TrainingArguments",
+    run="preftune.stages.sample.stage:run_sample",
+    check="preftune.stages.method_problems:sample_problems",
+    parameters=parameters_of(SampleSettings, of_config=False),
+    produces="rows",
+    needs_reward=True,
+    variants=MappingProxyType(
+        dict.fromkeys(
+            ("best_of_n", "bon", "rejection_sampling", "raft", "rft"),
+            "write kind: sample with keep: best, and kind: sft with data: {stage: ...}",
+        )
+        | dict.fromkeys(
+            ("rlaif", "iterative_dpo", "self_rewarding"),
+            "write kind: sample, and kind: dpo with data: {stage: ...}; see the shipped recipe iterative-dpo",
+        )
+        | dict.fromkeys(("generate", "rollout", "sampling"), "write kind: sample")
+    ),
+    gives=gives_rows,
+)
+
+KINDS: dict[str, StageKind] = {each.name: each for each in (SFT, REWARD, DPO, KTO, PPO, SAMPLE)}
 """The kinds that come with preftune, in the order in which they are listed."""
 
 _NOT_HERE = "not among the methods here: the nearest is {}; a method of your own is kind: FILE.py:RECORD"
@@ -360,7 +408,7 @@ VARIANTS: dict[str, str] = {
     **dict.fromkeys(("simpo", "cpo"), _NOT_HERE.format("kind: dpo with loss_type: sigmoid_norm")),
     "orpo": _NOT_HERE.format("kind: sft, then kind: dpo"),
     **dict.fromkeys(("grpo", "dr_grpo", "dapo", "gspo", "rloo", "reinforce"), _NO_GROUPS),
-    "online_dpo": _NOT_HERE.format("kind: dpo, on pairs"),
+    "online_dpo": _NOT_HERE.format("kind: sample, then kind: dpo on its pairs (the shipped recipe iterative-dpo)"),
     **dict.fromkeys(("rm", "reward_model", "reward_modeling"), "write kind: reward"),
     **dict.fromkeys(("finetune", "fine_tune", "ft", "instruct", "pt", "pretrain"), "write kind: sft"),
     "rlhf": "write kind: ppo",

@@ -3,10 +3,12 @@
 They stand here and not beside their trainers, because they must be known without what only training needs.
 """
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ..errors import UserError, gathering
 from .job import StageJob
+from .sample.settings import ALL, BEST_WORST, THRESHOLD
 
 if TYPE_CHECKING:
     from trl.trainer.dpo_config import DPOConfig
@@ -93,9 +95,7 @@ def ppo_problems(job: StageJob, args: "PPOConfig") -> list[UserError]:
         found.append(UserError(key, said, "use bfloat16, or float32"))
     if not job.rewards:
         found.append(no_reward(job))
-    elif not any(each.weight for each in job.rewards):
-        said = "every weight is 0: no reply would be better than another"
-        found.append(UserError(f"stages.{job.name}.reward", said, "give one of them a weight"))
+    found += _weight_problems(job, args.reward_combination)
     if args.total_episodes is not None and "num_train_epochs" in job.train:
         said = f"has no effect beside total_episodes, which is {args.total_episodes}"
         found.append(UserError(f"stages.{job.name}.train.num_train_epochs", said, "keep one of them"))
@@ -109,14 +109,46 @@ def ppo_problems(job: StageJob, args: "PPOConfig") -> list[UserError]:
         for key, (used, needs) in idle.items()
         if not used and job.says(key) is not None
     ]
-    if args.reward_combination == "ensemble" and any(each.weight != 1 for each in job.rewards):
-        said = "an ensemble takes the mean of its rewards, whatever their weights"
-        found.append(UserError(f"stages.{job.name}.reward", said, "leave the weights out, or write sum"))
     return found
 
 
+def _weight_problems(job: StageJob, combination: str) -> Iterator[UserError]:
+    """Weights of several rewards that come to nothing, or that nothing looks at."""
+    here = f"stages.{job.name}.reward"
+    if job.rewards and not any(each.weight for each in job.rewards):
+        yield UserError(here, "every weight is 0: no reply would be better than another", "give one of them a weight")
+    if combination == "ensemble" and any(each.weight != 1 for each in job.rewards):
+        said = "an ensemble takes the mean of its rewards, whatever their weights"
+        yield UserError(here, said, "leave the weights out, or write sum")
+
+
 def no_reward(job: StageJob) -> UserError:
-    """The error of an on-policy stage whose replies nothing scores."""
+    """The error of a stage that draws replies, and whose replies nothing scores."""
     return UserError(
         f"stages.{job.name}.reward", "no reward is given", "name a reward stage, a model, a function or a verifier"
     )
+
+
+def sample_problems(job: StageJob, args: object) -> list[UserError]:
+    """What of a sampling stage's settings does not go together. `args` is not looked at: nothing trains."""
+    del args
+    return list(_sample_problems(job))
+
+
+def _sample_problems(job: StageJob) -> Iterator[UserError]:
+    here, keep = f"stages.{job.name}", str(job.method_value("keep"))
+    n, threshold = job.method_value("n"), job.method_value("threshold")
+    if not job.rewards:
+        yield no_reward(job)
+    yield from _weight_problems(job, job.method_value("reward_combination"))
+    if keep == BEST_WORST and n < 2:
+        yield UserError(f"{here}.n", f"is {n}, and the best and the worst are two replies", "use n: 2 or more")
+    if keep == THRESHOLD and threshold is None:
+        yield UserError(f"{here}.threshold", "is missing, and keep is threshold", "write the least score to keep")
+    if threshold is not None and keep not in (THRESHOLD, ALL):
+        yield UserError(f"{here}.threshold", f"has no effect with keep: {keep}", "leave it out, or set keep: threshold")
+    if job.says("margin") is not None and keep != BEST_WORST:
+        yield UserError(f"{here}.margin", f"has no effect with keep: {keep}", "leave it out, or set keep: best_worst")
+    if job.says("ensemble_penalty") is not None and job.method_value("reward_combination") != "ensemble":
+        remedy = "leave it out, or set reward_combination: ensemble"
+        yield UserError(f"{here}.ensemble_penalty", "has no effect with a sum", remedy)

@@ -22,10 +22,11 @@ from ..data.rows import Fingerprint, Row
 from ..data.spec import DataSpec
 from ..data.split import check_sides, prompt_position
 from ..errors import UserError, user_code
-from ..files import CHECKPOINTS, LINEAGE, LOGS, METRICS
+from ..files import CHECKPOINTS, LINEAGE, LOGS, METRICS, ROWS
 from ..models.adapters import AdapterSet
 from ..models.base import Base
 from ..models.batching import forward_tokens
+from ..models.cache import file_sha256
 from ..models.context import check_context
 from ..models.devices import device_name, say_unused_gpus
 from ..models.generate import sampler_used
@@ -36,6 +37,7 @@ from ..models.lineage import (
     check_parent,
     library_versions,
     parent_entry,
+    read_lineage,
     tokenizer_info,
     write_lineage,
 )
@@ -248,7 +250,7 @@ def finish(
             base=base_info(job.base),
             tokenizer=tokenizer_info(tokenizer),
             parents=[parent_entry(each, job.output_dir) for each in folders],
-            config=_resolved(job, args) | ({} if backbone is None else {"computed": _computed(backbone)}),
+            config=_resolved(job, args) | ({} if backbone is None else {"computed": computed(backbone)}),
             data={
                 "spec": plain(dataclasses.asdict(job.data)),
                 "fingerprint": data.fingerprint,
@@ -262,7 +264,7 @@ def finish(
         )
         write_lineage(job.output_dir, lineage)
         write_card(job.output_dir)
-        _clear_checkpoints(job)
+        clear_checkpoints(job)
     return metrics
 
 
@@ -274,18 +276,24 @@ def finished(job: StageJob) -> dict[str, Any] | None:
     if not (job.output_dir / LINEAGE).is_file():
         return None
     try:
-        adapter_sha256(job.output_dir)
+        if job.record.trains:
+            adapter_sha256(job.output_dir)
+        elif file_sha256(job.output_dir / ROWS) != read_lineage(job.output_dir).config["rows"]["sha256"]:
+            raise ValueError("the rows are not those that were written")
         metrics = json.loads((job.output_dir / METRICS).read_text(encoding="utf-8"))
-    except (OSError, ValueError, UserError):
+    except (OSError, ValueError, KeyError, TypeError, UserError):
         (job.output_dir / LINEAGE).unlink()  # a machine that stopped: made again from the last checkpoint
         return None
-    _clear_checkpoints(job)
+    clear_checkpoints(job)
     return metrics
 
 
-def _clear_checkpoints(job: StageJob) -> None:
+def clear_checkpoints(job: StageJob) -> None:
     """Remove the checkpoints, unless the recipe asks for them; what trackers wrote beside them stays, in `runs`."""
     folder = job.output_dir / CHECKPOINTS
+    if not job.record.trains:
+        shutil.rmtree(folder, ignore_errors=True)  # what was drawn stands in the rows
+        return
     shutil.rmtree(folder / SAVING, ignore_errors=True)
     for _, each in checkpoints(folder):
         if not is_asked(each):
@@ -300,7 +308,7 @@ def _clear_checkpoints(job: StageJob) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _computed(backbone: PreTrainedModel) -> dict[str, Any]:
+def computed(backbone: PreTrainedModel) -> dict[str, Any]:
     """What was chosen for this device and this model: nothing of it is a setting, all of it may explain a number."""
     found = {
         "device": device_name(),

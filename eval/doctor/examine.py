@@ -139,7 +139,7 @@ class _Run:
             if record.is_policy:
                 replies = bench.samples(record.name, prompts)
                 yield from policy_findings(bench, record, replies, self._expected(bench, record), self.left_out)
-            else:
+            elif record.job.record.trains:
                 yield from self._rewards(bench, record)
 
     def _data(self, record: Record) -> Iterator[Finding]:

@@ -53,7 +53,7 @@ def file_findings(
     yield check_base(record.name, record.lineage.base, base.sha256)
     yield from _tokenizers(record, tokenizer, left_out)
     yield from _parents(record, elsewhere, left_out)
-    if not record.is_policy:
+    if record.job.record.produces == "reward":
         yield check_score_head(record.name, *score_weight(record))
 
 
@@ -121,6 +121,9 @@ def _tokenizers(record: Record, tokenizer: Any, left_out: list[str]) -> Iterator
         if (folder / LINEAGE).is_file():
             with suppress(UserError):  # the parent's own finding
                 others[folder.name] = read_lineage(folder).tokenizer
+    if not record.job.record.trains:
+        yield from check_tokenizer(record.name, record.lineage.tokenizer, others)
+        return
     if not (record.folder / "tokenizer_config.json").is_file():
         yield from check_tokenizer(record.name, record.lineage.tokenizer, others)
         left_out.append(f"{record.name}, bos: no tokenizer lies beside its adapter")
@@ -159,6 +162,8 @@ def _parents(record: Record, elsewhere: Collection[str], left_out: list[str]) ->
     folders = _parent_folders(record)
     if name in elsewhere:
         left_out.append(f"{name}, parents: started with --from-adapter, outside this run")
+        if not job.record.trains:
+            return
         yield check_trained(name, lora_change(record.tensors(), None)[0], start=BASE)
         return
     recorded = {each["stage"]: each["sha256"] for each in record.lineage.parents}
@@ -177,6 +182,8 @@ def _parents(record: Record, elsewhere: Collection[str], left_out: list[str]) ->
         found = check_parent(name, folder.name, recorded[folder.name], there)
         same &= found.level == "OK" or folder != job.parent
         yield found
+    if not job.record.trains:
+        return
     if job.parent is None:
         yield check_trained(name, lora_change(record.tensors(), None)[0], start=BASE)
     elif same:

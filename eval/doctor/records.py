@@ -12,7 +12,7 @@ from torch import Tensor
 from ...data.encode import TRUNCATED
 from ...data.spec import DataSpec, SourceSpec
 from ...errors import UserError
-from ...files import LINEAGE, LOG, METRICS, partial_folder, read_json_lines
+from ...files import LINEAGE, LOG, METRICS, ROWS, partial_folder, read_json_lines
 from ...intact import damage, read_json_object
 from ...models.fingerprints import content
 from ...models.heads import ScalarHead
@@ -89,7 +89,8 @@ class Record:
 def read_record(job: StageJob, run_dir: Path) -> Record:
     """The record of a stage, finished or not, sound or damaged."""
     folder = job.output_dir
-    finished = all((folder / name).is_file() for name in (LINEAGE, CONFIG, WEIGHTS))
+    names = (LINEAGE, CONFIG, WEIGHTS) if job.record.trains else (LINEAGE, ROWS)
+    finished = all((folder / name).is_file() for name in names)
     # a stage at work, or one that was interrupted, lies beside its place
     lies = folder if finished else partial_folder(run_dir, job.name)
     broken, lineage, metrics = damage(folder), None, dict[str, Any]()

@@ -29,7 +29,7 @@ def verdict(run: Run) -> list[str]:
     sentences += [f"{said[0].upper()}{said[1:]}." for said in silence_words(run.results)]
     sentences += winrates.self_judged(run).values()
     if not run.results:
-        done = [stage.name for stage in run.stages if stage.state == "done"]
+        done = [stage.name for stage in run.stages if stage.state == "done" and stage.trains]
         sentences = [f"{listed(done)} {'is' if len(done) == 1 else 'are'} trained; nothing has been evaluated yet."]
         if not done:
             sentences = ["No stage is finished yet."]
@@ -110,7 +110,7 @@ def _judge_sentence(judge: str, row: Mapping[str, Any], equals: list[str], *, wi
 def facts(run: Run) -> list[str]:
     """The line under the title: base, stages, prompts, the day of the last stage."""
     base = next((stage.lineage["base"].get("spec") for stage in run.stages if stage.lineage.get("base")), None)
-    done = sum(stage.state == "done" for stage in run.stages)
+    done = sum(stage.state == "done" and stage.trains for stage in run.stages)
     prompts = max((row["n"] for row in run.results if isinstance(row.get("n"), int)), default=0)
     days = [str(stage.lineage.get("created"))[:10] for stage in run.stages if stage.lineage.get("created")]
     said = [str(base)] if base else []
@@ -123,7 +123,7 @@ def _descent(run: Run) -> str:
     """What each finished stage started from: " (sft from base, dpo and ppo from sft)"; empty where nothing says."""
     children: dict[str, list[str]] = {}
     for stage in run.stages:
-        if stage.state == "done" and stage.parents:
+        if stage.state == "done" and stage.parents and stage.trains:
             start = next((name for name, scores in stage.parents if not scores), "base")
             children.setdefault(start, []).append(stage.name)
     words = [f"{listed(names)} from {start}" for start, names in children.items()]

@@ -9,7 +9,7 @@ from markupsafe import Markup
 from safetensors import SafetensorError
 
 from ...errors import UserError
-from ...models.lineage import adapter_sha256
+from ...models.fingerprints import content
 from . import svg
 from .read import Run, StageRecord
 from .text import duration, hash12, listed, short
@@ -50,7 +50,7 @@ def stage_hashes(run: Run) -> dict[str, str]:
     for stage in run.stages:
         if stage.name not in found and stage.folder is not None and stage.state == "done":
             try:
-                found[stage.name] = adapter_sha256(stage.folder)
+                found[stage.name] = content(stage.folder) or ""
             except (UserError, OSError, ValueError, SafetensorError):
                 continue
     return found

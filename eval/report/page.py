@@ -16,7 +16,7 @@ from .. import replies
 from ..judges.verdicts import LENGTH_CONTROL_PROMPTS
 from ..report_state import check_replaceable, state_of
 from ..statistics.over_seeds import seed_groups, shared_name
-from . import benchmarks, doctor, frontier, head, lengths, lineage, reward_models, samples, svg, text, winrates
+from . import benchmarks, doctor, frontier, head, lengths, lineage, reward_models, sampled, samples, svg, text, winrates
 from .curves import EVERY_PANEL, seed_curves, stage_curves
 from .read import Run, StageRecord, number, read_run
 
@@ -86,6 +86,7 @@ def _sections(run: Run) -> list[Section]:
     return [
         Section("trained", "What was trained", _trained(run)),
         Section("curves", "Learning curves", _curves(run)),
+        Section("sampled", "What was sampled", sampled.sampled_rows(run)),
         Section("winrates", "Win-rates", _winrates(run)),
         Section("frontier", "Reward against KL", _frontier(run)),
         Section("rewards", "Reward models", reward_models.reward_rows(run)),
@@ -116,6 +117,7 @@ def _trained(run: Run) -> dict[str, Any] | None:
         "down": lineage.draw_graph(graph, across=False),
         "words": lineage.describe(graph.nodes),
         "dashed": any(dashed for node in graph.nodes for _, dashed in node.parents),
+        "sampled": any(not stage.trains for stage in run.stages),
         "rows": lineage.table(run),
     }
 

@@ -45,7 +45,8 @@ class StageRecord:
         record: of the kind; None where nobody knows it (any more).
         state: done, running, failed, or "not run" where only the recipe knows the stage.
         folder: where its files lie (the partial folder while it is under way); None: nowhere yet.
-        parents: (name, whether the edge is that of a reward) in order; "base" is the base.
+        parents: (name, whether the edge is that of a reward) in order; "base" is the base. A stage whose rows it reads
+            stands among them.
         log: the lines of log.jsonl.
     """
 
@@ -59,6 +60,11 @@ class StageRecord:
     log: tuple[Mapping[str, Any], ...] = ()
     seconds: float | None = None
     record: StageKind | None = None
+
+    @property
+    def trains(self) -> bool:
+        """Whether an adapter comes out of it; else rows do."""
+        return self.record is None or self.record.trains
 
 
 @dataclass(frozen=True)
@@ -197,7 +203,14 @@ def _read_stages(run_dir: Path, plan: Mapping[str, Any], progress: Mapping[str, 
     late = sorted((name for name in folders if name not in progress), key=lambda name: folders[name].stat().st_mtime)
     steps = [name for name in progress if name in folders or name in planned or name not in _NO_STAGES]
     names = list(dict.fromkeys([*steps, *late, *planned]))
-    return [_read_stage(run_dir, name, folders.get(name), planned.get(name, {}), progress.get(name)) for name in names]
+    entries = _object(plan.get("data"))
+    found = []
+    for name in names:
+        stage = planned.get(name, {})
+        rows = _object(entries.get(str(stage.get("data")))).get("stage")
+        rows_of = rows if isinstance(rows, str) else None
+        found.append(_read_stage(run_dir, name, folders.get(name), stage, progress.get(name), rows_of))
+    return found
 
 
 def _is_stage(path: Path) -> bool:
@@ -205,7 +218,10 @@ def _is_stage(path: Path) -> bool:
     return not hidden and path.is_dir() and any((path / name).is_file() for name in _STAGE_FILES)
 
 
-def _read_stage(run_dir: Path, name: str, folder: Path | None, planned: Mapping[str, Any], step: Any) -> StageRecord:
+def _read_stage(
+    run_dir: Path, name: str, folder: Path | None, planned: Mapping[str, Any], step: Any, rows_of: str | None
+) -> StageRecord:
+    """Args: rows_of: the stage whose rows it reads, by the recipe."""
     entry = _object(step)
     partial = partial_folder(run_dir, name)
     if folder is None and partial.is_dir():
@@ -224,7 +240,7 @@ def _read_stage(run_dir: Path, name: str, folder: Path | None, planned: Mapping[
         record=record,
         state=str(entry.get("state") or ("done" if folder is not None and folder != partial else "not run")),
         folder=folder,
-        parents=_parents(record, lineage, planned),
+        parents=(*_parents(record, lineage, planned), *(() if rows_of is None else ((rows_of, False),))),
         lineage=lineage,
         metrics=metrics,
         log=tuple(read_lines(folder / LOG)) if folder else (),

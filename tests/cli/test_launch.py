@@ -126,7 +126,9 @@ def test_no_engine_has_anything_to_do_in_an_evaluation(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     monkeypatch.setenv(launched.SHARD_BASE, "0")
     monkeypatch.delenv(launched.SHARD_BASE)  # and it is gone again at the end
-    file = launched._plain_config(str(write(tmp_path / "config.yaml", **TWO_ON_CPU | engine)), tmp_path, step)
+    file = launched._plain_config(
+        str(write(tmp_path / "config.yaml", **TWO_ON_CPU | engine)), tmp_path, trains=step == "sft"
+    )
     found = yaml.safe_load(Path(file).read_text())
     assert (found["distributed_type"], found["num_processes"]) == (several, 2)
     plain = several == "MULTI_CPU"
@@ -139,7 +141,7 @@ def test_no_engine_has_anything_to_do_in_an_evaluation(
 def test_what_accelerate_takes_on_its_command_line_alone_may_stand_in_a_config(tmp_path: Path) -> None:
     asked = TWO_ON_CPU | {"max_restarts": 2, "monitor_interval": 0.5}
     config = write(tmp_path / "config.yaml", **asked)
-    plain = launched._plain_config(str(config), tmp_path, "sft")
+    plain = launched._plain_config(str(config), tmp_path, trains=True)
     assert yaml.safe_load(Path(plain).read_text()) == TWO_ON_CPU
     assert launched._torchrun_options(str(config)) == ["--monitor_interval", "0.5"]
     several = write(tmp_path / "several.yaml", **TWO_ON_CPU | {"num_machines": 2, "distributed_type": "DEEPSPEED"})

@@ -51,7 +51,7 @@ def remedy(override: str) -> str:
         ("stages.dpo.max_prompt_length", "write it in data.NAME: {max_prompt_length: ...}"),
         ("stages.ppo.response_length", "write max_new_tokens in stages.ppo"),
         ("stages.ppo.max_completion_length", "write max_new_tokens in stages.ppo"),
-        ("response_length", "write max_new_tokens in a stage of kind ppo"),
+        ("response_length", "write max_new_tokens in a stage of kind ppo or sample"),
         ("eval.response_length", "did you mean 'max_new_tokens'?"),
         ("stages.ppo.kl_coef", "write kl: {coef: ...} in stages.ppo"),
         ("stages.ppo.beta", "write kl: {coef: ...} in stages.ppo"),

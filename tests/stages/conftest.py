@@ -33,8 +33,9 @@ ROWS = {
         for row in PAIRS[:4]
         for side in ("chosen", "rejected")
     ],
+    "prompt": [{"prompt": row["prompt"], "place": place} for place, row in enumerate(PAIRS)],
 }
-DATA_OF = {"sft": "demo", "reward": "pair", "dpo": "pair", "kto": "label"}
+DATA_OF = {"sft": "demo", "reward": "pair", "dpo": "pair", "kto": "label", "sample": "prompt"}
 
 
 @pytest.fixture(scope="session")
