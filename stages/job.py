@@ -113,3 +113,8 @@ class StageJob:
         if self.dtype not in DTYPES:
             raise UserError("model.dtype", f"{self.dtype!r} is unknown", f"use {', '.join(DTYPES)}")
         return DTYPES[self.dtype]
+
+
+def no_reward(job: StageJob) -> UserError:
+    """The error of an on-policy stage whose replies nothing scores."""
+    return UserError(f"stages.{job.name}.reward", "no reward is given", "name a reward stage, a model or a function")

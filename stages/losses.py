@@ -11,7 +11,7 @@ Huang et al., "The N+ Implementation Details of RLHF with PPO" (arXiv 2403.17031
 their functions.
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -167,10 +167,6 @@ def token_rewards(
     return non_score_BR.scatter_add(1, last_B1, scores_B[:, None].to(non_score_BR.dtype)), non_score_BR
 
 
-GroupLossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"]
-"""TRL's names of what GRPO's terms are divided by; "cispo" has terms of its own besides."""
-
-
 def importance_weights(log_ratio_BR: torch.Tensor, mask_BR: torch.Tensor, level: str) -> torch.Tensor:
     """pi / pi_old: one a token [B, R], or at level "sequence" one a row [B, 1].
 
@@ -234,7 +230,7 @@ def group_terms(
 
 def row_factors(
     mask_BR: torch.Tensor,
-    loss_type: GroupLossType,
+    loss_type: str,
     *,
     rows: float,
     tokens: float,
