@@ -219,7 +219,7 @@ def _reward_metrics(
 ) -> dict[str, float]:
     """Of the replies that have a score; how many groups have no spread, and so nothing to learn from."""
     named = {"reward": scores.total_B}
-    named |= {f"rewards/{_short(source)}": x_B for source, x_B in zip(sources, scores.parts_SB, strict=True)}
+    named |= {f"rewards/{name}": x_B for name, x_B in zip(_names(sources), scores.parts_SB, strict=True)}
     sums = torch.stack([masked_moments(x_B, ~x_B.isnan()) for x_B in named.values()])
     flat = torch.isclose(std_B, torch.zeros_like(std_B)).double()
     share = torch.stack([flat.sum(), flat.new_tensor(len(flat))])
@@ -232,9 +232,10 @@ def _reward_metrics(
     return metrics | {"frac_reward_zero_std": float(zero[0] / zero[1])}
 
 
-def _short(source: RewardSource) -> str:
-    """A source's name in the log: the last part of a path."""
-    return source.name.rstrip("/").rpartition("/")[2] or source.name
+def _names(sources: Sequence[RewardSource]) -> list[str]:
+    """The sources' names in the log: a function's own, the last part of a path; where two are alike, numbered."""
+    short = [source.name.rstrip("/").replace(":", "/").rpartition("/")[2] for source in sources]
+    return [name if short.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(short, start=1)]
 
 
 def _length_metrics(episodes: Episodes, reduce: Reduce) -> dict[str, float]:

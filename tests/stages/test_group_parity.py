@@ -23,7 +23,7 @@ from preftune.stages.ppo import rollout as rollout_file
 from preftune.stages.ppo.rewards import RewardSource
 from preftune.stages.ppo.rollout import Rollout
 
-from .tiny_group import MADE, make, rollout_of
+from .tiny_group import make, rollout_of
 from .tiny_ppo import TOKENIZER, tiny, tiny_model
 
 TOLERANCE = 1e-6
