@@ -1,8 +1,8 @@
 """preftune: alignment fine-tuning in one chain.
 
-`run` trains a recipe, `load_policy` opens what came of it, `score`, `evaluate` and `kl` measure it; `PPOTrainer` is for
-a script of one's own. What the caller can put right is raised as `UserError`. The public names are loaded on first use,
-so that the command line starts without importing torch.
+`run` trains a recipe, `load_policy` opens what came of it, `score`, `evaluate` and `kl` measure it; `PPOTrainer`,
+`GRPOTrainer` and `RLOOTrainer` are for a script of one's own. What the caller can put right is raised as `UserError`.
+The public names are loaded on first use, so that the command line starts without importing torch.
 """
 
 from importlib import import_module
@@ -22,18 +22,24 @@ if TYPE_CHECKING:
     from .models.loading import load_model, resolve_base
     from .models.lora import LoraSpec
     from .models.tokens import load_tokenizer
+    from .stages.grpo import GRPOConfig, GRPOTrainer
     from .stages.ppo.config import PPOConfig
     from .stages.ppo.trainer import PPOTrainer
+    from .stages.rloo import RLOOConfig, RLOOTrainer
 
 __all__ = [
     "AdapterSet",
     "EvaluationResult",
+    "GRPOConfig",
+    "GRPOTrainer",
     "Generations",
     "KLResult",
     "LoraSpec",
     "PPOConfig",
     "PPOTrainer",
     "Policy",
+    "RLOOConfig",
+    "RLOOTrainer",
     "Recipe",
     "RewardModel",
     "RunResult",
@@ -56,12 +62,16 @@ __all__ = [
 _HOMES = {
     "AdapterSet": ".models.adapters",
     "EvaluationResult": ".api.results",
+    "GRPOConfig": ".stages.grpo",
+    "GRPOTrainer": ".stages.grpo",
     "Generations": ".api.results",
     "KLResult": ".api.results",
     "LoraSpec": ".models.adapters",
     "PPOConfig": ".stages.ppo.config",
     "PPOTrainer": ".stages.ppo.trainer",
     "Policy": ".api.models",
+    "RLOOConfig": ".stages.rloo",
+    "RLOOTrainer": ".stages.rloo",
     "Recipe": ".api.recipe",
     "RewardModel": ".api.models",
     "RunResult": ".api.results",

@@ -35,7 +35,7 @@ LONGER = (
     "stages.ppo.kl.coef=0.05",
     "eval.prompts.limit=100",
 )
-"""The shipped recipe is as short as its own comparison bears; what differs by less than that wants more of everything."""
+"""The shipped recipe is as short as its own comparison bears; what differs by less wants more of everything."""
 
 
 @dataclass(frozen=True)

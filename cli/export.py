@@ -154,7 +154,7 @@ def _fill(folder: Path, recipe: Recipe, job: "StageJob") -> _Export:
     found = overrides(args, job, sizes, targets)
     if served_model is not None:
         found += served(job, sizes, args.max_new_tokens)
-    found += run_settings(f"{recipe.name}-{job.name}", recipe.checkpoints.share, args.num_iterations(sizes.rows))
+    found += run_settings(f"{recipe.name}-{job.name}", recipe.checkpoints.share, args.num_rollouts(sizes.rows))
     places = _places(export)
     script = folder / _SCRIPT
     script.write_text(_script(found, places), encoding="utf-8")

@@ -83,7 +83,7 @@ def _algorithm(args: "PPOConfig", job: "StageJob") -> Iterator[Override]:
 
 
 def _optimiser(args: "PPOConfig", sizes: Sizes) -> Iterator[Override]:
-    steps = args.num_iterations(sizes.rows)
+    steps = args.num_rollouts(sizes.rows)
     yield Override("data.train_batch_size", args.rollout_batch_size, "rollout_batch_size")
     yield Override(f"{_ACTOR}.ppo_epochs", args.num_ppo_epochs, "num_ppo_epochs")
     size = args.rollout_batch_size // args.num_mini_batches

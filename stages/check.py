@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -61,12 +62,16 @@ def stage_problems(job: StageJob) -> list[UserError]:
 
 def process_problems(job: StageJob, processes: int) -> Iterator[UserError]:
     """What does not divide among several processes, which only they would find."""
-    sizes = [job.method_value(name) for name in ("rollout_batch_size", "num_mini_batches")]
-    if processes == 1 or not all(isinstance(each, int) for each in sizes):
+    policy = job.record.on_policy
+    if processes == 1 or policy is None:
         return
-    rollout, mini_batches = sizes
-    if rollout % (mini_batches * processes):
-        said = f"is {rollout}, expected a multiple of num_mini_batches x processes = {mini_batches} x {processes}"
+    names = ["rollout_batch_size", *([] if policy.group is None else [policy.group]), policy.mini_batches]
+    rollout, *parts = [job.method_value(name) for name in names]
+    if not all(isinstance(each, int) for each in (rollout, *parts)):
+        return
+    if rollout % math.prod((*parts, processes)):
+        words, numbers = " x ".join([*names[1:], "processes"]), " x ".join(map(str, (*parts, processes)))
+        said = f"is {rollout}, expected a multiple of {words} = {numbers}"
         yield UserError(f"stages.{job.name}.rollout_batch_size", said, "correct one of them")
 
 

@@ -378,8 +378,17 @@ class _Stage:
             return episodes // rollout
         if self.args.max_steps > 0:
             return self.args.max_steps // (self._value(policy.epochs) * self._value(policy.mini_batches))
-        n = len(self.rows)
+        n = len(self.rows) * self.group()
         return max(1, math.ceil(n * self.args.num_train_epochs / rollout)) if n else None
+
+    def refers(self) -> bool:
+        """Whether the reference is run: an on-policy method without a KL to it has no need of it."""
+        return self.job.record.on_policy is None or self._value("beta") != 0
+
+    def group(self) -> int:
+        """Replies to each prompt."""
+        policy = self.job.record.on_policy
+        return self._value(policy.group) if policy is not None and policy.group is not None else 1
 
     def _value(self, name: str) -> Any:
         return self.job.method_value(name)
@@ -419,9 +428,12 @@ class _Stage:
             return training_flops(self.size, tokens * share, kind.passes + again + self._mismatched(), scored, head)
         epochs = self._value(policy.epochs)
         sides = policy.epoch_passes // (2 if self.shared else 1)
-        passes = policy.rollout_passes - self.shared + (sides + again) * epochs
-        scored = tokens * self.reply / max(self.reply + sum(self.rows.lengths) / max(len(self.rows), 1), 1)
-        return training_flops(self.size, tokens, passes, scored, 3 + 2 * epochs)
+        passes = policy.rollout_passes - self.shared - (not self.refers()) + (sides + again) * epochs
+        prompt = sum(self.rows.lengths) / max(len(self.rows), 1)
+        scored = tokens * self.reply / max(self.reply + prompt, 1)
+        if self.job.packed:  # a group's prompt is laid out once
+            tokens = round(tokens * (self.reply + prompt / self.group()) / max(self.reply + prompt, 1))
+        return training_flops(self.size, tokens, passes, scored, 2 + self.refers() + 2 * epochs)
 
     def _packed_share(self, work: Work) -> float:
         made = Batch.of(work.typical, 0, packed=self.job.packed, device=self.place.device)
@@ -452,7 +464,8 @@ class _Stage:
     def constant(self) -> Parts:
         """What every phase holds on each device."""
         job, size, place, weights = self.job, self.size, self.place, self._weights()
-        frozen = size.adapter * (int(job.record.needs_reference or not job.record.trains) + self._reward_stages())
+        refers = (job.record.needs_reference and self.refers()) or not job.record.trains
+        frozen = size.adapter * (int(refers) + self._reward_stages())
         trained = self.trained_parameters()
         several = place.processes > 1 and job.record.on_policy is None and job.record.trains
         return Counter(
@@ -643,7 +656,17 @@ class _Stage:
         calls = math.ceil(rollout / count)
         held = Counter({GRADIENTS: self.trained_parameters() * ADAPTER_BYTES})
         phase = "log-probs and scores"
-        policies = Work(phase, "forward", batch, typical, scored, times(2 * calls), False, holds=held, longer=longer)
+        policies = Work(
+            phase,
+            "forward",
+            batch,
+            typical,
+            scored,
+            times((1 + self.refers()) * calls),
+            False,
+            holds=held,
+            longer=longer,
+        )
         scalars = self._reward_stages() + (self._value("value") == "separate")
         scores = replace(policies, heaviest=self._unscored(batch), scored=0, times=times(calls * scalars), trl=True)
         return [policies, *([scores] if scalars else [])]
@@ -668,10 +691,10 @@ class _Stage:
         return replace(batch, scored=0)
 
     def _prompts(self, count: int) -> tuple[list[TokenIds], list[TokenIds]]:
-        """Prompts as long as those of a rollout may be, and usual ones."""
-        size = self._value("rollout_batch_size") // self.place.processes
-        drawn, _ = _batches(self.rows, size, self.job.seed)
-        ordered = sorted(self.rows.sequences(drawn), key=len)
+        """Prompts as long as those of a rollout may be, and usual ones; each as often as it is answered."""
+        size, group = self._value("rollout_batch_size") // self.place.processes, self.group()
+        drawn, _ = _batches(self.rows, max(1, size // group), self.job.seed)
+        ordered = sorted([row for row in self.rows.sequences(drawn) for _ in range(group)], key=len)
         middle = max(0, (len(ordered) - count) // 2)
         return ordered[-count:], ordered[middle : middle + count]
 

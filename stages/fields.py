@@ -238,9 +238,42 @@ _REFERENCE: Mapping[str, Field] = {
     "precompute_ref_batch_size": _works(COUNT, optional=True),
     **_each("sync_ref_model ref_model_mixup_alpha ref_model_sync_steps", _NO_SYNC),
 }
-_NO_LOADER = _meaningless("PPO reads no rows through a data loader: leave it out")
-_PPO_BEST = _meaningless("PPO ends with its last policy; keep_every keeps others on the way: leave it out")
-_PPO_OWN = _meaningless("the stage writes it into its own folder: leave it out")
+_OF_GROUPS = "num_generations num_iterations beta epsilon epsilon_high mask_truncated_completions"
+_WEIGHTS = _elsewhere("write weight in each entry of reward")
+_STAGE_OWN = _meaningless("the stage writes it into its own folder: leave it out")
+
+
+def _on_policy(method: str, epochs: str) -> dict[str, Field]:
+    """What the configs of on-policy methods share; `epochs` is the parameter that counts passes over a rollout."""
+    loader = _meaningless(f"{method} reads no rows through a data loader: leave it out")
+    best = _meaningless(f"{method} ends with its last policy; keep_every keeps others on the way: leave it out")
+    return {
+        **TRAINING,
+        "gradient_accumulation_steps": _elsewhere(
+            "set num_mini_batches: one optimiser step is one minibatch, in forwards of per_device_train_batch_size"
+        ),
+        "max_steps": _works(LIMIT, f"optimiser steps, whole iterations of {epochs} x num_mini_batches"),
+        "average_tokens_across_devices": _meaningless("a minibatch's loss is over all processes already: leave it out"),
+        "neftune_noise_alpha": _meaningless("noise would part the policy from what it sampled: leave it out"),
+        "eval_strategy": _works(TEXT, "held-out prompts of the data entry: score, KL and length at an iteration's end"),
+        "per_device_eval_batch_size": _meaningless("forwards are as large as memory allows: leave it out"),
+        **_each("load_best_model_at_end metric_for_best_model greater_is_better", best),
+        **_each("dataloader_drop_last dataloader_pin_memory dataloader_persistent_workers", loader),
+        **_each("dataloader_in_order dataloader_num_workers dataloader_prefetch_factor", loader),
+        **_each("dataloader_multiprocessing_context train_sampling_strategy accelerator_config", loader),
+        "data_seed": _meaningless("prompts are drawn by seed beside train: leave it out"),
+        "torch_empty_cache_steps": _meaningless("memory is freed after each rollout: leave it out"),
+        **_each(
+            "ddp_find_unused_parameters ddp_broadcast_buffers ddp_static_graph ddp_bucket_cap_mb",
+            _meaningless("processes add up their gradients without DistributedDataParallel: leave it out"),
+        ),
+        **_each("samples_file policies_dir", _STAGE_OWN),
+        **_each("rollout_batch_size num_mini_batches total_episodes max_new_tokens temperature", PARAMETER),
+        **_each("top_k top_p rollout_micro_batch_size mismatch_tolerance target_approx_kl max_ratio", PARAMETER),
+        **_each("missing_eos_penalty missing_eos_score normalize_rewards reward_scale reward_clip", PARAMETER),
+        **_each("reward_combination ensemble_penalty log_samples_every num_log_samples keep_every", PARAMETER),
+    }
+
 
 FIELDS: Mapping[str, Mapping[str, Field]] = {
     "TrainingArguments": TRAINING,
@@ -290,37 +323,22 @@ FIELDS: Mapping[str, Mapping[str, Field]] = {
         **_each("beta loss_type desirable_weight undesirable_weight", PARAMETER),
     },
     "PPOConfig": {
-        **TRAINING,
-        "gradient_accumulation_steps": _elsewhere(
-            "set num_mini_batches: one optimiser step is one minibatch, in forwards of per_device_train_batch_size"
-        ),
-        "max_steps": _works(LIMIT, "optimiser steps, whole iterations of num_ppo_epochs x num_mini_batches"),
-        "average_tokens_across_devices": _meaningless("a minibatch's loss is over all processes already: leave it out"),
-        "neftune_noise_alpha": _meaningless("noise would part the policy from what it sampled: leave it out"),
-        "eval_strategy": _works(TEXT, "held-out prompts of the data entry: score, KL and length at an iteration's end"),
-        "per_device_eval_batch_size": _meaningless("forwards are as large as memory allows: leave it out"),
-        **_each("load_best_model_at_end metric_for_best_model greater_is_better", _PPO_BEST),
-        **_each("dataloader_drop_last dataloader_pin_memory dataloader_persistent_workers", _NO_LOADER),
-        **_each("dataloader_in_order dataloader_num_workers dataloader_prefetch_factor", _NO_LOADER),
-        **_each("dataloader_multiprocessing_context train_sampling_strategy", _NO_LOADER),
-        "data_seed": _meaningless("prompts are drawn by seed beside train: leave it out"),
-        "accelerator_config": _NO_LOADER,
-        "torch_empty_cache_steps": _meaningless("memory is freed after each rollout: leave it out"),
-        **_each(
-            "ddp_find_unused_parameters ddp_broadcast_buffers ddp_static_graph ddp_bucket_cap_mb",
-            _meaningless("processes add up their gradients without DistributedDataParallel: leave it out"),
-        ),
-        **_each("samples_file policies_dir", _PPO_OWN),
-        **_each(
-            "rollout_batch_size num_ppo_epochs num_mini_batches total_episodes max_new_tokens temperature", PARAMETER
-        ),
-        **_each("top_k top_p rollout_micro_batch_size kl_coef kl_in kl_estimator kl_target kl_horizon", PARAMETER),
-        **_each(
-            "gamma lam cliprange cliprange_value vf_coef entropy_coef whiten_advantages mismatch_tolerance", PARAMETER
-        ),
-        **_each("whiten_rewards target_approx_kl max_ratio missing_eos_penalty missing_eos_score", PARAMETER),
-        **_each("normalize_rewards reward_scale reward_clip reward_combination ensemble_penalty", PARAMETER),
-        **_each("value value_learning_rate log_samples_every num_log_samples keep_every", PARAMETER),
+        **_on_policy("PPO", "num_ppo_epochs"),
+        **_each("num_ppo_epochs kl_coef kl_in kl_estimator kl_target kl_horizon", PARAMETER),
+        **_each("gamma lam cliprange cliprange_value vf_coef entropy_coef whiten_advantages", PARAMETER),
+        **_each("whiten_rewards value value_learning_rate", PARAMETER),
+    },
+    "GRPOConfig": {
+        **_on_policy("GRPO", "num_iterations"),
+        **_each(_OF_GROUPS, PARAMETER),
+        **_each("loss_type scale_rewards importance_sampling_level delta top_entropy_quantile", PARAMETER),
+        **_each("multi_objective_aggregation use_bias_correction_kl", PARAMETER),
+        "reward_weights": _WEIGHTS,
+    },
+    "RLOOConfig": {
+        **_on_policy("RLOO", "num_iterations"),
+        **_each(f"{_OF_GROUPS} normalize_advantages", PARAMETER),
+        "reward_weights": _WEIGHTS,
     },
 }
 """The name of a config's class -> its fields."""

@@ -113,3 +113,10 @@ class StageJob:
         if self.dtype not in DTYPES:
             raise UserError("model.dtype", f"{self.dtype!r} is unknown", f"use {', '.join(DTYPES)}")
         return DTYPES[self.dtype]
+
+
+def no_reward(job: StageJob) -> UserError:
+    """The error of a stage that draws replies, and whose replies nothing scores."""
+    return UserError(
+        f"stages.{job.name}.reward", "no reward is given", "name a reward stage, a model, a function or a verifier"
+    )

@@ -22,7 +22,7 @@ from annotated_types import Ge, Gt, Interval
 from ..data.spec import RowKind
 from ..errors import UserError, nearest, user_code
 from ..own_code import FILE_MODULE, import_named, look_in
-from .ppo.settings import PPOSettings
+from .ppo.settings import GRPOSettings, PPOSettings, RLOOSettings
 from .sample.settings import SampleSettings, gives_rows
 
 
@@ -57,12 +57,14 @@ class OnPolicy(NamedTuple):
     """How often a method that samples its own rows passes over their tokens, in units as in `StageKind.passes`.
 
     epochs, mini_batches: the parameters that say how often a rollout is passed over, and in how many optimiser steps.
+    group: the parameter that says how many replies each prompt gets; None: one.
     """
 
     rollout_passes: int
     epoch_passes: int
     epochs: str
     mini_batches: str
+    group: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -322,6 +324,19 @@ KTO = StageKind(
     variants=MappingProxyType({"apo": "write kind: kto and loss_type: apo_zero_unpaired"}),
 )
 
+_REWARD = Panel(
+    "Reward", "judge's units", ("objective/scores", "objective/rlhf_reward"), ("score", "less the KL penalty")
+)
+_KL = Panel("KL to the reference", "nats per reply", ("objective/kl",))
+_LENGTH = Panel("Reply length", "tokens", ("rollout/length",))
+_ENDS = Panel("Replies that end by themselves", "share", ("rollout/eos_rate",))
+_MISMATCH = Panel(
+    "Sampler against trainer",
+    "nats per token",
+    ("rollout/logprob_mismatch_mean", "rollout/sampler_kl"),
+    ("mean difference of log-probs", "KL"),
+)
+
 PPO = StageKind(
     name="ppo",
     title="The PPO stage",
@@ -349,23 +364,16 @@ PPO = StageKind(
     # generation, reference, reward and value; then policy and value, forward and backward, in each epoch
     on_policy=OnPolicy(rollout_passes=4, epoch_passes=4, epochs="num_ppo_epochs", mini_batches="num_mini_batches"),
     panels=(
-        Panel(
-            "Reward", "judge's units", ("objective/scores", "objective/rlhf_reward"), ("score", "less the KL penalty")
-        ),
-        Panel("KL to the reference", "nats per reply", ("objective/kl",)),
+        _REWARD,
+        _KL,
         _ENTROPY,
-        Panel("Reply length", "tokens", ("rollout/length",)),
-        Panel("Replies that end by themselves", "share", ("rollout/eos_rate",)),
+        _LENGTH,
+        _ENDS,
         Panel("Clipped tokens", "share", ("policy/clipfrac_avg", "val/clipfrac_avg"), ("policy", "value")),
         Panel("KL of one update", "nats per token", ("policy/approxkl_avg",)),
         Panel("Value: explained variance", "share", ("value/explained_variance",)),
         Panel("KL coefficient", "", ("objective/kl_coef",)),
-        Panel(
-            "Sampler against trainer",
-            "nats per token",
-            ("rollout/logprob_mismatch_mean", "rollout/sampler_kl"),
-            ("mean difference of log-probs", "KL"),
-        ),
+        _MISMATCH,
     ),
 )
 
@@ -394,20 +402,74 @@ SAMPLE = StageKind(
     gives=gives_rows,
 )
 
-KINDS: dict[str, StageKind] = {each.name: each for each in (SFT, REWARD, DPO, KTO, PPO, SAMPLE)}
+_GROUP_PANELS = (
+    _REWARD,
+    _KL,
+    _ENTROPY,
+    Panel("Groups without a difference in score", "share", ("frac_reward_zero_std",)),
+    _LENGTH,
+    _ENDS,
+    Panel(
+        "Clipped",
+        "share",
+        ("clip_ratio/low_mean", "clip_ratio/high_mean", "cispo_clip_ratio"),
+        ("low", "high", "cispo"),
+    ),
+    Panel("KL of one update", "nats per token", ("policy/approxkl_avg",)),
+    _MISMATCH,
+)
+
+GRPO = StageKind(
+    name="grpo",
+    title="The GRPO stage",
+    rows="prompt",
+    config="preftune.stages.grpo:GRPOConfig",
+    run="preftune.stages.grpo:run_grpo",
+    check="preftune.stages.method_problems:grpo_problems",
+    parameters=parameters_of(GRPOSettings),
+    defaults=MappingProxyType({"learning_rate": 1e-4, "per_device_train_batch_size": 8}),
+    needs_reference=True,
+    needs_reward=True,
+    # generation, policy and reference; then the policy, forward and backward, in each pass
+    on_policy=OnPolicy(3, 2, epochs="num_iterations", mini_batches="num_mini_batches", group="num_generations"),
+    panels=_GROUP_PANELS,
+    variants=MappingProxyType(
+        {
+            "dr_grpo": "write kind: grpo, loss_type: dr_grpo and scale_rewards: none",
+            "dapo": "write kind: grpo, loss_type: dapo (the default) and epsilon_high: 0.28",
+            "gspo": "write kind: grpo and importance_sampling_level: sequence",
+            "cispo": "write kind: grpo, loss_type: cispo and epsilon_high: 5.0",
+            "bnpo": "write kind: grpo and loss_type: bnpo",
+            "gdpo": "write kind: grpo and multi_objective_aggregation: normalize_then_sum",
+        }
+    ),
+)
+
+RLOO = StageKind(
+    name="rloo",
+    title="The RLOO stage",
+    rows="prompt",
+    config="preftune.stages.rloo:RLOOConfig",
+    run="preftune.stages.rloo:run_rloo",
+    check="preftune.stages.method_problems:on_policy_problems",
+    parameters=parameters_of(RLOOSettings),
+    defaults=MappingProxyType({"learning_rate": 1e-4, "per_device_train_batch_size": 8}),
+    needs_reference=True,
+    needs_reward=True,
+    on_policy=OnPolicy(3, 2, epochs="num_iterations", mini_batches="num_mini_batches", group="num_generations"),
+    panels=_GROUP_PANELS,
+    variants=MappingProxyType(dict.fromkeys(("reinforce", "reinforce_plus_plus"), "write kind: rloo")),
+)
+
+KINDS: dict[str, StageKind] = {each.name: each for each in (SFT, REWARD, DPO, KTO, PPO, GRPO, RLOO, SAMPLE)}
 """The kinds that come with preftune, in the order in which they are listed."""
 
 _NOT_HERE = "not among the methods here: the nearest is {}; a method of your own is kind: FILE.py:RECORD"
-_NO_GROUPS = (
-    "groups of replies to one prompt are no method here; kind: ppo learns from the same rewards with one reply a "
-    "prompt and a learned value, a method of your own is kind: FILE.py:RECORD"
-)
 
 VARIANTS: dict[str, str] = {
     **{name: remedy for kind in KINDS.values() for name, remedy in kind.variants.items()},
     **dict.fromkeys(("simpo", "cpo"), _NOT_HERE.format("kind: dpo with loss_type: sigmoid_norm")),
     "orpo": _NOT_HERE.format("kind: sft, then kind: dpo"),
-    **dict.fromkeys(("grpo", "dr_grpo", "dapo", "gspo", "rloo", "reinforce"), _NO_GROUPS),
     "online_dpo": _NOT_HERE.format("kind: sample, then kind: dpo on its pairs (the shipped recipe iterative-dpo)"),
     **dict.fromkeys(("rm", "reward_model", "reward_modeling"), "write kind: reward"),
     **dict.fromkeys(("finetune", "fine_tune", "ft", "instruct", "pt", "pretrain"), "write kind: sft"),
@@ -430,7 +492,8 @@ def stage_kind(word: str, where: str = "kind") -> StageKind:
         return KINDS[word]
     home, colon, name = word.rpartition(":")
     if not colon:
-        raise UserError(where, f"{word!r} is no kind of stage", VARIANTS.get(word.lower()) or nearest(word, KINDS))
+        remedy = VARIANTS.get(word.lower()) or nearest(word.lower(), KINDS)
+        raise UserError(where, f"{word!r} is no kind of stage", remedy)
     with user_code(where, f"{home} cannot be imported", "correct the path, or the file"):
         module = _module(home)
     found = getattr(module, name, None)

@@ -1,13 +1,14 @@
-"""PPO's losses and KL estimators: pure functions of tensors.
+"""The losses of PPO, GRPO and RLOO, and KL estimators: pure functions of tensors.
 
-Every loss is a SUM over valid tokens divided by `denominator`, the number of valid tokens of the whole optimiser step
-over all micro-batches and processes, so that neither split changes the gradient.
+Every loss is a SUM over valid tokens or rows, divided by numbers of the whole optimiser step (or rollout) over all
+micro-batches and processes, so that neither split changes the gradient.
 
-Legend of shape suffixes: B rows, R response positions. `mask_BR` is true on response tokens up to and including the
-first stop token. delta = log pi - log pi_ref, per token.
+Legend of shape suffixes: B rows, R response positions, X response positions or 1 (one number a row). `mask_BR` is true
+on response tokens up to and including the first stop token. delta = log pi - log pi_ref, per token.
 
 Sources: Schulman et al. 2017 (arXiv 1707.06347) eq. 7 and 9; Schulman, "Approximating KL divergence" (2020);
-Huang et al., "The N+ Implementation Details of RLHF with PPO" (arXiv 2403.17031).
+Huang et al., "The N+ Implementation Details of RLHF with PPO" (arXiv 2403.17031); those of the group methods stand at
+their functions.
 """
 
 from typing import NamedTuple
@@ -164,3 +165,162 @@ def token_rewards(
     non_score_BR = torch.where(mask_BR, -kl_coef * delta_BR, 0.0)
     last_B1 = mask_BR.long().sum(1, keepdim=True) - 1
     return non_score_BR.scatter_add(1, last_B1, scores_B[:, None].to(non_score_BR.dtype)), non_score_BR
+
+
+def importance_weights(log_ratio_BR: torch.Tensor, mask_BR: torch.Tensor, level: str) -> torch.Tensor:
+    """pi / pi_old: one a token [B, R], or at level "sequence" one a row [B, 1].
+
+    A row's is the geometric mean of its tokens' (GSPO; arXiv 2507.18071).
+
+    Args:
+        log_ratio_BR: log pi - log pi_old, zero outside the mask.
+        mask_BR: tokens that count; a row without any has weight 1.
+    """
+    if level == "token":
+        return log_ratio_BR.exp()
+    return (log_ratio_BR.sum(1, keepdim=True) / mask_BR.sum(1, keepdim=True).clamp(min=1)).exp()
+
+
+class GroupTerms(NamedTuple):
+    """The surrogate's terms before they are summed, with gradients, and what the clip did to them."""
+
+    terms_BR: torch.Tensor
+    low_BX: torch.Tensor
+    """whether a falling weight would have counted no more; X is 1 where weights are those of rows"""
+    high_BX: torch.Tensor
+    """whether a rising one would have"""
+
+
+def group_terms(
+    logps_BR: torch.Tensor,
+    weights_BX: torch.Tensor,
+    advantages_BR: torch.Tensor,
+    *,
+    epsilon: float,
+    epsilon_high: float,
+    delta: float | None = None,
+    cispo: bool = False,
+) -> GroupTerms:
+    """GRPO's surrogate, negated, token by token.
+
+    -min(w A, clip(w, 1 - epsilon, 1 + epsilon_high) A): arXiv 2402.03300 eq. 3, with DAPO's higher upper bound
+    (arXiv 2503.14476). `delta` bounds w in the first term, which nothing else bounds where A is below 0
+    (two-sided clipping; INTELLECT-2, arXiv 2505.07291). "cispo" clips the weight itself and lets every
+    token learn: -stop_gradient(min(w, epsilon_high)) A log pi (MiniMax-M1, arXiv 2506.13585).
+
+    Args:
+        logps_BR: log-probs under the policy that is trained.
+        weights_BX: of `importance_weights`.
+        advantages_BR: the same at every token of a row.
+    """
+    advantage_B1 = advantages_BR[:, :1]
+    if cispo:
+        with torch.no_grad():
+            high_BX = (weights_BX > epsilon_high) & (advantage_B1 > 0)
+        terms_BR = -weights_BX.clamp(max=epsilon_high).detach() * advantages_BR * logps_BR
+        return GroupTerms(terms_BR, torch.zeros_like(high_BX), high_BX)
+    near_BX = weights_BX.clamp(1 - epsilon, 1 + epsilon_high)
+    bounded_BX = weights_BX if delta is None else weights_BX.clamp(max=delta)
+    terms_BR = -torch.minimum(bounded_BX * advantages_BR, near_BX * advantages_BR)
+    with torch.no_grad():
+        low_BX = (bounded_BX < 1 - epsilon) & (advantage_B1 < 0)
+        high_BX = (bounded_BX > 1 + epsilon_high) & (advantage_B1 > 0)
+    return GroupTerms(terms_BR, low_BX, high_BX)
+
+
+def row_factors(
+    mask_BR: torch.Tensor,
+    loss_type: str,
+    *,
+    rows: float,
+    tokens: float,
+    rollout_tokens: float,
+    steps: int,
+    longest: int,
+) -> torch.Tensor:
+    """What a row's terms are multiplied by before all of them are summed [B, 1]: the loss types' normalisers.
+
+    "grpo": the mean over rows of each row's mean over tokens. "bnpo": the mean over the tokens of the optimiser step.
+    "dr_grpo": a constant, the longest reply's tokens (arXiv 2503.20783). "dapo" and "cispo": the mean over the tokens
+    of the whole rollout, a pass over which is `steps` optimiser steps (arXiv 2503.14476).
+
+    Args:
+        mask_BR: tokens that count.
+        rows, tokens: of the optimiser step, over all processes; every row, and those of its tokens that count.
+        rollout_tokens: tokens that count in the rollout, over all processes.
+        longest: the most tokens that a reply may have.
+    """
+    if loss_type == "grpo":
+        return 1.0 / (rows * mask_BR.sum(1, keepdim=True).clamp(min=1))
+    if loss_type == "bnpo":
+        factor = 1.0 / max(tokens, 1.0)
+    elif loss_type == "dr_grpo":
+        factor = 1.0 / (rows * longest)
+    else:
+        factor = steps / max(rollout_tokens, 1.0)
+    return torch.full_like(mask_BR[:, :1], factor, dtype=torch.float32)
+
+
+def group_kl(
+    logps_BR: torch.Tensor,
+    ref_logps_BR: torch.Tensor,
+    mask_BR: torch.Tensor,
+    weights_BX: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """k3, the estimate of KL(pi || ref) in GRPO's loss [B, R] (arXiv 2402.03300 eq. 4); its bias is named in `kl_loss`.
+
+    Args:
+        weights_BX: pi / pi_old, by which each term is multiplied where the tokens are no longer pi's own
+            (`use_bias_correction_kl`; DeepSeek-V3.2, arXiv 2512.02556); None: not.
+    """
+    kl_BR = kl_estimate(torch.where(mask_BR, logps_BR - ref_logps_BR, 0.0), "k3")
+    return kl_BR if weights_BX is None else kl_BR * weights_BX
+
+
+class SequenceLoss(NamedTuple):
+    """`loss` carries gradients; `low` and `high` say which rows the clip decided [B]."""
+
+    loss: torch.Tensor
+    low_B: torch.Tensor
+    high_B: torch.Tensor
+
+
+def sequence_policy_loss(
+    log_ratio_BR: torch.Tensor,
+    advantages_B: torch.Tensor,
+    *,
+    epsilon: float,
+    epsilon_high: float,
+    rows: float,
+) -> SequenceLoss:
+    """RLOO's loss: the clipped surrogate with a whole reply as one action, so one ratio a row (arXiv 2402.14740).
+
+    Args:
+        log_ratio_BR: log pi - log pi_old, zero at tokens that do not count.
+        advantages_B: one a row.
+        rows: of the optimiser step, over all processes.
+    """
+    ratio_B = log_ratio_BR.sum(1).exp()
+    near_B = ratio_B.clamp(1 - epsilon, 1 + epsilon_high)
+    loss = -torch.minimum(ratio_B * advantages_B, near_B * advantages_B).sum() / rows
+    low_B, high_B = ratio_B < 1 - epsilon, ratio_B > 1 + epsilon_high
+    return SequenceLoss(loss, low_B & (advantages_B < 0), high_B & (advantages_B > 0))
+
+
+class RatioSums(NamedTuple):
+    """Sums over valid tokens, detached: of pi / pi_old, of KL(old || new)'s estimate, of |log ratio|."""
+
+    ratio: torch.Tensor
+    approx_kl: torch.Tensor
+    gap: torch.Tensor
+
+
+def ratio_sums(log_ratio_BR: torch.Tensor, mask_BR: torch.Tensor) -> RatioSums:
+    """How far the policy has gone from the one that sampled, token by token, whatever the loss makes of it."""
+    log_ratio_BR = log_ratio_BR.detach()
+    ratio_BR = log_ratio_BR.exp()
+    return RatioSums(
+        masked_sum(ratio_BR, mask_BR),
+        masked_sum(ratio_BR - 1 - log_ratio_BR, mask_BR),
+        masked_sum(log_ratio_BR.abs(), mask_BR),
+    )

@@ -7,14 +7,15 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ..errors import UserError, gathering
-from .job import StageJob
+from .job import StageJob, no_reward
 from .sample.settings import ALL, BEST_WORST, THRESHOLD
 
 if TYPE_CHECKING:
     from trl.trainer.dpo_config import DPOConfig
     from trl.trainer.kto_config import KTOConfig
 
-    from .ppo.config import PPOConfig
+    from .grpo import GRPOConfig
+    from .ppo.config import OnPolicyConfig, PPOConfig
 
 _WITH_DIVERGENCE = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
 """The losses that TRL has with every f-divergence."""
@@ -87,11 +88,45 @@ def check_batch(job: StageJob, batch_size: int, rows: int) -> None:
 
 
 def ppo_problems(job: StageJob, args: "PPOConfig") -> list[UserError]:
-    """What the config takes and a run would refuse: no reward, two lengths of the run, gradients that vanish."""
+    """What the config takes and a run would refuse: see `on_policy_problems`; a horizon without a target."""
+    return on_policy_problems(job, args, kl_horizon=(args.kl_target is not None, "kl.target"))
+
+
+def grpo_problems(job: StageJob, args: "GRPOConfig") -> list[UserError]:
+    """See `on_policy_problems`; and settings of GRPO that leave others without effect."""
+    here, apart = f"stages.{job.name}", args.multi_objective_aggregation == "normalize_then_sum"
+    surrogate = args.loss_type != "cispo"
+    found = on_policy_problems(
+        job,
+        args,
+        epsilon=(surrogate, "a loss_type that clips on both sides"),
+        delta=(surrogate, "a loss_type that clips on both sides"),
+        use_bias_correction_kl=(args.beta > 0, "beta"),
+        scale_rewards=(not apart, "multi_objective_aggregation: sum_then_normalize"),
+    )
+    if apart:
+        idle = {
+            "reward_combination": args.reward_combination == "ensemble",
+            "reward_clip": args.reward_clip is not None,
+            "reward_scale": args.reward_scale == "running",
+            "missing_eos_penalty": args.missing_eos_penalty is not None,
+            "missing_eos_score": args.missing_eos_score is not None,
+        }
+        said = "has no effect with normalize_then_sum, which adds up the sources' own scores, each normalised"
+        found += [UserError(f"{here}.{key}", said, "leave it out") for key, used in idle.items() if used]
+    return found
+
+
+def on_policy_problems(job: StageJob, args: "OnPolicyConfig", **idle: tuple[bool, str]) -> list[UserError]:
+    """What the config takes and a run would refuse: no reward, two lengths of the run, gradients that vanish.
+
+    Args:
+        idle: the method's own parameters that need another: whether they have it, and what it is.
+    """
     found = []
     if job.dtype == "float16" or args.fp16:
         key = "model.dtype" if job.dtype == "float16" else f"stages.{job.name}.train.fp16"
-        said = "float16, in which PPO's gradients vanish: its loss is not scaled up"
+        said = f"float16, in which {args.method}'s gradients vanish: its loss is not scaled up"
         found.append(UserError(key, said, "use bfloat16, or float32"))
     if not job.rewards:
         found.append(no_reward(job))
@@ -99,8 +134,7 @@ def ppo_problems(job: StageJob, args: "PPOConfig") -> list[UserError]:
     if args.total_episodes is not None and "num_train_epochs" in job.train:
         said = f"has no effect beside total_episodes, which is {args.total_episodes}"
         found.append(UserError(f"stages.{job.name}.train.num_train_epochs", said, "keep one of them"))
-    idle = {
-        "kl_horizon": (args.kl_target is not None, "kl.target"),
+    idle |= {
         "ensemble_penalty": (args.reward_combination == "ensemble", "reward_combination: ensemble"),
         "num_log_samples": (args.log_samples_every > 0, "log_samples_every"),
     }
@@ -120,13 +154,6 @@ def _weight_problems(job: StageJob, combination: str) -> Iterator[UserError]:
     if combination == "ensemble" and any(each.weight != 1 for each in job.rewards):
         said = "an ensemble takes the mean of its rewards, whatever their weights"
         yield UserError(here, said, "leave the weights out, or write sum")
-
-
-def no_reward(job: StageJob) -> UserError:
-    """The error of a stage that draws replies, and whose replies nothing scores."""
-    return UserError(
-        f"stages.{job.name}.reward", "no reward is given", "name a reward stage, a model, a function or a verifier"
-    )
 
 
 def sample_problems(job: StageJob, args: object) -> list[UserError]:

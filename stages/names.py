@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from .fields import FIELDS, TRAINING
 from .kinds import KINDS, StageKind
-from .ppo.trl_names import CONFIG, SAME
+from .ppo.trl_names import CONFIG, GROUP, SAME
 
 ALIASES: Mapping[str, Mapping[str, str]] = {
     "model": {
@@ -127,7 +127,7 @@ SAID: Mapping[str, str] = {
     "trust_remote_code": "leave it out: code that comes with a model is never run",
     **dict.fromkeys(("use_vllm", "vllm_mode"), "leave it out: rollouts run on the policy's own base"),
     **dict.fromkeys(
-        ("num_generations", "n_samples_per_prompt", "rloo_k"), "leave it out: PPO draws one response a prompt"
+        ("n_samples_per_prompt", "rloo_k"), "write num_generations in a stage of kind grpo or rloo; PPO draws one"
     ),
     **dict.fromkeys(
         ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_compute_dtype"),
@@ -208,13 +208,14 @@ def meant_in_group(word: str, kind: StageKind, group: str) -> str | None:
 
 def _of_method(word: str, kind: StageKind, here: str) -> str | None:
     """A word for a parameter of the stage's own kind."""
-    parameters = {each.name for each in kind.parameters}
-    name = next((each for each in (word, SAME.get(word, "")) if each in parameters), None)
+    parameters, in_groups = {each.name for each in kind.parameters}, kind in (KINDS["grpo"], KINDS["rloo"])
+    names = (word,) if in_groups and word in GROUP else (word, SAME.get(word, ""))
+    name = next((each for each in names if each in parameters), None)
     if name is not None:
         return f"write {parameter_place(kind, name)} in {here}"
-    if kind is not KINDS["ppo"]:
-        return None
-    return _IN_PPO.get(word) or CONFIG.get(word)
+    if in_groups:
+        return _IN_GROUPS.get(word) or GROUP.get(word)
+    return _IN_PPO.get(word) or CONFIG.get(word) if kind is KINDS["ppo"] else None
 
 
 def _of_others(word: str) -> str | None:
@@ -245,4 +246,13 @@ _IN_PPO = {
     "backward_batch_size": "write per_device_train_batch_size in train",
     "local_rollout_forward_batch_size": "write rollout_micro_batch_size (prompts decoded at once)",
     "target_kl": "write kl: {target: ...} (the controller's), or target_approx_kl (stops an iteration's epochs)",
+}
+
+# What a recipe says otherwise than `GRPOConfig` and `RLOOConfig`.
+_IN_GROUPS = {
+    word: _IN_PPO[word]
+    for word in (
+        *("max_length", "max_prompt_length", "reward_model_path", "reward_adapter", "reward_weights"),
+        *("sft_model_path", "exp_name", "log_with", "backward_batch_size", "local_rollout_forward_batch_size"),
+    )
 }

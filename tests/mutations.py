@@ -125,8 +125,8 @@ MUTATIONS = [
     Mutation("P16", "reward whitening takes the mean away", "stages/ppo/method.py", ", keep_mean=True)", ")"),
     Mutation(
         "P17", "each micro-batch is averaged over its own tokens", "stages/ppo/update.py",
-        "method.backward(rollout.rows(part), tokens, kl_coef)",
-        "method.backward(rollout.rows(part), float(rollout.episodes.length_B[part].sum()), kl_coef)",
+        "method.backward(rollout.rows(part), step, kl_coef)",
+        "method.backward((r := rollout.rows(part)), Step(0, float(r.episodes.length_B.sum()), 0, r, 0, 0), kl_coef)",
     ),
     Mutation(
         "P17", "each process takes the whole minibatch", "stages/ppo/shared.py",

@@ -94,8 +94,8 @@ def check_kl_trend(stage: str, kls: Sequence[float], lengths: Sequence[float]) -
         threshold=f"look: above {KL_LOOK}; broken: above {KL_BROKEN}, or below {KL_NEGATIVE} in the mean",
         broken=not end <= KL_BROKEN or mean < KL_NEGATIVE,
         look=end > KL_LOOK,
-        remedy="raise kl.coef or set kl.target, lower the learning rate; a negative KL means that sampling and "
-        "training do not see the same policy",
+        remedy="raise kl.coef or set kl.target (GRPO, RLOO: raise beta), lower the learning rate; a negative KL means "
+        "that sampling and training do not see the same policy",
     )
 
 
@@ -116,7 +116,8 @@ def check_entropy_trend(stage: str, entropies: Sequence[float]) -> Finding:
         threshold=f"look: below {ENTROPY_LOOK}; broken: below {ENTROPY_BROKEN} and {ENTROPY_FLOOR} nats per token",
         broken=not left >= ENTROPY_BROKEN and end < ENTROPY_FLOOR,
         look=left < ENTROPY_LOOK,
-        remedy="the policy says one thing only: raise kl.coef or entropy_coef, lower the learning rate, stop earlier",
+        remedy="the policy says one thing only: raise kl.coef or entropy_coef (GRPO, RLOO: beta), lower the learning "
+        "rate, stop earlier",
     )
 
 

@@ -90,12 +90,15 @@ def _first_gap(record: Record) -> tuple[float, float] | None:
 
 def _ppo(record: Record, left_out: list[str]) -> Iterator[Finding]:
     name = record.name
-    kls, lengths, episodes = series(record.log, "objective/kl", "rollout/length", "episode")
-    if not kls:
+    lengths, episodes = series(record.log, "rollout/length", "episode")
+    kls, kl_lengths = series(record.log, "objective/kl", "rollout/length")
+    if not lengths:
         left_out.append(f"{name}: nothing is logged yet")
         return
     batch = record.setting("rollout_batch_size", record.job.record.parameter("rollout_batch_size").default)
-    if episodes[0] <= batch:
+    if not kls:
+        left_out.append(f"{name}, KL: beta is 0, and none is measured")
+    elif episodes[0] <= batch:
         low = record.low_precision()
         yield check_ppo_start(name, kls[0], lengths[0], start=record.start(), low_precision=low)
     else:
@@ -106,10 +109,11 @@ def _ppo(record: Record, left_out: list[str]) -> Iterator[Finding]:
         tolerance = sampler_tolerance(asked, low_precision=record.low_precision())
         yield check_sampler(name, means, sampler_kls, tolerance)
     (entropies,) = series(record.log, "rollout/entropy_per_token")
-    if len(kls) < TREND_ITERATIONS or len(entropies) < TREND_ITERATIONS:
-        left_out.append(f"{name}, trends of KL and entropy: {len(kls)} iterations, fewer than {TREND_ITERATIONS}")
+    if len(lengths) < TREND_ITERATIONS or len(entropies) < TREND_ITERATIONS:
+        left_out.append(f"{name}, trends of KL and entropy: {len(lengths)} iterations, fewer than {TREND_ITERATIONS}")
         return
-    yield check_kl_trend(name, kls, lengths)
+    if kls:
+        yield check_kl_trend(name, kls, kl_lengths)
     yield check_entropy_trend(name, entropies)
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ...models.adapters import AdapterSet
 from ...models.masked import masked_sum
-from .config import PPOConfig
+from .config import OnPolicyConfig
 from .method import Method
 from .rewards import Responses, Scoring
 from .rollout import Prompts, Reduce, decode, generate, seed_of
@@ -31,7 +31,7 @@ class HeldOut:
     reduce: Reduce
 
     @torch.no_grad()
-    def measure(self, args: PPOConfig, kl_coef: float) -> dict[str, float]:
+    def measure(self, args: OnPolicyConfig, kl_coef: float) -> dict[str, float]:
         """Means over the prompts of all processes, by the names that training logs.
 
         objective/scores: as in training, but for the running scale and the clip that follows it, which would make a
@@ -51,11 +51,11 @@ class HeldOut:
         responses = Responses(episodes, prompts.prompts, texts, prompts.column_lists(), prompts.rows)
         scores_B = self.scoring(responses, training=False)
         forwards = self.method.forwards(episodes)
-        kl_B = masked_sum(forwards.logps_BR - forwards.ref_logps_BR, episodes.mask_BR, 1)
-        found = {
-            "objective/scores": scores_B,
-            "objective/kl": kl_B,
-            "objective/rlhf_reward": scores_B - kl_coef * kl_B,
+        found = {"objective/scores": scores_B}
+        if forwards.ref_logps_BR is not None:
+            kl_B = masked_sum(forwards.logps_BR - forwards.ref_logps_BR, episodes.mask_BR, 1)
+            found |= {"objective/kl": kl_B, "objective/rlhf_reward": scores_B - kl_coef * kl_B}
+        found |= {
             "rollout/length": episodes.length_B,
             "rollout/eos_rate": episodes.finished_B,
             "scores_squared": scores_B.square(),

@@ -1,4 +1,4 @@
-"""What a PPO run writes: checkpoints, the policies that it keeps on its way, some of its generations.
+"""What an on-policy run writes: checkpoints, the policies that it keeps on its way, some of its generations.
 
 A checkpoint holds, beyond what those of every stage hold (see `checkpoints.py`) and so that resuming is exact:
 

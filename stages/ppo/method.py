@@ -20,7 +20,7 @@ from ..advantages import gae, whiten
 from ..losses import kl_loss, ppo_policy_loss, value_loss
 from .config import PPOConfig
 from .network import Trunk
-from .rewards import RewardSource, Scorer
+from .rewards import RewardSource, Scorer, Scores
 from .rollout import Episodes, Reduce, Rollout, global_moments
 
 
@@ -28,14 +28,44 @@ from .rollout import Episodes, Reduce, Rollout, global_moments
 class Forwards:
     """What the training forward says of a rollout, fp32 [B, R], zero outside the mask.
 
-    logps_BR, ref_logps_BR: log-probs under old policy and reference. entropy_BR: the old policy's.
+    logps_BR, ref_logps_BR: log-probs under old policy and reference; None where no KL is measured.
+    entropy_BR: the old policy's.
     values_BR: V(s_t), s_t being everything before token t; None of a method without a value.
     """
 
     logps_BR: torch.Tensor
-    ref_logps_BR: torch.Tensor
+    ref_logps_BR: torch.Tensor | None
     entropy_BR: torch.Tensor
     values_BR: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """What an optimiser step is made of, whichever of it a process has: the numbers that losses are divided by.
+
+    rows, tokens: of the step, over all processes; finished_tokens: those of responses that ended in EOS.
+    rollout: of all processes, whose minibatch the step is. rollout_tokens, rollout_finished_tokens: of it, the same.
+    """
+
+    rows: float
+    tokens: float
+    finished_tokens: float
+    rollout: Rollout
+    rollout_tokens: float
+    rollout_finished_tokens: float
+
+    @classmethod
+    def of(cls, rollout: Rollout, rows: torch.Tensor, reduce: Reduce) -> "Step":
+        """The step that takes the rows `rows` of this process, and others' rows of others."""
+        lengths_B, finished_B = rollout.episodes.length_B, rollout.episodes.finished_B
+        here = to_device(rows, lengths_B.device)
+        own = [torch.tensor(len(rows), device=lengths_B.device), lengths_B[here].sum()]
+        own.append((lengths_B * finished_B)[here].sum())
+        whole = [lengths_B.sum(), (lengths_B * finished_B).sum()]
+        step = reduce(torch.stack(own).double(), "sum")
+        # asked for at once: a GPU is waited for
+        counts = torch.cat([step, torch.stack(whole).double()]).tolist()
+        return cls(counts[0], counts[1], counts[2], rollout, counts[3], counts[4])
 
 
 class Method(Protocol):
@@ -63,9 +93,7 @@ class Method(Protocol):
         """Step 4: log-probs (and values) of a rollout; changes nothing."""
         ...
 
-    def rollout(
-        self, episodes: Episodes, forwards: Forwards, rewards_BR: torch.Tensor, scores_B: torch.Tensor
-    ) -> Rollout:
+    def rollout(self, episodes: Episodes, forwards: Forwards, rewards_BR: torch.Tensor, scores: Scores) -> Rollout:
         """Step 5: what the rewards become: advantages, and what a value is to learn."""
         ...
 
@@ -73,8 +101,8 @@ class Method(Protocol):
         """What is logged about a rollout besides what the loop logs."""
         ...
 
-    def backward(self, part: Rollout, tokens: float, kl_coef: float) -> torch.Tensor:
-        """Step 6: backward of one micro-batch, over `tokens` of the whole step; its sums in `statistics`' order."""
+    def backward(self, part: Rollout, step: Step, kl_coef: float) -> torch.Tensor:
+        """Step 6: backward of one micro-batch of the step; its sums in `statistics`' order."""
         ...
 
     def update_metrics(self, mean: dict[str, float]) -> dict[str, float]:
@@ -195,9 +223,7 @@ class PPO:
                 whole_BR[here, : own_BR.shape[1]] = own_BR
         return Forwards(*out)
 
-    def rollout(
-        self, episodes: Episodes, forwards: Forwards, rewards_BR: torch.Tensor, scores_B: torch.Tensor
-    ) -> Rollout:
+    def rollout(self, episodes: Episodes, forwards: Forwards, rewards_BR: torch.Tensor, scores: Scores) -> Rollout:
         """Generalised advantages and returns, whitened over the valid tokens of all processes (P16)."""
         config, mask_BR = self.config, episodes.mask_BR
         assert forwards.values_BR is not None
@@ -212,7 +238,7 @@ class PPO:
             forwards.logps_BR,
             forwards.ref_logps_BR,
             advantages_BR,
-            scores_B,
+            scores.total_B,
             forwards.values_BR,
             returns_BR,
         )
@@ -225,9 +251,9 @@ class PPO:
         _, spread = global_moments(rollout.returns_BR, mask_BR, self.reduce)
         return {"value/explained_variance": float(1 - noise / spread.clamp(min=1e-12))}
 
-    def backward(self, part: Rollout, tokens: float, kl_coef: float) -> torch.Tensor:
+    def backward(self, part: Rollout, step: Step, kl_coef: float) -> torch.Tensor:
         """Policy loss, KL and entropy terms, value loss; see `Method.backward`."""
-        r, config, trunk, adapters = part, self.config, self.trunk, self.trunk.adapters
+        r, config, trunk, adapters, tokens = part, self.config, self.trunk, self.trunk.adapters, step.tokens
         episodes, mask_BR = r.episodes, r.episodes.mask_BR
         # Backward inside `using`: recomputed layers must meet the adapter of the forward.
         with adapters.using(DEFAULT):
@@ -239,6 +265,7 @@ class PPO:
             loss = policy.loss
             kl = torch.zeros((), device=loss.device)
             if config.kl_in == "loss":
+                assert r.ref_logps_BR is not None
                 kl = kl_loss(now.logps_BR, r.ref_logps_BR, mask_BR, estimator=config.estimator(), denominator=tokens)
                 loss = loss + kl_coef * kl
             entropy = masked_sum(now.entropy_BR, mask_BR)

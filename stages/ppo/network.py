@@ -38,10 +38,11 @@ class Trunk:
         self.head = adapters.head
         self.forward_tokens = forward_tokens(adapters.backbone)
 
-    def batches(self, episodes: Episodes) -> list[torch.Tensor]:
-        """The rows of each forward without gradients. A base that is divided is gathered by every process for every
-        forward: those with fewer of them make their last one again."""
-        found = forward_batches(episodes, self.forward_tokens)
+    def batches(self, episodes: Episodes, group: int = 1) -> list[torch.Tensor]:
+        """The rows of each forward without gradients; those of a group, which follow each other, together where they
+        fit. A base that is divided is gathered by every process for every forward: those with fewer of them make their
+        last one again."""
+        found = forward_batches(episodes, self.forward_tokens, group)
         if is_sharded(self.adapters.backbone):
             most = most_of_all(episodes.start_B.device, len(found))[0]
             found += found[-1:] * (most - len(found))

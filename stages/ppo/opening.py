@@ -1,4 +1,4 @@
-"""From what a user hands to `PPOTrainer` to adapters, tokenizer and reward sources."""
+"""From what a user hands to an on-policy trainer to adapters, tokenizer and reward sources."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,26 +26,30 @@ def open_policy(
     tokenizer: PreTrainedTokenizerBase | None,
     lora: LoraSpec | None,
     peft_config: LoraConfig | None,
+    where: str = "PPOTrainer",
 ) -> tuple[AdapterSet, PreTrainedTokenizerBase]:
     """Adapters with a trainable "default", and the tokenizer.
+
+    Args:
+        where: whose arguments they are, for errors.
 
     Raises:
         UserError: a tokenizer is missing, both `lora` and `peft_config` are given, or settings that do not fit.
     """
     asked = [name for name, value in (("lora", lora), ("peft_config", peft_config)) if value is not None]
     if len(asked) == 2:
-        raise UserError("PPOTrainer", "lora and peft_config are both given", "give one of them")
+        raise UserError(where, "lora and peft_config are both given", "give one of them")
     if peft_config is not None:
-        check_plain(peft_config, "PPOTrainer, peft_config", fresh=True)
+        check_plain(peft_config, f"{where}, peft_config", fresh=True)
     if isinstance(model, str):
         return _load(model, tokenizer, lora or peft_config)
     if tokenizer is None:
-        raise UserError("PPOTrainer", "processing_class is missing", "pass the model's tokenizer")
+        raise UserError(where, "processing_class is missing", "pass the model's tokenizer")
     if isinstance(model, AdapterSet | PeftModel):
         if asked:
             said = f"{asked[0]} is given, and the model has its adapter already"
-            raise UserError("PPOTrainer", said, f"leave {asked[0]} out, or pass the base model")
-        return model if isinstance(model, AdapterSet) else _wrap(model), tokenizer
+            raise UserError(where, said, f"leave {asked[0]} out, or pass the base model")
+        return model if isinstance(model, AdapterSet) else _wrap(model, where), tokenizer
     model.requires_grad_(False)
     return AdapterSet.create(model, _base_of(model), _spec(lora or peft_config, model)), tokenizer
 
@@ -54,6 +58,7 @@ def reward_sources(
     reward_funcs: RewardFunc | Sequence[RewardFunc] | None,
     reward_adapter: str | Path | None,
     rewards: Sequence[RewardSource],
+    where: str = "PPOTrainer",
 ) -> list[RewardSource]:
     """All sources in one list: the adapter first, then the functions, then `rewards`.
 
@@ -68,7 +73,7 @@ def reward_sources(
     sources += [RewardSource(_kind_of(each), each) for each in several]
     sources += list(rewards)
     if not sources:
-        raise UserError("PPOTrainer", "no reward is given", "pass reward_funcs, reward_adapter or rewards")
+        raise UserError(where, "no reward is given", "pass reward_funcs, reward_adapter or rewards")
     return sources
 
 
@@ -107,19 +112,19 @@ def _kind_of(reward: RewardFunc) -> RewardKind:
     return "function" if ":" in reward else "model"
 
 
-def _wrap(model: PeftModel) -> AdapterSet:
+def _wrap(model: PeftModel, where: str) -> AdapterSet:
     config = model.peft_config.get("default")
     if not isinstance(config, LoraConfig) or len(model.peft_config) != 1:
         raise UserError(
-            "PPOTrainer",
+            where,
             f"the PeftModel has the adapters {', '.join(model.peft_config)}, expected one LoRA named 'default'",
             "load it with PeftModel.from_pretrained and no adapter_name",
         )
-    check_plain(config, "PPOTrainer, the PeftModel")
+    check_plain(config, f"{where}, the PeftModel")
     inner: Any = model.get_base_model()
     if inner.get_output_embeddings() is None:
         kind = type(inner).__name__
-        raise UserError("PPOTrainer", f"the PeftModel is a {kind}, expected a causal model", "pass what generates")
+        raise UserError(where, f"the PeftModel is a {kind}, expected a causal model", "pass what generates")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".default." in name)
     return AdapterSet(model, _base_of(model))  # pyright: ignore[reportArgumentType]: any PeftModel that is causal will do

@@ -6,7 +6,7 @@ Legend of shape suffixes: S sources, B responses.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -405,6 +405,17 @@ class ScoreSettings(Protocol):
     missing_eos_score: float | None
 
 
+class Scores(NamedTuple):
+    """What a batch of responses got.
+
+    total_B: one score a response, combined, scaled and clipped, the rule of a missing EOS applied.
+    parts_SB: of each source, centred; NaN where it does not apply.
+    """
+
+    total_B: torch.Tensor
+    parts_SB: torch.Tensor
+
+
 class Scoring:
     """Every source's raw scores, centred and combined, scaled, clipped; then what a missing EOS does.
 
@@ -419,7 +430,11 @@ class Scoring:
         self.running = RunningScale()
 
     def __call__(self, responses: Responses, *, training: bool = True) -> torch.Tensor:
-        """One score a response, fp32 [B], on the episodes' device.
+        """One score a response, fp32 [B], on the episodes' device; `training` as in `scores`."""
+        return self.scores(responses, training=training).total_B
+
+    def scores(self, responses: Responses, *, training: bool = True) -> Scores:
+        """The same beside each source's own, fp32, on the episodes' device.
 
         Args:
             training: False: the running scale learns nothing of them, and neither it nor the clip behind it applies.
@@ -432,9 +447,9 @@ class Scoring:
                 mean, std = scorer.normal
                 scores_B = (scores_B - mean) / (std if config.reward_scale == "std" else 1.0)
             parts.append(scores_B)
-        weights_S = torch.tensor([source.weight for source in self.sources], device=device)
+        parts_SB = torch.stack(parts)
         scores_B = combine(
-            torch.stack(parts), weights_S, how=config.reward_combination, penalty=config.ensemble_penalty
+            parts_SB, self.weights(device), how=config.reward_combination, penalty=config.ensemble_penalty
         )
         running = config.reward_scale == "running"
         if running and training:
@@ -443,9 +458,14 @@ class Scoring:
             scores_B = scores_B / self.running.std
         if config.reward_clip is not None and (training or not running):
             scores_B = scores_B.clamp(-config.reward_clip, config.reward_clip)
-        return apply_eos_rule(
+        total_B = apply_eos_rule(
             scores_B,
             responses.episodes.finished_B,
             penalty=config.missing_eos_penalty,
             replacement=config.missing_eos_score,
         )
+        return Scores(total_B, parts_SB)
+
+    def weights(self, device: torch.device) -> torch.Tensor:
+        """The sources' weights [S]."""
+        return torch.tensor([source.weight for source in self.sources], device=device)

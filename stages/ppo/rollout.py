@@ -251,27 +251,30 @@ class OnHost:
 class Rollout:
     """Episodes with everything the minibatch epochs read; all fp32, zero outside the mask.
 
-    logps_BR, ref_logps_BR: log-probs of the sampled tokens under old policy and reference, by the training forward.
+    logps_BR, ref_logps_BR: log-probs of the sampled tokens under old policy and reference, by the training forward;
+        None where no KL is measured.
     advantages_BR: what the method's estimator made of the rewards.
     scores_B: the score that landed on each last token.
     values_BR, returns_BR: the value of the state before each token, and what it is to become (see `advantages.gae`);
         None of a method without a value.
+    entropy_BR: the old policy's; None where the method does not ask for it.
     """
 
     episodes: Episodes
     logps_BR: torch.Tensor
-    ref_logps_BR: torch.Tensor
+    ref_logps_BR: torch.Tensor | None
     advantages_BR: torch.Tensor
     scores_B: torch.Tensor
     values_BR: torch.Tensor | None = None
     returns_BR: torch.Tensor | None = None
+    entropy_BR: torch.Tensor | None = None
 
     def rows(self, index: torch.Tensor) -> "Rollout":
         """The given rows, cut to their own longest row and longest response."""
         episodes, here = self.episodes.rows(index), to_device(index, self.scores_B.device)
         r = episodes.sampler_logps_BR.shape[1]
         cut = {name: x[here, :r] if x.dim() > 1 else x[here] for name, x in self._own().items()}
-        return Rollout(episodes, **cut)
+        return Rollout(episodes, **{"ref_logps_BR": None, **cut})
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Flat, for a checkpoint."""
@@ -282,7 +285,13 @@ class Rollout:
         """What `tensors` gave."""
         moved = {name: tensor.to(device) for name, tensor in tensors.items()}
         episodes = Episodes(**{f.name: moved.pop(f"episodes.{f.name}") for f in fields(Episodes)})
-        return cls(episodes, **moved)
+        return cls(episodes, **{"ref_logps_BR": None, **moved})
+
+    def kl_B(self) -> torch.Tensor | None:
+        """Estimate of each response's KL to the reference, nats, by the sampled tokens [B]."""
+        if self.ref_logps_BR is None:
+            return None
+        return masked_sum(self.logps_BR - self.ref_logps_BR, self.episodes.mask_BR, 1)
 
     def _own(self) -> dict[str, torch.Tensor]:
         given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "episodes"}
@@ -311,19 +320,36 @@ def make_episodes(
     )
 
 
-def forward_batches(episodes: Episodes, max_tokens: int) -> list[torch.Tensor]:
-    """All rows in forwards of at most so many padded tokens, like lengths together; in the processor's memory."""
-    return [torch.tensor(rows) for rows in token_batches(episodes.host.total_B.tolist(), max_tokens)]
+def forward_batches(episodes: Episodes, max_tokens: int, group: int = 1) -> list[torch.Tensor]:
+    """All rows in forwards of at most so many padded tokens, like lengths together; in the processor's memory.
+
+    Args:
+        group: so many rows that follow each other answer one prompt: they go through together, where they fit.
+    """
+    total_B = episodes.host.total_B
+    if group > 1:
+        widest_P = total_B.reshape(-1, group).max(1)
+        if int(widest_P.max()) * group <= max_tokens:
+            found = token_batches(widest_P.tolist(), max_tokens // group)
+            return [(torch.tensor(each)[:, None] * group + torch.arange(group)).flatten() for each in found]
+    return [torch.tensor(rows) for rows in token_batches(total_B.tolist(), max_tokens)]
 
 
-def micro_batches(episodes: Episodes, rows: torch.Tensor, size: int) -> list[torch.Tensor]:
+def micro_batches(episodes: Episodes, rows: torch.Tensor, size: int, group: int = 1) -> list[torch.Tensor]:
     """Split `rows` into forwards of `size` sequences of like length, to pad little; all in the processor's memory.
 
     Every number and every summed loss is per row, so the split changes nothing but the time.
+
+    Args:
+        group: so many rows that follow each other in `rows` answer one prompt. As many whole groups as `size` has room
+            for go through together; one that is larger is split, and shares its forwards with no other.
     """
-    rows = rows.cpu()
-    order = numpy.argsort(-episodes.host.total_B[rows.numpy()], kind="stable")
-    return list(rows[torch.from_numpy(order)].split(size))
+    rows_PN = rows.cpu().view(-1, group)
+    total_PN = episodes.host.total_B[rows_PN.numpy()]
+    rows_PN = rows_PN[torch.from_numpy(numpy.argsort(-total_PN.max(1), kind="stable"))]
+    if group <= size:
+        return [each.flatten() for each in rows_PN.split(size // group)]
+    return [part for each in rows_PN for part in micro_batches(episodes, each, size)]
 
 
 class Sampling(Protocol):
@@ -393,8 +419,9 @@ def rollout_metrics(
     """Means over the n episodes of all processes (of sums over valid tokens), under their logged names."""
     episodes, mask_BR = rollout.episodes, rollout.episodes.mask_BR
     non_score_B = masked_sum(non_score_BR, mask_BR, 1)
+    kl_B = rollout.kl_B()
     per_episode = {
-        "objective/kl": masked_sum(rollout.logps_BR - rollout.ref_logps_BR, mask_BR, 1),
+        **({} if kl_B is None else {"objective/kl": kl_B}),
         "objective/entropy": masked_sum(-rollout.logps_BR, mask_BR, 1),
         "objective/non_score_reward": non_score_B,
         "objective/rlhf_reward": non_score_B + rollout.scores_B,
@@ -431,13 +458,13 @@ def sampler_metrics(rollout: Rollout, reduce: Reduce) -> dict[str, float]:
 
 def sample_rows(prompts: Prompts, texts: Sequence[str], rollout: Rollout, count: int) -> list[dict[str, object]]:
     """The first `count` generations with their numbers, for rollouts.jsonl."""
-    kl_B = masked_sum(rollout.logps_BR - rollout.ref_logps_BR, rollout.episodes.mask_BR, 1)
+    kl_B = rollout.kl_B()
     return [
         {
             "prompt": prompts.prompts[i],
             "completion": texts[i],
             "score": float(rollout.scores_B[i]),
-            "kl": float(kl_B[i]),
+            **({} if kl_B is None else {"kl": float(kl_B[i])}),
             "length": int(rollout.episodes.length_B[i]),
             "finished": bool(rollout.episodes.finished_B[i]),
         }

@@ -1,4 +1,7 @@
-"""PPO's own settings, typed once: fields of `PPOConfig` and words of the recipe alike. Imports no torch."""
+"""The settings of on-policy methods, typed once: fields of their configs and words of the recipe alike.
+
+Imports no torch.
+"""
 
 from dataclasses import dataclass, field
 from types import UnionType
@@ -12,15 +15,14 @@ Share = Annotated[float, Interval(ge=0, le=1)]
 
 
 @dataclass(kw_only=True)
-class PPOSettings:
-    """One iteration: `rollout_batch_size` episodes over all processes, `num_ppo_epochs` passes over them, each in
-    `num_mini_batches` optimiser steps.
+class OnPolicySettings:
+    """Of every method that learns from what its policy says: sampling, scoring, the length of the run, the brakes.
 
-    Sources: Ouyang et al. 2022 (arXiv 2203.02155), Huang et al. 2024 (arXiv 2403.17031).
+    One iteration: `rollout_batch_size` episodes over all processes, and passes over them, each in `num_mini_batches`
+    optimiser steps.
     """
 
     rollout_batch_size: Positive = field(default=64, metadata={"help": "Episodes per iteration, over all processes."})
-    num_ppo_epochs: Positive = field(default=4, metadata={"help": "Passes over each rollout."})
     num_mini_batches: Positive = field(default=1, metadata={"help": "Optimiser steps per pass."})
     total_episodes: Positive | None = field(
         default=None,
@@ -38,16 +40,6 @@ class PPOSettings:
         metadata={"help": "Prompts decoded at once on one device; None: 32 on a CPU, what memory holds on a GPU."},
     )
 
-    kl_coef: Annotated[float, Ge(0)] = field(
-        default=0.05, metadata={"help": "KL coefficient beta (the starting one if adaptive)."}
-    )
-    kl_in: Literal["reward", "loss"] = field(default="reward", metadata={"help": "Where the KL penalty stands."})
-    kl_estimator: Literal["k1", "k2", "k3", "k2_sequence"] | None = field(
-        default=None, metadata={"help": "None: k1 in the reward, k2 in the loss."}
-    )
-    kl_target: Above0 | None = field(default=None, metadata={"help": "Nats per sequence; None: fixed coefficient."})
-    kl_horizon: Above0 = field(default=10_000, metadata={"help": "Episodes, of the adaptive controller."})
-
     mismatch_tolerance: Above0 | None = field(
         default=None,
         metadata={
@@ -55,15 +47,6 @@ class PPOSettings:
             "None: 0.002 in fp32, 0.15 in 16 bits."
         },
     )
-
-    gamma: Share = field(default=1.0, metadata={"help": "Discount."})
-    lam: Share = field(default=0.95, metadata={"help": "GAE's lambda."})
-    cliprange: Above0 = field(default=0.2, metadata={"help": "Clip of the ratio."})
-    cliprange_value: Above0 | None = field(default=0.2, metadata={"help": "Clip of the value; None: none."})
-    vf_coef: Annotated[float, Ge(0)] = field(default=0.1, metadata={"help": "Factor of the value loss."})
-    entropy_coef: float = field(default=0.0, metadata={"help": "Factor of the entropy bonus."})
-    whiten_advantages: bool = field(default=True, metadata={"help": "Over the whole rollout, all processes."})
-    whiten_rewards: bool = field(default=False, metadata={"help": "Rescale rewards, keeping their mean."})
     target_approx_kl: Above0 | None = field(
         default=None, metadata={"help": "Stop the iteration's epochs past 1.5 times this (old to new, per token)."}
     )
@@ -83,11 +66,6 @@ class PPOSettings:
     )
     ensemble_penalty: Annotated[float, Ge(0)] = field(default=1.0, metadata={"help": "Lambda of the ensemble."})
 
-    value: Literal["separate", "shared"] = field(
-        default="separate", metadata={"help": "Value: an adapter of its own, or a head on the policy's trunk."}
-    )
-    value_learning_rate: Annotated[float, Ge(0)] | None = field(default=None, metadata={"help": "None: the policy's."})
-
     log_samples_every: Annotated[int, Ge(0)] = field(
         default=10, metadata={"help": "Write generations every so many iterations; 0: no."}
     )
@@ -95,11 +73,121 @@ class PPOSettings:
     keep_every: Positive | None = field(default=None, metadata={"help": "Keep the policy every so many iterations."})
 
 
+@dataclass(kw_only=True)
+class PPOSettings(OnPolicySettings):
+    """One iteration has `num_ppo_epochs` passes.
+
+    Sources: Ouyang et al. 2022 (arXiv 2203.02155), Huang et al. 2024 (arXiv 2403.17031).
+    """
+
+    num_ppo_epochs: Positive = field(default=4, metadata={"help": "Passes over each rollout."})
+
+    kl_coef: Annotated[float, Ge(0)] = field(
+        default=0.05, metadata={"help": "KL coefficient beta (the starting one if adaptive)."}
+    )
+    kl_in: Literal["reward", "loss"] = field(default="reward", metadata={"help": "Where the KL penalty stands."})
+    kl_estimator: Literal["k1", "k2", "k3", "k2_sequence"] | None = field(
+        default=None, metadata={"help": "None: k1 in the reward, k2 in the loss."}
+    )
+    kl_target: Above0 | None = field(default=None, metadata={"help": "Nats per sequence; None: fixed coefficient."})
+    kl_horizon: Above0 = field(default=10_000, metadata={"help": "Episodes, of the adaptive controller."})
+
+    gamma: Share = field(default=1.0, metadata={"help": "Discount."})
+    lam: Share = field(default=0.95, metadata={"help": "GAE's lambda."})
+    cliprange: Above0 = field(default=0.2, metadata={"help": "Clip of the ratio."})
+    cliprange_value: Above0 | None = field(default=0.2, metadata={"help": "Clip of the value; None: none."})
+    vf_coef: Annotated[float, Ge(0)] = field(default=0.1, metadata={"help": "Factor of the value loss."})
+    entropy_coef: float = field(default=0.0, metadata={"help": "Factor of the entropy bonus."})
+    whiten_advantages: bool = field(default=True, metadata={"help": "Over the whole rollout, all processes."})
+    whiten_rewards: bool = field(default=False, metadata={"help": "Rescale rewards, keeping their mean."})
+
+    value: Literal["separate", "shared"] = field(
+        default="separate", metadata={"help": "Value: an adapter of its own, or a head on the policy's trunk."}
+    )
+    value_learning_rate: Annotated[float, Ge(0)] | None = field(default=None, metadata={"help": "None: the policy's."})
+
+
+@dataclass(kw_only=True)
+class GroupSettings(OnPolicySettings):
+    """Of methods that compare the replies to one prompt with each other: GRPO and RLOO. Names are TRL's."""
+
+    num_generations: Annotated[int, Ge(2)] = field(
+        default=8, metadata={"help": "Replies to each prompt of an iteration; rollout_batch_size counts them all."}
+    )
+    num_iterations: Positive = field(default=1, metadata={"help": "Passes over each rollout."})
+    epsilon: Annotated[float, Interval(gt=0, lt=1)] = field(default=0.2, metadata={"help": "Clip of the ratio."})
+    epsilon_high: Above0 | None = field(
+        default=None, metadata={"help": "Its upper side; None: epsilon. DAPO has 0.28; cispo needs it (5.0)."}
+    )
+    mask_truncated_completions: bool = field(
+        default=False, metadata={"help": "Replies without EOS do not train; they stay in their group's statistics."}
+    )
+
+
+GroupLoss = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"]
+"""TRL's names of what the terms of GRPO's loss are divided by; cispo has terms of its own besides."""
+
+
+@dataclass(kw_only=True)
+class GRPOSettings(GroupSettings):
+    """One iteration has `num_iterations` passes over groups of `num_generations` replies.
+
+    Source: Shao et al. 2024 (arXiv 2402.03300); those of the variants stand at the functions (`stages/losses.py`).
+    """
+
+    beta: Annotated[float, Ge(0)] = field(
+        default=0.04, metadata={"help": "Factor of the KL to the reference, in the loss; 0: none is measured."}
+    )
+    loss_type: GroupLoss = field(
+        default="dapo",
+        metadata={
+            "help": "What terms are averaged over: dapo tokens of the rollout, bnpo of the step, grpo each reply's and "
+            "replies, dr_grpo a constant; cispo clips weights."
+        },
+    )
+    scale_rewards: Literal["group", "batch", "none"] = field(
+        default="group", metadata={"help": "Whose standard deviation advantages are divided by."}
+    )
+    importance_sampling_level: Literal["token", "sequence"] = field(
+        default="token", metadata={"help": "A ratio for each token, or one a reply (GSPO)."}
+    )
+    delta: Above0 | None = field(
+        default=None, metadata={"help": "Bound of the ratio where the advantage is below 0; None: none."}
+    )
+    top_entropy_quantile: Share = field(
+        default=1.0, metadata={"help": "Only the rollout's tokens of highest entropy train, this share of them."}
+    )
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = field(
+        default="sum_then_normalize", metadata={"help": "Of several rewards; the second is GDPO."}
+    )
+    use_bias_correction_kl: bool = field(
+        default=True, metadata={"help": "Multiply the KL's terms by the ratio, so that it is that of the policy now."}
+    )
+
+
+@dataclass(kw_only=True)
+class RLOOSettings(GroupSettings):
+    """One iteration has `num_iterations` passes over groups of `num_generations` replies.
+
+    Source: Ahmadian et al. 2024 (arXiv 2402.14740).
+    """
+
+    num_generations: Annotated[int, Ge(2)] = field(
+        default=2, metadata={"help": "Replies to each prompt of an iteration; rollout_batch_size counts them all."}
+    )
+    beta: Annotated[float, Ge(0)] = field(
+        default=0.05, metadata={"help": "Factor of the KL to the reference, in the reward; 0: none is measured."}
+    )
+    normalize_advantages: bool = field(
+        default=False, metadata={"help": "Advantages over the whole rollout have mean 0 and standard deviation 1."}
+    )
+
+
 def expected(hint: Any, value: object) -> str | None:
     """What a setting of that type should be, in words; None where the value is that.
 
     Args:
-        hint: an annotation of `PPOSettings`: a type, a Literal, one of them with bounds, or None as well.
+        hint: an annotation of settings: a type, a Literal, one of them with bounds, or None as well.
     """
     if get_origin(hint) in (Union, UnionType):
         options = [each for each in get_args(hint) if each is not type(None)]
@@ -119,6 +207,8 @@ def _out_of(bound: object, value: Any) -> str | None:
             return None if value is not None and value > low else f"more than {low}"
         case Ge(ge=low):
             return None if value is not None and value >= low else f"at least {low}"
+        case Interval(gt=low, lt=high) if low is not None and high is not None:
+            return None if value is not None and low < value < high else f"more than {low}, less than {high}"
         case Interval(gt=low, ge=None, le=high) if low is not None:
             return None if value is not None and low < value <= high else f"more than {low}, at most {high}"
         case Interval(ge=low, le=high):

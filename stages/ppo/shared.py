@@ -29,9 +29,14 @@ def _stacked(parts: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([torch.nn.functional.pad(part, (0, width - part.size(1))) for part in parts])
 
 
-def own_share(rows: torch.Tensor, rollout: Rollout, process: int, processes: int) -> torch.Tensor:
-    """A process' part of a minibatch: as many rows as every other's, and about as many tokens."""
+def own_share(rows: torch.Tensor, rollout: Rollout, process: int, processes: int, group: int = 1) -> torch.Tensor:
+    """A process' part of a minibatch: as many rows as every other's, and about as many tokens.
+
+    Args:
+        group: so many rows that follow each other answer one prompt and stay together.
+    """
     if processes == 1:
         return rows
-    order = numpy.argsort(-rollout.episodes.host.total_B[rows.numpy()], kind="stable")
-    return rows[torch.from_numpy(order)][process::processes]
+    rows_PN = rows.view(-1, group)
+    order = numpy.argsort(-rollout.episodes.host.total_B[rows_PN.numpy()].sum(1), kind="stable")
+    return rows_PN[torch.from_numpy(order)][process::processes].flatten()

@@ -1,4 +1,4 @@
-"""The PPO stage: from a `StageJob` to a folder with the policy's adapter."""
+"""On-policy stages, PPO's first: from a `StageJob` to a folder with the policy's adapter."""
 
 from pathlib import Path
 from typing import Any
@@ -9,20 +9,18 @@ from ...models.lineage import check_lineage
 from ...models.memory import peak_memory_bytes
 from ..activations import settle_checkpointing
 from ..callbacks import clock_of, keep_event_files
-from ..job import StageJob
-from ..method_problems import no_reward
+from ..job import StageJob, no_reward
 from ..options import stage_config
 from ..run import finish, load_data, open_adapters, open_tokenizer
 from ..trackers import closing_trackers
 from ..trainers import stage_callbacks, take_up
-from .config import PPOConfig
 from .files import POLICIES
-from .trainer import PPOTrainer
+from .trainer import OnPolicyTrainer, PPOTrainer
 
 _LAST = (
     "objective/kl", "objective/scores", "objective/rlhf_reward", "objective/entropy", "objective/kl_coef",
     "rollout/length", "rollout/eos_rate", "rollout/logprob_mismatch", "rollout/logprob_mismatch_mean",
-    "rollout/sampler_kl", "value/explained_variance",
+    "rollout/sampler_kl", "value/explained_variance", "reward", "reward_std", "frac_reward_zero_std",
 )  # fmt: skip
 
 
@@ -30,7 +28,12 @@ _EVALUATED = "eval_objective/scores"
 
 
 def run_ppo(job: StageJob) -> dict[str, Any]:
-    """Run a PPO stage (see `run_stage`): the parent's adapter is policy and reference, `job.rewards` score.
+    """Run a PPO stage (see `run_on_policy`)."""
+    return run_on_policy(job, PPOTrainer)
+
+
+def run_on_policy(job: StageJob, trainer_class: type[OnPolicyTrainer]) -> dict[str, Any]:
+    """Run an on-policy stage (see `run_stage`): the parent's adapter is policy and reference, `job.rewards` score.
 
     An interrupted run leaves checkpoints in `output_dir/checkpoints`; running the job again continues from the newest.
     """
@@ -43,7 +46,7 @@ def run_ppo(job: StageJob) -> dict[str, Any]:
         check_lineage(folder, job.base, tokenizer)
     data = load_data(job, encode_prompts, tokenizer)
     args = stage_config(
-        PPOConfig,
+        trainer_class.config,
         job,
         held_out=data.held is not None,
         logging_steps=1,
@@ -51,9 +54,9 @@ def run_ppo(job: StageJob) -> dict[str, Any]:
         policies_dir=str(job.output_dir / POLICIES),
     )
     settle_checkpointing(job, args, data.train)
-    # 2. the base with policy, reference, reward and value
+    # 2. the base with policy, reference, reward, and a value where there is one
     adapters = open_adapters(job, tokenizer)
-    trainer = PPOTrainer(
+    trainer = trainer_class(
         adapters,
         args=args,
         train_dataset=data.train,
@@ -75,10 +78,10 @@ def run_ppo(job: StageJob) -> dict[str, Any]:
     return finish(job, tokenizer, data, args, _metrics(trainer), backbone=adapters.backbone, parents=parents)
 
 
-def _metrics(trainer: PPOTrainer) -> dict[str, float | None]:
+def _metrics(trainer: OnPolicyTrainer) -> dict[str, float | None]:
     """The required measures and the last iteration's numbers."""
     seconds = max(clock_of(trainer).seconds - trainer.evaluate_seconds, 1e-9)
-    iterations = [entry for entry in trainer.state.log_history if "objective/kl" in entry]
+    iterations = [entry for entry in trainer.state.log_history if "objective/scores" in entry]
     last = iterations[-1] if iterations else {}
     held = next((entry for entry in reversed(trainer.state.log_history) if _EVALUATED in entry), {})
     episodes = trainer.loop.iteration * trainer.args.rollout_batch_size
@@ -94,7 +97,7 @@ def _metrics(trainer: PPOTrainer) -> dict[str, float | None]:
     }
 
 
-def _evaluated_last(trainer: PPOTrainer) -> bool:
+def _evaluated_last(trainer: OnPolicyTrainer) -> bool:
     """Whether the policy at hand was evaluated last."""
     steps = [entry["step"] for entry in trainer.state.log_history if _EVALUATED in entry]
     return bool(steps) and steps[-1] == trainer.state.global_step

@@ -1,7 +1,8 @@
-"""PPO with a KL penalty: the policy, its value, its reference and its reward are adapters on one frozen base.
+"""The on-policy loop: policy, reference, reward and what else a method needs are adapters on one frozen base.
 
 An iteration reads top to bottom in `OnPolicyTrainer._iteration`: sample prompts, generate, score, KL, advantages,
-minibatch epochs. What makes it PPO (the value, the advantages, the losses) is handed in by `PPOTrainer` (`method.py`).
+minibatch epochs. What makes it PPO (the value, the advantages, the losses) is handed in by `PPOTrainer` (`method.py`),
+and what makes it GRPO or RLOO by the trainers of `grpo.py` and `rloo.py`.
 Sources: Ouyang et al. 2022 (arXiv 2203.02155), Huang et al. 2024 (arXiv 2403.17031).
 """
 
@@ -44,10 +45,9 @@ from ...models.tokens import check_vocabulary
 from ..callbacks import Clock, ProgressBar
 from ..checkpoints import Progress, Resumable, checkpoints, continuing, log_bytes, newest, read_progress
 from ..finite import Skips, not_finite
-from ..kl_control import kl_controller
 from ..losses import token_rewards
 from ..options import one_device
-from .config import PPOConfig
+from .config import OnPolicyConfig, PPOConfig
 from .evaluation import HeldOut
 from .files import (
     POLICIES,
@@ -76,7 +76,7 @@ from .rollout import (
     stream_rows,
 )
 from .shared import gathered, own_share
-from .trl_names import TRAINER, refuse_names
+from .trl_names import refuse_names, trainer_names
 from .update import (
     FULL_TOLERANCE,
     Updater,
@@ -127,12 +127,13 @@ class OnPolicyTrainer(Resumable):
     """
 
     of_any_number = True
+    config: type[OnPolicyConfig] = PPOConfig
 
     def __init__(
         self,
         model: AdapterSet | PeftModel | PreTrainedModel | str,
         reward_funcs: RewardFunc | Sequence[RewardFunc] | None = None,
-        args: PPOConfig | None = None,
+        args: OnPolicyConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
@@ -149,9 +150,10 @@ class OnPolicyTrainer(Resumable):
         _refuse_others(type(self), model, reward_funcs, args, others)
         for seam in (seams.TRAINER_CHECKPOINT, seams.TRAINER_RESUME):
             seams.require(seam, type(self))
-        args = PPOConfig("ppo_output") if args is None else args
-        sources = reward_sources(reward_funcs, reward_adapter, rewards)
-        self.adapters, self.tokenizer = open_policy(model, processing_class, lora, peft_config)
+        name = type(self).__name__
+        args = self.config(f"{self.config.method.lower()}_output") if args is None else args
+        sources = reward_sources(reward_funcs, reward_adapter, rewards, name)
+        self.adapters, self.tokenizer = open_policy(model, processing_class, lora, peft_config, name)
         self.prompts = self._prompts(train_dataset if train_dataset is not None else (), "train_dataset")
         self.held_out = None if eval_dataset is None else self._prompts(eval_dataset, "eval_dataset")
         if self.held_out is None and args.eval_strategy != "no":
@@ -167,13 +169,13 @@ class OnPolicyTrainer(Resumable):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.args: PPOConfig = args
+        self.args: OnPolicyConfig = args
         if quiet:
             self.remove_callback(PrinterCallback)
             self.remove_callback(ProgressCallback)
         self._check_launch()
         self._build_roles(sources)
-        self.loop = LoopState(kl_coef=args.kl_coef)
+        self.loop = LoopState(kl_coef=args.kl_control().value)
         self.rollout: Rollout | None = None
         self.episodes, self.tokens = 0, 0.0
         self.evaluate_seconds = 0.0
@@ -197,7 +199,7 @@ class OnPolicyTrainer(Resumable):
         args, adapters = self.args, self.adapters
         self.trunk = Trunk(adapters, args.temperature, self._autocast)
         logger.info("forwards without gradients hold up to %d tokens", self.trunk.forward_tokens)
-        self.own_reference = add_reference(adapters)
+        self.own_reference = args.measures_kl() and add_reference(adapters)
         scorers = build_scorers(
             sources,
             self.trunk,
@@ -230,7 +232,7 @@ class OnPolicyTrainer(Resumable):
 
     def _inner_training_loop(self, *_: object, **kwargs: Any) -> TrainOutput:
         args = self.args
-        iterations = args.num_iterations(len(self.prompts))
+        iterations = args.num_rollouts(len(self.prompts))
         self._begin(iterations * args.steps_per_iteration(), kwargs.get("resume_from_checkpoint"))
         loop, began = self.loop, time.time()
         before = sum(each.seconds for each in self.callback_handler.callbacks if isinstance(each, Clock))
@@ -299,18 +301,19 @@ class OnPolicyTrainer(Resumable):
 
         # 3. Score.
         texts = decode(self.tokenizer, episodes.responses())
-        scores_B = self.scoring(Responses(episodes, prompts.prompts, texts, prompts.column_lists(), prompts.rows))
+        scores = self.scoring.scores(Responses(episodes, prompts.prompts, texts, prompts.column_lists(), prompts.rows))
         scored = time.perf_counter()
 
         # 4. Log-probs of old policy and reference; the KL penalty goes into the rewards, token by token.
         forwards = self.method.forwards(episodes)
         release_free_memory()
-        delta_BR = forwards.logps_BR - forwards.ref_logps_BR
-        coef = loop.kl_coef if args.kl_in == "reward" else 0.0
-        rewards_BR, non_score_BR = token_rewards(delta_BR, scores_B, episodes.mask_BR, coef)
+        logps_BR, ref_logps_BR = forwards.logps_BR, forwards.ref_logps_BR
+        delta_BR = torch.zeros_like(logps_BR) if ref_logps_BR is None else logps_BR - ref_logps_BR
+        coef = loop.kl_coef if args.kl_in_reward else 0.0
+        rewards_BR, non_score_BR = token_rewards(delta_BR, scores.total_B, episodes.mask_BR, coef)
 
         # 5. Advantages.
-        rollout = self.method.rollout(episodes, forwards, rewards_BR, scores_B)
+        rollout = self.method.rollout(episodes, forwards, rewards_BR, scores)
 
         times = {"rollout": generated - began, "score": scored - generated, "forward": time.perf_counter() - scored}
         self._log_rollout(rollout, prompts, texts, non_score_BR, forwards.entropy_BR, times)
@@ -381,8 +384,9 @@ class OnPolicyTrainer(Resumable):
         began = time.perf_counter()
         epoch, place = divmod(slot, args.num_mini_batches)
         seed = seed_of(args.seed, "minibatches", loop.iteration, epoch, 0)
-        rows = minibatches(len(rollout.episodes), args.num_mini_batches, seed)[place]
-        rows = own_share(rows, rollout, args.process_index, args.world_size)
+        group = self.method.samples_per_prompt
+        rows = minibatches(len(rollout.episodes), args.num_mini_batches, seed, group)[place]
+        rows = own_share(rows, rollout, args.process_index, args.world_size, group)
         report = self.updater.gradients(rollout, rows, loop.kl_coef)
         if not report.finite and not self.skips.take():
             which = f"minibatch {slot + 1} of iteration {loop.iteration + 1} (prompts {self._prompts_of(rows)})"
@@ -390,7 +394,7 @@ class OnPolicyTrainer(Resumable):
             kept = checkpoints(Path(str(args.output_dir)))
             good = str(kept[-1][1]) if kept else None
             step = self.state.global_step + 1
-            raise not_finite("PPO", step, "the gradient's norm", worst, which, skips=self.skips, good=good)
+            raise not_finite(args.method, step, "the gradient's norm", worst, which, skips=self.skips, good=good)
         if slot == 0 and report.finite:
             check_ratio(report, loop.iteration, self._tolerance())
         loop.stopped = report.stop
@@ -418,9 +422,9 @@ class OnPolicyTrainer(Resumable):
     def _finish_iteration(self) -> None:
         """Adapt the KL coefficient, log, and stand at the start of the next iteration."""
         args, loop = self.args, self.loop
-        before = int(loop.iteration * args.rollout_batch_size / len(self.prompts))
-        controller = kl_controller(loop.kl_coef, args.kl_target, args.kl_horizon)
-        controller.update(loop.metrics["objective/kl"], args.rollout_batch_size)
+        before = int(loop.iteration * args.prompts_per_rollout() / len(self.prompts))
+        controller = args.kl_control(loop.kl_coef)
+        controller.update(loop.metrics.get("objective/kl", 0.0), args.rollout_batch_size)
         loop.kl_coef = controller.value
         loop.iteration, loop.slot, self.rollout = loop.iteration + 1, 0, None
         if int(self._epochs_done()) > before:
@@ -470,7 +474,7 @@ class OnPolicyTrainer(Resumable):
     def _epochs_done(self) -> float:
         """Passes over the prompts, the part of the iteration under way included."""
         parts = self.loop.iteration + self.loop.slot / self.args.steps_per_iteration()
-        return parts * self.args.rollout_batch_size / len(self.prompts)
+        return parts * self.args.prompts_per_rollout() / len(self.prompts)
 
     # What processes share.
 
@@ -492,7 +496,8 @@ class OnPolicyTrainer(Resumable):
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise UserError(
                 "accelerate launch",
-                "DeepSpeed or FSDP is to divide what trains, but PPO keeps whole adapters and an optimiser of its own",
+                f"DeepSpeed or FSDP is to divide what trains, but {self.args.method} keeps whole adapters and an "
+                "optimiser of its own",
                 "launch with distributed_type MULTI_GPU or MULTI_CPU, or use preftune run --launch fsdp2",
             )
         say_unused_gpus()
@@ -509,7 +514,8 @@ class OnPolicyTrainer(Resumable):
         if self.args.world_size == 1:
             return
         with torch.no_grad():
-            for parameter in (*self.trainables.values(), *self.adapters.parameters(REF)):
+            frozen = self.adapters.parameters(REF) if self.args.measures_kl() else []
+            for parameter in (*self.trainables.values(), *frozen):
                 first = broadcast(parameter.detach())
                 assert isinstance(first, torch.Tensor)
                 parameter.copy_(first)
@@ -528,7 +534,7 @@ class OnPolicyTrainer(Resumable):
         self.episodes, self.tokens, self.evaluate_seconds = 0, 0.0, 0.0
         if self._created_lr_scheduler:  # by an earlier `train`, so not handed in by the caller
             self.optimizer = self.lr_scheduler = None
-        self.loop = LoopState(kl_coef=args.kl_coef)
+        self.loop = LoopState(kl_coef=args.kl_control().value)
         if resume is not None:
             check_pickles(Path(resume))
             self.state = TrainerState.load_from_json(str(Path(resume) / "trainer_state.json"))
@@ -647,6 +653,8 @@ class OnPolicyTrainer(Resumable):
 class PPOTrainer(OnPolicyTrainer):
     """PPO on adapters. Arguments, attributes and errors are those of `OnPolicyTrainer`."""
 
+    args: PPOConfig
+
     def build_method(self, sources: Sequence[RewardSource], scorers: Sequence[Scorer]) -> Method:
         """The clipped losses, and generalised advantages from a value that starts as the first reward stage."""
         return PPO(self.args, self.trunk, value_start(self.args, sources, scorers), self.reduce)
@@ -661,14 +669,14 @@ def _refuse_others(
         UserError: one of those, or a config where the model belongs.
     """
     known = [name for name in inspect.signature(OnPolicyTrainer.__init__).parameters if name not in ("self", "others")]
-    refuse_names(cls.__name__, others, TRAINER, known)
+    refuse_names(cls.__name__, others, trainer_names(cls.config.__name__), known)
     wrong: list[tuple[str, object, str]] = []
     if isinstance(model, TrainingArguments):
         wrong.append(("model", model, "a model, or a string"))
     if isinstance(reward_funcs, TrainingArguments):
         wrong.append(("reward_funcs", reward_funcs, "functions or names"))
-    if args is not None and not isinstance(args, PPOConfig):
-        wrong.append(("args", args, "a PPOConfig"))
+    if args is not None and not isinstance(args, cls.config):
+        wrong.append(("args", args, f"a {cls.config.__name__}"))
     for name, value, wanted in wrong:
         remedy = "the order is model, reward_funcs, args, train_dataset, eval_dataset, processing_class"
         raise UserError(cls.__name__, f"{name} is a {type(value).__name__}, expected {wanted}", remedy)

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import fields
 
 from ...errors import UserError, nearest
-from .settings import PPOSettings
+from .settings import OnPolicySettings, PPOSettings
 
 _ONE_BASE = "leave it out: it is a frozen adapter on the policy's own base"
 _SAMPLING = "say it in PPOConfig: max_new_tokens, temperature, top_k, top_p"
@@ -43,6 +43,27 @@ TRAINER: dict[str, str] = {
 }
 """Arguments of PPOTrainer and its neighbours."""
 
+_NO_VALUE = "leave it out: a reply is compared with the others to its prompt, and there is no value"
+_NO_TOOLS = "leave it out: replies are plain text, without tools or environments"
+
+_GROUP_TRAINER: dict[str, str] = {
+    **dict.fromkeys(("value_model", "critic"), _NO_VALUE),
+    **dict.fromkeys(("tools", "rollout_func", "environment_factory"), _NO_TOOLS),
+    "reward_weights": "write PPOConfig(reward_weights=[...]), one for each reward",
+    "quantization_config": "load the model with it, and pass the model",
+}
+
+
+def trainer_names(config: str) -> dict[str, str]:
+    """What is answered to arguments of a trainer that it does not have.
+
+    Args:
+        config: the name of its config's class.
+    """
+    found = TRAINER if config == "PPOConfig" else {**TRAINER, **_GROUP_TRAINER}
+    return {word: remedy.replace("PPOConfig", config) for word, remedy in found.items()}
+
+
 SAME: dict[str, str] = {
     "response_length": "max_new_tokens",
     "max_completion_length": "max_new_tokens",
@@ -79,6 +100,7 @@ SAME: dict[str, str] = {
 """What others call a parameter of a stage -> its name here, where the meaning is the same."""
 
 _OURS = {each.name for each in fields(PPOSettings)}
+_SHARED = {each.name for each in fields(OnPolicySettings)}
 
 CONFIG: dict[str, str] = {
     **{word: f"write {name}" for word, name in SAME.items() if name in _OURS},
@@ -115,7 +137,7 @@ CONFIG: dict[str, str] = {
     "model_adapter_name": TRAINER["model_adapter_name"],
     "ref_adapter_name": TRAINER["ref_adapter_name"],
     "sync_ref_model": "leave it out: the reference is what the policy starts from, frozen",
-    "num_generations": "leave it out: PPO draws one response a prompt",
+    "num_generations": "leave it out: PPO draws one response a prompt; kind: grpo and kind: rloo draw several",
     "kl_loss_coef": "write kl_coef and kl_in='loss'",
     "use_vllm": "leave it out: rollouts run on the policy's own base",
     "disable_dropout": "leave it out: nothing is dropped in PPO",
@@ -123,6 +145,53 @@ CONFIG: dict[str, str] = {
     "missing_eos_reward": "write missing_eos_penalty (subtracted) or missing_eos_score (in the score's place)",
 }
 """Fields of PPOConfig's predecessors and neighbours."""
+
+_NO_LOSS = "leave it out: loss_type is grpo, bnpo, dr_grpo, dapo or cispo here"
+_ONE_BETA = "leave it out: the KL's coefficient is beta, and stays"
+_OWN_BASE = CONFIG["use_vllm"]
+
+GROUP: dict[str, str] = {
+    **{word: f"write {name}" for word, name in SAME.items() if name in _SHARED and word != "scale_rewards"},
+    **{
+        word: CONFIG[word]
+        for word in (
+            *("max_length", "max_prompt_length", "stop_token", "stop_token_id", "generation_kwargs", "min_p"),
+            *("repetition_penalty", "num_sample_generations", "log_completions", "batch_size", "mini_batch_size"),
+            *("num_total_batches", "num_updates", "steps", "backward_batch_size", "train_batch_size", "early_stopping"),
+            *("exp_name", "log_with", "model_adapter_name", "ref_adapter_name", "sync_ref_model", "use_vllm"),
+            *("disable_dropout", "dataset_num_proc", "missing_eos_reward", "local_rollout_forward_batch_size"),
+        )
+    },
+    **dict.fromkeys(("kl_coef", "init_kl_coef", "kl_loss_coef"), "write beta"),
+    **dict.fromkeys(("kl_in", "kl_estimator", "kl_penalty", "kl_target", "kl_horizon", "adap_kl_ctrl"), _ONE_BETA),
+    "target_kl": "write target_approx_kl (stops an iteration's epochs)",
+    **dict.fromkeys(("num_ppo_epochs", "ppo_epochs", "mu"), "write num_iterations"),
+    **dict.fromkeys(("cliprange", "eps_clip", "clip_ratio", "epsilon_low"), "write epsilon"),
+    **dict.fromkeys(("clip_ratio_high", "eps_clip_high"), "write epsilon_high"),
+    **dict.fromkeys(("value", "vf_coef", "cliprange_value", "value_clip", "value_learning_rate"), _NO_VALUE),
+    **dict.fromkeys(("gamma", "lam", "lambd", "critic_learning_rate"), _NO_VALUE),
+    **dict.fromkeys(("whiten_advantages", "whiten_rewards"), "write scale_rewards (GRPO), normalize_advantages (RLOO)"),
+    "scale_rewards": "write normalize_advantages",
+    **dict.fromkeys(
+        ("entropy_coef", "use_adaptive_entropy", "entropy_target", "entropy_coeff"),
+        "leave it out: there is no entropy bonus in GRPO or RLOO here; kind: ppo has one",
+    ),
+    **dict.fromkeys(("n_samples_per_prompt", "rloo_k", "group_size", "num_return_sequences"), "write num_generations"),
+    "num_generations_eval": "leave it out: a prompt that is held out is answered once",
+    "generation_batch_size": "write rollout_batch_size (replies an iteration, over all processes)",
+    "steps_per_generation": "write num_mini_batches (optimiser steps a pass)",
+    "shuffle_dataset": "leave it out: prompts are shuffled in each pass over them",
+    **dict.fromkeys(("sapo_temperature_neg", "sapo_temperature_pos"), _NO_LOSS),
+    **dict.fromkeys(("vespo_k_pos", "vespo_k_neg", "vespo_lambda_pos", "vespo_lambda_neg"), _NO_LOSS),
+    "off_policy_mask_threshold": "leave it out: target_approx_kl stops an iteration's epochs",
+    "vllm_importance_sampling_correction": _OWN_BASE,
+    "use_transformers_continuous_batching": _OWN_BASE,
+    **dict.fromkeys(("ref_model_mixup_alpha", "ref_model_sync_steps"), CONFIG["sync_ref_model"]),
+    "max_tool_calling_iterations": _NO_TOOLS,
+    "log_unique_prompts": CONFIG["log_completions"],
+    "log_completions_hub_repo": CONFIG["log_completions"],
+}
+"""Fields of TRL's GRPOConfig and RLOOConfig, and of PPOConfig, that are none of ours."""
 
 
 def refuse_names(where: str, given: Iterable[str], table: dict[str, str], known: Iterable[str]) -> None:

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from ...errors import UserError
-from .config import PPOConfig
-from .method import Method
+from .config import OnPolicyConfig
+from .method import Method, Step
 from .rollout import Reduce, Rollout, micro_batches
 
 FULL_TOLERANCE = 1e-4
@@ -55,7 +55,7 @@ class StepReport:
 class Updater:
     """Step 6 of an iteration, one minibatch at a time."""
 
-    def __init__(self, config: PPOConfig, method: Method, reduce: Reduce) -> None:
+    def __init__(self, config: OnPolicyConfig, method: Method, reduce: Reduce) -> None:
         self.config, self.method, self.reduce = config, method, reduce
 
     def gradients(self, rollout: Rollout, rows: torch.Tensor, kl_coef: float) -> StepReport:
@@ -67,11 +67,12 @@ class Updater:
         config, method = self.config, self.method
         for parameter in method.trainables.values():
             parameter.grad = None
-        device, own = rollout.scores_B.device, int(rollout.episodes.host.length_B[rows.cpu().numpy()].sum())
-        tokens = float(self.reduce(torch.tensor(own, dtype=torch.float64, device=device), "sum"))
-        sums = torch.zeros(len(method.statistics), dtype=torch.float64, device=device)
-        for part in micro_batches(rollout.episodes, rows, config.per_device_train_batch_size):
-            sums += method.backward(rollout.rows(part), tokens, kl_coef)
+        step = Step.of(rollout, rows, self.reduce)
+        tokens = step.tokens
+        sums = torch.zeros(len(method.statistics), dtype=torch.float64, device=rollout.scores_B.device)
+        size, group = config.per_device_train_batch_size, method.samples_per_prompt
+        for part in micro_batches(rollout.episodes, rows, size, group):
+            sums += method.backward(rollout.rows(part), step, kl_coef)
         sums = self.reduce(sums, "sum").cpu()
         self._reduce_gradients()
         norms = method.clip(self._clip)
@@ -100,12 +101,17 @@ class Updater:
         return float(nn.utils.clip_grad_norm_(parameters, limit))
 
 
-def minibatches(size: int, count: int, seed: int) -> list[torch.Tensor]:
-    """`count` minibatches of a fresh permutation of `size` rows; `size` must be a multiple of `count`."""
-    if size % count:
+def minibatches(size: int, count: int, seed: int, group: int = 1) -> list[torch.Tensor]:
+    """`count` minibatches of a fresh permutation of `size` rows; `size` must be a multiple of `count`.
+
+    Args:
+        group: so many rows that follow each other answer one prompt and stay together.
+    """
+    if size % (count * group):
         raise ValueError(f"{size} episodes in {count} minibatches, expected a multiple")
-    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
-    return list(order.split(size // count))
+    order = torch.randperm(size // group, generator=torch.Generator().manual_seed(seed))
+    rows = (order[:, None] * group + torch.arange(group)).flatten()
+    return list(rows.split(size // count))
 
 
 def add_report(totals: dict[str, float], report: StepReport, seconds: float) -> None:
@@ -164,7 +170,7 @@ def check_sampler(metrics: dict[str, float], iteration: int, tolerance: float) -
         raise UserError(
             "mismatch_tolerance",
             f"iteration {iteration}: the sampler's log-probs are {mean:.2g} nats per token from the training forward's "
-            f"(KL {kl:.2g}), expected {tolerance:g} at most: PPO would learn from replies of another policy",
+            f"(KL {kl:.2g}), expected {tolerance:g} at most: it would learn from replies of another policy",
             f"train in float32, or raise mismatch_tolerance above {max(mean, kl):.2g} if that is what you want",
         )
 
@@ -175,6 +181,7 @@ def check_reference(rollout: Rollout, tolerance: float) -> None:
     Raises:
         RuntimeError: it is not.
     """
+    assert rollout.ref_logps_BR is not None
     gap = (rollout.logps_BR - rollout.ref_logps_BR).abs().sum() / rollout.episodes.length_B.sum()
     if not float(gap) <= tolerance:
         raise RuntimeError(

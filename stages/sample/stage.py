@@ -44,8 +44,7 @@ from ...models.tokens import end_token_ids, prepare_model
 from ...progress import Meter, say, silent
 from ...values import plain
 from ..callbacks import write_step
-from ..job import StageJob
-from ..method_problems import no_reward
+from ..job import StageJob, no_reward
 from ..ppo.network import Trunk
 from ..ppo.rewards import Responses, RewardSource, build_scorers, combine
 from ..ppo.rollout import Prompts, decode, make_episodes, seed_of

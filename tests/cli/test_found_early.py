@@ -39,6 +39,7 @@ def good(prompts, completions): return [0.0 for _ in completions]
 def blind(prompts): return [1.0]
 def needs(prompts, completions, answer): return [0.0 for _ in completions]
 """
+GRPO = 'stages.grpo={data: pairs, reward: {function: "early_rewards:good"}, rollout_batch_size: 8}'
 EVALUATING = ("stages.dpo.data=some", "stages.dpo.train.eval_strategy=steps", "stages.dpo.train.eval_steps=1")
 
 
@@ -91,6 +92,24 @@ def check_data(recipe: Path, *overrides: str, output: Output | None = None, brie
         (
             ["stages.ppo.reward=[{model: nobody/none-such}]"],
             r"ppo\.reward\.0\.model: 'nobody/none-such' cannot be load",
+        ),
+        ([GRPO, "stages.grpo.loss_type=cispo"], r"grpo\.loss_type: epsilon_high is None with loss_type 'cispo'"),
+        ([GRPO, "stages.grpo.num_generations=3"], r"rollout_batch_size is 8, expected a multiple of num_generations"),
+        (
+            [GRPO, "stages.grpo.loss_type=cispo", "stages.grpo.epsilon_high=5", "stages.grpo.epsilon=0.1"],
+            r"grpo\.epsilon: has no effect without a loss_type that clips on both sides",
+        ),
+        (
+            [GRPO, "stages.grpo.beta=0", "stages.grpo.use_bias_correction_kl=true"],
+            r"grpo\.use_bias_correction_kl: has no effect without beta",
+        ),
+        (
+            [GRPO, "stages.grpo.multi_objective_aggregation=normalize_then_sum", "stages.grpo.reward_clip=1"],
+            r"grpo\.reward_clip: has no effect with normalize_then_sum",
+        ),
+        (
+            [GRPO, "stages.grpo.reward=[{function: 'early_rewards:good', weight: 0}]"],
+            r"grpo\.reward: every weight is 0",
         ),
         (["eval.temperature=0"], r"eval\.kl: greedy decoding"),
         (["eval.judges=[{kind: rubric, checks: [{kind: [a]}]}]"], r"checks\[0\]: kind is \['a'\]"),

@@ -51,7 +51,7 @@ def remedy(override: str) -> str:
         ("stages.dpo.max_prompt_length", "write it in data.NAME: {max_prompt_length: ...}"),
         ("stages.ppo.response_length", "write max_new_tokens in stages.ppo"),
         ("stages.ppo.max_completion_length", "write max_new_tokens in stages.ppo"),
-        ("response_length", "write max_new_tokens in a stage of kind ppo or sample"),
+        ("response_length", "write max_new_tokens in a stage of kind ppo or grpo or rloo or sample"),
         ("eval.response_length", "did you mean 'max_new_tokens'?"),
         ("stages.ppo.kl_coef", "write kl: {coef: ...} in stages.ppo"),
         ("stages.ppo.beta", "write kl: {coef: ...} in stages.ppo"),
@@ -59,7 +59,7 @@ def remedy(override: str) -> str:
         ("stages.ppo.kl.beta", "did you mean 'coef'?"),
         ("stages.ppo.kl.kl_coef", "did you mean 'coef'?"),
         ("kl_coef", "write kl: {coef: ...} in a stage of kind ppo"),
-        ("stages.sft.beta", "write beta in a stage of kind dpo or kto"),
+        ("stages.sft.beta", "write beta in a stage of kind dpo or kto or grpo or rloo"),
         ("stages.dpo.pref_beta", "write beta in stages.dpo"),
         ("stages.ppo.batch_size", "write rollout_batch_size (episodes an iteration, over all processes)"),
         ("stages.sft.batch_size", "write per_device_train_batch_size in stages.sft.train"),
@@ -72,7 +72,11 @@ def remedy(override: str) -> str:
         ("stages.sft.output_dir", "use --output-dir"),
         ("stages.ppo.reward_model_path", "write reward: NAME of a reward stage, or reward: {model: PATH}"),
         ("sft_model_path", "in a stage of kind ppo: write from: NAME of the SFT stage, or from: {adapter: PATH}"),
-        ("stages.ppo.num_generations", "leave it out: PPO draws one response a prompt"),
+        (
+            "stages.ppo.num_generations",
+            "leave it out: PPO draws one response a prompt; kind: grpo and kind: rloo draw several",
+        ),
+        ("stages.sft.num_generations", "write num_generations in a stage of kind grpo or rloo"),
     ],
 )
 def test_the_word_is_answered_with_key_and_place(key: str, said: str):
@@ -111,13 +115,51 @@ def test_a_word_of_other_ppo_configs_is_never_guessed(word: str):
     assert "did you mean" not in said and "PPOTrainer" not in said and "kl_coef" not in said
 
 
-@pytest.mark.parametrize("word", ["grpo", "GRPO", "rloo", "dapo"])
-def test_a_method_of_groups_is_not_taken_for_ppo(word: str):
-    with pytest.raises(UserError, match="groups of replies to one prompt are no method here") as caught:
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("dapo", "write kind: grpo, loss_type: dapo"),
+        ("dr_grpo", "write kind: grpo, loss_type: dr_grpo"),
+        ("gspo", "write kind: grpo and importance_sampling_level: sequence"),
+        ("cispo", "write kind: grpo, loss_type: cispo"),
+        ("reinforce", "write kind: rloo"),
+        ("orpo", "kind: sft, then kind: dpo"),
+        ("simpo", "loss_type: sigmoid_norm"),
+    ],
+)
+def test_a_variant_is_answered_with_kind_and_setting(word: str, said: str):
+    with pytest.raises(UserError) as caught:
         stage_kind(word)
-    assert "did you mean" not in caught.value.remedy
-    with pytest.raises(UserError, match="groups of replies to one prompt are no method here"):
+    assert said in caught.value.remedy
+    with pytest.raises(UserError, match=re.escape(said)):
         load_recipe("smoke", [f"stages.{word}={{from: sft, data: prompts}}"])
+
+
+def test_a_kind_in_capitals_is_named():
+    with pytest.raises(UserError) as caught:
+        stage_kind("GRPO")
+    assert "did you mean 'grpo'?" in caught.value.remedy
+
+
+@pytest.mark.parametrize("kind", ["grpo", "rloo"])
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("kl_coef", "write beta"),
+        ("num_ppo_epochs", "write num_iterations"),
+        ("max_completion_length", "write max_new_tokens"),
+        ("generation_batch_size", "write rollout_batch_size"),
+        ("steps_per_generation", "write num_mini_batches"),
+        ("reward_weights", "write weight in each entry of reward"),
+        ("gamma", "there is no value"),
+        ("value", "there is no value"),
+        ("use_vllm", "rollouts run on the policy's own base"),
+        ("max_prompt_length", "write max_prompt_length in the data entry"),
+    ],
+)
+def test_what_groups_do_not_have_is_answered(kind: str, word: str, said: str):
+    with pytest.raises(UserError, match=re.escape(said)):
+        load_recipe("smoke", [f"stages.{kind}={{from: sft, data: prompts, reward: reward, {word}: 1}}"])
 
 
 @pytest.mark.parametrize(("word", "not_this"), [("response_length", "ensemble_penalty"), ("use_peft", "seed")])

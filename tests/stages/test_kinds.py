@@ -7,11 +7,21 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from transformers import TrainingArguments
+from trl.trainer.grpo_config import GRPOConfig as TrlGRPO
+from trl.trainer.rloo_config import RLOOConfig as TrlRLOO
 
 from preftune.errors import UserError
-from preftune.stages.kinds import DPO, KINDS, PPO, StageKind, stage_kind
+from preftune.stages.grpo import GRPOConfig
+from preftune.stages.kinds import DPO, GRPO, KINDS, PPO, RLOO, StageKind, stage_kind
 from preftune.stages.losses import KL_ESTIMATORS
 from preftune.stages.ppo.config import PPOConfig
+from preftune.stages.ppo.settings import OnPolicySettings, PPOSettings
+from preftune.stages.rloo import RLOOConfig
+
+
+def names(config: type) -> set[str]:
+    return {each.name for each in dataclasses.fields(config)}
 
 
 def test_records_are_read_without_torch_or_trl() -> None:
@@ -40,9 +50,21 @@ def test_parameters_are_fields_of_the_config_with_its_defaults(kind: StageKind) 
 
 
 def test_every_setting_of_ppo_is_a_parameter_but_for_its_places() -> None:
-    inherited = {each.name for each in dataclasses.fields(PPOConfig.__mro__[2])}
-    own = {each.name for each in dataclasses.fields(PPOConfig)} - inherited
+    own = names(PPOConfig) - names(TrainingArguments)
     assert own == {each.name for each in PPO.parameters} | {"samples_file", "policies_dir"}
+
+
+@pytest.mark.parametrize(("config", "kind"), [(GRPOConfig, GRPO), (RLOOConfig, RLOO)])
+def test_groups_have_nothing_of_ppos_and_their_defaults_are_trls(config: type, kind: StageKind) -> None:
+    theirs = {each.name: each.default for each in dataclasses.fields({"grpo": TrlGRPO, "rloo": TrlRLOO}[kind.name])}
+    own = {each.name: each.default for each in kind.parameters}
+    assert not own.keys() & (names(PPOSettings) - names(OnPolicySettings))
+    fields = names(config) - names(TrainingArguments)
+    assert fields == own.keys() | {"samples_file", "policies_dir", "reward_weights"}
+    shared = own.keys() & theirs.keys() - {"beta"}
+    assert {"num_generations", "num_iterations", "epsilon", "epsilon_high", "mask_truncated_completions"} <= shared
+    assert {name: own[name] for name in shared} == {name: theirs[name] for name in shared}
+    assert own["beta"] == {"grpo": 0.04, "rloo": theirs["beta"]}[kind.name]
 
 
 def test_kl_estimators_of_the_losses_are_those_that_a_recipe_may_name() -> None:

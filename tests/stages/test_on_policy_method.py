@@ -10,10 +10,10 @@ from torch import nn
 
 from preftune.models.masked import masked_sum
 from preftune.stages.losses import ppo_policy_loss
-from preftune.stages.ppo.config import PPOConfig
-from preftune.stages.ppo.method import Forwards
+from preftune.stages.ppo.config import OnPolicyConfig
+from preftune.stages.ppo.method import Forwards, Step
 from preftune.stages.ppo.network import Trunk
-from preftune.stages.ppo.rewards import RewardSource, Scorer
+from preftune.stages.ppo.rewards import RewardSource, Scorer, Scores
 from preftune.stages.ppo.rollout import Episodes, Rollout
 from preftune.stages.ppo.trainer import OnPolicyTrainer
 
@@ -29,7 +29,7 @@ class LeaveOneOut:
     statistics: tuple[str, ...] = ("loss", "ratio", "approx_kl", "abs_log_ratio")
     samples_per_prompt: int = GROUP
 
-    def __init__(self, config: PPOConfig, trunk: Trunk) -> None:
+    def __init__(self, config: OnPolicyConfig, trunk: Trunk) -> None:
         self.config, self.trunk = config, trunk
         self.trainables: dict[str, nn.Parameter] = {
             f"policy.{i}": p for i, p in enumerate(trunk.adapters.parameters("default"))
@@ -49,27 +49,25 @@ class LeaveOneOut:
                 found.append(self.trunk.logprobs(self.trunk.hidden(episodes), episodes))
         return Forwards(found[0].logps_BR, found[1].logps_BR, found[0].entropy_BR)
 
-    def rollout(
-        self, episodes: Episodes, forwards: Forwards, rewards_BR: torch.Tensor, scores_B: torch.Tensor
-    ) -> Rollout:
+    def rollout(self, episodes: Episodes, forwards: Forwards, rewards_BR: torch.Tensor, scores: Scores) -> Rollout:
         totals_BG = rewards_BR.sum(1).view(-1, GROUP)
         others_BG = (totals_BG.sum(1, keepdim=True) - totals_BG) / (GROUP - 1)
         advantages_BR = torch.where(episodes.mask_BR, (totals_BG - others_BG).view(-1, 1), 0.0)
-        return Rollout(episodes, forwards.logps_BR, forwards.ref_logps_BR, advantages_BR, scores_B)
+        return Rollout(episodes, forwards.logps_BR, forwards.ref_logps_BR, advantages_BR, scores.total_B)
 
     def rollout_metrics(self, rollout: Rollout) -> dict[str, float]:
         return {"group/spread": float(rollout.scores_B.view(-1, GROUP).std(1).mean())}
 
-    def backward(self, part: Rollout, tokens: float, kl_coef: float) -> torch.Tensor:
+    def backward(self, part: Rollout, step: Step, kl_coef: float) -> torch.Tensor:
         mask_BR = part.episodes.mask_BR
         with self.trunk.adapters.using("default"):
             now_BR = self.trunk.logprobs(self.trunk.hidden(part.episodes), part.episodes).logps_BR
             found = ppo_policy_loss(
-                now_BR, part.logps_BR, part.advantages_BR, mask_BR, cliprange=0.2, denominator=tokens
+                now_BR, part.logps_BR, part.advantages_BR, mask_BR, cliprange=0.2, denominator=step.tokens
             )
             found.loss.backward()
         gap = masked_sum((now_BR.detach() - part.logps_BR).abs(), mask_BR)
-        return torch.stack([x.detach().double() for x in (found.loss * tokens, found.ratio, found.approx_kl, gap)])
+        return torch.stack([x.detach().double() for x in (found.loss * step.tokens, found.ratio, found.approx_kl, gap)])
 
     def update_metrics(self, mean: dict[str, float]) -> dict[str, float]:
         return {"loss/policy_avg": mean["loss"], "val/ratio": mean["ratio"]}

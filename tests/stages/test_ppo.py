@@ -259,5 +259,5 @@ def test_what_is_missing_or_does_not_fit_is_an_error_in_words(tmp_path: Path) ->
 
 def test_a_config_defaults_to_the_whole_distribution_and_one_pass(tmp_path: Path) -> None:
     made = PPOConfig(str(tmp_path), use_cpu=True, num_train_epochs=1, rollout_batch_size=8)
-    assert made.num_iterations(20) == 3  # 20 prompts in iterations of 8, the last one filled up
+    assert made.num_rollouts(20) == 3  # 20 prompts in iterations of 8, the last one filled up
     assert rollout_of(trainer(tmp_path, total_episodes=None, num_train_epochs=2)).episodes.start_B.shape == (8,)

@@ -13,9 +13,9 @@ def config(**given: Any) -> PPOConfig:
 
 
 def test_max_steps_is_the_length_in_optimiser_steps():
-    assert config(max_steps=12).num_iterations(100) == 3
-    assert config(total_episodes=16).num_iterations(100) == 2
-    assert config(num_train_epochs=1).num_iterations(20) == 3
+    assert config(max_steps=12).num_rollouts(100) == 3
+    assert config(total_episodes=16).num_rollouts(100) == 2
+    assert config(num_train_epochs=1).num_rollouts(20) == 3
 
 
 @pytest.mark.parametrize(

@@ -83,8 +83,8 @@ def test_p17_halves_of_a_batch_add_up_to_the_whole_when_both_know_the_global_cou
     rollout = rollout_of(made)
     rollout.episodes.length_B.copy_(UNEVEN)
     whole = gradient(made, rollout)
-    # token counts arrive as one number, which the other process' reduction would make 39
-    made.updater.reduce = lambda tensor, _: torch.full_like(tensor, 39) if tensor.dim() == 0 else tensor
+    # rows, tokens, and those of responses with EOS: with the other process' they are 8, 39 and none
+    made.updater.reduce = lambda tensor, _: tensor.new_tensor([8, 39, 0]) if tensor.shape == (3,) else tensor
     halves = [gradient(made, rollout, rows) for rows in (EVERYONE[:2], EVERYONE[2:])]
     torch.testing.assert_close(halves[0] + halves[1], whole, rtol=1e-4, atol=1e-6)
 
