@@ -364,7 +364,8 @@ MUTATIONS += [
     ),
     Mutation(
         "G12", "the entropies of the rollout in flight are not kept", "stages/ppo/rollout.py",
-        'for f in fields(self) if f.name != "episodes"}', 'for f in fields(self) if f.name not in ("episodes", "entropy_BR")}',
+        'for f in fields(self) if f.name != "episodes"}',
+        'for f in fields(self) if f.name not in ("episodes", "entropy_BR")}',
     ),
     Mutation(
         "G13", "processes share a group", "stages/ppo/shared.py",
