@@ -31,7 +31,7 @@ from .process import exit_code_of, ignore_library_warnings, leave_working_folder
 
 app = typer.Typer(
     name="preftune",
-    help="Alignment fine-tuning in one chain: LoRA SFT, reward model, PPO or DPO / IPO / KTO, evaluation.",
+    help="Alignment fine-tuning in one chain: LoRA SFT, reward model, PPO, GRPO, RLOO or DPO / IPO / KTO, evaluation.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["--help", "-h"]},
     pretty_exceptions_enable=False,

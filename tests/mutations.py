@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("data", "models", "stages", "eval", "recipes", "cli", "api", "benchmarks", "tests")
-SEVERAL_PROCESSES = ("test_ppo_distributed.py", "test_ppo_resume.py")
+SEVERAL_PROCESSES = ("test_ppo_distributed.py", "test_ppo_resume.py", "test_group_processes.py")
 
 
 class Mutation(NamedTuple):
@@ -291,6 +291,105 @@ MUTATIONS += [
     Mutation(
         "E6", "people who vote at the same time are not kept apart", "journal.py",
         'with FileLock(path.with_name(f".{path.name}.lock")):', "if True:",
+    ),
+    Mutation(
+        "G1", "a group's spread is that of a population", "stages/advantages.py",
+        "/ (count_P1 - 1)).sqrt()", "/ count_P1).sqrt()",
+    ),
+    Mutation(
+        "G1", "nothing is added to the standard deviation", "stages/advantages.py",
+        "GROUP_EPSILON = 1e-4", "GROUP_EPSILON = 1e-8",
+    ),
+    Mutation(
+        "G2", "the groups with a spread are counted", "stages/groups.py",
+        "flat = torch.isclose(std_B, torch.zeros_like(std_B)).double()", "flat = (std_B > 0).double()",
+    ),
+    Mutation(
+        "G3", "a reply is its own baseline too", "stages/advantages.py",
+        "baseline_PN = (scores_PN.nansum(1, keepdim=True) - scores_PN) / others_P1",
+        "baseline_PN = scores_PN.nansum(1, keepdim=True) / (others_P1 + 1)",
+    ),
+    Mutation(
+        "G4", "dapo's mean is over the step", "stages/losses.py",
+        "factor = steps / max(rollout_tokens, 1.0)", "factor = 1.0 / max(tokens, 1.0)",
+    ),
+    Mutation(
+        "G4", "a micro-batch has a mean over rows of its own", "stages/losses.py",
+        "return 1.0 / (rows * mask_BR.sum(1, keepdim=True)",
+        "return 1.0 / (len(mask_BR) * mask_BR.sum(1, keepdim=True)",
+    ),
+    Mutation(
+        "G5", "the clip is as low above 1 as below", "stages/losses.py",
+        "near_BX = weights_BX.clamp(1 - epsilon, 1 + epsilon_high)",
+        "near_BX = weights_BX.clamp(1 - epsilon, 1 + epsilon)",
+    ),
+    Mutation(
+        "G6", "delta bounds nothing", "stages/losses.py",
+        "bounded_BX = weights_BX if delta is None else weights_BX.clamp(max=delta)", "bounded_BX = weights_BX",
+    ),
+    Mutation(
+        "G7", "the KL's terms have no weight", "stages/losses.py",
+        "return kl_BR if weights_BX is None else kl_BR * weights_BX", "return kl_BR",
+    ),
+    Mutation(
+        "G7", "no gradient goes through the weight", "stages/losses.py",
+        "else kl_BR * weights_BX", "else kl_BR * weights_BX.detach()",
+    ),
+    Mutation(
+        "G8", "a row's ratio is the product of its tokens'", "stages/losses.py",
+        "(log_ratio_BR.sum(1, keepdim=True) / mask_BR.sum(1, keepdim=True).clamp(min=1)).exp()",
+        "log_ratio_BR.sum(1, keepdim=True).exp()",
+    ),
+    Mutation(
+        "G9", "replies that were cut off train", "stages/groups.py",
+        "return episodes.mask_BR & episodes.finished_B[:, None]", "return episodes.mask_BR",
+    ),
+    Mutation(
+        "G9", "their tokens are in the step's count", "stages/ppo/method.py",
+        "own.append((lengths_B * finished_B)[here].sum())", "own.append(lengths_B[here].sum())",
+    ),
+    Mutation(
+        "G10", "the policy is its own old one", "stages/grpo.py",
+        "torch.where(counted_BR, logps_BR - part.logps_BR, 0.0)",
+        "torch.where(counted_BR, logps_BR - logps_BR.detach(), 0.0)",
+    ),
+    Mutation("G10", "beta counts twice", "stages/grpo.py", "+ config.beta * kl_BR", "+ 2 * config.beta * kl_BR"),
+    Mutation(
+        "G11", "the KL is added to the score", "stages/rloo.py",
+        "scores.total_B - config.beta * kl_B", "scores.total_B + config.beta * kl_B",
+    ),
+    Mutation(
+        "G11", "the loss is a sum over rows", "stages/losses.py",
+        "near_B * advantages_B).sum() / rows", "near_B * advantages_B).sum()",
+    ),
+    Mutation(
+        "G12", "the entropies of the rollout in flight are not kept", "stages/ppo/rollout.py",
+        'for f in fields(self) if f.name != "episodes"}',
+        'for f in fields(self) if f.name not in ("episodes", "entropy_BR")}',
+    ),
+    Mutation(
+        "G13", "processes share a group", "stages/ppo/shared.py",
+        "rows_PN = rows.view(-1, group)", "rows_PN = rows.view(-1, 1)",
+    ),
+    Mutation(
+        "G13", "minibatches part groups", "stages/ppo/update.py",
+        "rows = (order[:, None] * group + torch.arange(group)).flatten()", "rows = torch.randperm(size)",
+    ),
+    Mutation(
+        "G14", "micro-batches part groups", "stages/ppo/rollout.py",
+        "return [each.flatten() for each in rows_PN.split(size // group)]", "return list(rows.split(size))",
+    ),
+    Mutation(
+        "G15", "a reference without beta", "stages/groups.py",
+        "return self.kl_factor() != 0", "return self.kl_factor() >= 0"
+    ),
+    Mutation(
+        "G16", "every source weighs the same", "stages/advantages.py",
+        "sum_B = (weights_S[:, None] * normal_SB).nansum(0)", "sum_B = normal_SB.nansum(0)",
+    ),
+    Mutation(
+        "G17", "the share is that of the tokens left out", "stages/grpo.py",
+        "torch.quantile(entropy_N, 1 - self.config", "torch.quantile(entropy_N, self.config",
     ),
     Mutation(
         "S1", "a checkpoint's pickle is read whole", "models/pickles.py", "weights_only=True", "weights_only=False"

@@ -100,6 +100,8 @@ def _on_policy(kind: StageKind, tiny: bool) -> dict[str, Any]:
     asked = {"max_new_tokens": new, "mismatch_tolerance": 10.0}
     asked |= {"rollout_batch_size": episodes, "total_episodes": (PROFILED + 1) * episodes}
     asked |= {kind.on_policy.epochs: 1, kind.on_policy.mini_batches: 2}
+    if kind.on_policy.group is not None:
+        asked[kind.on_policy.group] = 2 if tiny else 8
     stage: dict[str, Any] = {"from": "sft", "data": "prompts", "train": {"per_device_train_batch_size": batch}}
     if kind.needs_reward:
         stage["reward"] = "reward"

@@ -194,7 +194,7 @@ class _Sampler:
         release_free_memory()
         texts = decode(self.tokenizer, generation.tokens)
         episodes = make_episodes(each.ids, generation, pad, self.device)
-        scores = self._scores(Responses(episodes, each.prompts, texts, each.column_lists()))
+        scores = self._scores(Responses(episodes, each.prompts, texts, each.column_lists(), each.rows))
         drawn = [
             Reply(i % n, texts[i], scores[i], len(generation.tokens[i]), generation.finished[i])
             for i in range(len(each))

@@ -29,7 +29,7 @@ eval:
 """
 REWARDS = """\
 def brief(completions, **columns): return [-len(said[-1]["content"]) / 10 for said in completions]
-def vowels(completions, **columns): return [float(sum(map(said[-1]["content"].count, "aeiou"))) for said in completions]
+def vowels(completions, **columns): return [float(said[-1]["content"].count("e")) for said in completions]
 """
 
 
