@@ -1,6 +1,7 @@
 """From a file, or a shipped recipe's name, and overrides to a checked recipe."""
 
 import copy
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -326,11 +327,21 @@ def _read_files(text: Text, folder: Path, found: list[UserError]) -> None:
         for key in ("checks", "schema"):
             if isinstance(named := entry.get(key), str):
                 with gathering(found):
-                    entry[key] = parse_file(_file(text, (*path, key), named, folder)).values
+                    entry[key] = _values(_file(text, (*path, key), named, folder))
         named = entry.get("prompt")
         if isinstance(named, str) and "\n" not in named and (named.endswith(_TEXT_FILES) or len(named.split()) == 1):
             with gathering(found):
                 entry["prompt"] = read_text(_file(text, (*path, "prompt"), named, folder))
+
+
+def _values(file: Path) -> Any:
+    """What a YAML file holds, or a JSON file, whose tabs YAML would refuse."""
+    if file.suffix != ".json":
+        return parse_file(file).values
+    try:
+        return json.loads(read_text(file))
+    except (ValueError, RecursionError) as error:
+        raise UserError(str(file), f"is no JSON ({error})", "correct the file") from error
 
 
 def _scorers(values: Any) -> Iterator[tuple[Path_, dict[str, Any]]]:

@@ -148,8 +148,7 @@ class Reward(Part):
 
     def entry(self) -> dict[str, Any]:
         """What it says of its source, as of a judge."""
-        said = {**self.model_dump(exclude={"weight", "on_failure"}, exclude_none=True)}
-        return {key: value for key, value in said.items() if value is not None}
+        return self.model_dump(exclude={"weight", "on_failure"}, exclude_none=True)
 
     def settings(self) -> dict[str, Any]:
         """The fields of its kind."""

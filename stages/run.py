@@ -334,5 +334,6 @@ def _resolved(job: StageJob, args: TrainingArguments) -> dict[str, Any]:
             "lora": dataclasses.asdict(job.lora),
             "method": job.method,
             "train": {key: value for key, value in used.items() if key not in places},
+            **({"rewards": [each.as_dict() for each in job.rewards]} if job.rewards else {}),
         }
     )

@@ -73,8 +73,9 @@ class RewardSource:
         return self.target if isinstance(self.target, str) else getattr(self.target, "__name__", repr(self.target))
 
     def as_dict(self) -> dict[str, Any]:
-        """For lineage.json."""
-        said = {"kind": self.kind, "target": self.name, "weight": self.weight}
+        """For lineage.json: nothing secret, and no place on this machine but a model's own."""
+        target = Path(self.name).name if self.kind == "stage" else self.name
+        said = {"kind": self.kind, "target": target, "weight": self.weight}
         more = {"settings": dict(self.settings)} if self.settings else {}
         return {**said, **more, **({} if self.on_failure == "stop" else {"on_failure": self.on_failure})}
 

@@ -46,7 +46,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, rows in (("demos", demos), ("pairs", pairs), ("sums", sums)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "style.yaml").write_text("- {kind: max_words, value: 3}\n")
-    (tmp_path / "shape.json").write_text('{"type": "object", "required": ["a"]}')
+    (tmp_path / "shape.json").write_text('{\n\t"type": "object", "required": ["a"]}')
+    (tmp_path / "broken.json").write_text("{")
     (tmp_path / "judge.txt").write_text("Say whether it is {note}.\n")
     return tmp_path
 
@@ -133,11 +134,12 @@ def test_files_are_read_with_the_recipe_and_a_run_keeps_what_they_said(folder: P
         ({**RUBRIC, "checks": "none.yaml"}, "reward.checks: no file 'none.yaml'"),
         ([{**ENDPOINT, "prompt": "none.txt"}], "reward.0.prompt: no file 'none.txt'"),
         ({"kind": "verifier", "check": "json", "schema": "none.json"}, "reward.schema: no file 'none.json'"),
+        ({"kind": "verifier", "check": "json", "schema": "broken.json"}, "broken.json: is no JSON"),
     ],
 )
 def test_what_is_refused_when_the_recipe_is_read(folder: Path, reward: Any, said: str):
     found = refused(folder, reward)
-    assert said in found and "t.yaml:" in found and "\n" not in found
+    assert said in found and ("t.yaml:" in found or "broken.json" in said) and "\n" not in found
 
 
 @pytest.mark.parametrize(
