@@ -54,7 +54,9 @@ class ReplyScorer:
         if not sources:
             raise UserError("reward", "no source of scores is given", "name a reward stage, a verifier or a function")
         self.device = next(adapters.model.parameters()).device
-        self.pad_token_id = int(tokenizer.pad_token_id or 0)  # pyright: ignore[reportArgumentType]: one token
+        pad = tokenizer.pad_token_id
+        assert isinstance(pad, int)  # loading a base sets one
+        self.pad_token_id = pad
         scorers = build_scorers(sources, Trunk(adapters), tokenizer, device=self.device)
         for head in adapters.heads.values():
             head.to(self.device)

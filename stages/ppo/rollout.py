@@ -88,8 +88,12 @@ class Prompts:
 
     def take(self, rows: Sequence[int]) -> "Prompts":
         """The given rows, in that order."""
-        several = ([each[i] for i in rows] for each in (self.ids, self.prompts, self.columns))
-        return Prompts(*several, rows=[self.rows[i] for i in rows])  # pyright: ignore[reportArgumentType]: as they were
+        return Prompts(
+            [self.ids[i] for i in rows],
+            [self.prompts[i] for i in rows],
+            [self.columns[i] for i in rows],
+            [self.rows[i] for i in rows],
+        )
 
     def column_lists(self) -> dict[str, list[object]]:
         """Columns as lists, None where a row has none: what a reward function is called with."""

@@ -4,12 +4,14 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 from ...data.rows import Message
 from ...errors import UserError
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 PromptText = str | list[Message]
 """A prompt as the data have it: text, or messages."""
@@ -54,15 +56,13 @@ class Replies:
 
     def take(self, places: Sequence[int]) -> "Replies":
         """Those at the given places, in that order."""
-        several = {
-            name: [values[place] for place in places] if len(values) else values
-            for name, values in (
-                ("prompts", self.prompts), ("texts", self.texts), ("prompt_ids", self.prompt_ids),
-                ("reply_ids", self.reply_ids), ("rows", self.rows),
-            )
-        }  # fmt: skip
-        columns = {name: [values[place] for place in places] for name, values in self.columns.items()}
-        return Replies(**several, columns=columns)  # pyright: ignore[reportArgumentType]: lists of what they were
+
+        def some(values: Sequence[_T]) -> Sequence[_T]:
+            return [values[place] for place in places] if len(values) else values
+
+        columns = {name: some(values) for name, values in self.columns.items()}
+        ids = some(self.prompt_ids), some(self.reply_ids)
+        return Replies(some(self.prompts), some(self.texts), columns, *ids, rows=some(self.rows))
 
     def named(self, place: int) -> str:
         """A reply for a message: "prompt 3 ('Add 2 and ...'), reply 'It is 4'"."""
