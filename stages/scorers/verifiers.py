@@ -345,13 +345,12 @@ def _number_of(value: object, decimal: str, percent: bool) -> Fraction:
 
 
 def _places(check: str, entry: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    named = entry.get("extract", EXTRACT[check])
-    several = [named] if isinstance(named, str) else named
-    if not isinstance(several, Sequence) or not several or not all(each in PLACES for each in several):
-        wrong = next((str(each) for each in several if each not in PLACES), "") if isinstance(several, Sequence) else ""
-        raise UserError(
-            f"{where}.extract", f"is {named!r}, expected some of {', '.join(PLACES)}", nearest(wrong, PLACES)
-        )
+    named: Any = entry.get("extract", EXTRACT[check])
+    several = [named] if isinstance(named, str) else list(named) if isinstance(named, list | tuple) else []
+    wrong = next((str(each) for each in several if each not in PLACES), None)
+    if wrong is not None or not several:
+        said = f"is {named!r}, expected some of {', '.join(PLACES)}"
+        raise UserError(f"{where}.extract", said, nearest(wrong or "", PLACES))
     return tuple(several)
 
 
