@@ -384,7 +384,7 @@ def _count(entry: Mapping[str, Any], key: str, where: str) -> int | None:
 
 def _values(entry: Mapping[str, Any], where: str) -> tuple[Callable[[str], str], tuple[str, ...]]:
     """How texts are compared, and the texts to look for in that form."""
-    values = entry.get("values")
+    values: Any = entry.get("values")
     good = isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0
     if not good or not all(isinstance(each, str) and each for each in values):
         raise UserError(f"{where}.values", f"is {values!r}, expected a list of texts", 'write values: ["..."]')
