@@ -19,7 +19,7 @@ from .rewards import Responses, RewardSource, ScoreSettings, Scoring, build_scor
 from .rollout import make_episodes
 
 
-@dataclass(frozen=True)
+@dataclass
 class ScoreRules:
     """How scores become one: the fields of an on-policy stage that say it, with their defaults there."""
 

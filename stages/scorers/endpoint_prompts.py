@@ -121,7 +121,7 @@ def _verdict(
         return values[0] if values else None
     line = said.rpartition("\n")[2]
     last_alone = "\n" in said and _ENDS.search(line) is not None and len(bracketed.findall(line)) == 1
-    quotes = set(values[:-1]) == quoted or (len(quoted) > 1 and set(values[:-1]) >= quoted)
+    quotes = set(values[:-1]) == set(quoted) or (len(quoted) > 1 and set(values[:-1]) >= quoted)
     return values[-1] if last_alone or quotes else None
 
 

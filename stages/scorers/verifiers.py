@@ -345,13 +345,12 @@ def _number_of(value: object, decimal: str, percent: bool) -> Fraction:
 
 
 def _places(check: str, entry: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    named = entry.get("extract", EXTRACT[check])
-    several = [named] if isinstance(named, str) else named
-    if not isinstance(several, Sequence) or not several or not all(each in PLACES for each in several):
-        wrong = next((str(each) for each in several if each not in PLACES), "") if isinstance(several, Sequence) else ""
-        raise UserError(
-            f"{where}.extract", f"is {named!r}, expected some of {', '.join(PLACES)}", nearest(wrong, PLACES)
-        )
+    named: Any = entry.get("extract", EXTRACT[check])
+    several = [named] if isinstance(named, str) else list(named) if isinstance(named, list | tuple) else []
+    wrong = next((str(each) for each in several if each not in PLACES), None)
+    if wrong is not None or not several:
+        said = f"is {named!r}, expected some of {', '.join(PLACES)}"
+        raise UserError(f"{where}.extract", said, nearest(wrong or "", PLACES))
     return tuple(several)
 
 
@@ -385,7 +384,7 @@ def _count(entry: Mapping[str, Any], key: str, where: str) -> int | None:
 
 def _values(entry: Mapping[str, Any], where: str) -> tuple[Callable[[str], str], tuple[str, ...]]:
     """How texts are compared, and the texts to look for in that form."""
-    values = entry.get("values")
+    values: Any = entry.get("values")
     good = isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0
     if not good or not all(isinstance(each, str) and each for each in values):
         raise UserError(f"{where}.values", f"is {values!r}, expected a list of texts", 'write values: ["..."]')

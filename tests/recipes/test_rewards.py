@@ -106,6 +106,7 @@ def test_files_are_read_with_the_recipe_and_a_run_keeps_what_they_said(folder: P
     again = load_recipe(folder / "again.yaml")
     assert again.resolved() == loaded.resolved()
     rewards = again.stages["ppo"].rewards
+    assert again.eval is not None
     assert rewards[0].settings()["checks"] == [{"kind": "max_words", "value": 3}]
     assert rewards[1].settings()["schema"] == {"type": "object", "required": ["a"]}
     assert rewards[2].settings()["prompt"] == "Say whether it is {note}.\n" == again.eval.judges[0]["prompt"]

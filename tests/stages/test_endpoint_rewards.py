@@ -25,7 +25,7 @@ def environment(monkeypatch) -> None:
     monkeypatch.setattr(posting, "pause", lambda seconds, stop: None)
 
 
-def scorer(server: ChatServer | None, *, run_dir: Path | None = None, on_failure: Any = "stop", **fields: Any):
+def scorer(server: ChatServer | None, *, run_dir: Path | None = None, on_failure: Any = "stop", **fields: Any) -> Any:
     url = server.url if server is not None else "http://127.0.0.1:9/v1"
     return OPENERS["endpoint"](Opening({"url": url, "model": "m", **fields}, "reward m", on_failure, None, run_dir))
 

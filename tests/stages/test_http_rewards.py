@@ -38,7 +38,7 @@ def replies() -> Replies:
     return Replies(CHAT, TEXTS, COLUMNS, ids, said, rows=[10, 11, 12])
 
 
-def scorer(server: ChatServer | None, *, run_dir: Path | None = None, on_failure: Any = "stop", **fields: Any):
+def scorer(server: ChatServer | None, *, run_dir: Path | None = None, on_failure: Any = "stop", **fields: Any) -> Any:
     url = f"{server.url}/reward" if server is not None else "http://127.0.0.1:9/reward"
     return OPENERS["http"](Opening({"url": url, **fields}, "reward remote", on_failure, TOKENIZER, run_dir))
 

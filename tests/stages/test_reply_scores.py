@@ -77,7 +77,8 @@ def test_a_functions_bad_scores_count_as_the_recipe_says():
     def reward(completions):
         return [1.0, math.inf, None]
 
-    for rule, filled in (("stop", None), (-1.0, -1.0), ("skip", 0.0)):
+    rules: list[tuple[Any, Any]] = [("stop", None), (-1.0, -1.0), ("skip", 0.0)]
+    for rule, filled in rules:
         score = ReplyScorer([RewardSource("function", reward, on_failure=rule)], tiny(), TOKENIZER)
         if filled is None:
             with pytest.raises(UserError, match="reward returned inf for completion 'two'"):
@@ -90,8 +91,9 @@ def test_a_functions_bad_scores_count_as_the_recipe_says():
 def test_a_models_score_that_is_not_finite_is_no_zero(tmp_path: Path, rule: Any):
     folder = reward_folder(tmp_path)
     score = ReplyScorer([RewardSource("stage", str(folder), on_failure=rule)], tiny(), TOKENIZER)
+    made: Any = score.scoring.scorers[0]
     with torch.no_grad():
-        next(score.scoring.scorers[0].scorer.trunk.adapters.heads["reward"].parameters()).fill_(math.nan)
+        next(made.scorer.trunk.adapters.heads["reward"].parameters()).fill_(math.nan)
     with pytest.raises(UserError, match=r"prompt \('1 \+ 1 is'\), reply '2': the score is nan, expected a finite"):
         score(replies())
 

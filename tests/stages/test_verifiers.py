@@ -14,7 +14,7 @@ HERE = "stages.ppo.reward.0"
 THOUGHT = "<think>\\boxed{3} #### 3</think>"
 
 
-def right(entry: dict[str, Any], text: str, row: dict[str, object] | None = None, tokens: int = 0) -> bool:
+def right(entry: dict[str, Any], text: str, row: Any = None, tokens: int = 0) -> bool:
     return parse_verifier(entry, HERE).verdict(text, row or {}, tokens)
 
 
@@ -183,7 +183,8 @@ def test_a_row_without_an_answer_is_named_and_stops():
 
 
 def test_or_counts_as_the_recipe_says(caplog):
-    for rule, filled in ((0.25, 0.25), ("skip", None)):
+    rules: list[tuple[Any, Any]] = [(0.25, 0.25), ("skip", None)]
+    for rule, filled in rules:
         scores = VerifierScorer.of(parse_verifier(ANSWER, HERE), "reward numeric", rule)(REPLIES)
         assert [scores[0], scores[2]] == [1.0, 0.0]
         assert scores[1] == filled if filled is not None else scores[1] != scores[1]
