@@ -389,15 +389,17 @@ SAMPLE = StageKind(
     produces="rows",
     needs_reward=True,
     variants=MappingProxyType(
-        dict.fromkeys(
-            ("best_of_n", "bon", "rejection_sampling", "raft", "rft"),
-            "write kind: sample with keep: best, and kind: sft with data: {stage: ...}",
-        )
-        | dict.fromkeys(
-            ("rlaif", "iterative_dpo", "self_rewarding"),
-            "write kind: sample, and kind: dpo with data: {stage: ...}; see the shipped recipe iterative-dpo",
-        )
-        | dict.fromkeys(("generate", "rollout", "sampling"), "write kind: sample")
+        {
+            **dict.fromkeys(
+                ("best_of_n", "bon", "rejection_sampling", "raft", "rft"),
+                "write kind: sample with keep: best, and kind: sft with data: {stage: ...}",
+            ),
+            **dict.fromkeys(
+                ("rlaif", "iterative_dpo", "self_rewarding"),
+                "write kind: sample, and kind: dpo with data: {stage: ...}; see the shipped recipe iterative-dpo",
+            ),
+            **dict.fromkeys(("generate", "rollout", "sampling"), "write kind: sample"),
+        }
     ),
     gives=gives_rows,
 )

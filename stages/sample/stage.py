@@ -112,7 +112,7 @@ def _read_prompts(job: StageJob, tokenizer: PreTrainedTokenizerBase) -> tuple[li
         return encoded, report
 
     data = load_data(job, encode, tokenizer)
-    columns: Iterable[Any] = data.train
+    columns: Any = data.train
     return found[0], Prompts.of(columns, tokenizer, f"data.{job.data_name}"), data
 
 
@@ -153,13 +153,13 @@ class _Sampler:
         if job.parent is not None:
             self.adapters.load(POLICY, job.parent)
         self.device = self.adapters.head.weight.device
-        low = job.torch_dtype() in (torch.bfloat16, torch.float16)
-        trunk = Trunk(
-            self.adapters,
-            # as in training, and as the evaluation scores
-            autocast=lambda: torch.autocast(self.device.type, job.torch_dtype() if low else None, enabled=low),
-        )
+        trunk = Trunk(self.adapters, autocast=self._autocast)
         self.scorers = build_scorers(job.rewards, trunk, tokenizer, device=self.device)
+
+    def _autocast(self) -> Any:
+        """Of the forwards that score: as in training, and as the evaluation scores."""
+        low = self.job.torch_dtype() in (torch.bfloat16, torch.float16)
+        return torch.autocast(self.device.type, self.job.torch_dtype() if low else None, enabled=low)
 
     def replies(self, prompts: Prompts, first: int, on_batch: Callable[[int], None]) -> list[list[Reply]]:
         """Of each of these prompts, drawn and scored. What is drawn goes by the prompt's place and the reply's alone.

@@ -1,6 +1,7 @@
 """Which replies of a prompt become rows: worked out by hand."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from preftune.data.spec import DataSpec, SourceSpec
 from preftune.errors import UserError
 from preftune.models.tiny import byte_tokenizer
 from preftune.stages.sample import keep as rules
-from preftune.stages.sample.keep import Reply, check_read_back, keep
+from preftune.stages.sample.keep import Kept, Reply, check_read_back, keep
 from preftune.stages.sample.settings import SampleSettings
 
 ASKED = [{"role": "user", "content": "A colour?"}]
@@ -22,8 +23,8 @@ def replies(*given: tuple[str, float | None] | tuple[str, float | None, bool]) -
     return [Reply(i, text, score, 5 + i, *(rest or [True])) for i, (text, score, *rest) in enumerate(given)]
 
 
-def kept(*given, prompt: Row = PROMPT, **settings):
-    return keep(prompt, replies(*given), SampleSettings(**settings))
+def kept(*given: Any, **settings: Any) -> Kept:
+    return keep(PROMPT, replies(*given), SampleSettings(**settings))
 
 
 def said(message: list[dict]) -> str:
@@ -155,14 +156,10 @@ def test_rows_are_laid_out_by_the_template_as_a_users_are() -> None:
 
 
 def test_a_column_that_makes_another_format_of_the_rows_is_refused_before_anything_is_drawn() -> None:
-    prompt = Row(prompt=ASKED, columns={"preferred_output": [], "non_preferred_output": []}, origin="p.jsonl:1")
     votes = {name: "x" for name in ("policy_a", "policy_b", "completion_a", "completion_b")} | {"preference": 1.0}
-    for columns in (votes,):
-        with pytest.raises(UserError, match=r"data\.prompts \(p\.jsonl:1\): its column .* another format"):
-            check_read_back(
-                [Row(prompt=ASKED, columns=columns, origin="p.jsonl:1")], SampleSettings(), ["pair"], "data.prompts"
-            )
-    del prompt
+    prompt = Row(prompt=ASKED, columns=votes, origin="p.jsonl:1")
+    with pytest.raises(UserError, match=r"data\.prompts \(p\.jsonl:1\): its column .* another format"):
+        check_read_back([prompt], SampleSettings(), ["pair"], "data.prompts")
 
 
 def test_scores_need_no_mean_where_there_are_none() -> None:
