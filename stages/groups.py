@@ -261,7 +261,7 @@ def _length_metrics(episodes: Episodes, reduce: Reduce) -> dict[str, float]:
 class GroupTrainer(OnPolicyTrainer):
     """The on-policy loop with groups of replies. Arguments, attributes and errors are those of `OnPolicyTrainer`."""
 
-    args: GroupConfig
+    args: GroupConfig  # pyright: ignore[reportIncompatibleVariableOverride]: it is never set to another
 
     def _build_roles(self, sources: list[RewardSource]) -> None:
         super()._build_roles(_weighted(sources, self.args.reward_weights, type(self).__name__))

@@ -141,7 +141,7 @@ class GRPO(GroupMethod):
 class GRPOTrainer(GroupTrainer):
     """GRPO on adapters. Arguments, attributes and errors are those of `OnPolicyTrainer`."""
 
-    args: GRPOConfig
+    args: GRPOConfig  # pyright: ignore[reportIncompatibleVariableOverride]: it is never set to another
     config = GRPOConfig
 
     def build_method(self, sources: Sequence[RewardSource], scorers: Sequence[Scorer]) -> Method:

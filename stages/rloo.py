@@ -85,7 +85,7 @@ class RLOO(GroupMethod):
 class RLOOTrainer(GroupTrainer):
     """RLOO on adapters. Arguments, attributes and errors are those of `OnPolicyTrainer`."""
 
-    args: RLOOConfig
+    args: RLOOConfig  # pyright: ignore[reportIncompatibleVariableOverride]: it is never set to another
     config = RLOOConfig
 
     def build_method(self, sources: Sequence[RewardSource], scorers: Sequence[Scorer]) -> Method:

@@ -277,8 +277,9 @@ class Rollout:
         """The given rows, cut to their own longest row and longest response."""
         episodes, here = self.episodes.rows(index), to_device(index, self.scores_B.device)
         r = episodes.sampler_logps_BR.shape[1]
-        cut = {name: x[here, :r] if x.dim() > 1 else x[here] for name, x in self._own().items()}
-        return Rollout(episodes, **{"ref_logps_BR": None, **cut})
+        cut: dict[str, Any] = {"ref_logps_BR": None}
+        cut |= {name: x[here, :r] if x.dim() > 1 else x[here] for name, x in self._own().items()}
+        return Rollout(episodes, **cut)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Flat, for a checkpoint."""
@@ -287,9 +288,10 @@ class Rollout:
     @classmethod
     def from_tensors(cls, tensors: dict[str, torch.Tensor], device: torch.device) -> "Rollout":
         """What `tensors` gave."""
-        moved = {name: tensor.to(device) for name, tensor in tensors.items()}
+        moved: dict[str, Any] = {"ref_logps_BR": None}
+        moved |= {name: tensor.to(device) for name, tensor in tensors.items()}
         episodes = Episodes(**{f.name: moved.pop(f"episodes.{f.name}") for f in fields(Episodes)})
-        return cls(episodes, **{"ref_logps_BR": None, **moved})
+        return cls(episodes, **moved)
 
     def kl_B(self) -> torch.Tensor | None:
         """Estimate of each response's KL to the reference, nats, by the sampled tokens [B]."""

@@ -653,7 +653,7 @@ class OnPolicyTrainer(Resumable):
 class PPOTrainer(OnPolicyTrainer):
     """PPO on adapters. Arguments, attributes and errors are those of `OnPolicyTrainer`."""
 
-    args: PPOConfig
+    args: PPOConfig  # pyright: ignore[reportIncompatibleVariableOverride]: it is never set to another
 
     def build_method(self, sources: Sequence[RewardSource], scorers: Sequence[Scorer]) -> Method:
         """The clipped losses, and generalised advantages from a value that starts as the first reward stage."""

@@ -28,7 +28,7 @@ def ppo_of(trainer: OnPolicyTrainer) -> PPO:
 def collect(trainer: OnPolicyTrainer, iteration: int = 0, kl_coef: float | None = None) -> Collected:
     """What the trainer collects in that iteration. Nothing is compared with the reference: tests move the policy."""
     samples: list[dict[str, Any]] = []
-    coef = trainer.args.kl_coef if kl_coef is None else kl_coef
+    coef: float = getattr(trainer.args, "kl_coef") if kl_coef is None else kl_coef  # noqa: B009
     trainer.loop = LoopState(iteration=iteration, kl_coef=coef)
     own_reference, trainer.own_reference = trainer.own_reference, False
     with (

@@ -145,7 +145,8 @@ def test_g09_tokens_that_do_not_train_are_in_no_mean(tmp_path: Path) -> None:
 
 @pytest.mark.checklist("G12")
 def test_g12_a_rollout_without_a_reference_or_with_entropies_comes_back(tmp_path: Path) -> None:
-    for options in ({"beta": 0.0}, {"top_entropy_quantile": 0.5}):
+    given: tuple[dict[str, Any], ...] = ({"beta": 0.0}, {"top_entropy_quantile": 0.5})
+    for options in given:
         rollout = rollout_of(make(tmp_path, **options))
         back = Rollout.from_tensors(rollout.tensors(), torch.device("cpu"))
         assert (back.ref_logps_BR is None) is ("beta" in options)

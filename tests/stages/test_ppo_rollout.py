@@ -31,7 +31,7 @@ END = TOKENIZER.eos_token_id
 def tensors(made: PPOTrainer, episodes: Episodes) -> list[torch.Tensor]:
     """Log-probs of policy and reference, values, entropies."""
     found = made.method.forwards(episodes)
-    assert found.values_BR is not None
+    assert found.values_BR is not None and found.ref_logps_BR is not None
     return [found.logps_BR, found.ref_logps_BR, found.values_BR, found.entropy_BR]
 
 
@@ -49,6 +49,7 @@ def test_p01_temperature_reaches_sampler_policy_and_reference_alike(tmp_path: Pa
     made = trainer(tmp_path, temperature=0.7)
     collected = collect(made, 0, 0.05)
     assert collected.metrics["rollout/logprob_mismatch"] < 1e-5
+    assert collected.rollout.ref_logps_BR is not None
     assert torch.equal(collected.rollout.logps_BR, collected.rollout.ref_logps_BR)
     report = made.updater.gradients(collected.rollout, torch.arange(8), 0.05)
     assert report.mean("ratio") == pytest.approx(1.0, abs=1e-6)
@@ -287,6 +288,7 @@ def test_p25_a_padded_rollout_logs_what_its_rows_alone_log(tmp_path: Path) -> No
     def logged(rows: torch.Tensor) -> dict[str, float]:
         part = rollout.rows(rows)
         r = part.episodes.sampler_logps_BR.shape[1]
+        assert part.ref_logps_BR is not None
         non_score_BR = part.logps_BR - part.ref_logps_BR
         return rollout_metrics(part, non_score_BR, entropy_BR[rows, :r], made.reduce, 8)
 
@@ -295,6 +297,7 @@ def test_p25_a_padded_rollout_logs_what_its_rows_alone_log(tmp_path: Path) -> No
     for name in ("objective/kl", "objective/entropy", "objective/non_score_reward", "rollout/entropy_per_token"):
         assert whole[name] == pytest.approx(sum(each[name] for each in singles), rel=1e-6), name
         assert abs(whole[name]) < 100, name
+    assert rollout.ref_logps_BR is not None
     kl = masked_sum(rollout.logps_BR - rollout.ref_logps_BR, rollout.episodes.mask_BR) / 8
     assert whole["objective/kl"] == pytest.approx(float(kl), rel=1e-6)
     assert whole["rollout/length"] == 39 / 8
