@@ -154,5 +154,6 @@ def run_grpo(job: StageJob) -> dict[str, Any]:
     """Run a GRPO stage (see `run_on_policy`): the parent's adapter is policy and reference, `job.rewards` score."""
     if job.says("beta") is None:
         beta = job.method_value("beta")
-        logger.warning("beta is %g, which the recipe does not say (TRL's default is 0: no reference)", beta)
+        said = "%s: beta is %g, which the recipe does not say (TRL's default is 0: no reference)"
+        logger.warning(said, job.name, beta)
     return run_on_policy(job, GRPOTrainer)

@@ -44,9 +44,9 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "groups.yaml"
 
 
-def test_a_chain_with_groups(recipe: Path, shell: Shell) -> None:
+def test_a_chain_with_groups(recipe: Path, shell: Shell, caplog: pytest.LogCaptureFixture) -> None:
     run = recipe.parent / "runs" / "groups"
-    code, out, err = shell("run", recipe)
+    code, _, err = shell("run", recipe)
     assert code == 0, err
     for stage in ("grpo", "rloo"):
         metrics = json.loads((run / stage / "metrics.json").read_text())
@@ -56,7 +56,7 @@ def test_a_chain_with_groups(recipe: Path, shell: Shell) -> None:
         assert (run / stage / "adapter_model.safetensors").is_file()
     log = [json.loads(line) for line in (run / "grpo" / "log.jsonl").read_text().splitlines()]
     assert {"rewards/brief/mean", "rewards/vowels/mean"} <= log[0].keys()
-    assert "beta is 0.04, which the recipe does not say" in out + err
+    assert "grpo: beta is 0.04, which the recipe does not say" in caplog.text
     page = (run / "report.html").read_text()
     assert "Groups without a difference in score" in page and "KL to the reference" in page
     for command in (("doctor", run), ("status", run), ("plan", recipe), ("validate", recipe)):
