@@ -253,12 +253,7 @@ class DataCheck:
         report: dict[str, Any] = {"data": name, "rows": kind, "read": read.as_dict()}
         self._say(label, read.lines()[self.brief :])
         if name == EVAL_PROMPTS:
-            if spec.held_out > 0 and not self.brief:
-                self._say(label, [f"{len(prompts)} of them are held out, and evaluated on"])
-            shared = overlaps(prompts, self._trained)
-            if not self.brief:  # the run has said it
-                self._say(label, [overlap_words(other, tally, prompts) for other, tally in shared.items()])
-            report["in_training_data"] = {other: tally.count for other, tally in shared.items()}
+            report["in_training_data"] = self._in_training_data(label, prompts, spec.held_out)
         else:
             self._trained.setdefault(name, []).append(prompts)
         if encoded is not None:
@@ -274,6 +269,15 @@ class DataCheck:
         found += answers.problems(columns)
         found += self._batch_problems(name, kind, prompts.trained_rows)
         raise_found(found)
+
+    def _in_training_data(self, label: str, prompts: PromptSet, held_out: float) -> dict[str, int]:
+        """How many of the evaluation's prompts each entry of training data holds; said, unless the run has said it."""
+        if held_out > 0 and not self.brief:
+            self._say(label, [f"{len(prompts)} of them are held out, and evaluated on"])
+        shared = overlaps(prompts, self._trained)
+        if not self.brief:
+            self._say(label, [overlap_words(other, tally, prompts) for other, tally in shared.items()])
+        return {other: tally.count for other, tally in shared.items()}
 
     def _function_problems(self, name: str, kind: RowKind, columns: "Columns") -> Iterator[UserError]:
         """Functions that score replies to these prompts and need what no column holds."""

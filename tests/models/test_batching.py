@@ -50,7 +50,8 @@ def test_a_score_is_that_of_the_token_it_is_read_at():
     hidden = torch.randn(3, 5, 4, dtype=torch.bfloat16)
     position = torch.tensor([4, 0, 2])
     expected = [head(hidden)[row, column] for row, column in enumerate(position.tolist())]
-    assert torch.equal(score_at(head, hidden, position), torch.stack(expected))
+    # a product of three rows and one of fifteen round differently on some machines
+    torch.testing.assert_close(score_at(head, hidden, position), torch.stack(expected), rtol=0, atol=1e-6)
 
 
 def test_the_peak_is_at_least_what_was_held():

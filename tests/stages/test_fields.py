@@ -110,6 +110,10 @@ def test_what_the_run_would_refuse_is_found_before(make_job, monkeypatch, kind, 
     assert problems[0].where.startswith(f"stages.{kind}.train")
 
 
+def _lengths(completions, **_):
+    return [float(len(each)) for each in completions]
+
+
 @pytest.mark.parametrize(
     ("kind", "method", "said"),
     [
@@ -124,7 +128,7 @@ def test_what_the_run_would_refuse_is_found_before(make_job, monkeypatch, kind, 
 )
 def test_a_parameter_that_would_do_nothing_is_refused(make_job, kind, method, said):
     job = dataclasses.replace(job_with(make_job, kind, {}), method=method)
-    job = dataclasses.replace(job, rewards=(RewardSource("function", len),)) if kind == "ppo" else job
+    job = dataclasses.replace(job, rewards=(RewardSource("function", _lengths),)) if kind == "ppo" else job
     (error,) = stage_problems(job)
     assert said in str(error)
 

@@ -317,7 +317,7 @@ def test_what_was_cut_off_after_its_end_is_not_made_again(make_job: Any, monkeyp
     job = make_job("sft", train={"max_steps": 4}, checkpoints=EVERY_STEP)
     assert finished(job) is None
     with monkeypatch.context() as patch:
-        patch.setattr(run, "_clear_checkpoints", lambda _job: (_ for _ in ()).throw(Killed))
+        patch.setattr(run, "clear_checkpoints", lambda _job: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             run_stage(job)
     assert (job.output_dir / "checkpoints").is_dir()
