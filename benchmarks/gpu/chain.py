@@ -160,7 +160,7 @@ class Phases:
 
         with (
             mock.patch.object(loop, "generate", self._phase("rollout", loop.generate, first=True)),
-            mock.patch.object(loop.Scoring, "__call__", self._phase("scores", loop.Scoring.__call__)),
+            mock.patch.object(loop.Scoring, "scores", self._phase("scores", loop.Scoring.scores)),
             mock.patch.object(
                 loop.OnPolicyTrainer, "_minibatch", self._phase("update", loop.OnPolicyTrainer._minibatch)
             ),
