@@ -3,7 +3,8 @@
 Legend of shape suffixes: S sources, B replies.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +16,7 @@ from ...models.adapters import AdapterSet
 from ...models.generate import Generation
 from ..scorers.replies import Replies
 from .network import Trunk
-from .rewards import Responses, RewardSource, ScoreSettings, Scoring, build_scorers
+from .rewards import Responses, RewardSource, Scores, ScoreSettings, Scoring, build_scorers
 from .rollout import make_episodes
 
 
@@ -39,6 +40,7 @@ class ReplyScorer:
         adapters: the base on which reward stages score; each becomes one of its frozen adapters.
         tokenizer: the base's.
         rules: how the scores of several sources become one.
+        autocast: of the forwards of reward stages.
 
     Raises:
         UserError: no source, a reward stage of another base or tokenizer, or a source that cannot score.
@@ -50,6 +52,7 @@ class ReplyScorer:
         adapters: AdapterSet,
         tokenizer: PreTrainedTokenizerBase,
         rules: ScoreSettings | None = None,
+        autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         if not sources:
             raise UserError("reward", "no source of scores is given", "name a reward stage, a verifier or a function")
@@ -57,13 +60,17 @@ class ReplyScorer:
         pad = tokenizer.pad_token_id
         assert isinstance(pad, int)  # loading a base sets one
         self.pad_token_id = pad
-        scorers = build_scorers(sources, Trunk(adapters), tokenizer, device=self.device)
+        scorers = build_scorers(sources, Trunk(adapters, autocast=autocast), tokenizer, device=self.device)
         for head in adapters.heads.values():
             head.to(self.device)
         self.scoring = Scoring(rules or ScoreRules(), sources, scorers, lambda sums, how: sums)
 
     def __call__(self, replies: Replies, finished: Sequence[bool] | None = None) -> torch.Tensor:
-        """One score a reply, fp32 [B], as training would give it (without a running scale).
+        """One score a reply, fp32 [B]; arguments and errors as of `scores`."""
+        return self.scores(replies, finished).total_B
+
+    def scores(self, replies: Replies, finished: Sequence[bool] | None = None) -> Scores:
+        """The score of each reply as training would give it (without a running scale), and each source's own.
 
         Args:
             replies: with `prompt_ids` and `reply_ids`; a reply has at least one token.
@@ -72,12 +79,7 @@ class ReplyScorer:
         Raises:
             UserError: a source failed, and its `on_failure` says to stop, or it scores nothing at all.
         """
-        return self.scoring(self._responses(replies, finished), training=False)
-
-    def each(self, replies: Replies) -> torch.Tensor:
-        """Every source's raw scores [S, B], NaN where it does not apply; arguments and errors as of a call."""
-        responses = self._responses(replies, None)
-        return torch.stack([scorer(responses).to(self.device) for scorer in self.scoring.scorers])
+        return self.scoring.scores(self._responses(replies, finished), training=False)
 
     def _responses(self, replies: Replies, finished: Sequence[bool] | None) -> Responses:
         ids = [list(each) for each in replies.reply_ids]

@@ -45,10 +45,11 @@ from ...progress import Meter, say, silent
 from ...values import plain
 from ..callbacks import write_step
 from ..job import StageJob, no_reward
-from ..ppo.network import Trunk
-from ..ppo.rewards import Responses, RewardSource, build_scorers, combine
-from ..ppo.rollout import Prompts, decode, make_episodes, seed_of
+from ..ppo.reply_scores import ReplyScorer, ScoreRules
+from ..ppo.rewards import RewardSource
+from ..ppo.rollout import Prompts, decode, seed_of
 from ..run import StageData, clear_checkpoints, computed, load_data, open_tokenizer
+from ..scorers.replies import Replies
 from .drawn import Piece, keep_piece, kept_pieces
 from .keep import Kept, Reply, check_read_back, keep, mean
 from .processes import Processes, processes
@@ -128,7 +129,7 @@ class _Sampler:
     """The base with the policy and with what scores its replies.
 
     Raises:
-        UserError: the base is divided among processes; or see `build_scorers`.
+        UserError: the base is divided among processes; or see `ReplyScorer`.
     """
 
     def __init__(
@@ -153,8 +154,13 @@ class _Sampler:
         if job.parent is not None:
             self.adapters.load(POLICY, job.parent)
         self.device = self.adapters.head.weight.device
-        trunk = Trunk(self.adapters, autocast=self._autocast)
-        self.scorers = build_scorers(job.rewards, trunk, tokenizer, device=self.device)
+        # as the sources give them: what is kept is compared with other replies, and with a threshold in their units
+        rules = ScoreRules(
+            normalize_rewards=False,
+            reward_combination=settings.reward_combination,
+            ensemble_penalty=settings.ensemble_penalty,
+        )
+        self.scorer = ReplyScorer(job.rewards, self.adapters, tokenizer, rules, self._autocast)
 
     def _autocast(self) -> Any:
         """Of the forwards that score: as in training, and as the evaluation scores."""
@@ -193,21 +199,17 @@ class _Sampler:
         )
         release_free_memory()
         texts = decode(self.tokenizer, generation.tokens)
-        episodes = make_episodes(each.ids, generation, pad, self.device)
-        scores = self._scores(Responses(episodes, each.prompts, texts, each.column_lists(), each.rows))
+        scores = self._scores(Replies(each.prompts, texts, each.column_lists(), each.ids, generation.tokens, each.rows))
         drawn = [
             Reply(i % n, texts[i], scores[i], len(generation.tokens[i]), generation.finished[i])
             for i in range(len(each))
         ]
         return [drawn[start : start + n] for start in range(0, len(drawn), n)]
 
-    def _scores(self, responses: Responses) -> list[float | None]:
-        """Of the sources together, as they give them: not centred, not scaled. None where none has one."""
-        scores_SB = torch.stack([scorer(responses).float().to(self.device) for scorer in self.scorers])
-        weights_S = torch.tensor([source.weight for source in self.job.rewards], device=self.device)
-        how, penalty = self.settings.reward_combination, self.settings.ensemble_penalty
-        scores_B = combine(scores_SB, weights_S, how=how, penalty=penalty)
-        unscored = scores_SB.isnan().all(0).tolist()
+    def _scores(self, replies: Replies) -> list[float | None]:
+        """Of the sources together; None where none has one."""
+        scores_B, parts_SB = self.scorer.scores(replies)
+        unscored = parts_SB.isnan().all(0).tolist()
         if not bool(scores_B.isfinite().all()):
             said = "gave a score that is not finite"
             raise UserError(f"stages.{self.job.name}.reward", said, "look at the reward stage, the model or its input")

@@ -37,7 +37,7 @@ def test_sources_score_replies_without_a_trainer(tmp_path: Path):
     length = RewardSource("function", lambda completions: [float(len(text)) for text in completions])
     score = ReplyScorer([NUMERIC, RUBRIC, length, stage], tiny(), TOKENIZER)
     asked = replies(answer=[2, 2, 3])
-    parts_SB = score.each(asked)
+    parts_SB = score.scores(asked).parts_SB
     assert parts_SB[:3].tolist() == [[1.0, 0.0, 0.0], [0.5, 1.0, 0.5], [1.0, 3.0, 11.0]]
     assert len(set(parts_SB[3].tolist())) == 3
     assert score(asked).tolist() == pytest.approx((parts_SB[:3].sum(0) + 0.5 * parts_SB[3]).tolist(), abs=1e-6)
@@ -69,7 +69,7 @@ def test_what_one_source_skips_counts_by_the_others():
     numeric = RewardSource("verifier", "numeric", 2.0, NUMERIC.settings, "skip")
     score = ReplyScorer([numeric, RUBRIC], tiny(), TOKENIZER)
     asked = replies(answer=[2, None, 3])
-    assert math.isnan(score.each(asked)[0, 1])
+    assert math.isnan(score.scores(asked).parts_SB[0, 1])
     assert score(asked).tolist() == [2.5, 1.0, 0.5]
 
 
