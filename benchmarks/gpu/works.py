@@ -80,9 +80,9 @@ def _of(base: str, full: bool, tiny: bool) -> list[Work]:
     ):
         found.append(Work("rollouts", f"{name}, rollout, {side}", wanted, seconds * wait, {**common, "side": side}))
     on_policy = tuple(kind for kind, record in KINDS.items() if record.on_policy is not None)
-    memory = tuple(f"memory of {stage}" for stage in ("sft", "reward", "dpo", *on_policy))
-    phases = tuple(f"{kind} by phase" for kind in on_policy)
-    found.append(Work("chain", f"{name}, chain", memory + phases, 150 * wait, common))
+    chain = [f"memory of {stage}" for stage in ("sft", "reward", "dpo")]
+    chain += [said for kind in on_policy for said in (f"memory of {kind}", f"{kind} by phase")]
+    found.append(Work("chain", f"{name}, chain", tuple(chain), (110 + 40 * len(on_policy)) * wait, common))
     for kind in ("sft", "dpo", "reward") if full else ("sft", "dpo"):
         for side in ("ours", "trl", "trl tuned", "trl tuned, sdpa") if full else ("ours", "trl tuned"):
             options = {**common, "kind": kind, "side": side}

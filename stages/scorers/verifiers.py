@@ -28,7 +28,7 @@ from ...errors import UserError, nearest
 from ...patience import bounded
 from ...values import is_finite, is_number
 from .answers import PLACES, after_hash, answer_in, boxed, read_number
-from .json_shape import check_schema, fits, read_json
+from .json_shape import fits, read_json, validator_of
 from .replies import Failures, OnFailure, Replies
 from .rubric import count_words, parse_pattern
 
@@ -203,7 +203,7 @@ def _regex(check: str, entry: dict[str, Any], where: str) -> Verifier:
 
 def _json(check: str, entry: dict[str, Any], where: str) -> Verifier:
     schema, fenced = entry.get("schema", True), _flag(entry, "fenced", where, default=True)
-    check_schema(schema, f"{where}.schema")
+    validator = validator_of(schema, f"{where}.schema")
 
     def verdict(text: str, row: Row, tokens: int) -> bool:
         del row, tokens
@@ -212,7 +212,7 @@ def _json(check: str, entry: dict[str, Any], where: str) -> Verifier:
             value = read_json(text if found is None else found[1])
         except ValueError:
             return False
-        return bounded(lambda: fits(value, schema), 5.0, f"{where}.schema", "the schema", "write a simpler one")
+        return bounded(lambda: fits(value, validator), 5.0, f"{where}.schema", "the schema", "write a simpler one")
 
     return Verifier(check, verdict)
 

@@ -1,13 +1,11 @@
-"""JSON schemas: each word on both sides of its bound, what is refused, and the same verdicts as the library's."""
+"""JSON schemas: each word on both sides of its bound, and what is refused."""
 
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from preftune.errors import UserError
-from preftune.stages.scorers.json_shape import check_schema, fits, read_json
+from preftune.stages.scorers.json_shape import fits, read_json, validator_of
 
 CASES: list[tuple[Any, Any, Any]] = [
     ({"type": "object"}, {}, []),
@@ -22,6 +20,8 @@ CASES: list[tuple[Any, Any, Any]] = [
     ({"exclusiveMinimum": 1}, 1.1, 1),
     ({"exclusiveMaximum": 1}, 0.9, 1),
     ({"multipleOf": 0.1}, 0.3, 0.35),
+    ({"multipleOf": 1}, "1", float("inf")),
+    ({"multipleOf": 1}, 10**400, 0.5),
     ({"minLength": 1, "maxLength": 2}, "ab", ""),
     ({"pattern": "^a"}, "ab", "ba"),
     ({"required": ["a"]}, {"a": None}, {"b": 1}),
@@ -38,74 +38,58 @@ CASES: list[tuple[Any, Any, Any]] = [
     ({"not": {"const": 1}}, 2, 1),
     ({"$ref": "#/$defs/n", "$defs": {"n": {"type": "null"}}}, None, 0),
     ({"properties": {"next": {"$ref": "#"}}, "required": ["v"]}, {"v": 1, "next": {"v": 2}}, {"v": 1, "next": {}}),
-    (True, 1, None),
+    ({"if": {"type": "string"}, "then": {"minLength": 1}}, "a", ""),
+    ({"prefixItems": [{"const": 1}]}, [1, 2], [2]),
+    ({"dependentRequired": {"a": ["b"]}}, {"a": 1, "b": 1}, {"a": 1}),
 ]
 
 
-@pytest.mark.parametrize(("schema", "good", "bad"), CASES[:-1])
+@pytest.mark.parametrize(("schema", "good", "bad"), CASES)
 def test_each_word_passes_and_fails(schema: Any, good: Any, bad: Any):
-    check_schema(schema, "here")
-    assert fits(good, schema)
-    assert not fits(bad, schema)
+    obeys = validator_of(schema, "here")
+    assert fits(good, obeys)
+    assert not fits(bad, obeys)
 
 
 def test_a_schema_may_be_true_or_false():
-    assert fits(1, True) and not fits(1, False)
+    assert fits(1, validator_of(True, "here")) and not fits(1, validator_of(False, "here"))
 
 
 @pytest.mark.parametrize(
     ("schema", "said"),
     [
         ("object", "expected a JSON schema"),
-        ({"typ": "object"}, "did you mean 'type'?"),
+        ({"typ": "object"}, "here.typ: is no word of JSON schemas that is checked here"),
         ({"format": "date"}, "here.format: is no word of JSON schemas that is checked here"),
-        ({"type": "dict"}, "expected one of object, array"),
-        ({"type": [{}]}, "expected one of object, array"),
-        ({"properties": {"a": {"minimum": "1"}}}, "here.properties.a.minimum: is '1', expected a number"),
-        ({"minLength": -1}, "expected a whole number from 0"),
-        ({"multipleOf": 0}, "expected a number above 0"),
-        ({"anyOf": []}, "expected a list"),
-        ({"allOf": [{"pattern": "("}]}, "here.allOf[0].pattern"),
-        ({"required": "a"}, "expected a list of names"),
-        ({"items": [{}]}, "expected a JSON schema"),
-        ({"$ref": "#/$defs/n"}, "expected a place such as"),
-        ({"$ref": "https://example.org/x"}, "expected a place such as"),
-        ({"uniqueItems": 1}, "expected true or false"),
+        ({"if": {"not": {"fromat": 1}}}, "here.if.not.fromat: is no word"),
+        ({"type": "dict"}, "here.type: 'dict' is not valid"),
+        ({"properties": {"a": {"minimum": "1"}}}, "here.properties.a.minimum: '1' is not of type 'number'"),
+        ({"minLength": -1}, "here.minLength: -1 is less than the minimum of 0"),
+        ({"multipleOf": 0}, "here.multipleOf: 0 is less than or equal to the minimum of 0"),
+        ({"anyOf": []}, "here.anyOf: [] should be non-empty"),
+        ({"allOf": [{"pattern": "("}]}, "here.allOf[0].pattern: '(' is not a 'regex'"),
+        ({"required": "a"}, "here.required: 'a' is not of type 'array'"),
+        ({"items": [{}]}, "here.items: [{}] is not of type 'object', 'boolean'"),
+        ({"$ref": "#/$defs/n"}, "here.$ref: is '#/$defs/n', expected a place of this schema"),
+        (
+            {"properties": {"a": {"$ref": "https://example.org/x"}}},
+            "here.properties.a.$ref: is 'https://example.org/x'",
+        ),
+        ({"uniqueItems": 1}, "here.uniqueItems: 1 is not of type 'boolean'"),
     ],
 )
 def test_what_is_not_checked_is_refused(schema: Any, said: str):
     with pytest.raises(UserError) as error:
-        check_schema(schema, "here")
+        validator_of(schema, "here")
     assert said in str(error.value)
 
 
 def test_a_reference_that_leads_to_itself_ends():
     schema = {"$ref": "#"}
-    check_schema(schema, "here")
-    assert not fits(1, schema)
+    assert not fits(1, validator_of(schema, "here"))
 
 
 @pytest.mark.parametrize("text", ["", "{", "NaN", "[Infinity]", '{"a": 1, "a": 2}', "'a'", "[" * 100_000, "1 2"])
 def test_what_is_no_json(text: str):
     with pytest.raises(ValueError):
         read_json(text)
-
-
-VALUES = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-3, 3)
-    | st.floats(-3, 3).map(lambda x: round(x, 1))
-    | st.text("ab", max_size=3),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("abv"), inner, max_size=3),
-    max_leaves=6,
-)
-
-
-@given(VALUES, st.sampled_from([schema for schema, _, _ in CASES]))
-def test_verdicts_are_the_librarys(value: Any, schema: Any):
-    """Where jsonschema is installed."""
-    jsonschema = pytest.importorskip("jsonschema")
-    if isinstance(schema, dict) and "multipleOf" in schema:
-        return  # the library divides floats
-    assert fits(value, schema) == jsonschema.Draft202012Validator(schema).is_valid(value)
