@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -167,8 +167,13 @@ def compose() -> dict[str, list[Row]]:
 
 
 def write(folder: Path) -> None:
-    """Writes the four files into `folder`: UTF-8, one JSON object a line."""
-    for name, rows in compose().items():
+    """Writes the four files into `folder`."""
+    write_files(folder, compose())
+
+
+def write_files(folder: Path, files: Mapping[str, Iterable[Row]]) -> None:
+    """NAME.jsonl for each name: UTF-8, one JSON object a line."""
+    for name, rows in files.items():
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8", newline="\n")
 

@@ -10,7 +10,6 @@ delivery or less a voucher, two things. Every answer is a whole number of pounds
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from random import Random
 from typing import Any, NamedTuple
 
 from ..quickstart import products
+from ..quickstart.compose import write_files
 from ..quickstart.products import Product
 
 COUNTS = {"demos": 400, "prompts": 600, "eval_prompts": 200}
@@ -215,10 +215,8 @@ def compose() -> dict[str, list[Row]]:
 
 
 def write(folder: Path) -> None:
-    """Writes the three files into `folder`: UTF-8, one JSON object a line."""
-    for name, rows in compose().items():
-        text = "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in rows)
-        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8", newline="\n")
+    """Writes the three files into `folder`."""
+    write_files(folder, compose())
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 import torch
 from collecting import collect
-from ppo_worker import LENGTHS, Killer, flat, kill_while_saving, letters, push, trained
+from ppo_worker import LENGTHS, flat, letters, push, train_on, trained, watchers
 from safetensors.torch import save_file
 
 from preftune.models.adapters import AdapterSet
@@ -27,8 +27,6 @@ from preftune.models.generate import Generation
 from preftune.models.loading import load_model, resolve_base
 from preftune.models.lora import LoraSpec
 from preftune.models.tokens import load_tokenizer
-from preftune.stages.callbacks import LogFile
-from preftune.stages.checkpoints import newest
 from preftune.stages.grpo import GRPOConfig, GRPOTrainer
 from preftune.stages.ppo import rollout as rollout_file
 from preftune.stages.ppo.shared import own_share
@@ -127,28 +125,14 @@ def other_number(out: Path) -> None:
 
 def train(out: Path, kind: str, kill: str = "") -> None:
     """Three iterations of four steps, saved every five: always between two minibatches of a pass over the groups."""
-    callbacks: list[Any] = [LogFile(out / "log.jsonl")]
-    if kill.startswith("step"):
-        callbacks.append(Killer(int(kill.split()[1])))
-    elif kill:
-        kill_while_saving(int(kill.split()[1]))
+    callbacks = watchers(out, kill)
     own = {"top_entropy_quantile": 0.5} if kind == "grpo" else {"normalize_advantages": True}
     trainer = make(
         out, kind, total_episodes=24, save_strategy="steps", save_steps=5, save_total_limit=1, reward_scale="running",
         lr_scheduler_type="cosine", log_samples_every=1, num_log_samples=8, max_new_tokens=6, callbacks=callbacks,
         **own,
     )  # fmt: skip
-    found = newest(out, "worker", 1)
-    trainer.train(None if found is None else str(found))
-    state = {
-        "from": None if found is None else found.name,
-        "trainables": {name: p.detach() for name, p in trainer.trainables.items()},
-        "optimizer": trainer.optimizer.state_dict(),
-        "scheduler": trainer.lr_scheduler.state_dict(),
-        "running": trainer.scoring.running.state(),
-        "logs": trainer.state.log_history,
-    }
-    torch.save(state, out / "end.pt")
+    train_on(trainer, out)
 
 
 if __name__ == "__main__":

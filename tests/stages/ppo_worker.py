@@ -277,21 +277,17 @@ def kill_while_saving(step: int) -> None:
     trainer_file.save_state = save_state
 
 
-def train(out: Path, kill: str = "") -> None:
-    """Three iterations of four steps, saved every five: always between two minibatches."""
-    callbacks: list[Any] = [LogFile(out / "log.jsonl")]
-    if kill.startswith("step"):
-        callbacks.append(Killer(int(kill.split()[1])))
-    elif kill:
+def watchers(out: Path, kill: str) -> list[Any]:
+    """What writes the log, and kills this process as `kill` says: "step 7", say, or "save 2"."""
+    if kill and not kill.startswith("step"):
         kill_while_saving(int(kill.split()[1]))
-    trainer = make(
-        out, total_episodes=24, save_strategy="steps", save_steps=5, save_total_limit=1, kl_target=0.05,
-        kl_horizon=100, reward_scale="running", lr_scheduler_type="cosine", log_samples_every=1, num_log_samples=8,
-        value_learning_rate=5e-3, callbacks=callbacks,
-    )  # fmt: skip
+    return [LogFile(out / "log.jsonl"), *([Killer(int(kill.split()[1]))] if kill.startswith("step") else [])]
+
+
+def train_on(trainer: Any, out: Path) -> None:
+    """Train from the newest checkpoint on, and write all that training has made into end.pt."""
     found = newest(out, "worker", 1)
     trainer.train(None if found is None else str(found))
-    assert trainer.optimizer is not None and trainer.lr_scheduler is not None
     state = {
         "from": None if found is None else found.name,
         "trainables": {name: p.detach() for name, p in trainer.trainables.items()},
@@ -302,6 +298,17 @@ def train(out: Path, kill: str = "") -> None:
         "logs": trainer.state.log_history,
     }
     torch.save(state, out / "end.pt")
+
+
+def train(out: Path, kill: str = "") -> None:
+    """Three iterations of four steps, saved every five: always between two minibatches."""
+    callbacks = watchers(out, kill)
+    trainer = make(
+        out, total_episodes=24, save_strategy="steps", save_steps=5, save_total_limit=1, kl_target=0.05,
+        kl_horizon=100, reward_scale="running", lr_scheduler_type="cosine", log_samples_every=1, num_log_samples=8,
+        value_learning_rate=5e-3, callbacks=callbacks,
+    )  # fmt: skip
+    train_on(trainer, out)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from preftune.models.base import Base
 from preftune.stages.checkpoints import newest
 
-from .test_ppo_distributed import CONFIG
+from .test_ppo_distributed import run_workers
 from .test_ppo_resume import assert_same, rows, timeless
 
 pytestmark = pytest.mark.slow
@@ -38,17 +38,8 @@ class Outcome(NamedTuple):
 @pytest.fixture(scope="session")
 def outcome(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     folder = tmp_path_factory.mktemp("group-processes")
-    (folder / "config.yaml").write_text(CONFIG)
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    launch = ["-m", "accelerate.commands.launch", "--config_file", str(folder / "config.yaml"), "--multi_gpu"]
+    run_workers(Path(WORKER), folder, ("alone", "together", "other"), in_two={"together"})
     together = folder / "together"
-    for command, out in (
-        ([WORKER, "alone"], folder / "alone"),
-        ([*launch, WORKER, "together"], together),
-        ([WORKER, "other"], together),
-    ):
-        out.mkdir(exist_ok=True)
-        subprocess.run([sys.executable, *command, str(out)], check=True, env=environment, timeout=600)
     return Outcome(
         load_file(folder / "alone" / "step0.safetensors"),
         [load_file(together / f"step{process}.safetensors") for process in range(2)],

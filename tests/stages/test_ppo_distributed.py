@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,22 +39,27 @@ class Outcome(NamedTuple):
     found: list[dict[str, Any]]
 
 
-@pytest.fixture(scope="session")
-def outcome(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    folder = tmp_path_factory.mktemp("processes")
+def run_workers(worker: Path, folder: Path, modes: Sequence[str], in_two: Collection[str]) -> None:
+    """The script in each of its modes, one after the other; those of `in_two` in two launched processes.
+
+    "alone" writes into a folder of its own, everything else into `folder / "together"`.
+    """
     (folder / "config.yaml").write_text(CONFIG)
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     # accelerate's own launcher of CPU processes needs mpirun; see `preftune.cli.launch`
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(folder / "config.yaml"), "--multi_gpu"]
-    together = folder / "together"
-    for command, out in (
-        ([str(WORKER), "alone"], folder / "alone"),
-        ([*launch, str(WORKER), "together"], together),
-        ([str(WORKER), "other"], together),
-        ([*launch, str(WORKER), "back"], together),
-    ):
+    for mode in modes:
+        out = folder / ("alone" if mode == "alone" else "together")
         out.mkdir(exist_ok=True)
-        subprocess.run([sys.executable, *command, str(out)], check=True, env=environment, timeout=600)
+        command = [sys.executable, *(launch if mode in in_two else []), str(worker), mode, str(out)]
+        subprocess.run(command, check=True, env=environment, timeout=600)
+
+
+@pytest.fixture(scope="session")
+def outcome(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    folder = tmp_path_factory.mktemp("processes")
+    together = folder / "together"
+    run_workers(WORKER, folder, ("alone", "together", "other", "back"), in_two={"together", "back"})
     return Outcome(
         together,
         load_file(folder / "alone" / "step0.safetensors"),
