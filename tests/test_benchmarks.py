@@ -3,13 +3,14 @@
 import pytest
 
 from preftune.benchmarks import frontier, ppo_seeds
-from preftune.benchmarks.quick import RECIPE, rubric_scores
+from preftune.benchmarks.quick import LONGER, RECIPE, rubric_scores
 from preftune.recipes.load import load_recipe
 
 
 def test_the_frontiers_trials_are_what_their_names_say():
     trials = {trial.name: trial for trial in frontier._trials(seed=2)}
-    assert len(trials) == len(frontier.KL_TARGETS) + len(frontier.BETAS) + 1
+    groups = [(name, beta) for name, betas in frontier.GROUP_BETAS.items() for beta in betas]
+    assert len(trials) == len(frontier.KL_TARGETS) + len(frontier.BETAS) + len(groups) + 1
     assert all(trial.seed == 2 for trial in trials.values())
     for target in frontier.KL_TARGETS:
         stage = load_recipe(RECIPE, trials[f"PPO, target {target}"].overrides).stages["ppo"]
@@ -17,6 +18,14 @@ def test_the_frontiers_trials_are_what_their_names_say():
         assert [each.function for each in stage.rewards] == ["preftune.benchmarks.quick:rubric_scores"]
     for beta in frontier.BETAS:
         assert load_recipe(RECIPE, trials[f"DPO, beta {beta}"].overrides).stages["dpo"].method() == {"beta": beta}
+    longer = load_recipe(RECIPE, LONGER).stages["ppo"]
+    for name, beta in groups:
+        trial = trials[f"{name}, beta {beta}"]
+        stage = load_recipe(RECIPE, trial.overrides).stages[trial.stage]
+        assert (stage.kind, stage.method()["beta"]) == (trial.stage, beta) == (name.lower(), beta)
+        same = ("rollout_batch_size", "total_episodes", "max_new_tokens", "temperature")
+        assert all(stage.method()[key] == longer.method()[key] for key in same)
+        assert stage.train == longer.train
 
 
 def test_the_rubric_as_a_reward_tells_a_good_reply_from_a_bad_one():

@@ -2,7 +2,8 @@
 
 demos.jsonl         400 {prompt, completion, answer}; each completion counts it out and ends with the total
 prompts.jsonl       600 {prompt, answer}
-eval_prompts.jsonl  200 {prompt, answer}; none of their products is in the other files, and none of their sums
+eval_prompts.jsonl  300 {prompt, answer}; new questions about products that no training file has
+new_sums.jsonl      200 {prompt, answer}; the same, and none of their sums is in another file
 
 A question is the sum of two amounts, written in words, or an order: so many of a thing at a price, a thing with its
 delivery or less a voucher, two things. Every answer is a whole number of pounds.
@@ -20,7 +21,7 @@ from ..quickstart import products
 from ..quickstart.compose import write_files
 from ..quickstart.products import Product
 
-COUNTS = {"demos": 400, "prompts": 600, "eval_prompts": 200}
+COUNTS = {"demos": 400, "prompts": 600, "eval_prompts": 300, "new_sums": 200}
 SEED = 20251
 
 _ONES = [
@@ -201,13 +202,14 @@ def demo(question: Question) -> Row:
 
 
 def compose() -> dict[str, list[Row]]:
-    """All rows of the three files, by name."""
+    """All rows of the four files, by name."""
     author = Author(SEED)
-    held = author.questions(COUNTS["eval_prompts"], products.HELD_OUT, keep_out=True)
+    held = author.questions(COUNTS["new_sums"], products.HELD_OUT, keep_out=True)
     out = {
         "demos": [demo(each) for each in author.questions(COUNTS["demos"], products.TRAIN)],
         "prompts": [row(each) for each in author.questions(COUNTS["prompts"], products.TRAIN)],
-        "eval_prompts": [row(each) for each in held],
+        "eval_prompts": [row(each) for each in author.questions(COUNTS["eval_prompts"], products.HELD_OUT)],
+        "new_sums": [row(each) for each in held],
     }
     for rows in out.values():
         author.rng.shuffle(rows)
@@ -215,7 +217,7 @@ def compose() -> dict[str, list[Row]]:
 
 
 def write(folder: Path) -> None:
-    """Writes the three files into `folder`."""
+    """Writes the files into `folder`."""
     write_files(folder, compose())
 
 

@@ -13,6 +13,7 @@ from preftune.data.quickstart import products
 from preftune.data.totals.compose import in_words, several, write
 
 FOLDER = Path(totals.__file__).parent
+FILES = ("demos", "prompts", "eval_prompts", "new_sums")
 NAMES = {in_words(number): number for number in range(100)}
 
 
@@ -43,7 +44,8 @@ def total(prompt: str) -> int:
     [
         ("demos", 400, {"prompt", "completion", "answer"}),
         ("prompts", 600, {"prompt", "answer"}),
-        ("eval_prompts", 200, {"prompt", "answer"}),
+        ("eval_prompts", 300, {"prompt", "answer"}),
+        ("new_sums", 200, {"prompt", "answer"}),
     ],
 )
 def test_counts_and_columns(name: str, count: int, keys: set[str]) -> None:
@@ -53,11 +55,11 @@ def test_counts_and_columns(name: str, count: int, keys: set[str]) -> None:
 
 def test_generator_writes_the_same_bytes(tmp_path: Path) -> None:
     write(tmp_path)
-    for name in ("demos", "prompts", "eval_prompts"):
+    for name in FILES:
         assert (tmp_path / f"{name}.jsonl").read_bytes() == (FOLDER / f"{name}.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("name", ["demos", "prompts", "eval_prompts"])
+@pytest.mark.parametrize("name", FILES)
 def test_every_answer_is_what_the_question_asks_for(name: str) -> None:
     for row in rows(name):
         assert int(row["answer"]) == total(row["prompt"]) > 0, row
@@ -72,11 +74,11 @@ def test_demonstrations_count_out_and_end_with_the_answer() -> None:
 
 
 def test_no_question_comes_twice() -> None:
-    prompts = [row["prompt"] for name in ("demos", "prompts", "eval_prompts") for row in rows(name)]
+    prompts = [row["prompt"] for name in FILES for row in rows(name)]
     assert max(Counter(prompts).values()) == 1
 
 
-def test_evaluation_sums_and_products_are_in_no_training_file() -> None:
+def test_new_sums_are_in_no_other_file_and_evaluation_products_in_no_training_file() -> None:
     def kind(prompt: str) -> str:
         said = ("voucher", "deliver", " each", "pounds")
         return next((word for word in said if word in prompt), "both")
@@ -84,7 +86,7 @@ def test_evaluation_sums_and_products_are_in_no_training_file() -> None:
     def sums(name: str) -> set[tuple[object, ...]]:
         return {(kind(row["prompt"]), *numbers(row["prompt"])) for row in rows(name)}
 
-    assert not sums("eval_prompts") & (sums("demos") | sums("prompts"))
+    assert not sums("new_sums") & (sums("demos") | sums("prompts") | sums("eval_prompts"))
     trained = " ".join(row["prompt"] for name in ("demos", "prompts") for row in rows(name))
     for product in products.HELD_OUT:
         assert not re.search(rf"\b{re.escape(product.name)}\b", trained), product
