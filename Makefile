@@ -6,11 +6,15 @@ BIN := $(VENV)/bin
 # Bytecode of all that is installed takes longer than the rest, and a run needs little of it: that is made by an import.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 
-.PHONY: quickstart test docs test-latest mutations gpu-check gpu-wheels format clean
+.PHONY: quickstart grpo-quickstart test docs test-latest mutations gpu-check gpu-wheels format clean
 
 quickstart: $(VENV)/.runtime
 	$(BIN)/preftune run quickstart
 	@echo "Open runs/quickstart/report.html in a browser."
+
+grpo-quickstart: $(VENV)/.runtime
+	$(BIN)/preftune run grpo-quickstart
+	@echo "Open runs/grpo-quickstart/report.html in a browser."
 
 test: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""How much reward for how much KL: PPO, GRPO, RLOO, DPO and best of n on the quickstart task, with a reward that is known.
+"""How much reward for how much KL: PPO, GRPO, RLOO, DPO and best of n on the quickstart task, with a known reward.
 
     preftune run quickstart --until reward --output-dir runs/longer data.demos.limit=600 data.pairs.limit=480 \\
         stages.sft.train.learning_rate=2e-4
@@ -6,8 +6,8 @@
 
 The reward is the rubric itself, so nothing can be gained by fooling a reward model. PPO is rewarded with it and held to
 KL targets over a decade by the adaptive controller, GRPO and RLOO by their beta, with as many episodes; best of n picks
-by it; DPO learns from the shipped pairs, whose better side passes more of it. All start from the same SFT policy and are
-measured on the same prompts. `--only GRPO RLOO` measures these and keeps the other points of the file.
+by it; DPO learns from the shipped pairs, whose better side passes more of it. All start from the same SFT policy and
+are measured on the same prompts. `--only GRPO RLOO` measures these and keeps the other points of the file.
 """
 
 import argparse
@@ -26,7 +26,7 @@ KL_TARGETS = (1, 3, 10)
 BETAS = (0.03, 0.1, 0.3, 1.0)
 BEST_OF = 16
 GROUP_BETAS = {"GRPO": (0.01, 0.04, 0.2), "RLOO": (0.03, 0.1, 0.3)}
-"""GRPO's beta counts by the token against advantages of one standard deviation, RLOO's by the reply against the reward."""
+"""GRPO's beta counts by the token, against advantages of one standard deviation; RLOO's by the reply and reward."""
 KL_TICKS = (0, 0.2, 0.5, 1, 2, 4, 6, 8, 10)
 REWARD = '[{function: "preftune.benchmarks.quick:rubric_scores"}]'
 GROUP = (
@@ -65,7 +65,10 @@ def _trials(seed: int) -> list[Trial]:
         # the coefficient starts about where the target wants it; nine iterations are few for the controller alone
         Trial(
             "ppo",
-            (f"stages.ppo.reward={REWARD}", f"stages.ppo.kl={{coef: {0.3 / target:.3f}, target: {target}, horizon: 64}}"),
+            (
+                f"stages.ppo.reward={REWARD}",
+                f"stages.ppo.kl={{coef: {0.3 / target:.3f}, target: {target}, horizon: 64}}",
+            ),
             seed,
             name=f"PPO, target {target}",
         )

@@ -50,6 +50,11 @@ class GroupConfig(GroupSettings, OnPolicyConfig):
     def measures_kl(self) -> bool:
         return self.kl_factor() != 0
 
+    def first_step_measures(self) -> bool:
+        """One step takes the whole rollout, and no reward has a KL in it: nothing needs the old policy's log-probs
+        before that step's own forward gives them."""
+        return self.num_mini_batches == 1 and not (self.kl_in_reward and self.measures_kl())
+
     def samples_per_prompt(self) -> int:
         return self.num_generations
 
@@ -118,22 +123,22 @@ class GroupMethod:
         return [(self.policy, self.config.learning_rate)]
 
     @torch.no_grad()
-    def forwards(self, episodes: Episodes) -> Forwards:
+    def forwards(self, episodes: Episodes, *, old: bool = True) -> Forwards:
         """Under the policy, and where a KL is asked for under the reference; a group's prompt is laid out once."""
-        trunk, adapters, device = self.trunk, self.trunk.adapters, episodes.start_B.device
-        roles = (DEFAULT, REF) if self.config.measures_kl() else (DEFAULT,)
-        out = [torch.zeros(episodes.mask_BR.shape, device=device) for _ in range(1 + len(roles))]
-        for rows in trunk.batches(episodes, self._group_of(episodes)):
-            part, found = episodes.rows(rows), []
+        trunk, adapters, mask_BR = self.trunk, self.trunk.adapters, episodes.mask_BR
+        roles = [*([DEFAULT] if old else []), *([REF] if self.config.measures_kl() else [])]
+        unknown_BR = torch.zeros(mask_BR.shape, device=mask_BR.device).masked_fill(mask_BR, torch.nan)
+        logps = {role: unknown_BR.clone() for role in roles}
+        entropies = {role: unknown_BR.clone() for role in roles}
+        for rows in trunk.batches(episodes, self._group_of(episodes)) if roles else ():
+            part, here = episodes.rows(rows), to_device(rows, mask_BR.device)
             for role in roles:
                 with adapters.using(role):
-                    found.append(trunk.logprobs(trunk.hidden(part), part))
-            here = to_device(rows, device)
-            own = (found[0].entropy_BR, *(each.logps_BR for each in found))
-            for whole_BR, own_BR in zip(out, own, strict=True):
-                whole_BR[here, : own_BR.shape[1]] = own_BR
-        entropy_BR, logps_BR, *ref_BR = out
-        return Forwards(logps_BR, ref_BR[0] if ref_BR else None, entropy_BR)
+                    found = trunk.logprobs(trunk.hidden(part), part)
+                logps[role][here, : found.logps_BR.shape[1]] = found.logps_BR
+                entropies[role][here, : found.entropy_BR.shape[1]] = found.entropy_BR
+        # two tensors, which the first step fills
+        return Forwards(logps.get(DEFAULT, unknown_BR.clone()), logps.get(REF), entropies.get(DEFAULT, unknown_BR))
 
     def _group_of(self, episodes: Episodes) -> int:
         """Rows that answer one prompt; 1 where they do not come in groups (held-out prompts are answered once)."""
@@ -168,6 +173,7 @@ class GroupMethod:
             forwards.ref_logps_BR,
             torch.where(episodes.mask_BR, advantages_B[:, None], 0.0),
             scores.total_B,
+            entropy_BR=forwards.entropy_BR if self.config.first_step_measures() else None,
         )
 
     def rollout_metrics(self, rollout: Rollout) -> dict[str, float]:
@@ -183,6 +189,10 @@ class GroupMethod:
         # Backward inside `using`: recomputed layers must meet the adapter of the forward.
         with trunk.adapters.using(DEFAULT):
             now = trunk.logprobs(trunk.hidden(episodes), episodes)
+            if step.measures:
+                assert part.entropy_BR is not None
+                part.logps_BR.copy_(now.logps_BR.detach())
+                part.entropy_BR.copy_(now.entropy_BR.detach())
             loss, sums = self.loss(now.logps_BR, part, counted_BR, step)
             loss.backward()
         ratio = ratio_sums(torch.where(mask_BR, now.logps_BR - part.logps_BR, 0.0), mask_BR)

@@ -41,6 +41,10 @@ class GRPOConfig(GRPOSettings, GroupConfig):
     def kl_factor(self) -> float:
         return self.beta
 
+    def first_step_measures(self) -> bool:
+        # which tokens train is said by all entropies of a rollout
+        return super().first_step_measures() and self.top_entropy_quantile == 1
+
     def _check_method(self) -> None:
         if self.loss_type == "cispo" and self.epsilon_high is None:
             raise ValueError(
@@ -96,7 +100,7 @@ class GRPO(GroupMethod):
             cispo=config.loss_type == "cispo",
         )
         terms_BR, kl = found.terms_BR, torch.zeros((), device=logps_BR.device)
-        if part.entropy_BR is not None:
+        if config.top_entropy_quantile < 1 and part.entropy_BR is not None:
             terms_BR = torch.where(part.entropy_BR >= self._threshold(step.rollout), terms_BR, 0.0)
         if part.ref_logps_BR is not None:
             weights = weights_BX if config.use_bias_correction_kl else None

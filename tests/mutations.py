@@ -392,6 +392,14 @@ MUTATIONS += [
         "torch.quantile(entropy_N, 1 - self.config", "torch.quantile(entropy_N, self.config",
     ),
     Mutation(
+        "G18", "log-probs and entropies are one tensor", "stages/groups.py",
+        "logps.get(DEFAULT, unknown_BR.clone())", "logps.get(DEFAULT, unknown_BR)",
+    ),
+    Mutation(
+        "G18", "several steps leave it to the first", "stages/groups.py",
+        "self.num_mini_batches == 1 and not", "not",
+    ),
+    Mutation(
         "S1", "a checkpoint's pickle is read whole", "models/pickles.py", "weights_only=True", "weights_only=False"
     ),
     Mutation(

@@ -121,6 +121,11 @@ class OnPolicyConfig(OnPolicySettings, TrainingArguments):
         """Whether there is a reference."""
         return True
 
+    def first_step_measures(self) -> bool:
+        """Whether the old policy's log-probs are those that an iteration's first step computes anyway, which spares a
+        forward."""
+        return False
+
     def samples_per_prompt(self) -> int:
         """Replies to each prompt of an iteration."""
         return 1

@@ -31,6 +31,9 @@ class Forwards:
     logps_BR, ref_logps_BR: log-probs under old policy and reference; None where no KL is measured.
     entropy_BR: the old policy's.
     values_BR: V(s_t), s_t being everything before token t; None of a method without a value.
+
+    Where the old policy's are left to the first step (`OnPolicyConfig.first_step_measures`), its two are NaN within the
+    mask, so that nothing can be made of them before.
     """
 
     logps_BR: torch.Tensor
@@ -45,6 +48,7 @@ class Step:
 
     rows, tokens: of the step, over all processes; finished_tokens: those of responses that ended in EOS.
     rollout: of all processes, whose minibatch the step is. rollout_tokens, rollout_finished_tokens: of it, the same.
+    measures: this step's forward gives the rollout the old policy's log-probs and entropies.
     """
 
     rows: float
@@ -53,9 +57,10 @@ class Step:
     rollout: Rollout
     rollout_tokens: float
     rollout_finished_tokens: float
+    measures: bool = False
 
     @classmethod
-    def of(cls, rollout: Rollout, rows: torch.Tensor, reduce: Reduce) -> "Step":
+    def of(cls, rollout: Rollout, rows: torch.Tensor, reduce: Reduce, *, measures: bool = False) -> "Step":
         """The step that takes the rows `rows` of this process, and others' rows of others."""
         lengths_B, finished_B = rollout.episodes.length_B, rollout.episodes.finished_B
         here = to_device(rows, lengths_B.device)
@@ -65,7 +70,7 @@ class Step:
         step = reduce(torch.stack(own).double(), "sum")
         # asked for at once: a GPU is waited for
         counts = torch.cat([step, torch.stack(whole).double()]).tolist()
-        return cls(counts[0], counts[1], counts[2], rollout, counts[3], counts[4])
+        return cls(counts[0], counts[1], counts[2], rollout, counts[3], counts[4], measures)
 
 
 class Method(Protocol):
@@ -89,8 +94,9 @@ class Method(Protocol):
         """The optimiser's groups."""
         ...
 
-    def forwards(self, episodes: Episodes) -> Forwards:
-        """Step 4: log-probs (and values) of a rollout; changes nothing."""
+    def forwards(self, episodes: Episodes, *, old: bool = True) -> Forwards:
+        """Step 4: log-probs (and values) of a rollout; changes nothing. Without `old` those of the old policy are left
+        to the first step."""
         ...
 
     def rollout(self, episodes: Episodes, forwards: Forwards, rewards_BR: torch.Tensor, scores: Scores) -> Rollout:
@@ -102,7 +108,8 @@ class Method(Protocol):
         ...
 
     def backward(self, part: Rollout, step: Step, kl_coef: float) -> torch.Tensor:
-        """Step 6: backward of one micro-batch of the step; its sums in `statistics`' order."""
+        """Step 6: backward of one micro-batch of the step; its sums in `statistics`' order. Where the step `measures`,
+        what its forward found is written into `part`."""
         ...
 
     def update_metrics(self, mean: dict[str, float]) -> dict[str, float]:
@@ -203,15 +210,16 @@ class PPO:
         return [(self.policy, rate), (self.value, rate if value_rate is None else value_rate)]
 
     @torch.no_grad()
-    def forwards(self, episodes: Episodes) -> Forwards:
-        """In micro-batches of like length."""
+    def forwards(self, episodes: Episodes, *, old: bool = True) -> Forwards:
+        """In micro-batches of like length. Rewards and advantages need the old policy's."""
+        assert old
         trunk, adapters, device = self.trunk, self.trunk.adapters, episodes.start_B.device
         out = [torch.zeros(episodes.mask_BR.shape, device=device) for _ in range(4)]
         for rows in trunk.batches(episodes):
             part = episodes.rows(rows)
             with adapters.using(DEFAULT):
                 hidden_BTH = trunk.hidden(part)
-                old = trunk.logprobs(hidden_BTH, part)
+                policy = trunk.logprobs(hidden_BTH, part)
                 values_BR = trunk.values(hidden_BTH, part) if self.shared else None
             with adapters.using(REF):
                 ref = trunk.logprobs(trunk.hidden(part), part)
@@ -219,7 +227,9 @@ class PPO:
                 with adapters.using(VALUE):
                     values_BR = trunk.values(trunk.hidden(part), part)
             here = to_device(rows, device)
-            for whole_BR, own_BR in zip(out, (old.logps_BR, ref.logps_BR, old.entropy_BR, values_BR), strict=True):
+            for whole_BR, own_BR in zip(
+                out, (policy.logps_BR, ref.logps_BR, policy.entropy_BR, values_BR), strict=True
+            ):
                 whole_BR[here, : own_BR.shape[1]] = own_BR
         return Forwards(*out)
 

@@ -281,6 +281,12 @@ class Rollout:
         cut |= {name: x[here, :r] if x.dim() > 1 else x[here] for name, x in self._own().items()}
         return Rollout(episodes, **cut)
 
+    def measured(self, index: torch.Tensor, part: "Rollout") -> None:
+        """Take the old policy's log-probs and entropies of these rows from `part`, which `rows` gave."""
+        assert self.entropy_BR is not None and part.entropy_BR is not None
+        here, r = to_device(index, self.scores_B.device), part.logps_BR.shape[1]
+        self.logps_BR[here, :r], self.entropy_BR[here, :r] = part.logps_BR, part.entropy_BR
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """Flat, for a checkpoint."""
         return self._own() | {f"episodes.{f.name}": getattr(self.episodes, f.name) for f in fields(self.episodes)}

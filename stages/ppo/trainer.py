@@ -12,6 +12,7 @@ import random
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,16 @@ from .update import (
 )
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """What is logged of a fresh rollout of this process besides itself. seconds: by what they were spent on."""
+
+    prompts: Prompts
+    texts: list[str]
+    non_score_BR: torch.Tensor
+    seconds: dict[str, float]
 
 
 class OnPolicyTrainer(Resumable):
@@ -177,6 +188,7 @@ class OnPolicyTrainer(Resumable):
         self._build_roles(sources)
         self.loop = LoopState(kl_coef=args.kl_control().value)
         self.rollout: Rollout | None = None
+        self.fresh: Fresh | None = None  # of a rollout whose first step measures the old policy's log-probs
         self.episodes, self.tokens = 0, 0.0
         self.evaluate_seconds = 0.0
         self.skips = Skips()
@@ -305,10 +317,11 @@ class OnPolicyTrainer(Resumable):
         scored = time.perf_counter()
 
         # 4. Log-probs of old policy and reference; the KL penalty goes into the rewards, token by token.
-        forwards = self.method.forwards(episodes)
+        later = args.first_step_measures()
+        forwards = self.method.forwards(episodes, old=not later)
         release_free_memory()
         logps_BR, ref_logps_BR = forwards.logps_BR, forwards.ref_logps_BR
-        delta_BR = torch.zeros_like(logps_BR) if ref_logps_BR is None else logps_BR - ref_logps_BR
+        delta_BR = torch.zeros_like(logps_BR) if later or ref_logps_BR is None else logps_BR - ref_logps_BR
         coef = loop.kl_coef if args.kl_in_reward else 0.0
         rewards_BR, non_score_BR = token_rewards(delta_BR, scores.total_B, episodes.mask_BR, coef)
 
@@ -316,7 +329,12 @@ class OnPolicyTrainer(Resumable):
         rollout = self.method.rollout(episodes, forwards, rewards_BR, scores)
 
         times = {"rollout": generated - began, "score": scored - generated, "forward": time.perf_counter() - scored}
-        self._log_rollout(rollout, prompts, texts, non_score_BR, forwards.entropy_BR, times)
+        loop.totals, loop.slot, loop.stopped, loop.log_due, loop.eval_due = {}, 0, False, False, False
+        fresh = Fresh(prompts, texts, non_score_BR, times)
+        if later:
+            self.fresh = fresh
+        else:
+            self._log_rollout(rollout, fresh, forwards.entropy_BR)
         return gathered(rollout)
 
     def _drawn(self, done: int) -> None:
@@ -325,25 +343,16 @@ class OnPolicyTrainer(Resumable):
             if isinstance(each, ProgressBar):
                 each.drawing(self.state.global_step, done, self.args.local_rollout_size())
 
-    def _log_rollout(
-        self,
-        rollout: Rollout,
-        prompts: Prompts,
-        texts: list[str],
-        non_score_BR: torch.Tensor,
-        entropy_BR: torch.Tensor,
-        seconds: dict[str, float],
-    ) -> None:
-        """Measure the fresh rollout and write some of it; the loop stands before its first minibatch."""
+    def _log_rollout(self, rollout: Rollout, fresh: Fresh, entropy_BR: torch.Tensor) -> None:
+        """Measure this process' fresh rollout and write some of it, before anything is learned from it."""
         args, loop = self.args, self.loop
-        metrics = rollout_metrics(rollout, non_score_BR, entropy_BR, self.reduce, args.rollout_batch_size)
+        metrics = rollout_metrics(rollout, fresh.non_score_BR, entropy_BR, self.reduce, args.rollout_batch_size)
         metrics |= self.method.rollout_metrics(rollout)
         metrics["objective/kl_coef"] = loop.kl_coef
         tokens = metrics["rollout/length"] * args.rollout_batch_size
-        metrics["rollout/tokens_per_second"] = tokens / seconds["rollout"]
-        metrics |= {f"time/{name}": spent for name, spent in seconds.items()}
-        loop.metrics, loop.totals = metrics, {}
-        loop.slot, loop.stopped, loop.log_due, loop.eval_due = 0, False, False, False
+        metrics["rollout/tokens_per_second"] = tokens / fresh.seconds["rollout"]
+        metrics |= {f"time/{name}": spent for name, spent in fresh.seconds.items()}
+        loop.metrics = metrics
         self.episodes += args.rollout_batch_size
         self.tokens += tokens
         asked, low = args.mismatch_tolerance, self._tolerance() != FULL_TOLERANCE
@@ -351,7 +360,7 @@ class OnPolicyTrainer(Resumable):
         if loop.iteration == 0 and self.own_reference:
             check_reference(rollout, self._tolerance())
             self.own_reference = False  # a second `train` starts where the first one ended
-        self.samples.write(loop.iteration, sample_rows(prompts, texts, rollout, args.num_log_samples))
+        self.samples.write(loop.iteration, sample_rows(fresh.prompts, fresh.texts, rollout, args.num_log_samples))
 
     def _minibatch_epochs(self, rollout: Rollout) -> None:
         """The optimiser steps that the iteration still has to make."""
@@ -387,7 +396,13 @@ class OnPolicyTrainer(Resumable):
         group = self.method.samples_per_prompt
         rows = minibatches(len(rollout.episodes), args.num_mini_batches, seed, group)[place]
         rows = own_share(rows, rollout, args.process_index, args.world_size, group)
-        report = self.updater.gradients(rollout, rows, loop.kl_coef)
+        fresh, self.fresh = self.fresh, None
+        report = self.updater.gradients(rollout, rows, loop.kl_coef, measures=fresh is not None)
+        if fresh is not None:
+            assert rollout.entropy_BR is not None
+            own = rollout if args.world_size == 1 else rollout.rows(self._local_rows())
+            assert own.entropy_BR is not None
+            self._log_rollout(own, fresh, own.entropy_BR)
         if not report.finite and not self.skips.take():
             which = f"minibatch {slot + 1} of iteration {loop.iteration + 1} (prompts {self._prompts_of(rows)})"
             worst = max(report.norms.values())
@@ -410,6 +425,11 @@ class OnPolicyTrainer(Resumable):
         for parameter in self.trainables.values():
             parameter.grad = None
         add_report(loop.totals, report, time.perf_counter() - began)
+
+    def _local_rows(self) -> torch.Tensor:
+        """Which rows of the gathered rollout this process drew."""
+        local = self.args.local_rollout_size()
+        return torch.arange(local) + self.args.process_index * local
 
     def _prompts_of(self, rows: torch.Tensor) -> str:
         """The prompts of some episodes, by their places in the data, for a message."""

@@ -58,8 +58,9 @@ class Updater:
     def __init__(self, config: OnPolicyConfig, method: Method, reduce: Reduce) -> None:
         self.config, self.method, self.reduce = config, method, reduce
 
-    def gradients(self, rollout: Rollout, rows: torch.Tensor, kl_coef: float) -> StepReport:
-        """Fill the gradients of the minibatch `rows` of this process, reduced over processes and clipped.
+    def gradients(self, rollout: Rollout, rows: torch.Tensor, kl_coef: float, *, measures: bool = False) -> StepReport:
+        """Fill the gradients of the minibatch `rows` of this process, reduced over processes and clipped; where it
+        `measures`, the rollout's log-probs and entropies under the old policy as well.
 
         `stop`: the new policy has left the old one by more than 1.5 x target_approx_kl per token. `skip`: the mean
         ratio is above max_ratio, or a gradient is not finite. Both are decided on global numbers, so processes agree.
@@ -67,12 +68,19 @@ class Updater:
         config, method = self.config, self.method
         for parameter in method.trainables.values():
             parameter.grad = None
-        step = Step.of(rollout, rows, self.reduce)
+        step = Step.of(rollout, rows, self.reduce, measures=measures)
         tokens = step.tokens
         sums = torch.zeros(len(method.statistics), dtype=torch.float64, device=rollout.scores_B.device)
         size, group = config.per_device_train_batch_size, method.samples_per_prompt
         for part in micro_batches(rollout.episodes, rows, size, group):
-            sums += method.backward(rollout.rows(part), step, kl_coef)
+            own = rollout.rows(part)
+            sums += method.backward(own, step, kl_coef)
+            if measures:
+                rollout.measured(part, own)
+        if measures and config.world_size > 1:
+            for each in (rollout.logps_BR, rollout.entropy_BR):
+                assert each is not None
+                each.copy_(self.reduce(each.nan_to_num(0.0), "sum"))  # those of other processes are unknown here
         sums = self.reduce(sums, "sum").cpu()
         self._reduce_gradients()
         norms = method.clip(self._clip)

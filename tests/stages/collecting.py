@@ -33,6 +33,8 @@ def collect(trainer: OnPolicyTrainer, iteration: int = 0, kl_coef: float | None 
     own_reference, trainer.own_reference = trainer.own_reference, False
     with (
         patch.object(trainer, "_minibatch_epochs"),
+        # there is no first step that would measure
+        patch.object(trainer.args, "first_step_measures", lambda: False),
         patch.object(trainer.samples, "write", lambda _, rows: samples.extend(rows)),
     ):
         trainer._iteration()

@@ -332,3 +332,53 @@ def test_the_names_of_statistics_and_their_sums_agree(tmp_path: Path, caplog: py
         assert report.mean("ratio") == pytest.approx(1.0, abs=1e-6)
         assert report.mean("counted") == 1.0
     assert not [each for each in caplog.records if each.levelno > logging.WARNING]
+
+
+@pytest.mark.checklist("G18")
+@pytest.mark.parametrize(("kind", "beta"), [("grpo", 0.0), ("grpo", 0.1), ("rloo", 0.0)])
+def test_g18_the_first_step_measures_what_a_forward_of_its_own_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, beta: float
+) -> None:
+    options: dict[str, Any] = {"num_mini_batches": 1, "beta": beta, "total_episodes": 24, "learning_rate": 1e-2}
+    asked: list[bool] = []
+    forwards = MADE[kind][1].build_method
+
+    def listen(self: Any, *args: Any) -> Any:
+        method = forwards(self, *args)
+        true = method.forwards
+        method.forwards = lambda episodes, *, old=True: (asked.append(old), true(episodes, old=old))[1]
+        return method
+
+    monkeypatch.setattr(MADE[kind][1], "build_method", listen)
+    found = []
+    for early in (False, True):
+        made = make(tmp_path / str(early), kind, tiny(strength=0.2), **options)
+        if early:
+            monkeypatch.setattr(made.args, "first_step_measures", lambda: False)
+        made.train()
+        found.append((made.state.log_history, {name: p.detach().clone() for name, p in made.trainables.items()}))
+    assert asked == [False] * 3 + [True] * 3
+    (later, adapter), (early, other) = found
+    for one, two in zip(later[:-1], early[:-1], strict=True):
+        same = {name for name in one if not name.startswith("time/") and "per_second" not in name}
+        assert {name: one[name] for name in same} == pytest.approx({name: two[name] for name in same}, abs=1e-5)
+    # a step is 1e-2 wide; a forward with gradients rounds otherwise than one without
+    for name, weight in adapter.items():
+        torch.testing.assert_close(weight, other[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.checklist("G18")
+@pytest.mark.parametrize(
+    ("kind", "options", "measures"),
+    [
+        ("grpo", {"beta": 0.1}, True),
+        ("grpo", {"num_mini_batches": 2}, False),
+        ("grpo", {"top_entropy_quantile": 0.5}, False),
+        ("rloo", {"beta": 0.0}, True),
+        ("rloo", {"beta": 0.1}, False),
+    ],
+)
+def test_g18_it_measures_only_where_nothing_asks_before(
+    tmp_path: Path, kind: str, options: dict[str, Any], measures: bool
+) -> None:
+    assert make(tmp_path, kind, **{"num_mini_batches": 1} | options).args.first_step_measures() is measures
