@@ -33,6 +33,7 @@ PROMPTS, GENERATIONS, NEW, LONGEST, TEMPERATURE, SEED = 16, 8, 64, 128, 0.7, 42
 EPISODES = PROMPTS * GENERATIONS
 OURS = "ours"
 PEER: dict[str, dict[str, Any]] = {
+    "trl 4": {"per_device_train_batch_size": 4},
     "trl 8": {"per_device_train_batch_size": 8},
     "trl 32": {"per_device_train_batch_size": 32},
     "trl 128": {"per_device_train_batch_size": 128},

@@ -3,7 +3,7 @@
 demos.jsonl         400 {prompt, completion, answer}; each completion counts it out and ends with the total
 prompts.jsonl       600 {prompt, answer}
 eval_prompts.jsonl  300 {prompt, answer}; new questions about products that no training file has
-new_sums.jsonl      200 {prompt, answer}; the same, and none of their sums is in another file
+new_sums.jsonl      100 {prompt, answer}; the same, and none of their sums is in another file
 
 A question is the sum of two amounts, written in words, or an order: so many of a thing at a price, a thing with its
 delivery or less a voucher, two things. Every answer is a whole number of pounds.
@@ -21,7 +21,7 @@ from ..quickstart import products
 from ..quickstart.compose import write_files
 from ..quickstart.products import Product
 
-COUNTS = {"demos": 400, "prompts": 600, "eval_prompts": 300, "new_sums": 200}
+COUNTS = {"demos": 400, "prompts": 600, "eval_prompts": 300, "new_sums": 100}
 SEED = 20251
 
 _ONES = [
@@ -92,7 +92,7 @@ def _plural(noun: str) -> str:
 
 def words(rng: Random, _: Sequence[Product]) -> Question:
     """Two amounts in words."""
-    a, b = rng.randint(11, 59), rng.randint(3, 39)
+    a, b = rng.randint(5, 30), rng.randint(3, 20)
     text = rng.choice(
         (
             "{A} pounds and {b} pounds: how much?",
@@ -105,7 +105,7 @@ def words(rng: Random, _: Sequence[Product]) -> Question:
 
 def each(rng: Random, sold: Sequence[Product]) -> Question:
     """So many at a price."""
-    number, price, what = rng.randint(2, 6), rng.randint(6, 30), rng.choice(sold)
+    number, price, what = rng.randint(2, 6), rng.randint(3, 18), rng.choice(sold)
     text = rng.choice(
         (
             "I'd like {many}. They are £{price} each. What do I pay?",
@@ -119,7 +119,7 @@ def each(rng: Random, sold: Sequence[Product]) -> Question:
 
 def delivered(rng: Random, sold: Sequence[Product]) -> Question:
     """So many at a price, and delivery."""
-    number, price, delivery, what = rng.randint(2, 4), rng.randint(6, 20), rng.randint(2, 9), rng.choice(sold)
+    number, price, delivery, what = rng.randint(2, 4), rng.randint(3, 12), rng.randint(2, 6), rng.choice(sold)
     text = rng.choice(
         (
             "I'm ordering {many} at £{price} each, and delivery is £{delivery}. What does it come to?",
@@ -134,7 +134,7 @@ def delivered(rng: Random, sold: Sequence[Product]) -> Question:
 
 def voucher(rng: Random, sold: Sequence[Product]) -> Question:
     """A price less a voucher."""
-    price, off, what = rng.randint(25, 95), rng.randint(4, 20), rng.choice(sold)
+    price, off, what = rng.randint(12, 40), rng.randint(2, 10), rng.choice(sold)
     text = rng.choice(
         (
             "I want {a} for £{price} and have a voucher for £{off}. What's left to pay?",
@@ -149,7 +149,7 @@ def voucher(rng: Random, sold: Sequence[Product]) -> Question:
 def both(rng: Random, sold: Sequence[Product]) -> Question:
     """Two things."""
     a, b = rng.sample(list(sold), 2)
-    first, second = rng.randint(11, 69), rng.randint(5, 39)
+    first, second = rng.randint(5, 30), rng.randint(3, 20)
     text = rng.choice(
         (
             "I'm buying {a} for £{first} and {b} for £{second}. How much altogether?",

@@ -45,7 +45,7 @@ def total(prompt: str) -> int:
         ("demos", 400, {"prompt", "completion", "answer"}),
         ("prompts", 600, {"prompt", "answer"}),
         ("eval_prompts", 300, {"prompt", "answer"}),
-        ("new_sums", 200, {"prompt", "answer"}),
+        ("new_sums", 100, {"prompt", "answer"}),
     ],
 )
 def test_counts_and_columns(name: str, count: int, keys: set[str]) -> None:
