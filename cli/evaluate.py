@@ -93,11 +93,14 @@ def winrate(
         return 0
     if run is None:
         raise UserError("eval winrate", "neither a run folder nor --annotations nor --votes", "give one of them")
-    _, spec = _open(run, overrides, policies)
+    recipe, spec = _open(run, overrides, policies)
     from ..eval.commands import eval_winrate
+    from .commands import say_self_judged
+    from .output import Output
 
     rows = eval_winrate(spec, run)
     _print(rows, json)
+    say_self_judged(recipe, rows, run, Output(json))
     return _say_silence(rows)
 
 

@@ -340,6 +340,9 @@ class OnPolicyTrainer(Resumable):
         metrics |= self.method.rollout_metrics(rollout)
         metrics["objective/kl_coef"] = loop.kl_coef
         tokens = metrics["rollout/length"] * args.rollout_batch_size
+        read = self.reduce(rollout.episodes.start_B.sum().double(), "sum")
+        self.state.num_input_tokens_seen += round(float(read) + tokens)
+        metrics["num_tokens"] = float(self.state.num_input_tokens_seen)
         metrics["rollout/tokens_per_second"] = tokens / seconds["rollout"]
         metrics |= {f"time/{name}": spent for name, spent in seconds.items()}
         loop.metrics, loop.totals = metrics, {}
@@ -433,6 +436,8 @@ class OnPolicyTrainer(Resumable):
             loop.eval_due |= self.control.should_evaluate
         if loop.log_due:
             found = loop.metrics | update_metrics(loop.totals, self.method)
+            spent = sum(found[f"time/{part}"] for part in ("rollout", "score", "forward", "update"))
+            found["step_time"] = spent / loop.totals["steps"]
             self.log({**found, **self.skips.said(), "episode": loop.iteration * args.rollout_batch_size})
         if loop.eval_due:
             self.evaluate()

@@ -161,7 +161,7 @@ def compare(
     for name, gradient in gradients.items():
         torch.testing.assert_close(own[name], gradient, rtol=0, atol=TOLERANCE * norm, msg=name)
     logged = ours.loop.metrics | ours.method.update_metrics(
-        {name: report.mean(name) for name in ours.method.statistics}
+        {name: report.mean(name) for name in ours.method.statistics} | report.largest
     )
     return logged, {name: values[-1] for name, values in other._metrics["train"].items()}
 
