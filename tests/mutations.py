@@ -20,7 +20,9 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("data", "models", "stages", "eval", "recipes", "cli", "api", "benchmarks", "tests")
-SEVERAL_PROCESSES = ("test_ppo_distributed.py", "test_ppo_resume.py", "test_group_processes.py")
+SEVERAL_PROCESSES = (
+    *("test_ppo_distributed.py", "test_ppo_resume.py", "test_group_processes.py", "test_reward_processes.py"),
+)
 
 
 class Mutation(NamedTuple):
@@ -501,6 +503,10 @@ MUTATIONS += [
         '        if self.on_failure == "stop":', "        if False:",
     ),
     Mutation(
+        "W8", "the others wait for a first process that has failed", "stages/processes.py",
+        "            except UserError as error:\n", "            except AssertionError as error:\n",
+    ),
+    Mutation(
         "W9", "a server may give more scores than replies", "stages/scorers/http_scores.py",
         "if len(scores) != count:", "if len(scores) < count:",
     ),
@@ -582,6 +588,10 @@ MUTATIONS += [
         "W14", "equal replies are asked about each time", "stages/scorers/http_scores.py",
         "        keys = [self._key(each) for each in asked]\n",
         "        keys = [f\"{self._key(each)}{place}\" for place, each in enumerate(asked)]\n",
+    ),
+    Mutation(
+        "W14", "each process asks by itself", "stages/ppo/rewards.py",
+        "these.count > 1 and source.kind in SERVERS", "False",
     ),
     Mutation(
         "W15", "a busy server is not asked again", "stages/scorers/posting.py",

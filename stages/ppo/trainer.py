@@ -47,6 +47,8 @@ from ..checkpoints import Progress, Resumable, checkpoints, continuing, log_byte
 from ..finite import Skips, not_finite
 from ..losses import token_rewards
 from ..options import one_device
+from ..processes import Processes
+from ..scorers.asked_once import SERVERS
 from .config import OnPolicyConfig, PPOConfig
 from .evaluation import HeldOut
 from .files import (
@@ -205,6 +207,7 @@ class OnPolicyTrainer(Resumable):
             self.trunk,
             self.tokenizer,
             device=args.device,
+            these=Processes.all() if args.world_size > 1 and any(each.kind in SERVERS for each in sources) else None,
         )
         self.scoring = Scoring(args, sources, scorers, self.reduce)
         self.method = self.build_method(sources, scorers)

@@ -48,12 +48,12 @@ from ..job import StageJob, no_reward
 from ..ppo.reply_scores import ReplyScorer, ScoreRules
 from ..ppo.rewards import RewardSource
 from ..ppo.rollout import Prompts, decode, seed_of
+from ..processes import Processes
 from ..run import StageData, clear_checkpoints, computed, load_data, open_tokenizer
 from ..scorers.replies import Replies
 from ..trackers import Teller, telling
 from .drawn import Piece, keep_piece, kept_pieces
 from .keep import Kept, Reply, check_read_back, keep, mean
-from .processes import Processes, processes
 from .settings import BEST_WORST, SampleSettings
 
 if TYPE_CHECKING:
@@ -84,7 +84,8 @@ def run_sample(job: StageJob) -> dict[str, Any]:
     rows, prompts, data = _read_prompts(job, tokenizer)
     check_read_back(rows, settings, job.record.row_kinds(job.method), f"data.{job.data_name}")
     # 2. replies and their scores
-    with processes() as these, silent(these.rank > 0), telling(job, first=these.rank == 0) as teller:
+    these = Processes.all()
+    with silent(these.rank > 0), telling(job, first=these.rank == 0) as teller:
         pieces = these.by_first(lambda: kept_pieces(job.output_dir / CHECKPOINTS))
         done = pieces[-1].end if pieces else 0
         if done:
@@ -165,7 +166,7 @@ class _Sampler:
             reward_combination=settings.reward_combination,
             ensemble_penalty=settings.ensemble_penalty,
         )
-        self.scorer = ReplyScorer(job.rewards, self.adapters, tokenizer, rules, self._autocast)
+        self.scorer = ReplyScorer(job.rewards, self.adapters, tokenizer, rules, self._autocast, these)
 
     def _autocast(self) -> Any:
         """Of the forwards that score: as in training, and as the evaluation scores."""
@@ -180,6 +181,7 @@ class _Sampler:
         """
         settings, n = self.settings, self.settings.n
         if not len(prompts):
+            self.scorer.score_none()
             return []
         ends = end_token_ids(self.tokenizer, self.adapters.model)
         pad = ends[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
