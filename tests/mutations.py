@@ -622,7 +622,7 @@ MUTATIONS += [
         "            self.adapters,\n            self.role,", "            self.adapters,\n            None,",
     ),
     Mutation(
-        "K1", "a temperature that nobody asked for", "stages/sample/stage.py", "top_k=settings.top_k,", "top_k=0,"
+        "K1", "`top_k` is not heard", "stages/sample/stage.py", "top_k=settings.top_k,", "top_k=0,"
     ),
     Mutation(
         "K2", "the replies to a prompt are one", "stages/sample/stage.py",

@@ -385,8 +385,9 @@ def text_source(
         UserError: a source that cannot score.
     """
     scorer = OPENERS[source.kind](source.opening(f"reward {source.name}", tokenizer))
-    several = these is not None and these.count > 1 and source.kind in SERVERS
-    return TextSource(source, AskedOnce(scorer, these) if several else scorer)
+    if these is not None and these.count > 1 and source.kind in SERVERS:
+        scorer = AskedOnce(scorer, these)
+    return TextSource(source, scorer)
 
 
 def _load_stage(adapters: AdapterSet, role: str, source: RewardSource) -> None:

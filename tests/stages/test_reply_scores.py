@@ -76,6 +76,14 @@ def test_w08_what_one_source_skips_counts_by_the_others():
 
 
 @pytest.mark.checklist("W8")
+def test_w08_a_source_that_is_to_stop_names_the_reply():
+    numeric = RewardSource("verifier", "numeric", settings=NUMERIC.settings)
+    score = ReplyScorer([RUBRIC, numeric], tiny(), TOKENIZER)
+    with pytest.raises(UserError, match=r"reward numeric: prompt \('what\?'\), reply 'two': its row has no 'answer'"):
+        score(replies(answer=[2, None, 3]))
+
+
+@pytest.mark.checklist("W8")
 def test_w08_a_functions_bad_scores_count_as_the_recipe_says():
     def reward(completions):
         return [1.0, math.inf, None]
