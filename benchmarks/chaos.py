@@ -26,7 +26,7 @@ from typing import Any
 from .measure import RESULTS, machine, write_result
 
 _CLOCK = ("runtime", "per_second", "seconds", "peak_memory_bytes", "time")
-_STARTED = ("time/", "rollout/tokens_per_second")
+_STARTED = ("time/", "step_time", "rollout/tokens_per_second")
 _SLOW = '''\
 """Found by Python at its start: what makes a file final takes longer than it would."""
 import os, time

@@ -94,7 +94,7 @@ def _run(recipe: Recipe, options: Options, output: Output) -> list[Done]:
     if output.json:
         output.rows({"stage": each.name, "state": each.state, "seconds": each.seconds, **each.metrics} for each in done)
     else:
-        _show_results(chain.path, done, output)
+        _show_results(recipe, chain.path, done, output)
     spent = sum(each.seconds for each in done if each.state == "ran")
     output.say(f"adapters: {chain.path}/<stage>, report: {chain.path / REPORT} ({duration(spent)} of work)")
     return done
@@ -156,7 +156,17 @@ def show_over_optimisation(content: Mapping[str, Any], json: bool) -> None:
         output.say(f"{method['method']}, {method['peak']}")
 
 
-def _show_results(path: Path, done: Sequence[Done], output: Output) -> None:
+def say_self_judged(recipe: Recipe, rows: Sequence[Mapping[str, Any]], run_dir: Path, output: Output) -> None:
+    """Say which judges of these results are no strangers to what they judge."""
+    from ..eval.judges.self_preference import self_judged
+
+    judges = {row.get("judge") for row in rows}
+    for judge, said in self_judged(recipe.resolved(), {str(row.get("policy")) for row in rows}, run_dir).items():
+        if judge in judges:
+            output.say(said)
+
+
+def _show_results(recipe: Recipe, path: Path, done: Sequence[Done], output: Output) -> None:
     """Print the evaluation's tables, if this run had an evaluation."""
     results = read_rows(path / EVALUATION / RESULTS)
     if results and any(each.name == EVALUATION for each in done):
@@ -165,4 +175,5 @@ def _show_results(path: Path, done: Sequence[Done], output: Output) -> None:
             *("length", "repetition", "kl"),
         )
         output.rows({key: row.get(key) for key in columns} for row in results)
+        say_self_judged(recipe, results, path, output)
         show_rewards(path, output)

@@ -24,12 +24,12 @@ app = typer.Typer(help="Measure a run: win-rates, KL, perplexity, reward models.
 def run_all(run: RunArgument, overrides: EvalOverrides = None, json: AsJson = False) -> int:
     """All policies and judges of the recipe, and its reward models; writes RUN/eval and RUN/report.html. Exit code 1 if
     a judge gave no verdict at all."""
-    _, spec = _open(run, overrides, None)
+    recipe, spec = _open(run, overrides, None)
     from ..eval.report.page import write_report
     from ..eval.report_state import check_replaceable
     from ..eval.run import run_eval
     from ..files import EVALUATION, REPORT
-    from .commands import show_rewards
+    from .commands import say_self_judged, show_rewards
     from .folder import RunFolder
     from .output import Output
 
@@ -40,6 +40,7 @@ def run_all(run: RunArgument, overrides: EvalOverrides = None, json: AsJson = Fa
         rows = run_eval(spec, run)
         write_report(run)
     _print(rows, json)
+    say_self_judged(recipe, rows, run, Output(json))
     if not json:
         show_rewards(run, Output())
     return _say_silence(rows)
@@ -93,11 +94,14 @@ def winrate(
         return 0
     if run is None:
         raise UserError("eval winrate", "neither a run folder nor --annotations nor --votes", "give one of them")
-    _, spec = _open(run, overrides, policies)
+    recipe, spec = _open(run, overrides, policies)
     from ..eval.commands import eval_winrate
+    from .commands import say_self_judged
+    from .output import Output
 
     rows = eval_winrate(spec, run)
     _print(rows, json)
+    say_self_judged(recipe, rows, run, Output(json))
     return _say_silence(rows)
 
 

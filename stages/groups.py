@@ -64,10 +64,16 @@ class GroupConfig(GroupSettings, OnPolicyConfig):
 
 
 class Counted(NamedTuple):
-    """What a loss is and what is summed beside it, by the method's own names."""
+    """What a loss is, and what is noted beside it.
+
+    sums: by the method's own names. low_B, high_B: the share of each reply that the clip decided, below and above; NaN
+    of one that does not count.
+    """
 
     loss: torch.Tensor
     sums: dict[str, torch.Tensor]
+    low_B: torch.Tensor
+    high_B: torch.Tensor
 
 
 class GroupMethod:
@@ -78,6 +84,8 @@ class GroupMethod:
     """
 
     own_statistics: tuple[str, ...] = ()
+    largest = ("low_least", "high_most")
+    """Of a step's replies: the least share that the clip decided below, times -1, and the largest above."""
 
     def __init__(self, config: GroupConfig, trunk: Trunk, sources: Sequence[RewardSource], reduce: Reduce) -> None:
         self.config, self.trunk, self.sources, self.reduce = config, trunk, sources, reduce
@@ -109,7 +117,7 @@ class GroupMethod:
         raise NotImplementedError
 
     def own_metrics(self, mean: dict[str, float]) -> dict[str, float]:
-        """The means of `own_statistics` under their logged names."""
+        """The means of `own_statistics` and `largest` under their logged names."""
         raise NotImplementedError
 
     # What the loop is handed.
@@ -193,12 +201,13 @@ class GroupMethod:
                 assert part.entropy_BR is not None
                 part.logps_BR.copy_(now.logps_BR.detach())
                 part.entropy_BR.copy_(now.entropy_BR.detach())
-            loss, sums = self.loss(now.logps_BR, part, counted_BR, step)
+            loss, sums, low_B, high_B = self.loss(now.logps_BR, part, counted_BR, step)
             loss.backward()
         ratio = ratio_sums(torch.where(mask_BR, now.logps_BR - part.logps_BR, 0.0), mask_BR)
         found = (loss * step.tokens, *ratio, masked_sum(now.entropy_BR, counted_BR), counted_BR.sum())
         own = [sums[name] for name in self.own_statistics]
-        return torch.stack([x.detach().double() for x in (*found, *own)])
+        largest = [x_B.nan_to_num(-torch.inf).max() for x_B in (-low_B, high_B)]
+        return torch.stack([x.detach().double() for x in (*found, *own, *largest)])
 
     def update_metrics(self, mean: dict[str, float]) -> dict[str, float]:
         """The loop's names, and TRL's."""
@@ -213,14 +222,18 @@ class GroupMethod:
         }
 
 
-def clip_metrics(low: float, high: float, count: float) -> dict[str, float]:
-    """Shares of what the clip decided, from sums and what they are of."""
-    low, high = low / (count or 1.0), high / (count or 1.0)
+def clip_metrics(mean: dict[str, float]) -> dict[str, float]:
+    """Shares of what the clip decided: of all tokens or replies, and of the reply that has least of it below, most
+    above (the mean over steps)."""
+    count = mean["clip_count"] or 1.0
+    low, high = mean["low"] / count, mean["high"] / count
     return {
         "policy/clipfrac_avg": low + high,
         "clip_ratio/low_mean": low,
         "clip_ratio/high_mean": high,
         "clip_ratio/region_mean": low + high,
+        "clip_ratio/low_min": abs(mean["low_least"]),
+        "clip_ratio/high_max": mean["high_most"],
     }
 
 

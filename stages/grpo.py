@@ -109,7 +109,9 @@ class GRPO(GroupMethod):
         loss = masked_sum(terms_BR * self._factors(counted_BR, step), counted_BR)
         clips_BX = counted_BR if found.high_BX.shape == counted_BR.shape else torch.ones_like(found.high_BX)
         clipped = {"low": found.low_BX & clips_BX, "high": found.high_BX & clips_BX, "clip_count": clips_BX}
-        return Counted(loss, {"kl": kl, **{name: x_BX.sum() for name, x_BX in clipped.items()}})
+        low_B, high_B, count_B = (x_BX.sum(1).double() for x_BX in clipped.values())
+        sums = {"kl": kl, **{name: x_BX.sum() for name, x_BX in clipped.items()}}
+        return Counted(loss, sums, low_B / count_B, high_B / count_B)
 
     def _factors(self, counted_BR: torch.Tensor, step: Step) -> torch.Tensor:
         config = self.config
@@ -135,7 +137,7 @@ class GRPO(GroupMethod):
 
     def own_metrics(self, mean: dict[str, float]) -> dict[str, float]:
         """TRL's names."""
-        found = clip_metrics(mean["low"], mean["high"], mean["clip_count"])
+        found = clip_metrics(mean)
         if self.config.loss_type == "cispo":
             high = found["clip_ratio/high_mean"]
             found = {"policy/clipfrac_avg": high, "cispo_clip_ratio": high}

@@ -66,11 +66,12 @@ class RLOO(GroupMethod):
             rows=step.rows,
         )
         count = torch.ones_like(found.low_B)
-        return Counted(found.loss, {"low": found.low_B.sum(), "high": found.high_B.sum(), "clip_count": count.sum()})
+        sums = {"low": found.low_B.sum(), "high": found.high_B.sum(), "clip_count": count.sum()}
+        return Counted(found.loss, sums, found.low_B.double(), found.high_B.double())
 
     def own_metrics(self, mean: dict[str, float]) -> dict[str, float]:
         """TRL's names."""
-        return clip_metrics(mean["low"], mean["high"], mean["clip_count"])
+        return clip_metrics(mean)
 
     def rollout_metrics(self, rollout: Rollout) -> dict[str, float]:
         """The KL per token beside, as TRL's RLOO logs it: of the rollout, with k1."""

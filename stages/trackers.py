@@ -12,7 +12,7 @@ import netrc
 import os
 import secrets
 import sys
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlparse
@@ -22,6 +22,7 @@ from transformers.integrations.integration_utils import rewrite_logs
 
 from ..errors import UserError, nearest
 from ..files import LOG, LOGS, read_json_lines, write_whole
+from ..progress import say
 from ..values import is_finite, plain
 from .job import StageJob, Trackers
 
@@ -119,28 +120,31 @@ def open_writer(
         ) from error
 
 
-class Tracking(TrainerCallback):
-    """Tells the stage's trackers each row that log.jsonl gets; only the first process does.
-
-    A stage that goes on from a checkpoint computes rows again that they have: those are left out.
-    """
+class Teller:
+    """One stage's runs of its trackers: each row is told once, also by a stage that goes on."""
 
     def __init__(self, job: StageJob) -> None:
         self.job = job
-        self.names, _ = reporting(job)
+        self.names, self.others = reporting(job)
         self.folder = job.output_dir / LOGS
         self.writers: list[Writer] = []
         self._identity = ""
         self._told = self._at = (-1, 0)
         """(a step, how many rows of it), up to which the trackers were told, and where the log stands."""
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
-    ) -> None:
-        if not self.names or not state.is_world_process_zero:
+    def begin(self, steps: Iterable[int] = ()) -> None:
+        """Open the runs, or continue them.
+
+        Args:
+            steps: of the rows that the log has already, in their order.
+
+        Raises:
+            UserError: a tracker refuses.
+        """
+        if not self.names:
             return
-        for row in read_json_lines(self.job.output_dir / LOG):
-            self._count(int(row["step"]))
+        for step in steps:
+            self._count(step)
         try:
             known = json.loads((self.folder / TOLD).read_text(encoding="utf-8"))
             self._identity, self._told = str(known["run"]), (int(known["step"]), int(known["rows"]))
@@ -161,22 +165,16 @@ class Tracking(TrainerCallback):
                 )
             )
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: object,
-    ) -> None:
-        if not self.writers or logs is None:
+    def tell(self, step: int, logs: Mapping[str, Any]) -> None:
+        """Tell a row of the log, unless they know it; what is no finite number in it is left out."""
+        if not self.writers:
             return
-        self._count(state.global_step)
+        self._count(step)
         if self._at <= self._told:
             return
-        values = {key: float(value) for key, value in rewrite_logs(logs).items() if is_finite(value)}
+        values = {key: float(value) for key, value in rewrite_logs(dict(logs)).items() if is_finite(value)}
         for writer in self.writers:
-            writer.write(state.global_step, values)
+            writer.write(step, values)
         self._told = self._at
         self._note()
 
@@ -194,18 +192,67 @@ class Tracking(TrainerCallback):
         write_whole(self.folder / TOLD, json.dumps(row) + "\n")
 
 
+class Tracking(Teller, TrainerCallback):
+    """Tells the stage's trackers each row that log.jsonl gets; only the first process does.
+
+    A stage that goes on from a checkpoint computes rows again that they have: those are left out.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        if state.is_world_process_zero:
+            self.begin(int(row["step"]) for row in read_json_lines(self.job.output_dir / LOG))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: object,
+    ) -> None:
+        if logs is not None:
+            self.tell(state.global_step, logs)
+
+
 @contextlib.contextmanager
 def closing_trackers(trainer: Any) -> Generator[None]:
     """Within it a trainer logs; at its end its trackers' runs are closed, as failed where it raises."""
-    tracking = [each for each in trainer.callback_handler.callbacks if isinstance(each, Tracking)]
+    with _closing([each for each in trainer.callback_handler.callbacks if isinstance(each, Tracking)]):
+        yield
+
+
+@contextlib.contextmanager
+def telling(job: StageJob, *, first: bool) -> Generator[Teller]:
+    """What tells the trackers of a stage that has no trainer; their runs are closed at its end.
+
+    Args:
+        first: whether this is the first process; the others tell nothing.
+
+    Raises:
+        UserError: a tracker refuses.
+    """
+    teller = Teller(job)
+    if first:
+        teller.begin()
+        if teller.others:
+            said = "told of stages that train alone: only tensorboard, trackio and wandb of what is sampled"
+            say(f"{job.name}: {', '.join(teller.others)}: {said}")
+    with _closing([teller]):
+        yield teller
+
+
+@contextlib.contextmanager
+def _closing(tellers: Sequence[Teller]) -> Generator[None]:
     try:
         yield
     except BaseException:
-        for each in tracking:
+        for each in tellers:
             with contextlib.suppress(Exception):  # the first error is the one to tell
                 each.close(failed=True)
         raise
-    for each in tracking:
+    for each in tellers:
         each.close(failed=False)
 
 
@@ -298,7 +345,7 @@ def _config(job: StageJob) -> dict[str, Any]:
         "dtype": job.dtype,
         "seed": job.seed,
         "data": job.data_name,
-        **{f"lora.{key}": value for key, value in vars(job.lora).items()},
+        **({f"lora.{key}": value for key, value in vars(job.lora).items()} if job.record.trains else {}),
         **{each.name: job.method_value(each.name) for each in job.record.parameters},
         **{f"train.{key}": value for key, value in {**job.record.defaults, **job.train}.items() if key not in own},
     }

@@ -20,7 +20,9 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("data", "models", "stages", "eval", "recipes", "cli", "api", "benchmarks", "tests")
-SEVERAL_PROCESSES = ("test_ppo_distributed.py", "test_ppo_resume.py", "test_group_processes.py")
+SEVERAL_PROCESSES = (
+    *("test_ppo_distributed.py", "test_ppo_resume.py", "test_group_processes.py", "test_reward_processes.py"),
+)
 
 
 class Mutation(NamedTuple):
@@ -41,7 +43,7 @@ MUTATIONS = [
     Mutation("P1", "a nucleus that nobody asked for", "stages/ppo/rollout.py", "top_p=config.top_p,", "top_p=0.9,"),
     Mutation(
         "P2", "the sampler's log-probs are taken for the old policy's", "stages/ppo/method.py",
-        "(old.logps_BR, ref.logps_BR, old", "(part.sampler_logps_BR, ref.logps_BR, old",
+        "(policy.logps_BR, ref.logps_BR, policy", "(part.sampler_logps_BR, ref.logps_BR, policy",
     ),
     Mutation(
         "P2", "the merged weights are 1% off", "models/lora.py",
@@ -125,8 +127,8 @@ MUTATIONS = [
     Mutation("P16", "reward whitening takes the mean away", "stages/ppo/method.py", ", keep_mean=True)", ")"),
     Mutation(
         "P17", "each micro-batch is averaged over its own tokens", "stages/ppo/update.py",
-        "method.backward(rollout.rows(part), step, kl_coef)",
-        "method.backward((r := rollout.rows(part)), Step(0, float(r.episodes.length_B.sum()), 0, r, 0, 0), kl_coef)",
+        "method.backward(own, step, kl_coef)",
+        "method.backward(own, Step(0, float(own.episodes.length_B.sum()), 0, own, 0, 0), kl_coef)",
     ),
     Mutation(
         "P17", "each process takes the whole minibatch", "stages/ppo/shared.py",
@@ -392,11 +394,23 @@ MUTATIONS += [
         "torch.quantile(entropy_N, 1 - self.config", "torch.quantile(entropy_N, self.config",
     ),
     Mutation(
-        "G18", "log-probs and entropies are one tensor", "stages/groups.py",
+        "G18", "the least of the last micro-batch is the step's", "stages/ppo/update.py",
+        "largest = torch.maximum(largest, found[named:])", "largest = found[named:]",
+    ),
+    Mutation(
+        "G18", "a step without replies that count has a least of 0", "stages/ppo/update.py",
+        'totals.get(f"{name} steps", 0.0)', 'totals["steps"]',
+    ),
+    Mutation(
+        "G18", "tokens are those that were written", "stages/ppo/trainer.py",
+        "round(float(read) + tokens)", "round(tokens)",
+    ),
+    Mutation(
+        "G19", "log-probs and entropies are one tensor", "stages/groups.py",
         "logps.get(DEFAULT, unknown_BR.clone())", "logps.get(DEFAULT, unknown_BR)",
     ),
     Mutation(
-        "G18", "several steps leave it to the first", "stages/groups.py",
+        "G19", "several steps leave it to the first", "stages/groups.py",
         "self.num_mini_batches == 1 and not", "not",
     ),
     Mutation(
@@ -409,6 +423,285 @@ MUTATIONS += [
     Mutation(
         "S3", "a stage that goes on tells its trackers rows again", "stages/trackers.py",
         "if self._at <= self._told:", "if self._at < (0, 0):",
+    ),
+]  # fmt: skip
+
+MUTATIONS += [
+    Mutation(
+        "W1", "a box ends at the first brace", "stages/scorers/answers.py",
+        "            if depth == 0:\n                return text", "            if True:\n                return text",
+    ),
+    Mutation(
+        "W1", "what was thought counts", "stages/scorers/answers.py",
+        "    said = after_thinking(text)\n", "    said = text\n",
+    ),
+    Mutation(
+        "W1", "the last number comes before what is in a box", "stages/scorers/verifiers.py",
+        '"numeric": ("boxed", "hash", "answer", "last_number")',
+        '"numeric": ("last_number", "boxed", "hash", "answer")',
+    ),
+    Mutation(
+        "W2", "the sign is passed over", "stages/scorers/answers.py",
+        'value = -size if "-" in before else size', "value = size",
+    ),
+    Mutation(
+        "W2", "a comma stands between any digits", "stages/scorers/answers.py",
+        "(?:[0-9]{{1,3}}(?:{group}[0-9]{{3}})+|[0-9]+)", "(?:[0-9]{{1,3}}(?:{group}[0-9]+)+|[0-9]+)",
+    ),
+    Mutation(
+        "W2", "pi behind a number is a unit", "stages/scorers/answers.py",
+        '_NO_UNITS = frozenset(("pi", "e", "i", *_POWERS))', "_NO_UNITS = frozenset(_POWERS)",
+    ),
+    Mutation(
+        "W2", "0.3 is the float that it is kept as", "stages/scorers/verifiers.py",
+        "else Fraction(repr(value))\n    found", "else Fraction(value)\n    found",
+    ),
+    Mutation(
+        "W3", "case never counts", "stages/scorers/verifiers.py",
+        "return text.casefold() if case else text", "return text.casefold()",
+    ),
+    Mutation(
+        "W3", "white space counts", "stages/scorers/verifiers.py",
+        'text = " ".join((re.sub(r"[^\\w\\s]", "", text) if marks else text).split())',
+        'text = re.sub(r"[^\\w\\s]", "", text) if marks else text',
+    ),
+    Mutation(
+        "W4", "a pattern that is found is right, whatever the column says", "stages/scorers/verifiers.py",
+        'or (found[1] or "").strip() in wanted', "or True",
+    ),
+    Mutation(
+        "W4", "one word too many is no matter", "stages/scorers/verifiers.py",
+        "length <= high", "length <= high + 1",
+    ),
+    Mutation(
+        "W4", "a schema's unknown words are passed over", "stages/scorers/json_shape.py",
+        "            if key not in known:", "            if False:",
+    ),
+    Mutation(
+        "W5", "a row without an answer makes a reply wrong", "stages/scorers/verifiers.py",
+        "                why[place] = str(error)", "                del error",
+    ),
+    Mutation(
+        "W6", "all checks or none", "stages/scorers/rubric.py",
+        "return sum(self.results(text).values()) / len(self.checks)", "return float(all(self.results(text).values()))",
+    ),
+    Mutation(
+        "W7", "a model's NaN is 0", "stages/ppo/rewards.py",
+        "        if bool(scores_B.isfinite().all()):\n            return scores_B\n        scores",
+        "        if True:\n            return scores_B.nan_to_num()\n        scores",
+    ),
+    Mutation(
+        "W7", "a server's infinity is a number", "stages/scorers/replies.py",
+        "return None if -LARGEST <= score <= LARGEST else", "return None if score == score else",
+    ),
+    Mutation(
+        "W7", "a function's NaN says that it does not apply", "stages/reward_functions.py",
+        "or not abs(float(score)) <= _LARGEST", "or abs(float(score)) > _LARGEST",
+    ),
+    Mutation(
+        "W8", "whatever is to be skipped counts as 0", "stages/scorers/replies.py",
+        'filled = math.nan if self.on_failure == "skip"', 'filled = 0.0 if self.on_failure == "skip"',
+    ),
+    Mutation(
+        "W8", "a source that scores nothing goes on", "stages/scorers/replies.py",
+        "        if len(why) == len(replies):", "        if False:",
+    ),
+    Mutation(
+        "W8", "a failure never stops", "stages/scorers/replies.py",
+        '        if self.on_failure == "stop":', "        if False:",
+    ),
+    Mutation(
+        "W8", "the others wait for a first process that has failed", "stages/processes.py",
+        "            except UserError as error:\n", "            except AssertionError as error:\n",
+    ),
+    Mutation(
+        "W9", "a server may give more scores than replies", "stages/scorers/http_scores.py",
+        "if len(scores) != count:", "if len(scores) < count:",
+    ),
+    Mutation(
+        "W9", "a function may give more scores than replies", "stages/reward_functions.py",
+        "if len(scores) != len(completions):", "if len(scores) < len(completions):",
+    ),
+    Mutation(
+        "W10", "every source weighs the same", "stages/ppo/rewards.py",
+        "return (weights_S[:, None] * scores_SB).nansum(0)", "return scores_SB.nansum(0)",
+    ),
+    Mutation(
+        "W10", "the spread is that of a sample", "stages/ppo/rewards.py",
+        "scores_SB.std(0, correction=0)", "scores_SB.std(0, correction=1)",
+    ),
+    Mutation(
+        "W10", "a source that does not apply gives 0", "stages/ppo/rewards.py",
+        "    mean_B = scores_SB.nanmean(0)\n", "    mean_B = scores_SB.nan_to_num(0.0).mean(0)\n",
+    ),
+    Mutation(
+        "W11", "each source is clipped before the sum", "stages/ppo/rewards.py",
+        "            parts.append(scores_B)\n",
+        "            parts.append(scores_B if config.reward_clip is None"
+        " else scores_B.clamp(-config.reward_clip, config.reward_clip))\n",
+    ),
+    Mutation(
+        "W11", "sources without a mean are divided by their stage's deviation", "stages/ppo/rewards.py",
+        'scores_B = (scores_B - mean) / (std if config.reward_scale == "std" else 1.0)',
+        "scores_B = (scores_B - mean) / std",
+    ),
+    Mutation(
+        "W11", "what is only looked at changes the running scale", "stages/ppo/rewards.py",
+        "        if running and training:\n", "        if running:\n",
+    ),
+    Mutation(
+        "W12", "a reply is shown with its verdict", "stages/scorers/endpoint_prompts.py",
+        'return _LIKE_VERDICT.sub(r"[ [\\1] ]", framed)', "return framed",
+    ),
+    Mutation(
+        "W12", "a rating may lie beyond its bounds", "stages/scorers/endpoint_prompts.py",
+        "return value if value is not None and LOWEST <= value <= HIGHEST else None", "return value",
+    ),
+    Mutation(
+        "W12", "what counts is the same in every row", "stages/scorers/endpoint_settings.py",
+        "        if self.column is None:\n            return self.criteria",
+        "        if True:\n            return self.criteria",
+    ),
+    Mutation(
+        "W13", "verl's server is not told the truth", "stages/scorers/http_formats.py",
+        '"ground_truth": each.label,', '"ground_truth": each.columns.get("ground_truth"),',
+    ),
+    Mutation(
+        "W13", "OpenRLHF's server is asked about the reply alone", "stages/scorers/http_scores.py",
+        "self.tokenizer.decode([*prompt, *reply])", "self.tokenizer.decode(reply)",
+    ),
+    Mutation(
+        "W13", "OpenRLHF's `scores` train, not its `rewards`", "stages/scorers/http_formats.py",
+        'for name in ("rewards", "scores") if name in answer', 'for name in ("scores", "rewards") if name in answer',
+    ),
+    Mutation(
+        "W14", "the address of a server is no part of what is kept", "stages/scorers/http_scores.py",
+        '{self.server.address}\\n{self.server.format}\\n{body}', "{self.server.format}\\n{body}",
+    ),
+    Mutation(
+        "W14", "columns are no part of what is kept", "stages/scorers/http_scores.py",
+        "json.dumps(self.server.shape.body([asked]), sort",
+        'json.dumps(self.server.shape.body([asked]) | {"columns": 0}, sort',
+    ),
+    Mutation(
+        "W14", "the model is no part of what is kept", "stages/scorers/endpoint_client.py",
+        "asked = [self.url, self.model, messages, self.parameters]", "asked = [self.url, messages, self.parameters]",
+    ),
+    Mutation(
+        "W14", "the instruction is no part of what is kept", "stages/scorers/endpoint_client.py",
+        "asked = [self.url, self.model, messages, self.parameters]",
+        "asked = [self.url, self.model, messages[1:], self.parameters]",
+    ),
+    Mutation(
+        "W14", "equal replies are asked about each time", "stages/scorers/http_scores.py",
+        "        keys = [self._key(each) for each in asked]\n",
+        "        keys = [f\"{self._key(each)}{place}\" for place, each in enumerate(asked)]\n",
+    ),
+    Mutation(
+        "W14", "each process asks by itself", "stages/ppo/rewards.py",
+        "these.count > 1 and source.kind in SERVERS", "False",
+    ),
+    Mutation(
+        "W15", "a busy server is not asked again", "stages/scorers/posting.py",
+        "if status not in (408, 429) and status < 500:", "if status < 600:",
+    ),
+    Mutation(
+        "W15", "a reply fails with those that it was sent with", "stages/scorers/http_scores.py",
+        "if again := [[key] for key in why]:", "if again := []:",
+    ),
+    Mutation(
+        "W15", "a server that is not there is its replies' failure", "stages/scorers/http_scores.py",
+        "            if not error.reached:\n                raise error\n", "",
+    ),
+    Mutation(
+        "W16", "what a server says is shown with the key in it", "stages/scorers/posting.py",
+        'else text.replace(key, "***")', "else text",
+    ),
+    Mutation(
+        "W17", "patience is part of a stage's key", "stages/scorers/kinds.py",
+        "for key, value in entry.items() if key not in _IDLE}", "for key, value in entry.items()}",
+    ),
+    Mutation(
+        "W17", "what counts is not", "stages/scorers/kinds.py",
+        '_IDLE = ("concurrency",', '_IDLE = ("criteria", "concurrency",',
+    ),
+    Mutation(
+        "K1", "the base speaks", "stages/sample/stage.py",
+        "            self.adapters,\n            self.role,", "            self.adapters,\n            None,",
+    ),
+    Mutation(
+        "K1", "`top_k` is not heard", "stages/sample/stage.py", "top_k=settings.top_k,", "top_k=0,"
+    ),
+    Mutation(
+        "K2", "the replies to a prompt are one", "stages/sample/stage.py",
+        '"sample", first + i // n, i % n)', '"sample", first + i // n, 0)',
+    ),
+    Mutation(
+        "K2", "each piece draws as the first", "stages/sample/stage.py",
+        '"sample", first + i // n, i % n)', '"sample", i // n, i % n)',
+    ),
+    Mutation(
+        "K3", "replies of one score are a pair", "stages/sample/keep.py",
+        "if most == least or best.text == worst.text:", "if False:",
+    ),
+    Mutation(
+        "K3", "a tie goes to the last", "stages/sample/keep.py",
+        "(most, best), (least, worst) = max(scored,", "(most, best), (least, worst) = max(scored[::-1],",
+    ),
+    Mutation(
+        "K3", "the margin is enough", "stages/sample/keep.py",
+        "if not most - least > margin:", "if most - least < margin:",
+    ),
+    Mutation(
+        "K4", "the threshold itself is below it", "stages/sample/keep.py",
+        "if score < threshold:", "if score <= threshold:",
+    ),
+    Mutation(
+        "K4", "a text is kept as often as it was drawn", "stages/sample/keep.py", "found[reply.text] = reply",
+        "found[f\"{reply.draw} {reply.text}\"] = reply",
+    ),
+    Mutation(
+        "K5", "a reply that was cut is chosen from", "stages/sample/keep.py",
+        'UNFINISHED: not reply.finished and settings.unfinished == "drop",', "UNFINISHED: False,",
+    ),
+    Mutation(
+        "K5", "a reply without text is chosen from", "stages/sample/keep.py",
+        "EMPTY: not reply.text.strip(),", "EMPTY: not reply.text,",
+    ),
+    Mutation(
+        "K6", "what was cut is written down as ended", "stages/sample/stage.py",
+        "len(generation.tokens[i]), generation.finished[i])", "len(generation.tokens[i]), True)",
+    ),
+    Mutation(
+        "K7", "scores are centred", "stages/sample/stage.py", "normalize_rewards=False,", "normalize_rewards=True,",
+    ),
+    Mutation(
+        "K7", "a reply without a score has 0", "stages/sample/stage.py",
+        "return [None if none else score for", "return [score if none else score for",
+    ),
+    Mutation(
+        "K8", "a damaged piece is taken as it is", "stages/sample/drawn.py",
+        "if written == _sha256(content) else None", "if written else None",
+    ),
+    Mutation(
+        "K8", "what was drawn is drawn again", "stages/sample/stage.py",
+        "done = pieces[-1].end if pieces else 0", "pieces, done = [], 0",
+    ),
+    Mutation(
+        "K9", "a column takes a reply's place", "stages/sample/keep.py",
+        "for name, value in prompt.columns.items() if name not in _OURS}", "for name, value in prompt.columns.items()}",
+    ),
+    Mutation(
+        "K9", "another format is not noticed", "stages/sample/keep.py",
+        "        if not _reads_back(row, prompt, kinds[0]):", "        if False:",
+    ),
+    Mutation(
+        "K10", "the lineage names a policy by its folder", "stages/sample/stage.py",
+        '"sha256": sha256_of(file),', '"sha256": str(file),',
+    ),
+    Mutation(
+        "K11", "the rows that were sampled are no part of a later stage's key", "cli/keys.py",
+        'parts |= {f"stage {parent}": known[parent], f"adapter {parent}": content(self.run_dir / parent)}', "pass",
     ),
 ]  # fmt: skip
 

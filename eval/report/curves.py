@@ -19,7 +19,7 @@ MAX_POINTS = 200
 SMOOTH_FROM = 40  # points; shorter curves are drawn as they are
 WIDTH, HEIGHT = 300, 182
 _BOOKKEEPING = ("step", "epoch", "total_flos", "num_tokens", "num_input_tokens_seen", "episode")
-_BOOKKEEPING_STARTS = ("train_", "time/")
+_BOOKKEEPING_STARTS = ("train_", "time/", "step_time")
 _BOOKKEEPING_ENDINGS = ("_runtime", "_per_second", "_seconds", "num_tokens")
 
 Series = dict[str, tuple[list[float], list[float]]]

@@ -1,12 +1,13 @@
 """The first screen: what came out in words, and the numbers that matter."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
+from ..judges.self_preference import self_judged
 from ..results import silence_words
-from . import winrates
 from .doctor import gaps, worst
 from .read import Run, number
 from .reward_models import accuracy_words, reward_rows
@@ -27,7 +28,7 @@ def verdict(run: Run) -> list[str]:
             leader = row["policy"] if first else leader
             sentences.append(_worse_sentence(run, judge, row))
     sentences += [f"{said[0].upper()}{said[1:]}." for said in silence_words(run.results)]
-    sentences += winrates.self_judged(run).values()
+    sentences += self_judged(run.plan, run.policies(), run.folder or Path(run.name)).values()
     if not run.results:
         done = [stage.name for stage in run.stages if stage.state == "done" and stage.trains]
         sentences = [f"{listed(done)} {'is' if len(done) == 1 else 'are'} trained; nothing has been evaluated yet."]

@@ -117,17 +117,6 @@ class Run:
                 return score_bounds(entry)
         return -math.inf, math.inf
 
-    def pleased(self) -> dict[str, str]:
-        """Reward stage -> the stage that trains on its scores."""
-        found: dict[str, str] = {}
-        for name, stage in _object(self.plan.get("stages")).items():
-            given = stage.get("reward") if isinstance(stage, Mapping) else None
-            for each in given if isinstance(given, list) else [given]:
-                reward = each.get("stage") if isinstance(each, Mapping) else each
-                if isinstance(reward, str):
-                    found.setdefault(reward, name)
-        return found
-
     def token_limit(self) -> int | None:
         """Where the evaluation cut a reply, as the recipe says it."""
         limit = (self.plan.get("eval") or {}).get("max_new_tokens")

@@ -7,8 +7,7 @@ from typing import Any
 from markupsafe import Markup
 
 from ...stages.scorers.unread import unread_words
-from ..judges.names import judge_name
-from ..judges.self_preference import self_preference
+from ..judges.self_preference import self_judged
 from ..results import silence_words, unread_answers
 from ..statistics.intervals import mean_se, wilson_interval
 from ..statistics.over_seeds import over_seeds, seed_groups
@@ -34,7 +33,7 @@ def score_errors(run: Run) -> dict[tuple[str, str], float]:
 def judge_tables(run: Run) -> list[dict[str, Any]]:
     """One table per judge: its rows with bars, ratings, and the matrix where it compared more than two policies."""
     errors, places = score_errors(run), {policy: i for i, policy in enumerate(run.policies())}
-    tables, own = [], self_judged(run)
+    tables, own = [], self_judged(run.plan, run.policies(), run.folder or Path(run.name))
     groups = seed_groups(run.plan.get("stages") or {})
     for judge in run.judges():
         rows = [row for row in run.results if row.get("judge") == judge]
@@ -70,19 +69,6 @@ def judge_tables(run: Run) -> list[dict[str, Any]]:
             }
         )
     return tables
-
-
-def self_judged(run: Run) -> dict[str, str]:
-    """Judge -> a sentence on what it has to do with what it judges, of those that are no strangers to it."""
-    judges = (run.plan.get("eval") or {}).get("judges") or []
-    base = str((run.plan.get("model") or {}).get("base") or "")
-    known = {"base": base, "stages": list(run.plan.get("stages") or {}), "pleased": run.pleased()}
-    found = {
-        judge_name(judge): self_preference(judge, run_dir=run.folder or Path(run.name), **known)
-        for judge in judges
-        if isinstance(judge, Mapping)
-    }
-    return {judge: said for judge, said in found.items() if said is not None}
 
 
 def first_place_words(row: Mapping[str, Any]) -> str:

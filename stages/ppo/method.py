@@ -79,6 +79,7 @@ class Method(Protocol):
     Attributes:
         trainables: what trains, by the names under which checkpoints hold it.
         statistics: what `backward` sums over tokens: the loss first, and "ratio", "approx_kl" and "abs_log_ratio".
+            A method may have `largest` besides: the names of what `backward` finds the largest of, behind the sums.
         samples_per_prompt: how many responses of a rollout answer one prompt; they stand together.
     """
 
@@ -108,12 +109,12 @@ class Method(Protocol):
         ...
 
     def backward(self, part: Rollout, step: Step, kl_coef: float) -> torch.Tensor:
-        """Step 6: backward of one micro-batch of the step; its sums in `statistics`' order. Where the step `measures`,
-        what its forward found is written into `part`."""
+        """Step 6: backward of one micro-batch of the step; its sums in `statistics`' order, then the `largest`. Where
+        the step `measures`, what its forward found is written into `part`."""
         ...
 
     def update_metrics(self, mean: dict[str, float]) -> dict[str, float]:
-        """The means of `statistics` under the names by which they are logged."""
+        """The means of `statistics`, and of each step's `largest`, under the names by which they are logged."""
         ...
 
 

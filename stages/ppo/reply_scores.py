@@ -14,9 +14,11 @@ from transformers import PreTrainedTokenizerBase
 from ...errors import UserError
 from ...models.adapters import AdapterSet
 from ...models.generate import Generation
+from ..processes import Processes
+from ..scorers.asked_once import AskedOnce
 from ..scorers.replies import Replies
 from .network import Trunk
-from .rewards import Responses, RewardSource, Scores, ScoreSettings, Scoring, build_scorers
+from .rewards import Responses, RewardSource, Scores, ScoreSettings, Scoring, TextSource, build_scorers
 from .rollout import make_episodes
 
 
@@ -41,6 +43,7 @@ class ReplyScorer:
         tokenizer: the base's.
         rules: how the scores of several sources become one.
         autocast: of the forwards of reward stages.
+        these: the processes that score together, each its own replies; None: this one alone.
 
     Raises:
         UserError: no source, a reward stage of another base or tokenizer, or a source that cannot score.
@@ -53,6 +56,7 @@ class ReplyScorer:
         tokenizer: PreTrainedTokenizerBase,
         rules: ScoreSettings | None = None,
         autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
+        these: Processes | None = None,
     ) -> None:
         if not sources:
             raise UserError("reward", "no source of scores is given", "name a reward stage, a verifier or a function")
@@ -60,7 +64,8 @@ class ReplyScorer:
         pad = tokenizer.pad_token_id
         assert isinstance(pad, int)  # loading a base sets one
         self.pad_token_id = pad
-        scorers = build_scorers(sources, Trunk(adapters, autocast=autocast), tokenizer, device=self.device)
+        trunk = Trunk(adapters, autocast=autocast)
+        scorers = build_scorers(sources, trunk, tokenizer, device=self.device, these=these)
         for head in adapters.heads.values():
             head.to(self.device)
         self.scoring = Scoring(rules or ScoreRules(), sources, scorers, lambda sums, how: sums)
@@ -80,6 +85,12 @@ class ReplyScorer:
             UserError: a source failed, and its `on_failure` says to stop, or it scores nothing at all.
         """
         return self.scoring.scores(self._responses(replies, finished), training=False)
+
+    def score_none(self) -> None:
+        """What a process does that has no reply while the others score theirs."""
+        for scorer in self.scoring.scorers:
+            if isinstance(scorer, TextSource) and isinstance(scorer.scorer, AskedOnce):
+                scorer.scorer(Replies([], []))
 
     def _responses(self, replies: Replies, finished: Sequence[bool] | None) -> Responses:
         ids = [list(each) for each in replies.reply_ids]

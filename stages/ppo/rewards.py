@@ -22,7 +22,9 @@ from ...models.lineage import adapter_sha256, check_lineage, read_lineage
 from ...models.loading import model_folder
 from ...models.masked import masked_moments
 from ...models.transfer import to_device
+from ..processes import Processes
 from ..reward_functions import RewardFunction
+from ..scorers.asked_once import SERVERS, AskedOnce
 from ..scorers.opening import OPENERS, Opening
 from ..scorers.replies import Failures, OnFailure, Replies, TextScorer, wrong_score
 from .network import Trunk
@@ -344,8 +346,12 @@ def build_scorers(
     tokenizer: PreTrainedTokenizerBase,
     *,
     device: torch.device,
+    these: Processes | None = None,
 ) -> list[Scorer]:
     """One scorer a source; a reward stage becomes the frozen adapter "reward" (the next ones "reward_2", ...).
+
+    Args:
+        these: the processes that score together, each its own replies; None: this one alone.
 
     Raises:
         UserError: a reward stage of another base or tokenizer, or a source that cannot score.
@@ -362,20 +368,26 @@ def build_scorers(
         elif source.kind == "model":
             scorers.append(FiniteScorer(ModelScorer(source, device, source.settings.get("batch_size")), source))
         else:
-            scorers.append(text_source(source, tokenizer))
+            scorers.append(text_source(source, tokenizer, these))
     return scorers
 
 
-def text_source(source: RewardSource, tokenizer: PreTrainedTokenizerBase | None = None) -> TextSource:
+def text_source(
+    source: RewardSource, tokenizer: PreTrainedTokenizerBase | None = None, these: Processes | None = None
+) -> TextSource:
     """Any source but a reward stage and a model.
 
     Args:
         tokenizer: the policy's, for servers that are told tokens as text.
+        these: as of `build_scorers`.
 
     Raises:
         UserError: a source that cannot score.
     """
-    return TextSource(source, OPENERS[source.kind](source.opening(f"reward {source.name}", tokenizer)))
+    scorer = OPENERS[source.kind](source.opening(f"reward {source.name}", tokenizer))
+    if these is not None and these.count > 1 and source.kind in SERVERS:
+        scorer = AskedOnce(scorer, these)
+    return TextSource(source, scorer)
 
 
 def _load_stage(adapters: AdapterSet, role: str, source: RewardSource) -> None:

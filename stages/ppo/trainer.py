@@ -48,6 +48,8 @@ from ..checkpoints import Progress, Resumable, checkpoints, continuing, log_byte
 from ..finite import Skips, not_finite
 from ..losses import token_rewards
 from ..options import one_device
+from ..processes import Processes
+from ..scorers.asked_once import SERVERS
 from .config import OnPolicyConfig, PPOConfig
 from .evaluation import HeldOut
 from .files import (
@@ -217,6 +219,7 @@ class OnPolicyTrainer(Resumable):
             self.trunk,
             self.tokenizer,
             device=args.device,
+            these=Processes.all() if args.world_size > 1 and any(each.kind in SERVERS for each in sources) else None,
         )
         self.scoring = Scoring(args, sources, scorers, self.reduce)
         self.method = self.build_method(sources, scorers)
@@ -350,6 +353,9 @@ class OnPolicyTrainer(Resumable):
         metrics |= self.method.rollout_metrics(rollout)
         metrics["objective/kl_coef"] = loop.kl_coef
         tokens = metrics["rollout/length"] * args.rollout_batch_size
+        read = self.reduce(rollout.episodes.start_B.sum().double(), "sum")
+        self.state.num_input_tokens_seen += round(float(read) + tokens)
+        metrics["num_tokens"] = float(self.state.num_input_tokens_seen)
         metrics["rollout/tokens_per_second"] = tokens / fresh.seconds["rollout"]
         metrics |= {f"time/{name}": spent for name, spent in fresh.seconds.items()}
         loop.metrics = metrics
@@ -453,6 +459,8 @@ class OnPolicyTrainer(Resumable):
             loop.eval_due |= self.control.should_evaluate
         if loop.log_due:
             found = loop.metrics | update_metrics(loop.totals, self.method)
+            spent = sum(found[f"time/{part}"] for part in ("rollout", "score", "forward", "update"))
+            found["step_time"] = spent / loop.totals["steps"]
             self.log({**found, **self.skips.said(), "episode": loop.iteration * args.rollout_batch_size})
         if loop.eval_due:
             self.evaluate()

@@ -5,7 +5,7 @@ simplest and the exact thing. Every loss is a sum over tokens divided by the glo
 not depend on micro-batches or on the number of processes. The loss itself belongs to the method (`method.py`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -33,12 +33,14 @@ class StepReport:
 
     sums: over its valid tokens, all processes, in the order of `names`, in the processor's memory.
     norms: of the gradients before clipping, by their names in the log (policy, value).
+    largest: of the method's names for it, over all processes; one that no row had is left out.
     """
 
     names: tuple[str, ...]
     sums: torch.Tensor
     tokens: float
     norms: dict[str, float]
+    largest: dict[str, float] = field(default_factory=dict)
     stop: bool = False
     skip: bool = False
 
@@ -57,6 +59,7 @@ class Updater:
 
     def __init__(self, config: OnPolicyConfig, method: Method, reduce: Reduce) -> None:
         self.config, self.method, self.reduce = config, method, reduce
+        self.largest: tuple[str, ...] = getattr(method, "largest", ())
 
     def gradients(self, rollout: Rollout, rows: torch.Tensor, kl_coef: float, *, measures: bool = False) -> StepReport:
         """Fill the gradients of the minibatch `rows` of this process, reduced over processes and clipped; where it
@@ -70,11 +73,15 @@ class Updater:
             parameter.grad = None
         step = Step.of(rollout, rows, self.reduce, measures=measures)
         tokens = step.tokens
-        sums = torch.zeros(len(method.statistics), dtype=torch.float64, device=rollout.scores_B.device)
+        named, extreme = len(method.statistics), len(self.largest)
+        sums = torch.zeros(named, dtype=torch.float64, device=rollout.scores_B.device)
+        largest = torch.full_like(sums[:1], -torch.inf).expand(extreme)
         size, group = config.per_device_train_batch_size, method.samples_per_prompt
         for part in micro_batches(rollout.episodes, rows, size, group):
             own = rollout.rows(part)
-            sums += method.backward(own, step, kl_coef)
+            found = method.backward(own, step, kl_coef)
+            sums += found[:named]
+            largest = torch.maximum(largest, found[named:])
             if measures:
                 rollout.measured(part, own)
         if measures and config.world_size > 1:
@@ -84,12 +91,16 @@ class Updater:
         sums = self.reduce(sums, "sum").cpu()
         self._reduce_gradients()
         norms = method.clip(self._clip)
-        report = StepReport(method.statistics, sums, tokens, norms)
+        report = StepReport(method.statistics, sums, tokens, norms, self._largest(largest))
         ratio = report.mean("ratio")
         skip = not report.finite or (config.max_ratio is not None and not ratio <= config.max_ratio)
         target = config.target_approx_kl
         stop = target is not None and not report.mean("approx_kl") <= 1.5 * target
-        return StepReport(method.statistics, sums, tokens, norms, stop, skip)
+        return replace(report, stop=stop, skip=skip)
+
+    def _largest(self, own: torch.Tensor) -> dict[str, float]:
+        found = {name: float(self.reduce(x, "max")) for name, x in zip(self.largest, own, strict=True)}
+        return {name: x for name, x in found.items() if x > -torch.inf}
 
     def _reduce_gradients(self) -> None:
         parameters = list(self.method.trainables.values())
@@ -126,6 +137,8 @@ def add_report(totals: dict[str, float], report: StepReport, seconds: float) -> 
     """Add a minibatch to the iteration's sums over tokens and over steps; they are divided once, when logged."""
     found = {name: float(x) for name, x in zip(report.names, report.sums, strict=True)}
     found |= {f"{name}_norm": norm for name, norm in report.norms.items()} | {"tokens": report.tokens}
+    for name, x in report.largest.items():
+        found |= {name: x, f"{name} steps": 1.0}
     if not report.finite:  # left out, and so are its numbers
         found = dict.fromkeys(found, 0.0)
     found |= {"steps": 1.0, "skipped": float(report.skip), "stopped": float(report.stop)}
@@ -138,6 +151,8 @@ def add_report(totals: dict[str, float], report: StepReport, seconds: float) -> 
 def update_metrics(totals: dict[str, float], method: Method) -> dict[str, float]:
     """Means over all valid tokens of the iteration's minibatches, under the names that people know."""
     mean = {name: totals[name] / max(totals["tokens"], 1.0) for name in method.statistics}
+    for name in getattr(method, "largest", ()):
+        mean[name] = totals.get(name, 0.0) / max(totals.get(f"{name} steps", 0.0), 1.0)
     return {
         **method.update_metrics(mean),
         **{

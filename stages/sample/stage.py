@@ -48,11 +48,12 @@ from ..job import StageJob, no_reward
 from ..ppo.reply_scores import ReplyScorer, ScoreRules
 from ..ppo.rewards import RewardSource
 from ..ppo.rollout import Prompts, decode, seed_of
+from ..processes import Processes
 from ..run import StageData, clear_checkpoints, computed, load_data, open_tokenizer
 from ..scorers.replies import Replies
+from ..trackers import Teller, telling
 from .drawn import Piece, keep_piece, kept_pieces
 from .keep import Kept, Reply, check_read_back, keep, mean
-from .processes import Processes, processes
 from .settings import BEST_WORST, SampleSettings
 
 if TYPE_CHECKING:
@@ -83,20 +84,25 @@ def run_sample(job: StageJob) -> dict[str, Any]:
     rows, prompts, data = _read_prompts(job, tokenizer)
     check_read_back(rows, settings, job.record.row_kinds(job.method), f"data.{job.data_name}")
     # 2. replies and their scores
-    with processes() as these, silent(these.rank > 0):
+    these = Processes.all()
+    with silent(these.rank > 0), telling(job, first=these.rank == 0) as teller:
         pieces = these.by_first(lambda: kept_pieces(job.output_dir / CHECKPOINTS))
         done = pieces[-1].end if pieces else 0
         if done:
             say(f"{job.name}: goes on after {done} of {len(prompts)} prompts")
         more: dict[str, Any] = {}
+        for piece in pieces:
+            teller.tell(piece.end, _log_row(piece))
         if done < len(prompts):
             sampler = _Sampler(job, settings, tokenizer, these)
-            pieces += _draw(job, sampler, prompts, done, pieces)
+            pieces += _draw(job, sampler, prompts, pieces, teller)
             more = {"computed": computed(sampler.adapters.backbone)}
         # 3. what is kept of them
         replies = [each for piece in pieces for each in piece.replies]
         kept = [keep(*each, settings) for each in zip(rows, replies, strict=True)]
         metrics = _metrics(job, settings, data, pieces, kept)
+        reasons = {f"left_out/{reason}": count for reason, count in metrics["left_out"].items()}
+        teller.tell(len(prompts), {**metrics, **reasons})
         if these.rank == 0:
             _write(job, settings, tokenizer, data, kept, metrics, more)
     return metrics
@@ -160,7 +166,7 @@ class _Sampler:
             reward_combination=settings.reward_combination,
             ensemble_penalty=settings.ensemble_penalty,
         )
-        self.scorer = ReplyScorer(job.rewards, self.adapters, tokenizer, rules, self._autocast)
+        self.scorer = ReplyScorer(job.rewards, self.adapters, tokenizer, rules, self._autocast, these)
 
     def _autocast(self) -> Any:
         """Of the forwards that score: as in training, and as the evaluation scores."""
@@ -175,6 +181,7 @@ class _Sampler:
         """
         settings, n = self.settings, self.settings.n
         if not len(prompts):
+            self.scorer.score_none()
             return []
         ends = end_token_ids(self.tokenizer, self.adapters.model)
         pad = ends[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
@@ -216,13 +223,14 @@ class _Sampler:
         return [None if none else score for score, none in zip(scores_B.tolist(), unscored, strict=True)]
 
 
-def _draw(job: StageJob, sampler: _Sampler, prompts: Prompts, done: int, before: Sequence[Piece]) -> list[Piece]:
-    """The pieces that are still to come, each kept as soon as it is there.
+def _draw(job: StageJob, sampler: _Sampler, prompts: Prompts, before: Sequence[Piece], teller: Teller) -> list[Piece]:
+    """The pieces that are still to come, each kept as soon as it is there, and told to the trackers.
 
     Raises:
         Stopped: a signal asked for it; the pieces so far are kept.
     """
     these, total, n = sampler.these, len(prompts), sampler.settings.n
+    done = before[-1].end if before else 0
     most = _prompts_a_piece(job, sampler.settings, total, sampler.device.type)
     began, began_at, found = time.monotonic(), done, list[Piece]()
     _log(job, before, these)
@@ -248,6 +256,7 @@ def _draw(job: StageJob, sampler: _Sampler, prompts: Prompts, done: int, before:
                 found.append(piece)
                 done = piece.end
             _log(job, [*before, *found], these)
+            teller.tell(done, _log_row(piece))
             if (number := these.asked_to_stop()) is not None and done < total:
                 raise stopping.Stopped(number)
     except stopping.Stopped as stopped:
@@ -270,17 +279,18 @@ def _log(job: StageJob, pieces: Sequence[Piece], these: Processes) -> None:
     """log.jsonl: a line a piece."""
     if these.rank:
         return
-    lines = []
-    for piece in pieces:
-        replies = [reply for each in piece.replies for reply in each]
-        row = {
-            "step": piece.end,
-            "objective/scores": mean(reply.score for reply in replies),
-            "rollout/length": mean(reply.length for reply in replies),
-            "rollout/eos_rate": mean(reply.finished for reply in replies),
-        }
-        lines.append(json.dumps(row) + "\n")
+    lines = [json.dumps({"step": piece.end, **_log_row(piece)}) + "\n" for piece in pieces]
     write_whole(job.output_dir / LOG, "".join(lines))
+
+
+def _log_row(piece: Piece) -> dict[str, float | None]:
+    """Of a piece's replies, under the names of on-policy stages."""
+    replies = [reply for each in piece.replies for reply in each]
+    return {
+        "objective/scores": mean(reply.score for reply in replies),
+        "rollout/length": mean(reply.length for reply in replies),
+        "rollout/eos_rate": mean(reply.finished for reply in replies),
+    }
 
 
 def _metrics(

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeVar
 
@@ -63,6 +63,23 @@ class Replies:
         columns = {name: some(values) for name, values in self.columns.items()}
         ids = some(self.prompt_ids), some(self.reply_ids)
         return Replies(some(self.prompts), some(self.texts), columns, *ids, rows=some(self.rows))
+
+    @classmethod
+    def joined(cls, parts: "Sequence[Replies]") -> "Replies":
+        """All of them, one part after the other; None where a part has no such column."""
+
+        def every(values: Iterable[Sequence[_T]]) -> list[_T]:
+            return [each for part in values for each in part]
+
+        names = dict.fromkeys(name for part in parts for name in part.columns)
+        return cls(
+            every(part.prompts for part in parts),
+            every(part.texts for part in parts),
+            {name: every(part.columns.get(name, [None] * len(part)) for part in parts) for name in names},
+            every(part.prompt_ids for part in parts),
+            every(part.reply_ids for part in parts),
+            every(part.rows for part in parts),
+        )
 
     def named(self, place: int) -> str:
         """A reply for a message: "prompt 3 ('Add 2 and ...'), reply 'It is 4'"."""

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from preftune.cli.commands import say_self_judged
+from preftune.cli.output import Output
+from preftune.recipes.load import load_recipe
 from preftune.stages.scorers import posting
 
 from ..eval.chat_server import ChatServer
@@ -106,3 +109,20 @@ def test_what_is_wrong_is_said_before_anything_trains(folder: Path, capsys: pyte
         found = preftune(capsys, "run", recipe, "--output-dir", folder / "run")
         assert_refused(found, "stages.ppo.reward.0:", "sums.jsonl:1: the answer to compare with is 'two'")
         assert not server.bodies and not (folder / "run" / "ppo").exists()
+
+
+def test_the_table_of_results_says_which_judge_was_a_reward(folder: Path, capsys: pytest.CaptureFixture[str]):
+    judges = (
+        "eval: {prompts: sums, policies: [ppo], reference: base, max_new_tokens: 4, judges: ["
+        "{kind: verifier, check: numeric, column: answer, name: sums}, {kind: rubric, checks: style.yaml}, "
+        "{kind: rubric, name: brief, checks: [{kind: max_words, value: 2}]}]}\n"
+    )
+    (folder / "t.yaml").write_text(RECIPE.replace("URL", "http://127.0.0.1:9") + judges)
+    recipe = load_recipe(folder / "t.yaml")
+    rows = [{"policy": policy, "judge": judge} for policy in ("base", "ppo") for judge in ("sums", "rubric", "brief")]
+    say_self_judged(recipe, rows, folder / "run", Output())
+    why = "learnt from: a policy may have learnt to please it alone, so that it is no independent judge."
+    said = [f"{judge} is word for word a reward that ppo {why}" for judge in ("sums", "rubric")]
+    assert capsys.readouterr().out.splitlines() == said
+    say_self_judged(recipe, rows[:1], folder / "run", Output(json=True))
+    assert capsys.readouterr() == ("", "")

@@ -56,12 +56,14 @@ def sampling(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: py
     return Sampling(tmp_path, capsys)
 
 
-def test_rows_are_sampled_between_the_stages_that_need_them(sampling: Sampling) -> None:
+@pytest.mark.checklist("K11")
+def test_k11_rows_are_sampled_between_the_stages_that_need_them(sampling: Sampling) -> None:
     assert sampling.run() == ["sft", "pairs", "dpo"]
     assert sampling.run() == []
     assert sampling.run("stages.pairs.batch_size=3") == []  # no part of what is drawn
 
 
+@pytest.mark.checklist("K11")
 @pytest.mark.parametrize(
     ("override", "again"),
     [
@@ -74,13 +76,16 @@ def test_rows_are_sampled_between_the_stages_that_need_them(sampling: Sampling) 
         ("stages.dpo.beta=0.3", ["dpo"]),
     ],
 )
-def test_what_is_changed_above_runs_everything_below_again(sampling: Sampling, override: str, again: list[str]) -> None:
+def test_k11_what_is_changed_above_runs_everything_below_again(
+    sampling: Sampling, override: str, again: list[str]
+) -> None:
     sampling.run()
     assert sampling.run(override) == again
     assert sampling.run(override) == []
 
 
-def test_the_code_of_the_reward_counts(sampling: Sampling, tmp_path: Path) -> None:
+@pytest.mark.checklist("K11")
+def test_k11_the_code_of_the_reward_counts(sampling: Sampling, tmp_path: Path) -> None:
     sampling.run()
     with (tmp_path / f"{sampling.module}.py").open("a") as file:
         file.write("# another one\n")
@@ -88,7 +93,8 @@ def test_the_code_of_the_reward_counts(sampling: Sampling, tmp_path: Path) -> No
     assert f"pairs: runs again, changed: code of {sampling.module}:scored" in sampling.said()
 
 
-def test_the_prompts_count(sampling: Sampling, tmp_path: Path) -> None:
+@pytest.mark.checklist("K11")
+def test_k11_the_prompts_count(sampling: Sampling, tmp_path: Path) -> None:
     sampling.run()
     (tmp_path / "other.jsonl").write_text('{"prompt": "c", "completion": "b"}\n')
     assert sampling.run(f"data.prompts.path={tmp_path / 'other.jsonl'}") == ["pairs", "dpo"]
@@ -101,7 +107,8 @@ def test_other_rows_of_the_same_settings_are_other_data(sampling: Sampling) -> N
     assert sampling.run() == ["dpo"]
 
 
-def test_damaged_rows_are_sampled_again(sampling: Sampling) -> None:
+@pytest.mark.checklist("K11")
+def test_k11_damaged_rows_are_sampled_again(sampling: Sampling) -> None:
     sampling.run()
     (sampling.path / "pairs" / ROWS).write_text("cut")
     assert sampling.run() == ["pairs"]  # what comes from it was made from the rows that were there

@@ -92,6 +92,21 @@ def test_elements_nest_headings_go_down_one_at_a_time_and_references_lead_somewh
     assert all(landmark in page for landmark in ("<header", '<main id="main"', "<nav", "<footer", 'class="skip"'))
 
 
+def test_a_judge_that_was_a_reward_is_named_on_the_first_screen_and_at_its_table(tmp_path):
+    folder = build_run(tmp_path / "quickstart")
+    recipe = folder / "recipe.yaml"
+    given = recipe.read_text().replace(
+        "reward: [{stage: reward, weight: 1.0}]",
+        "reward: [{kind: rubric, weight: 0.5, checks: [{kind: max_words, value: 60}]}]",
+    )
+    recipe.write_text(given)
+    said = "rubric is word for word a reward that ppo learnt from: a policy may have learnt to please it alone"
+    page = render(read_run(folder))
+    assert page.count(said) == 2 and "own reward model" not in page
+    recipe.write_text(given.replace("value: 60}]}]}", "value: 50}]}]}"))
+    assert said not in render(read_run(folder))
+
+
 def test_every_figure_is_an_image_with_a_name(page):
     figures = Outline(page).figures
     assert len(figures) > 40

@@ -25,7 +25,8 @@ def test_each_kind_passes_and_fails(check, good, bad):
     assert rubric.score(bad) == 0.0
 
 
-def test_score_is_the_share_of_checks():
+@pytest.mark.checklist("W6")
+def test_w06_score_is_the_share_of_checks():
     rubric = parse_rubric([{"name": str(place), **check} for place, (check, _, _) in enumerate(CASES[:4])], "judge")
     text = "We apologise"
     assert rubric.results(text) == {"0": True, "1": False, "2": True, "3": False}

@@ -222,7 +222,8 @@ def key(folder: Path, reward: Any) -> dict[str, Any]:
     return keys.stage("ppo", {"sft": "s", "reward": "r"})
 
 
-def test_what_scores_depend_on_is_in_the_stages_key(folder: Path):
+@pytest.mark.checklist("W17")
+def test_w17_what_scores_depend_on_is_in_the_stages_key(folder: Path):
     before = key(folder, [RUBRIC, NUMERIC, ENDPOINT, {**SERVER}])
     assert before["reward.0.checks"] == [{"kind": "max_words", "value": 3}] and before["reward.1.column"] == "answer"
     (folder / "style.yaml").write_text("- {kind: max_words, value: 4}\n")
@@ -232,7 +233,8 @@ def test_what_scores_depend_on_is_in_the_stages_key(folder: Path):
     }  # fmt: skip
 
 
-def test_how_a_server_is_asked_is_not(folder: Path):
+@pytest.mark.checklist("W17")
+def test_w17_how_a_server_is_asked_is_not(folder: Path):
     patient = {"retries": 9, "concurrency": 2, "timeout": 9, "cache": "kept"}
     assert key(folder, {**SERVER, **patient, "batch_size": 4}) == key(folder, SERVER)
     priced = {**ENDPOINT, **patient, "price_per_million": {"input": 1, "output": 2}}

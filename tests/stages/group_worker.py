@@ -84,6 +84,7 @@ def one_step(out: Path, kind: str, options: dict[str, Any]) -> dict[str, torch.T
         "lengths": rollout.episodes.length_B,
         "own": rollout.episodes.length_B[rows],
         "sums": report.sums,
+        "largest": torch.tensor([report.largest["low_least"], report.largest["high_most"]]),
         "tokens": torch.tensor(report.tokens),
         "norm": torch.tensor([report.norms["policy"]]),
         "gradient": flat([p.grad for p in trainer.trainables.values() if p.grad is not None]),

@@ -65,17 +65,20 @@ NONE = [
 ]  # fmt: skip
 
 
+@pytest.mark.checklist("W2")
 @pytest.mark.parametrize(("text", "value"), NUMBERS.items())
-def test_a_number_is_read_however_it_is_written(text: str, value: str):
+def test_w02_a_number_is_read_however_it_is_written(text: str, value: str):
     assert read_number(text) == Fraction(value)
 
 
+@pytest.mark.checklist("W2")
 @pytest.mark.parametrize("text", NONE)
-def test_what_is_no_number_or_several_or_ambiguous_is_none(text: str):
+def test_w02_what_is_no_number_or_several_or_ambiguous_is_none(text: str):
     assert read_number(text) is None
 
 
-def test_percent_and_a_decimal_comma_are_read_as_asked():
+@pytest.mark.checklist("W2")
+def test_w02_percent_and_a_decimal_comma_are_read_as_asked():
     assert read_number("12%", percent=True) == Fraction(12, 100)
     assert read_number("12 percent", percent=True) == Fraction(12, 100)
     assert read_number("12", percent=True) == 12
@@ -132,11 +135,12 @@ def test_the_last_number_of_a_text(text: str, last: str):
     assert read_number(last_number(text) or "") == Fraction(last)
 
 
+@pytest.mark.checklist("W1")
 @pytest.mark.parametrize(
     "text",
     ["2, then the ratio 3:4", "2, then 2^10", "2, on 5/10/2024", "2, then 3,5", "2, then \\sqrt{5}", "2 then 5k"],
 )
-def test_where_the_last_is_no_number_an_earlier_one_is_not_taken_for_it(text: str):
+def test_w01_where_the_last_is_no_number_an_earlier_one_is_not_taken_for_it(text: str):
     assert read_number(last_number(text) or "") is None
 
 
@@ -144,10 +148,12 @@ def test_a_text_without_a_number_has_no_last_one():
     assert last_number("none at all") is None
 
 
+@pytest.mark.checklist("W1")
 @pytest.mark.parametrize(
     ("text", "inside"),
     [
         ("so \\boxed{\\frac{1}{2}} ok", "\\frac{1}{2}"),
+        ("\\boxed{\\sqrt{x^{2} + {1}}} or {3}", "\\sqrt{x^{2} + {1}}"),
         ("\\boxed{1} then \\boxed{ 2 }", "2"),
         ("\\fbox{3}", "3"),
         ("\\boxed{\\{1\\}}", "\\{1\\}"),
@@ -157,7 +163,7 @@ def test_a_text_without_a_number_has_no_last_one():
         ("no box", None),
     ],
 )
-def test_the_last_box_and_only_a_closed_one(text: str, inside: str | None):
+def test_w01_the_last_box_and_only_a_closed_one(text: str, inside: str | None):
     assert boxed(text) == inside
 
 
@@ -171,7 +177,8 @@ def test_the_other_places():
     assert last_line(" \n") is None
 
 
-def test_the_first_place_that_there_is_decides():
+@pytest.mark.checklist("W1")
+def test_w01_the_first_place_that_there_is_decides():
     places = ("boxed", "hash", "last_number")
     assert answer_in("7 \\boxed{x} 9", places) == "x"
     assert answer_in("7 #### 8 \n 9", places) == "8"
@@ -179,7 +186,8 @@ def test_the_first_place_that_there_is_decides():
     assert answer_in("none", places) is None
 
 
-def test_what_was_thought_is_no_answer():
+@pytest.mark.checklist("W1")
+def test_w01_what_was_thought_is_no_answer():
     assert after_thinking("<think>1</think> 2") == " 2"
     assert after_thinking("1</think> 2") == " 2"
     assert after_thinking("<think>1, 2") == ""

@@ -62,6 +62,7 @@ def test_g13_one_process_equals_two(outcome: Outcome, case: str) -> None:
         assert float(one["norm"]) > 0.02  # above the limit of 0.01: the clipping is part of what must not depend
         torch.testing.assert_close(two["norm"], one["norm"], rtol=1e-5, atol=0)
         torch.testing.assert_close(two["sums"], one["sums"], rtol=1e-5, atol=1e-5)
+        assert torch.equal(two["largest"], one["largest"])
         torch.testing.assert_close(two["metrics"], one["metrics"], rtol=1e-5, atol=1e-5)
         largest = float(one["gradient"].abs().max())
         torch.testing.assert_close(two["gradient"], one["gradient"], rtol=0, atol=1e-5 * largest)

@@ -57,7 +57,8 @@ def lengths(body: dict[str, Any], n: int):
     return 200, {}, {"scores": [len(each[-1]["content"]) for each in body["completions"]]}
 
 
-def test_prompts_completions_and_columns_are_posted_as_the_data_have_them():
+@pytest.mark.checklist("W13")
+def test_w13_prompts_completions_and_columns_are_posted_as_the_data_have_them():
     with ChatServer(lengths) as server:
         assert scorer(server)(replies()) == [3.0, 3.0, 5.0]
     (body,) = server.bodies
@@ -72,7 +73,8 @@ def test_texts_stay_texts():
     assert server.bodies == [{"prompts": ["p", "q"], "completions": ["a", "b"], "columns": {}}]
 
 
-def test_openrlhfs_shape():
+@pytest.mark.checklist("W13")
+def test_w13_openrlhfs_shape():
     """`remote_rm_url`: query is prompt and reply as text, special tokens included; the answer's `rewards` train."""
     with ChatServer(lengths) as server:
         found = scorer(server, format="openrlhf", column="answer")(replies())
@@ -92,7 +94,8 @@ def test_openrlhfs_shape_without_labels():
     assert server.bodies[0]["labels"] == ["", "", ""]
 
 
-def test_verls_shape():
+@pytest.mark.checklist("W13")
+def test_w13_verls_shape():
     """`compute_score` is called for one reply at a time."""
     with ChatServer(lengths) as server:
         assert scorer(server, format="verl", column="answer")(replies()) == [3.0, 3.0, 5.0]
@@ -101,20 +104,23 @@ def test_verls_shape():
     assert [each["data_source"] for each in bodies] == ["gsm8k", "gsm8k", "math"] and len(bodies) == 3
 
 
-def test_verls_answer_may_be_the_number_alone():
+@pytest.mark.checklist("W13")
+def test_w13_verls_answer_may_be_the_number_alone():
     with ChatServer(lambda body, n: (200, {}, 0.5)) as server:
         assert scorer(server, format="verl")(replies()) == [0.5] * 3
     assert server.bodies[0]["ground_truth"] is None and "answer" in server.bodies[0]["extra_info"]
 
 
-def test_requests_hold_batches_and_equal_replies_are_asked_about_once():
+@pytest.mark.checklist("W14")
+def test_w14_requests_hold_batches_and_equal_replies_are_asked_about_once():
     with ChatServer(lengths) as server:
         several = replies().take([0, 1, 0, 2, 1])
         assert scorer(server, batch_size=2, concurrency=1)(several) == [3.0, 3.0, 3.0, 5.0, 3.0]
     assert [len(body["completions"]) for body in server.bodies] == [2, 1]
 
 
-def test_passing_failures_are_tried_again(environment):
+@pytest.mark.checklist("W15")
+def test_w15_passing_failures_are_tried_again(environment):
     answers = [(503, {}, ""), (429, {"retry-after": "7"}, ""), None]
 
     def respond(body, n):
@@ -128,9 +134,10 @@ def test_passing_failures_are_tried_again(environment):
 BAD = [None, "high", True, math.nan, math.inf, [1.0], 10**400]
 
 
+@pytest.mark.checklist("W7")
 @pytest.mark.parametrize("bad", BAD, ids=str)
 @pytest.mark.filterwarnings("error")
-def test_what_is_no_score_is_asked_for_again_and_then_names_the_row(bad: Any):
+def test_w07_what_is_no_score_is_asked_for_again_and_then_names_the_row(bad: Any):
     def respond(body, n):
         scores = [bad if each[-1]["content"] == "two" else 1.0 for each in body["completions"]]
         return 200, {}, json.dumps({"scores": scores})
@@ -148,7 +155,8 @@ def test_what_is_no_score_is_asked_for_again_and_then_names_the_row(bad: Any):
     assert [len(body["completions"]) for body in server.bodies[:2]] == [3, 1]
 
 
-def test_a_score_that_comes_at_the_second_time_counts():
+@pytest.mark.checklist("W15")
+def test_w15_a_score_that_comes_at_the_second_time_counts():
     def respond(body, n):
         return 200, {}, {"scores": [None, 2.0, 3.0] if n == 1 else [1.0]}
 
@@ -156,7 +164,8 @@ def test_a_score_that_comes_at_the_second_time_counts():
         assert scorer(server)(replies()) == [1.0, 2.0, 3.0]
 
 
-def test_a_reply_that_a_server_refuses_fails_alone():
+@pytest.mark.checklist("W15")
+def test_w15_a_reply_that_a_server_refuses_fails_alone():
     def respond(body, n):
         texts = [each[-1]["content"] for each in body["completions"]]
         return (400, {}, {"error": "cannot read two"}) if "two" in texts else lengths(body, n)
@@ -167,10 +176,12 @@ def test_a_reply_that_a_server_refuses_fails_alone():
             scorer(server, batch_size=2)(replies())
 
 
+@pytest.mark.checklist("W9")
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
         ({"scores": [1.0]}, "gave 1 scores for 3 replies"),
+        ({"scores": [1.0] * 4}, "gave 4 scores for 3 replies"),
         ({"scores": 1.0}, "gave no scores of format plain"),
         ({"reward": [1, 2, 3]}, "gave no scores of format plain"),
         ("not json", "gave no scores of format plain (not json)"),
@@ -178,7 +189,7 @@ def test_a_reply_that_a_server_refuses_fails_alone():
         (None, "gave no scores of format plain"),
     ],
 )
-def test_an_answer_of_another_shape_stops_whatever_the_recipe_says(answer: Any, said: str):
+def test_w09_an_answer_of_another_shape_stops_whatever_the_recipe_says(answer: Any, said: str):
     with ChatServer(lambda body, n: (200, {}, answer)) as server:
         for rule in ("stop", 0.0):
             with pytest.raises(UserError) as error:
@@ -186,14 +197,16 @@ def test_an_answer_of_another_shape_stops_whatever_the_recipe_says(answer: Any, 
             assert said in str(error.value)
 
 
-def test_a_server_that_is_not_there_stops_whatever_the_recipe_says():
+@pytest.mark.checklist("W15")
+def test_w15_a_server_that_is_not_there_stops_whatever_the_recipe_says():
     for rule in ("stop", 0.0, "skip"):
         with pytest.raises(UserError, match=r"cannot be reached .* after 2 retries; see that the server runs"):
             scorer(None, on_failure=rule, retries=2)(replies())
 
 
+@pytest.mark.checklist("W15")
 @pytest.mark.parametrize(("status", "said"), [(401, "put a key"), (404, "correct the url")])
-def test_what_no_other_request_would_change_stops(status: int, said: str):
+def test_w15_what_no_other_request_would_change_stops(status: int, said: str):
     with (
         ChatServer(lambda body, n: (status, {}, {"detail": SECRET})) as server,
         pytest.raises(UserError, match=said) as error,
@@ -210,7 +223,8 @@ def test_a_source_that_scores_nothing_stops():
         scorer(server, on_failure="skip")(replies())
 
 
-def test_scores_are_kept_on_disk(tmp_path: Path):
+@pytest.mark.checklist("W14")
+def test_w14_scores_are_kept_on_disk(tmp_path: Path):
     with ChatServer(lengths) as server:
         assert scorer(server, run_dir=tmp_path)(replies()) == [3.0, 3.0, 5.0]
         assert scorer(server, run_dir=tmp_path)(replies()) == [3.0, 3.0, 5.0]
@@ -225,7 +239,35 @@ def test_scores_are_kept_on_disk(tmp_path: Path):
         assert scorer(other, run_dir=tmp_path)(replies()) == [9.0] * 3
 
 
-def test_scores_that_came_before_a_failure_are_kept(tmp_path: Path):
+@pytest.mark.checklist("W14")
+def test_w14_scores_are_kept_by_everything_that_shapes_them(tmp_path: Path):
+    def row(prompt: Any = "p", text: str = "q", **columns: Any) -> Replies:
+        return Replies([prompt], [text], {name: [value] for name, value in columns.items()}, [[5]], [[6]])
+
+    with ChatServer(lambda body, n: (200, {}, n if "solution_str" in body else [n])) as server:
+        asked: list[tuple[dict[str, Any], Replies]] = [
+            ({}, row()),
+            ({}, row(prompt="r")),
+            ({}, row(prompt=[{"role": "user", "content": "p"}])),
+            ({}, row(text="r")),
+            ({}, row(answer=1)),
+            ({}, row(answer="1")),
+            ({}, row(label=1)),
+            ({"url": f"{server.url}/other"}, row()),
+            ({"format": "openrlhf"}, row()),
+            ({"format": "verl"}, row(answer=1)),
+            ({"format": "verl", "column": "answer"}, row(answer=1)),
+        ]
+        for number, (fields, replies) in enumerate(asked, start=1):
+            assert scorer(server, run_dir=tmp_path, **fields)(replies) == [number], fields
+        for number, (fields, replies) in enumerate(asked, start=1):
+            assert scorer(server, run_dir=tmp_path, retries=1, timeout=9, **fields)(replies) == [number], fields
+        assert scorer(server, run_dir=tmp_path, concurrency=2, batch_size=3)(row()) == [1]
+    assert len(server.bodies) == len(asked)
+
+
+@pytest.mark.checklist("W14")
+def test_w14_scores_that_came_before_a_failure_are_kept(tmp_path: Path):
     def respond(body, n):
         return 200, {}, {"scores": [None if each[-1]["content"] == "two" else 1.0 for each in body["completions"]]}
 
@@ -235,7 +277,8 @@ def test_scores_that_came_before_a_failure_are_kept(tmp_path: Path):
         assert len(list((tmp_path / "eval-cache").iterdir())) == 2
 
 
-def test_the_key_goes_into_the_header_and_nowhere_else(tmp_path: Path, monkeypatch):
+@pytest.mark.checklist("W16")
+def test_w16_the_key_goes_into_the_header_and_nowhere_else(tmp_path: Path, monkeypatch):
     monkeypatch.setenv("RM_KEY", SECRET)
 
     def respond(body, n):

@@ -55,6 +55,7 @@ def test_a_schema_may_be_true_or_false():
     assert fits(1, validator_of(True, "here")) and not fits(1, validator_of(False, "here"))
 
 
+@pytest.mark.checklist("W4")
 @pytest.mark.parametrize(
     ("schema", "said"),
     [
@@ -78,7 +79,7 @@ def test_a_schema_may_be_true_or_false():
         ({"uniqueItems": 1}, "here.uniqueItems: 1 is not of type 'boolean'"),
     ],
 )
-def test_what_is_not_checked_is_refused(schema: Any, said: str):
+def test_w04_what_is_not_checked_is_refused(schema: Any, said: str):
     with pytest.raises(UserError) as error:
         validator_of(schema, "here")
     assert said in str(error.value)
@@ -89,7 +90,8 @@ def test_a_reference_that_leads_to_itself_ends():
     assert not fits(1, validator_of(schema, "here"))
 
 
+@pytest.mark.checklist("W4")
 @pytest.mark.parametrize("text", ["", "{", "NaN", "[Infinity]", '{"a": 1, "a": 2}', "'a'", "[" * 100_000, "1 2"])
-def test_what_is_no_json(text: str):
+def test_w04_what_is_no_json(text: str):
     with pytest.raises(ValueError):
         read_json(text)

@@ -52,7 +52,8 @@ def test_a_reward_stages_score_is_the_trainers(tmp_path: Path):
     assert torch.allclose(within, outside(asked), atol=1e-5)
 
 
-def test_the_rules_of_a_stage_hold_outside_of_it():
+@pytest.mark.checklist("W11")
+def test_w11_the_rules_of_a_stage_hold_outside_of_it():
     length = RewardSource("function", lambda completions: [float(len(text)) for text in completions])
     rules = ScoreRules(reward_combination="ensemble", ensemble_penalty=0.5, reward_clip=1.5, missing_eos_penalty=4.0)
     score = ReplyScorer([length, RUBRIC], tiny(), TOKENIZER, rules)
@@ -65,7 +66,8 @@ def test_no_source_is_refused():
         ReplyScorer([], tiny(), TOKENIZER)
 
 
-def test_what_one_source_skips_counts_by_the_others():
+@pytest.mark.checklist("W8")
+def test_w08_what_one_source_skips_counts_by_the_others():
     numeric = RewardSource("verifier", "numeric", 2.0, NUMERIC.settings, "skip")
     score = ReplyScorer([numeric, RUBRIC], tiny(), TOKENIZER)
     asked = replies(answer=[2, None, 3])
@@ -73,7 +75,16 @@ def test_what_one_source_skips_counts_by_the_others():
     assert score(asked).tolist() == [2.5, 1.0, 0.5]
 
 
-def test_a_functions_bad_scores_count_as_the_recipe_says():
+@pytest.mark.checklist("W8")
+def test_w08_a_source_that_is_to_stop_names_the_reply():
+    numeric = RewardSource("verifier", "numeric", settings=NUMERIC.settings)
+    score = ReplyScorer([RUBRIC, numeric], tiny(), TOKENIZER)
+    with pytest.raises(UserError, match=r"reward numeric: prompt \('what\?'\), reply 'two': its row has no 'answer'"):
+        score(replies(answer=[2, None, 3]))
+
+
+@pytest.mark.checklist("W8")
+def test_w08_a_functions_bad_scores_count_as_the_recipe_says():
     def reward(completions):
         return [1.0, math.inf, None]
 
@@ -87,8 +98,9 @@ def test_a_functions_bad_scores_count_as_the_recipe_says():
             assert score(replies()).tolist() == [1.0, filled, 0.0]
 
 
+@pytest.mark.checklist("W7")
 @pytest.mark.parametrize("rule", ["stop", "skip", -1.0])
-def test_a_models_score_that_is_not_finite_is_no_zero(tmp_path: Path, rule: Any):
+def test_w07_a_models_score_that_is_not_finite_is_no_zero(tmp_path: Path, rule: Any):
     folder = reward_folder(tmp_path)
     score = ReplyScorer([RewardSource("stage", str(folder), on_failure=rule)], tiny(), TOKENIZER)
     made: Any = score.scoring.scorers[0]
@@ -104,8 +116,9 @@ def test_a_reward_refuses_another_rule():
             RewardSource("verifier", "numeric", settings={}, on_failure=rule)  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.checklist("W7")
 @pytest.mark.parametrize("score", [None, "1", True, [1], math.nan, math.inf, -math.inf, 10**400, 1e39])
-def test_what_is_no_score(score: object):
+def test_w07_what_is_no_score(score: object):
     assert wrong_score(score) is not None
 
 

@@ -33,11 +33,12 @@ def test_it_gets_the_arguments_that_it_takes():
     assert wide == [4.0, 0.0]
 
 
+@pytest.mark.checklist("W7")
 @pytest.mark.parametrize(
     ("returned", "said"),
     [([1.0], "1 scores for 2"), ([1.0, math.nan], "nan for completion 'two'"), ([math.inf, 0], "inf for .* 'one'")],
 )
-def test_what_is_no_score_is_refused(returned, said):
+def test_w07_what_is_no_score_is_refused(returned, said):
     with pytest.raises(UserError, match=said) as error:
         call_reward_function(lambda completions: returned, **GIVEN)
     assert error.value.where == "here"

@@ -1,5 +1,6 @@
 """The sampling stage on a tiny model: what it draws, what it writes, how it goes on."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -8,16 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from peft import PeftModel
 
 import preftune
 from preftune import stopping
 from preftune.errors import UserError
-from preftune.files import CHECKPOINTS, PROGRESS, ROWS, sha256_of
+from preftune.files import CHECKPOINTS, METRICS, PROGRESS, ROWS, sha256_of
+from preftune.models.base import Base
 from preftune.models.lineage import adapter_sha256, read_lineage
-from preftune.stages.job import CheckpointPlan, StageJob
+from preftune.models.loading import load_model
+from preftune.models.tokens import end_token_ids
+from preftune.stages import trackers
+from preftune.stages.job import CheckpointPlan, StageJob, Trackers
 from preftune.stages.ppo.rewards import RewardSource
 from preftune.stages.run import finished, run_stage
 from preftune.stages.sample.drawn import kept_pieces
+from preftune.stages.sample.keep import UNFINISHED
 
 from .sample_rewards import number
 
@@ -49,7 +57,8 @@ def rows_of(job: StageJob) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (job.output_dir / ROWS).read_text(encoding="utf-8").split("\n")[:-1]]
 
 
-def test_pairs_are_the_best_and_the_worst_of_the_policys_own_replies(sample_job: Make) -> None:
+@pytest.mark.checklist("K3")
+def test_k03_pairs_are_the_best_and_the_worst_of_the_policys_own_replies(sample_job: Make) -> None:
     everything, pairs = sample_job("all", keep="all"), sample_job("pairs")
     metrics = [run_stage(each) for each in (everything, pairs)]
     replies = rows_of(everything)
@@ -66,7 +75,8 @@ def test_pairs_are_the_best_and_the_worst_of_the_policys_own_replies(sample_job:
     assert metrics[1]["score_chosen"] == pytest.approx(sum(row["score_chosen"] for row in rows_of(pairs)) / made)
 
 
-def test_the_lineage_says_of_what_and_how_rows_were_made(sample_job: Make, sft_folder: Path) -> None:
+@pytest.mark.checklist("K10")
+def test_k10_the_lineage_says_of_what_and_how_rows_were_made(sample_job: Make, sft_folder: Path) -> None:
     job = sample_job(seed=5)
     run_stage(job)
     lineage = read_lineage(job.output_dir)
@@ -84,7 +94,8 @@ def test_the_lineage_says_of_what_and_how_rows_were_made(sample_job: Make, sft_f
     assert left == {ROWS, "metrics.json", "lineage.json", "log.jsonl", PROGRESS}  # the chain takes the last one away
 
 
-def test_rows_are_the_same_whatever_the_batch_and_the_pieces(sample_job: Make) -> None:
+@pytest.mark.checklist("K2")
+def test_k02_rows_are_the_same_whatever_the_batch_and_the_pieces(sample_job: Make) -> None:
     found = {}
     for name, size, share in (("one", 1, 0.1), ("five", 5, 0.3), ("all", None, None)):
         job = sample_job(name, batch_size=size, checkpoints=CheckpointPlan(share=share))
@@ -93,7 +104,8 @@ def test_rows_are_the_same_whatever_the_batch_and_the_pieces(sample_job: Make) -
     assert len(set(found.values())) == 1
 
 
-def test_more_replies_begin_with_those_that_fewer_are(sample_job: Make) -> None:
+@pytest.mark.checklist("K2")
+def test_k02_more_replies_begin_with_those_that_fewer_are(sample_job: Make) -> None:
     few, many, other = sample_job("few", keep="all", n=2), sample_job("many", keep="all"), sample_job("o", keep="all")
     for each in (few, many):
         run_stage(each)
@@ -106,7 +118,8 @@ def test_more_replies_begin_with_those_that_fewer_are(sample_job: Make) -> None:
     assert [row["completion"] for row in rows_of(other)] != texts[0]
 
 
-def test_the_parents_policy_answers(sample_job: Make) -> None:
+@pytest.mark.checklist("K1")
+def test_k01_the_parents_policy_answers(sample_job: Make) -> None:
     ours, base = sample_job("ours", keep="all"), sample_job("base", keep="all", parent=None)
     for each in (ours, base):
         run_stage(each)
@@ -114,7 +127,55 @@ def test_the_parents_policy_answers(sample_job: Make) -> None:
     assert read_lineage(base.output_dir).config["policy"] == {"stage": "base", "sha256": base.base.sha256}
 
 
-def test_scores_of_a_reward_stage_are_those_that_it_gives_alone(
+@pytest.mark.checklist("K1")
+def test_k01_without_chance_its_replies_are_those_of_plain_transformers(
+    sample_job: Make, base: Base, tokenizer: Any, sft_folder: Path
+) -> None:
+    """The first of all tokens each time, by the library's own loop on the library's own adapter."""
+    job = sample_job(keep="all", n=1, top_k=1)
+    run_stage(job)
+    model = PeftModel.from_pretrained(load_model(base, packed=False), str(sft_folder)).eval()
+    for row in rows_of(job):
+        ids = torch.tensor([tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"]])
+        with torch.no_grad():
+            said = model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12,
+                eos_token_id=end_token_ids(tokenizer, model), pad_token_id=tokenizer.pad_token_id,
+            )  # fmt: skip
+        text = tokenizer.decode(said[0, ids.size(1) :], skip_special_tokens=True)
+        assert row["completion"][0]["content"] == text
+
+
+@pytest.mark.checklist("K6")
+def test_k06_a_reply_has_ended_where_it_says_so_itself(sample_job: Make, tokenizer: Any) -> None:
+    said: list[list[int]] = []
+
+    def look(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        said.extend(completion_ids)
+        return [float(len(each)) for each in completion_ids]
+
+    whole = CheckpointPlan(share=None)
+    job = sample_job("all", keep="all", rewards=RewardSource("function", look), checkpoints=whole)
+    run_stage(job)
+    rows = rows_of(job)
+    ended = [each[-1] == tokenizer.eos_token_id for each in said]
+    assert [row["finished"] for row in rows] == ended and 0 < sum(ended) < len(ended)
+    assert [row["length"] for row in rows] == [len(each) for each in said]
+    assert all(len(each) == 12 for each, at_an_end in zip(said, ended, strict=True) if not at_an_end)
+    # the longest reply scores best, and is one that was cut
+    best = sample_job("best", keep="best", unfinished="drop", rewards=RewardSource("function", look), checkpoints=whole)
+    run_stage(best)
+    chosen = {row["completion"][0]["content"] for row in rows_of(best)}
+    assert chosen <= {row["completion"][0]["content"] for row in rows if row["finished"]}
+    assert run_metrics(best)["left_out"][UNFINISHED] == len(ended) - sum(ended)
+
+
+def run_metrics(job: StageJob) -> dict[str, Any]:
+    return json.loads((job.output_dir / METRICS).read_text(encoding="utf-8"))
+
+
+@pytest.mark.checklist("K7")
+def test_k07_scores_of_a_reward_stage_are_those_that_it_gives_alone(
     sample_job: Make, make_job: Make, sft_folder: Path
 ) -> None:
     reward = make_job("reward", parent=sft_folder)
@@ -135,7 +196,8 @@ def test_scores_of_a_reward_stage_are_those_that_it_gives_alone(
     ]
 
 
-def test_several_sources_are_summed_by_their_weights_and_none_is_no_zero(sample_job: Make) -> None:
+@pytest.mark.checklist("K7")
+def test_k07_several_sources_are_summed_by_their_weights_and_none_is_no_zero(sample_job: Make) -> None:
     def halved(completions: list, **_: object) -> list[float | None]:
         return [len(each[0]["content"]) / 2 if len(each[0]["content"]) % 2 else None for each in completions]
 
@@ -150,7 +212,8 @@ def test_several_sources_are_summed_by_their_weights_and_none_is_no_zero(sample_
         assert row["score"] == (1.5 * length if length % 2 else None)
 
 
-def test_a_reward_that_separates_nothing_is_an_error(sample_job: Make) -> None:
+@pytest.mark.checklist("K3")
+def test_k03_a_reward_that_separates_nothing_is_an_error(sample_job: Make) -> None:
     job = sample_job(rewards=RewardSource("function", lambda completions, **_: [1.0] * len(completions)))
     with pytest.raises(
         UserError, match=r"stages\.pairs: keeps no row of 12 prompts \(12 prompts whose replies all sco"
@@ -159,7 +222,8 @@ def test_a_reward_that_separates_nothing_is_an_error(sample_job: Make) -> None:
     assert not (job.output_dir / ROWS).exists()
 
 
-def test_prompts_that_are_held_out_are_not_answered(sample_job: Make) -> None:
+@pytest.mark.checklist("K1")
+def test_k01_prompts_that_are_held_out_are_not_answered(sample_job: Make) -> None:
     job = sample_job(keep="best", held_out=0.4)
     metrics = run_stage(job)
     assert metrics["prompts"] == metrics["data"]["train"]["used"] < 12
@@ -181,7 +245,8 @@ def test_reward_functions_get_prompts_columns_and_replies_in_their_own_form(samp
     assert [row["answer"] for row in rows_of(job)] == ["0", "1", "2"]
 
 
-def test_a_stage_that_was_cut_off_draws_only_what_is_missing(
+@pytest.mark.checklist("K8")
+def test_k08_a_stage_that_was_cut_off_draws_only_what_is_missing(
     sample_job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SAMPLE_NOTES", str(tmp_path / "notes"))
@@ -220,7 +285,8 @@ def stop_after(job: StageJob, pieces: int) -> None:
     assert str(caught.value) == f"{job.name}: stopped by SIGTERM after prompt {3 * pieces} of 12"
 
 
-def test_a_changed_number_of_pieces_goes_on_behind_those_that_are_kept(sample_job: Make) -> None:
+@pytest.mark.checklist("K8")
+def test_k08_a_changed_number_of_pieces_goes_on_behind_those_that_are_kept(sample_job: Make) -> None:
     first, whole = sample_job("cut", checkpoints=CheckpointPlan(share=0.25)), sample_job("whole")
     stop_after(first, 1)
     other = sample_job("cut", checkpoints=CheckpointPlan(share=None))
@@ -229,7 +295,8 @@ def test_a_changed_number_of_pieces_goes_on_behind_those_that_are_kept(sample_jo
     assert (other.output_dir / ROWS).read_bytes() == (whole.output_dir / ROWS).read_bytes()
 
 
-def test_a_piece_whose_numbers_went_bad_is_drawn_again(sample_job: Make) -> None:
+@pytest.mark.checklist("K8")
+def test_k08_a_piece_whose_numbers_went_bad_is_drawn_again(sample_job: Make) -> None:
     job = sample_job("cut", checkpoints=CheckpointPlan(share=0.25))
     stop_after(job, 2)
     folder = job.output_dir / CHECKPOINTS
@@ -246,3 +313,43 @@ def test_what_was_finished_and_not_moved_is_not_drawn_again(sample_job: Make) ->
         file.write("{}\n")
     os.utime(job.output_dir / ROWS, ns=(1, 1))
     assert finished(job) is None
+
+
+def test_trackers_are_told_of_each_piece_once_and_of_what_was_kept(
+    sample_job: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, int, dict[str, float]]] = []
+    closed: list[bool] = []
+
+    class Recorded:
+        def __init__(self, folder, trackers, run, identity, config, settings) -> None:
+            assert (run, config["kind"], config["n"], config["keep"]) == ("pairs", "sample", 4, "best_worst")
+            assert not any(key.startswith("lora.") for key in config)
+            self.identity = identity
+
+        def write(self, step: int, values: dict[str, float]) -> None:
+            told.append((self.identity, step, dict(values)))
+
+        def close(self, failed: bool) -> None:
+            closed.append(failed)
+
+    monkeypatch.setattr(trackers, "_WRITERS", {"wandb": Recorded})
+    plan = CheckpointPlan(share=0.25)
+    job = dataclasses.replace(sample_job(checkpoints=plan), trackers=Trackers(("wandb", "mlflow"), "project", "group"))
+    stop_after(job, 2)
+    # the second piece was kept, and the stage stopped before it told of it
+    assert [step for _, step, _ in told] == [3] and closed == [True]
+    metrics = run_stage(job)
+    assert closed == [True, False] and len({identity for identity, _, _ in told}) == 1
+    # a row of the log each, and at the end what came of it
+    logged = [json.loads(line) for line in (job.output_dir / "log.jsonl").read_text().splitlines()]
+    assert [step for _, step, _ in told] == [row["step"] for row in logged] + [12] == [3, 6, 9, 12, 12]
+    for row, (_, _, values) in zip(logged, told[:-1], strict=True):
+        assert values["train/objective/scores"] == row["objective/scores"]
+        assert values["train/rollout/eos_rate"] == row["rollout/eos_rate"]
+    last = told[-1][2]
+    kept = {f"train/{name}": metrics[name] for name in ("prompts", "replies", "rows", "score", "length", "eos_rate")}
+    assert last.items() >= kept.items() and last["train/score_chosen"] > last["train/score_rejected"]
+    left = {f"train/left_out/{reason}": count for reason, count in metrics["left_out"].items()}
+    assert last.items() >= left.items()
+    assert (job.output_dir / "runs" / trackers.TOLD).is_file() and finished(job) is not None

@@ -56,9 +56,21 @@ NUMERIC: list[tuple[dict[str, Any], str, object, bool]] = [
 ]
 
 
+@pytest.mark.checklist("W2")
 @pytest.mark.parametrize(("more", "text", "answer", "good"), NUMERIC)
-def test_numeric_answers(more: dict[str, Any], text: str, answer: object, good: bool):
+def test_w02_numeric_answers(more: dict[str, Any], text: str, answer: object, good: bool):
     assert right({**ANSWER, **more}, text, {"answer": answer}) is good
+
+
+@pytest.mark.checklist("W1")
+def test_w01_without_extract_a_box_comes_first_then_hash_then_tags_then_the_last_number():
+    said = ["1", "<answer>2</answer> 1", "<answer>2</answer> 1\n#### 3", "\\boxed{4} <answer>2</answer> 1\n#### 3"]
+    for place, answer in enumerate((1, 2, 3, 4)):
+        assert [right(ANSWER, text, {"answer": answer}) for text in said] == [each == place for each in range(4)]
+    # what stands there and is no number is no reason to look further
+    assert not right(ANSWER, "\\boxed{x} 1", {"answer": 1})
+    exact = {"check": "exact", "column": "answer"}
+    assert [right(exact, text, {"answer": "1"}) for text in said] == [True, False, False, False]
 
 
 @given(st.fractions(max_denominator=500), st.fractions(max_denominator=500))
@@ -101,18 +113,51 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
 ]
 
 
+@pytest.mark.checklist("W4")
 @pytest.mark.parametrize(("entry", "good", "bad"), CASES)
-def test_each_check_passes_and_fails(entry: dict[str, Any], good: str, bad: str):
+def test_w04_each_check_passes_and_fails(entry: dict[str, Any], good: str, bad: str):
     assert right(entry, good)
     assert not right(entry, bad)
 
 
-def test_tokens_are_those_of_the_reply():
+EXACT: list[tuple[dict[str, Any], str, object, bool]] = [
+    # white space is one space, and none at the ends; all else counts
+    ({}, "\n New \t York ", "New York", True),
+    ({}, "NewYork", "New York", False),
+    ({}, "new york", "New York", False),
+    ({}, "New York.", "New York", False),
+    ({"ignore_case": True}, "NEW york", "New York", True),
+    ({"ignore_case": True}, "STRASSE", "Straße", True),
+    ({"ignore_case": True}, "New York.", "New York", False),
+    ({"ignore_punctuation": True}, '"New York!"', "New York", True),
+    ({"ignore_punctuation": True}, "new york", "New York", False),
+    ({"ignore_punctuation": True}, "New-York", "New York", False),
+    # numbers are texts here
+    ({}, "12.0", 12, False),
+    ({}, "12", 12, True),
+    ({}, "It is 12", 12, False),
+    ({}, "It is \\boxed{12}", 12, True),
+    ({}, "12", "6 + 6\n#### 12", True),
+    ({}, "Rome", ["Paris", "Rome"], True),
+    ({}, "Paris, Rome", ["Paris", "Rome"], False),
+    ({}, "", "Rome", False),
+]
+
+
+@pytest.mark.checklist("W3")
+@pytest.mark.parametrize(("more", "text", "answer", "good"), EXACT)
+def test_w03_a_text_is_right_where_it_is_that_text(more: dict[str, Any], text: str, answer: object, good: bool):
+    assert right({"check": "exact", "column": "answer", **more}, text, {"answer": answer}) is good
+
+
+@pytest.mark.checklist("W4")
+def test_w04_tokens_are_those_of_the_reply():
     entry = {"check": "length", "unit": "tokens", "min": 2, "max": 3}
     assert [right(entry, "any text", tokens=each) for each in (1, 2, 3, 4)] == [False, True, True, False]
 
 
-def test_a_patterns_first_group_is_compared_with_a_column():
+@pytest.mark.checklist("W4")
+def test_w04_a_patterns_first_group_is_compared_with_a_column():
     entry = {"check": "regex", "pattern": r"Answer: (\w)", "column": "letter"}
     assert right(entry, "Answer: B", {"letter": "B"})
     assert right(entry, "Answer: B", {"letter": ["A", "B"]})
@@ -163,8 +208,9 @@ def test_a_wrong_entry_is_refused_in_words(entry: dict[str, Any], said: str):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.checklist("W5")
 @pytest.mark.parametrize("row", [{}, {"answer": None}, {"answer": "twelve"}, {"answer": []}, {"answer": {"a": 1}}])
-def test_a_row_that_does_not_say_the_answer_is_no_wrong_reply(row: dict[str, object]):
+def test_w05_a_row_that_does_not_say_the_answer_is_no_wrong_reply(row: dict[str, object]):
     verifier = parse_verifier(ANSWER, HERE)
     with pytest.raises(Unusable):
         verifier.verdict("12", row, 1)
@@ -176,13 +222,15 @@ def test_a_row_that_does_not_say_the_answer_is_no_wrong_reply(row: dict[str, obj
 REPLIES = Replies(["a?", "b?", "c?"], ["1", "2", "3"], {"answer": [1, None, 4]}, rows=[7, 8, 9])
 
 
-def test_a_row_without_an_answer_is_named_and_stops():
+@pytest.mark.checklist("W5")
+def test_w05_a_row_without_an_answer_is_named_and_stops():
     scorer = VerifierScorer.of(parse_verifier(ANSWER, HERE), "reward numeric", "stop")
     with pytest.raises(UserError, match=r"reward numeric: prompt 9 \('b\?'\), reply '2': its row has no 'answer'; .*"):
         scorer(REPLIES)
 
 
-def test_or_counts_as_the_recipe_says(caplog):
+@pytest.mark.checklist("W5")
+def test_w05_or_counts_as_the_recipe_says(caplog):
     rules: list[tuple[Any, Any]] = [(0.25, 0.25), ("skip", None)]
     for rule, filled in rules:
         scores = VerifierScorer.of(parse_verifier(ANSWER, HERE), "reward numeric", rule)(REPLIES)
@@ -191,7 +239,8 @@ def test_or_counts_as_the_recipe_says(caplog):
     assert "1 of 3 replies failed and count as 0.25" in caplog.text
 
 
-def test_a_source_that_scores_nothing_stops_whatever_the_recipe_says():
+@pytest.mark.checklist("W8")
+def test_w08_a_source_that_scores_nothing_stops_whatever_the_recipe_says():
     scorer = VerifierScorer.of(parse_verifier(ANSWER, HERE), "reward numeric", 0.0)
     with pytest.raises(UserError, match="none of 1 replies has a score; prompt 9"):
         scorer(REPLIES.take([1]))

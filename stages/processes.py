@@ -1,14 +1,14 @@
-"""One sampling stage in several processes: each draws and scores a share of the prompts, the first writes."""
+"""Several processes of one stage: how they share rows, and what one of them does for all."""
 
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 
-from ... import stopping
+from .. import stopping
+from ..errors import UserError
 
 _T = TypeVar("_T")
 _LONG = timedelta(days=7)
@@ -23,6 +23,18 @@ class Processes:
     count: int = 1
     group: Any = None
 
+    @classmethod
+    def all(cls) -> "Processes":
+        """Those that a launcher has started, or this one alone. All of them call it, as they would a collective."""
+        from accelerate import PartialState
+        from accelerate.utils import parse_flag_from_env
+
+        state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+        if state.num_processes == 1:
+            return cls()
+        group = torch.distributed.new_group(backend="gloo", timeout=_LONG)
+        return cls(state.process_index, state.num_processes, group)
+
     def share(self, rows: int) -> range:
         """The places of this process' rows among so many; neighbours stay together."""
         return range(rows * self.rank // self.count, rows * (self.rank + 1) // self.count)
@@ -36,27 +48,26 @@ class Processes:
         return [each for part in parts for each in part]
 
     def by_first(self, work: Callable[[], _T]) -> _T:
-        """What the first finds, in all of them."""
+        """What the first finds, in all of them.
+
+        Raises:
+            UserError: in every process, where it was raised in the first: none is left to wait for the others.
+        """
         if self.count == 1:
             return work()
-        said: list[Any] = [work() if self.rank == 0 else None]
+        wrong: UserError | None = None
+        said: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                said[0] = work()
+            except UserError as error:
+                wrong = error
+                said[1] = (error.where, error.problem, error.remedy)
         torch.distributed.broadcast_object_list(said, src=0, group=self.group)
+        if said[1] is not None:
+            raise wrong or UserError(*said[1])
         return said[0]
 
     def asked_to_stop(self) -> int | None:
         """The signal that asked any of them to stop; the same answer in all."""
         return max(self.gathered([stopping.requested() or 0])) or None
-
-
-@contextmanager
-def processes() -> Generator[Processes]:
-    """Those that a launcher has started, or this one alone."""
-    from accelerate import PartialState
-    from accelerate.utils import parse_flag_from_env
-
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-    if state.num_processes == 1:
-        yield Processes()
-        return
-    group = torch.distributed.new_group(backend="gloo", timeout=_LONG)
-    yield Processes(state.process_index, state.num_processes, group)
