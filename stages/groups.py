@@ -132,7 +132,8 @@ class GroupMethod:
 
     @torch.no_grad()
     def forwards(self, episodes: Episodes, *, old: bool = True) -> Forwards:
-        """Under the policy, and where a KL is asked for under the reference; a group's prompt is laid out once."""
+        """Under the policy, and where a KL is asked for under the reference; a group's prompt is laid out once. Without
+        `old` the policy's are left to the first step."""
         trunk, adapters, mask_BR = self.trunk, self.trunk.adapters, episodes.mask_BR
         roles = [*([DEFAULT] if old else []), *([REF] if self.config.measures_kl() else [])]
         unknown_BR = torch.zeros(mask_BR.shape, device=mask_BR.device).masked_fill(mask_BR, torch.nan)
@@ -288,6 +289,12 @@ class GroupTrainer(OnPolicyTrainer):
 
     def _build_roles(self, sources: list[RewardSource]) -> None:
         super()._build_roles(_weighted(sources, self.args.reward_weights, type(self).__name__))
+
+    def _forwards(self, episodes: Episodes) -> Forwards:
+        if not self.args.first_step_measures():
+            return super()._forwards(episodes)
+        assert isinstance(self.method, GroupMethod)
+        return self.method.forwards(episodes, old=False)
 
 
 def _weighted(sources: list[RewardSource], weights: list[float] | None, where: str) -> list[RewardSource]:

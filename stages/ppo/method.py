@@ -95,9 +95,8 @@ class Method(Protocol):
         """The optimiser's groups."""
         ...
 
-    def forwards(self, episodes: Episodes, *, old: bool = True) -> Forwards:
-        """Step 4: log-probs (and values) of a rollout; changes nothing. Without `old` those of the old policy are left
-        to the first step."""
+    def forwards(self, episodes: Episodes) -> Forwards:
+        """Step 4: log-probs (and values) of a rollout; changes nothing."""
         ...
 
     def rollout(self, episodes: Episodes, forwards: Forwards, rewards_BR: torch.Tensor, scores: Scores) -> Rollout:
@@ -211,9 +210,8 @@ class PPO:
         return [(self.policy, rate), (self.value, rate if value_rate is None else value_rate)]
 
     @torch.no_grad()
-    def forwards(self, episodes: Episodes, *, old: bool = True) -> Forwards:
-        """In micro-batches of like length. Rewards and advantages need the old policy's."""
-        assert old
+    def forwards(self, episodes: Episodes) -> Forwards:
+        """In micro-batches of like length."""
         trunk, adapters, device = self.trunk, self.trunk.adapters, episodes.start_B.device
         out = [torch.zeros(episodes.mask_BR.shape, device=device) for _ in range(4)]
         for rows in trunk.batches(episodes):

@@ -64,11 +64,12 @@ from .files import (
     save_state,
     save_tensors,
 )
-from .method import PPO, Method, value_start
+from .method import PPO, Forwards, Method, value_start
 from .network import Trunk, add_reference
 from .opening import open_policy, reward_sources
 from .rewards import Responses, RewardFunc, RewardSource, RunningScale, Scorer, Scoring, build_scorers
 from .rollout import (
+    Episodes,
     Prompts,
     Rollout,
     decode,
@@ -321,7 +322,7 @@ class OnPolicyTrainer(Resumable):
 
         # 4. Log-probs of old policy and reference; the KL penalty goes into the rewards, token by token.
         later = args.first_step_measures()
-        forwards = self.method.forwards(episodes, old=not later)
+        forwards = self._forwards(episodes)
         release_free_memory()
         logps_BR, ref_logps_BR = forwards.logps_BR, forwards.ref_logps_BR
         delta_BR = torch.zeros_like(logps_BR) if later or ref_logps_BR is None else logps_BR - ref_logps_BR
@@ -339,6 +340,10 @@ class OnPolicyTrainer(Resumable):
         else:
             self._log_rollout(rollout, fresh, forwards.entropy_BR)
         return gathered(rollout)
+
+    def _forwards(self, episodes: Episodes) -> Forwards:
+        """Those of a fresh rollout, without what its first step measures."""
+        return self.method.forwards(episodes)
 
     def _drawn(self, done: int) -> None:
         """Show it."""
