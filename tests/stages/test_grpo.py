@@ -345,7 +345,7 @@ def test_g19_the_first_step_measures_what_a_forward_of_its_own_would(
     forwards = MADE[kind][1].build_method
 
     def listen(self: Any, *args: Any) -> Any:
-        method = forwards(self, *args)
+        method: Any = forwards(self, *args)
         true = method.forwards
         method.forwards = lambda episodes, *, old=True: (asked.append(old), true(episodes, old=old))[1]
         return method
