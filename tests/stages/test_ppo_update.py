@@ -97,9 +97,9 @@ def test_p18_optimiser_steps_are_epochs_times_minibatches_freshly_shuffled(
     made = trainer(tmp_path, num_ppo_epochs=3, num_mini_batches=4, callbacks=[count], total_episodes=16)
     true = made.updater.gradients
 
-    def listen(rollout: Rollout, rows: torch.Tensor, kl_coef: float):
+    def listen(rollout: Rollout, rows: torch.Tensor, kl_coef: float, *, measures: bool):
         taken.append(rows.tolist())
-        return true(rollout, rows, kl_coef)
+        return true(rollout, rows, kl_coef, measures=measures)
 
     monkeypatch.setattr(made.updater, "gradients", listen)
     out = made.train()
