@@ -24,7 +24,7 @@ from ..data.spec import DataSpec, SourceSpec
 from ..models.adapters import AdapterSet
 from ..models.loading import load_model
 from ..models.tokens import load_tokenizer, prepare_model
-from .measure import StepClock, alternate, machine, measured_apart, product_rate, write_result
+from .measure import StepClock, alternate, machine, measured_apart, product_rate, summary, write_result
 from .ppo import NEVER
 from .sides import LORA
 from .workload import base
@@ -57,14 +57,7 @@ def main() -> None:
         args.rounds,
         lambda side: measured_apart(f"{__package__}.grpo", [f"--worker={side}", *shared]),
     )
-    sides: dict[str, dict[str, Any]] = {
-        side: {
-            "completions_per_second": statistics.median(one["completions_per_second"] for one in each),
-            "peak_memory_gb": max(one["peak_memory_bytes"] for one in each) / 1e9,
-            "runs": each,
-        }
-        for side, each in found.items()
-    }
+    sides = {side: summary(each, "completions_per_second") for side, each in found.items()}
     result: dict[str, Any] = {
         "machine": machine(),
         "bf16_product_gflops": round(product_rate() / 1e9),

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import time
@@ -99,6 +100,15 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: version(name) for name in LIBRARIES},
         "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def summary(runs: Sequence[Mapping[str, Any]], rate: str) -> dict[str, Any]:
+    """A side's runs: the median of their `rate` (units a second), the largest peak memory (GB), and each of them."""
+    return {
+        rate: statistics.median(one[rate] for one in runs),
+        "peak_memory_gb": max(one["peak_memory_bytes"] for one in runs) / 1e9,
+        "runs": list(runs),
     }
 
 

@@ -12,7 +12,6 @@ up and is not counted. `sft` is our SFT on as many tokens a forward, for its mem
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import tempfile
 import venv
@@ -31,7 +30,7 @@ from ..models.loading import load_model
 from ..models.lora import linear_names
 from ..models.tokens import load_tokenizer, prepare_model
 from ..stages.ppo.rollout import stream_rows
-from .measure import StepClock, alternate, machine, measured_apart, write_result
+from .measure import StepClock, alternate, machine, measured_apart, summary, write_result
 from .sides import LORA, our_trainer
 from .workload import WORDS, base, write_rows
 
@@ -68,15 +67,7 @@ def main() -> None:
             return measured_apart(f"{__package__}.ppo", ["--worker", side, "--settings", str(settings)])
 
         found = alternate(args.sides, args.rounds, measure)
-    sides: dict[str, dict[str, Any]] = {
-        side: {
-            "episodes_per_second": statistics.median(one["episodes_per_second"] for one in each),
-            "peak_memory_gb": max(one["peak_memory_bytes"] for one in each) / 1e9,
-            "runs": each,
-        }
-        for side, each in found.items()
-        if side != "sft"
-    }
+    sides = {side: summary(each, "episodes_per_second") for side, each in found.items() if side != "sft"}
     sft = max(one["peak_memory_bytes"] for one in found["sft"]) / 1e9 if "sft" in found else None
     for mine in sides.values():
         if "trl" in sides:

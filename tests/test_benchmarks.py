@@ -3,6 +3,7 @@
 import pytest
 
 from preftune.benchmarks import frontier, ppo_seeds
+from preftune.benchmarks.measure import summary
 from preftune.benchmarks.quick import LONGER, RECIPE, rubric_scores
 from preftune.recipes.load import load_recipe
 
@@ -68,3 +69,8 @@ def test_committed_figures_have_their_numbers(name):
     if not (results / f"{name}.json").is_file():
         pytest.skip("not measured yet")
     assert (results / f"{name}.svg").is_file()
+
+
+def test_a_sides_runs_are_summed_up():
+    runs = [{"rows_per_second": rate, "peak_memory_bytes": rate * 1e9} for rate in (3.0, 1.0, 2.0)]
+    assert summary(runs, "rows_per_second") == {"rows_per_second": 2.0, "peak_memory_gb": 3.0, "runs": runs}

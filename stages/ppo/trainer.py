@@ -99,7 +99,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Fresh:
-    """What is logged of a fresh rollout of this process besides itself. seconds: by what they were spent on."""
+    """What is logged of a fresh rollout of this process besides itself: B replies of at most R tokens.
+
+    texts: of the replies. non_score_BR: the KL's part of the rewards, a token each. seconds: by what they went to.
+    """
 
     prompts: Prompts
     texts: list[str]
