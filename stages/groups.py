@@ -3,22 +3,20 @@
 Legend of shape suffixes: B episodes of this process, R response positions, S sources of scores.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
 from ..errors import UserError
 from ..models.adapters import DEFAULT, REF
 from ..models.masked import masked_moments, masked_sum
-from ..models.transfer import to_device
 from .advantages import sample_std
 from .kl_control import FixedKL, KLController
 from .losses import ratio_sums
-from .ppo.config import OnPolicyConfig
-from .ppo.method import Forwards, Step
+from .ppo.config import RewardedConfig
+from .ppo.method import Forwards, PolicyMethod, Step, policy_forwards
 from .ppo.network import Trunk
 from .ppo.rewards import RewardSource, Scores
 from .ppo.rollout import Episodes, Reduce, Rollout
@@ -28,7 +26,7 @@ from .ppo.trl_names import GROUP
 
 
 @dataclass
-class GroupConfig(GroupSettings, OnPolicyConfig):
+class GroupConfig(GroupSettings, RewardedConfig):
     """What the configs of GRPO and RLOO share.
 
     `reward_weights` are those of the rewards, in their order, as in TRL's configs; in a recipe they stand in `reward`.
@@ -65,7 +63,7 @@ class Counted(NamedTuple):
     sums: dict[str, torch.Tensor]
 
 
-class GroupMethod:
+class GroupMethod(PolicyMethod):
     """A `Method` (`ppo/method.py`) whose replies come in groups; a subclass says advantages and loss.
 
     Attributes:
@@ -75,13 +73,12 @@ class GroupMethod:
     own_statistics: tuple[str, ...] = ()
 
     def __init__(self, config: GroupConfig, trunk: Trunk, sources: Sequence[RewardSource], reduce: Reduce) -> None:
-        self.config, self.trunk, self.sources, self.reduce = config, trunk, sources, reduce
+        super().__init__(config, trunk, reduce)
+        self.config, self.sources = config, sources
         self.samples_per_prompt = config.num_generations
         self.statistics = (
             "policy_loss", "ratio", "approx_kl", "abs_log_ratio", "entropy", "counted", *self.own_statistics,
         )  # fmt: skip
-        self.policy = trunk.adapters.parameters(DEFAULT)
-        self.trainables = {f"policy.{i}": p for i, p in enumerate(self.policy)}
         self._measured: dict[str, float] = {}
 
     # What a subclass says.
@@ -109,31 +106,10 @@ class GroupMethod:
 
     # What the loop is handed.
 
-    def clip(self, clip: Callable[[list[nn.Parameter]], float]) -> dict[str, float]:
-        """All at once."""
-        return {"policy": clip(self.policy)}
-
-    def learning_rates(self) -> list[tuple[list[nn.Parameter], float]]:
-        """One."""
-        return [(self.policy, self.config.learning_rate)]
-
-    @torch.no_grad()
     def forwards(self, episodes: Episodes) -> Forwards:
         """Under the policy, and where a KL is asked for under the reference; a group's prompt is laid out once."""
-        trunk, adapters, device = self.trunk, self.trunk.adapters, episodes.start_B.device
         roles = (DEFAULT, REF) if self.config.measures_kl() else (DEFAULT,)
-        out = [torch.zeros(episodes.mask_BR.shape, device=device) for _ in range(1 + len(roles))]
-        for rows in trunk.batches(episodes, self._group_of(episodes)):
-            part, found = episodes.rows(rows), []
-            for role in roles:
-                with adapters.using(role):
-                    found.append(trunk.logprobs(trunk.hidden(part), part))
-            here = to_device(rows, device)
-            own = (found[0].entropy_BR, *(each.logps_BR for each in found))
-            for whole_BR, own_BR in zip(out, own, strict=True):
-                whole_BR[here, : own_BR.shape[1]] = own_BR
-        entropy_BR, logps_BR, *ref_BR = out
-        return Forwards(logps_BR, ref_BR[0] if ref_BR else None, entropy_BR)
+        return policy_forwards(self.trunk, episodes, roles, self._group_of(episodes))
 
     def _group_of(self, episodes: Episodes) -> int:
         """Rows that answer one prompt; 1 where they do not come in groups (held-out prompts are answered once)."""
@@ -160,7 +136,7 @@ class GroupMethod:
         advantages_B, std_B = self.advantages(known, kl_B)
         self._measured = {
             **_reward_metrics(known, std_B, self.sources, self.reduce),
-            **_length_metrics(episodes, self.reduce),
+            **length_metrics(episodes, self.reduce),
         }
         return Rollout(
             episodes,
@@ -238,7 +214,7 @@ def _names(sources: Sequence[RewardSource]) -> list[str]:
     return [name if short.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(short, start=1)]
 
 
-def _length_metrics(episodes: Episodes, reduce: Reduce) -> dict[str, float]:
+def length_metrics(episodes: Episodes, reduce: Reduce) -> dict[str, float]:
     """Tokens of the replies, and of those that ended in EOS (0 where none did), under TRL's names."""
     length_B, finished_B = episodes.length_B.double(), episodes.finished_B
     rows = torch.stack([torch.ones_like(length_B), length_B, finished_B.double(), length_B * finished_B])

@@ -18,7 +18,7 @@ from ...models.masked import masked_sum
 from ...models.transfer import to_device
 from ..advantages import gae, whiten
 from ..losses import kl_loss, ppo_policy_loss, value_loss
-from .config import PPOConfig
+from .config import OnPolicyConfig, PPOConfig
 from .network import Trunk
 from .rewards import RewardSource, Scorer, Scores
 from .rollout import Episodes, Reduce, Rollout, global_moments
@@ -108,6 +108,50 @@ class Method(Protocol):
     def update_metrics(self, mean: dict[str, float]) -> dict[str, float]:
         """The means of `statistics` under the names by which they are logged."""
         ...
+
+
+class PolicyMethod:
+    """What methods share that train the policy and nothing else.
+
+    Attributes:
+        policy: its parameters.
+    """
+
+    def __init__(self, config: OnPolicyConfig, trunk: Trunk, reduce: Reduce) -> None:
+        self.trunk, self.reduce, self.rate = trunk, reduce, config.learning_rate
+        self.policy = trunk.adapters.parameters(DEFAULT)
+        self.trainables: dict[str, nn.Parameter] = {f"policy.{i}": p for i, p in enumerate(self.policy)}
+
+    def clip(self, clip: Callable[[list[nn.Parameter]], float]) -> dict[str, float]:
+        """All at once."""
+        return {"policy": clip(self.policy)}
+
+    def learning_rates(self) -> list[tuple[list[nn.Parameter], float]]:
+        """One."""
+        return [(self.policy, self.rate)]
+
+
+@torch.no_grad()
+def policy_forwards(trunk: Trunk, episodes: Episodes, roles: Sequence[str] = (DEFAULT,), group: int = 1) -> Forwards:
+    """Log-probs and entropies of a rollout under the policy, and log-probs under the second of the roles, if there is
+    one.
+
+    Args:
+        group: so many rows that follow each other answer one prompt, which is laid out once.
+    """
+    adapters, device = trunk.adapters, episodes.start_B.device
+    out = [torch.zeros(episodes.mask_BR.shape, device=device) for _ in range(1 + len(roles))]
+    for rows in trunk.batches(episodes, group):
+        part, found = episodes.rows(rows), []
+        for role in roles:
+            with adapters.using(role):
+                found.append(trunk.logprobs(trunk.hidden(part), part))
+        here = to_device(rows, device)
+        own = (found[0].entropy_BR, *(each.logps_BR for each in found))
+        for whole_BR, own_BR in zip(out, own, strict=True):
+            whole_BR[here, : own_BR.shape[1]] = own_BR
+    entropy_BR, logps_BR, *ref_BR = out
+    return Forwards(logps_BR, ref_BR[0] if ref_BR else None, entropy_BR)
 
 
 class ValueStart(NamedTuple):
