@@ -1,7 +1,8 @@
 """preftune: alignment fine-tuning in one chain.
 
 `run` trains a recipe, `load_policy` opens what came of it, `score`, `evaluate` and `kl` measure it; `PPOTrainer`,
-`GRPOTrainer` and `RLOOTrainer` are for a script of one's own. What the caller can put right is raised as `UserError`.
+`GRPOTrainer`, `RLOOTrainer` and `DistillationTrainer` are for a script of one's own. What the caller can put right is
+raised as `UserError`.
 The public names are loaded on first use, so that the command line starts without importing torch.
 """
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from .models.loading import load_model, resolve_base
     from .models.lora import LoraSpec
     from .models.tokens import load_tokenizer
+    from .stages.distill import DistillationConfig, DistillationTrainer
     from .stages.grpo import GRPOConfig, GRPOTrainer
     from .stages.ppo.config import PPOConfig
     from .stages.ppo.trainer import PPOTrainer
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdapterSet",
+    "DistillationConfig",
+    "DistillationTrainer",
     "EvaluationResult",
     "GRPOConfig",
     "GRPOTrainer",
@@ -61,6 +65,8 @@ __all__ = [
 
 _HOMES = {
     "AdapterSet": ".models.adapters",
+    "DistillationConfig": ".stages.distill",
+    "DistillationTrainer": ".stages.distill",
     "EvaluationResult": ".api.results",
     "GRPOConfig": ".stages.grpo",
     "GRPOTrainer": ".stages.grpo",

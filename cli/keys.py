@@ -13,7 +13,7 @@ from ..eval.judges.kinds import judge_parts
 from ..models.fingerprints import code_sha256, content, folder_sha256
 from ..recipes.build import base_dtype, data_spec, data_values, folders, lora_values, reward_stages
 from ..recipes.graph import parents
-from ..recipes.schema import BASE, Benchmarks, Recipe, Reward
+from ..recipes.schema import BASE, Benchmarks, Recipe, Reward, Teacher
 from ..stages.kinds import source_file
 from ..stages.scorers.kinds import KINDS as SCORERS
 
@@ -76,7 +76,7 @@ class Keys:
         for name in stages:
             stage = self.recipe.stages[name]
             if self.recipe.data[stage.data].stage is None:  # else they are not there before their stage has run
-                self.fingerprint(data_spec(self.recipe.data[stage.data], self.recipe.seed), stage.record.rows)
+                self.fingerprint(data_spec(self.recipe.data[stage.data], self.recipe.seed), stage.rows)
         if evaluation and self.recipe.eval is not None:
             self.fingerprint(data_spec(self.recipe.eval.prompts, self.recipe.seed), "prompt")
 
@@ -88,7 +88,7 @@ class Keys:
             return []
         trained: dict[str, list[PromptSet]] = {}
         for stage in self.recipe.stages.values():
-            known = self._known(data_spec(self.recipe.data[stage.data], self.recipe.seed), stage.record.rows)
+            known = self._known(data_spec(self.recipe.data[stage.data], self.recipe.seed), stage.rows)
             if known in self._prompts:
                 trained.setdefault(stage.data, []).append(self._prompts[known])
         return [overlap_words(name, tally, evaluated) for name, tally in overlaps(evaluated, trained).items()]
@@ -114,7 +114,7 @@ class Keys:
         }
         # sampled rows are what their stage made, which is among the parents
         if recipe.data[stage.data].stage is None:
-            parts[f"data {stage.data}"] = self.fingerprint(spec, stage.record.rows)
+            parts[f"data {stage.data}"] = self.fingerprint(spec, stage.rows)
         for parent in parents(recipe, name):
             if not (from_adapter is not None and parent == stage.parent):
                 parts |= {f"stage {parent}": known[parent], f"adapter {parent}": content(self.run_dir / parent)}
@@ -124,6 +124,7 @@ class Keys:
             parts["from"] = BASE
         for index, source in enumerate(stage.rewards):
             parts |= self._reward(index, source)
+        parts |= {} if stage.taught_by is None else self._teacher(stage.taught_by)
         if (method := source_file(stage.kind)) is not None:
             parts[f"code of {stage.record.name}"] = hashlib.sha256(method.read_bytes()).hexdigest()
         return counted(parts)
@@ -140,6 +141,16 @@ class Keys:
             parts[f"files of {source.model}"] = folder_sha256(Path(source.model))
         if isinstance(adapter := said.get("adapter"), str):
             parts[f"files of {adapter}"] = content(Path(adapter).expanduser())
+        return parts
+
+    @staticmethod
+    def _teacher(teacher: Teacher) -> dict[str, Any]:
+        """What a teacher from outside the run says depends on; a stage of it is among the parents."""
+        parts = _flat("teacher", teacher.model_dump(exclude_none=True))
+        if teacher.adapter is not None:
+            parts[f"files of {teacher.adapter}"] = content(Path(teacher.adapter).expanduser())
+        elif teacher.model is not None and (folder := Path(teacher.model).expanduser()).is_dir():
+            parts[f"files of {teacher.model}"] = folder_sha256(folder)
         return parts
 
     def evaluation(self, known: Mapping[str, str]) -> dict[str, Any]:

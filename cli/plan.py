@@ -19,6 +19,10 @@ from .process import make_functions_importable, quiet_libraries
 from .validate import is_on_hub
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedConfig
+
+    from ..data.rows import Row
     from ..data.spec import DataSpec
     from ..models.calibration import Timed
     from ..models.cards import Card
@@ -124,6 +128,7 @@ class _Plan:
         self.notes: list[str] = [self._times_in_words()] if seconds or card else []
         self._rows: dict[tuple[str, str], tuple[AnyRows, AnyRows | None]] = {}
         self._machines: dict[str, Timed | None] = {}
+        self._teachers: dict[str, PreTrainedConfig | None] = {}
         self._compiled = 0
         if self.outline.tokenizer is None:
             self.notes.append(f"{model.base} has no tokenizer: a token is taken to be {_BYTES_A_TOKEN} bytes of text")
@@ -205,7 +210,7 @@ class _Plan:
         place = Place(
             "cpu" if cpu else "cuda", self.processes, self.sharded, self.libraries if cpu else 0, memory, self._compiled
         )
-        asked = (self.outline.config, rows, held, place, self._replies(job)[1])
+        asked = (self.outline.config, rows, held, place, self._replies(job)[1], self._teacher(job))
         cost = None if memory is None or says_which(job) else cost_if_kept(job, *asked)
         if cost is not None:
             return cost
@@ -215,6 +220,15 @@ class _Plan:
                 f"{job.name}: activations by a rule of thumb, its model cannot be rehearsed ({cost.approximate})"
             )
         return cost
+
+    def _teacher(self, job: "StageJob") -> "PreTrainedConfig | None":
+        """The config of the model that a stage loads beside the base to learn from; None where it loads none."""
+        if job.teacher is None:
+            return None
+        if job.name not in self._teachers:
+            found = job.teacher.outline(job.base)
+            self._teachers[job.name] = None if found is None else found.config
+        return self._teachers[job.name]
 
     def _changes(
         self, job: "StageJob", rows: "AnyRows", held: "AnyRows | None", names: Sequence[str]
@@ -237,7 +251,8 @@ class _Plan:
 
     def rows(self, name: str, job: "StageJob") -> "tuple[AnyRows, AnyRows | None]":
         """The rows of a stage in tokens: to train on, and held out."""
-        key = (self.recipe.stages[name].data, job.record.rows)
+        # of demonstrations a stage that draws reads the prompts
+        key = (self.recipe.stages[name].data, f"{job.rows}, {'prompts' if job.record.draws else 'whole'}")
         if key not in self._rows:
             source = self.recipe.data[key[0]].stage
             self._rows[key] = self._read(key[0], job) if source is None else self._sampled(key[0], source, job)
@@ -247,7 +262,7 @@ class _Plan:
         """Rows that are not there yet: at most as many as their stage may keep, each as long as it may be."""
         from ..stages.costs import AssumedRows
 
-        recipe, spec, kind = self.recipe, job.data, job.record.rows
+        recipe, spec, kind = self.recipe, job.data, job.rows
         run = Path("runs") / recipe.name
         sampling = stage_job(recipe, source, job.base, run, run / source)
         prompts = self.rows(source, sampling)[0]
@@ -265,13 +280,13 @@ class _Plan:
         return AssumedRows(count - held, longest, kind), AssumedRows(held, longest, kind) if held else None
 
     def _read(self, entry: str, job: "StageJob") -> "tuple[AnyRows, AnyRows | None]":
-        from ..data.encode import encode_rows
+        from ..data.encode import encode_replies, encode_rows
         from ..data.load import load_rows
         from ..data.split import split_rows
         from ..models.tiny import byte_tokenizer
         from ..stages.costs import AssumedRows, Rows
 
-        spec, kind = job.data, job.record.rows
+        spec, kind = job.data, job.rows
         away = [source.path for source in spec.sources if is_on_hub(self.recipe, source.path)]
         try:
             loaded = load_rows(spec, kind, folders(self.recipe))
@@ -289,7 +304,13 @@ class _Plan:
         if self.outline.tokenizer is None:
             every, spec = _BYTES_A_TOKEN, _longer(spec, _BYTES_A_TOKEN)
         parts = split_rows(loaded.rows, spec.held_out, spec.seed)
-        made = [Rows(encode_rows(kind, part, tokenizer, spec)[0], kind, every) if part else None for part in parts]
+        prompts = job.record.draws and kind == "demo"
+        shape = "prompt" if prompts else kind
+
+        def encoded(rows: "list[Row]") -> "Dataset":
+            return (encode_replies(rows, tokenizer, spec) if prompts else encode_rows(kind, rows, tokenizer, spec))[0]
+
+        made = [Rows(encoded(part), shape, every) if part else None for part in parts]
         assert made[0] is not None
         return made[0], None if job.record.draws else made[1]
 
@@ -298,7 +319,7 @@ class _Plan:
         name = self.recipe.stages[job.name].parent
         while job.record.draws and name in self.recipe.stages:
             stage = self.recipe.stages[name]
-            rows = self._rows.get((stage.data, "demo"), (None, None))[0]
+            rows = self._rows.get((stage.data, "demo, whole"), (None, None))[0]
             if stage.record.rows == "demo" and rows is not None and rows.known and len(rows):
                 return stage.data, [max(1, rows.scored([row])) for row in range(len(rows))]
             name = stage.parent

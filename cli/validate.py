@@ -153,10 +153,10 @@ def data_uses(
     seen = set()
     for name in order(recipe) if stages is None else stages:
         stage = recipe.stages[name]
-        use = (stage.data, stage.record.rows)
+        use = (stage.data, stage.rows)
         if use not in seen:
             seen.add(use)
-            yield stage.data, recipe.data[stage.data], stage.record.rows
+            yield stage.data, recipe.data[stage.data], stage.rows
     if recipe.eval is not None and evaluation:
         yield EVAL_PROMPTS, recipe.eval.prompts, "prompt"
 
@@ -306,7 +306,7 @@ class DataCheck:
         """Stages that would take no step: every batch is left out for not being full."""
         for stage_name, stage in self.recipe.stages.items():
             record = stage.record
-            if stage.data != name or record.rows != kind or record.draws:
+            if stage.data != name or stage.rows != kind or record.draws:
                 continue
             train = {**record.defaults, **stage.train}
             batch = train.get("per_device_train_batch_size", 8)
@@ -349,7 +349,7 @@ class DataCheck:
             return 0
         if name == EVAL_PROMPTS:
             return recipe.eval.max_new_tokens if recipe.eval is not None else 0
-        readers = [stage for stage in recipe.stages.values() if stage.data == name and stage.record.rows == kind]
+        readers = [stage for stage in recipe.stages.values() if stage.data == name and stage.rows == kind]
         found = [{each.name: each.default for each in stage.record.parameters} | stage.method() for stage in readers]
         return max((values.get("max_new_tokens", 0) for values in found), default=0)
 

@@ -69,6 +69,26 @@ def encode_pairs(rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase", spec
     return encode_rows("pair", rows, tokenizer, spec)
 
 
+def encode_replies(rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase", spec: DataSpec) -> Encoded:
+    """Dataset[prompt_ids, completion_ids] of demonstrations: the last turn that is trained on (EOS included), and all
+    that comes before it. Raises as `encode_demos`."""
+    from datasets import Dataset
+
+    demos, report = encode_demos(rows, tokenizer, spec)
+    parts = [_last_reply(row["input_ids"], row["labels"]) for row in demos]  # pyright: ignore[reportCallIssue, reportArgumentType]: a row is a dictionary
+    features = _features("label")
+    del features["label"]
+    columns = {name: [part[place] for part in parts] for place, name in enumerate(features)}
+    return Dataset.from_dict(columns, features=features), report
+
+
+def _last_reply(ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
+    """What stands before the last labelled stretch, and that stretch."""
+    end = next(place for place in range(len(labels), 0, -1) if labels[place - 1] != IGNORED)
+    start = next((place for place in range(end, 0, -1) if labels[place - 1] == IGNORED), 0)
+    return ids[:start], ids[start:end]
+
+
 def encode_labels(rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase", spec: DataSpec) -> Encoded:
     """Dataset[prompt_ids, completion_ids, label]: the last reply without its prompt. Raises as `encode_demos`."""
     return encode_rows("label", rows, tokenizer, spec)

@@ -41,9 +41,9 @@ from .packing import use_packed_forward
 from .plain_lora import adapted_modules, check_layers, check_targets
 from .whole import check_whole, whole
 
-__all__ = ["DEFAULT", "REF", "REWARD", "VALUE", "VALUE_HEAD", "AdapterSet", "LoraSpec", "module_name"]
+__all__ = ["DEFAULT", "REF", "REWARD", "TEACHER", "VALUE", "VALUE_HEAD", "AdapterSet", "LoraSpec", "module_name"]
 
-DEFAULT, REF, REWARD, VALUE = "default", "ref", "reward", "value"
+DEFAULT, REF, REWARD, VALUE, TEACHER = "default", "ref", "reward", "value", "teacher"
 
 
 def module_name(name: str) -> str:

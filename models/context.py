@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from ..errors import UserError
 from .auto import open_config
 from .base import Base
@@ -10,7 +12,12 @@ from .base import Base
 
 def context_length(base: Base) -> int | None:
     """How many positions the base was made for; None where its config names no limit (ALiBi, state-space models)."""
-    config = open_config(base.path).get_text_config()
+    return positions(open_config(base.path))
+
+
+def positions(config: PreTrainedConfig) -> int | None:
+    """The same by a model's config."""
+    config = config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit < 1 or getattr(config, "alibi", False):
         return None

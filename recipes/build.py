@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..models.lora import LoraSpec
     from ..stages.job import StageJob, Trackers
     from ..stages.ppo.rewards import RewardSource
+    from ..stages.teachers import TeacherSource
 
 
 def data_spec(entry: Data, seed: int) -> "DataSpec":
@@ -102,6 +103,24 @@ def reward_source(reward: Reward, run_dir: Path) -> "RewardSource":
     return RewardSource(kind, reward.called, reward.weight, settings, rule, run_dir)  # pyright: ignore[reportArgumentType]: one of them
 
 
+def teacher_source(recipe: Recipe, name: str, run_dir: Path) -> "TeacherSource | None":
+    """Whom the stage learns from, if it does so from anyone; a stage is its folder in the run."""
+    from ..stages.teachers import TeacherSource
+
+    named, model = recipe.stages[name].taught_by, recipe.model
+    if named is None:
+        return None
+    loaded = {"quantization": model.quantization, "packed": model.packed, "where": f"stages.{name}.teacher"}
+    if named.stage is not None:
+        return TeacherSource(adapter=run_dir / named.stage, stage=named.stage, **loaded)
+    if named.adapter is not None:
+        return TeacherSource(adapter=Path(named.adapter).expanduser(), **loaded)
+    if named.model == model.base and named.revision is None:
+        # the student's own base, of the revision that it has
+        return TeacherSource(model=named.model, revision=model.revision, **loaded)
+    return TeacherSource(model=named.model, revision=named.revision, **loaded)
+
+
 def start_folder(stage: Stage, run_dir: Path) -> Path | None:
     """The folder of the adapter that a stage starts from; None for the base."""
     if stage.imports is not None or stage.parent == BASE:
@@ -159,6 +178,7 @@ def stage_job(
         method=stage.method(),
         train=dict(stage.train),
         rewards=reward_sources(stage, run_dir),
+        teacher=teacher_source(recipe, name, run_dir),
         seed=seed,
         output_dir=output_dir,
         chat_template=recipe.model.chat_template,

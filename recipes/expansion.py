@@ -26,7 +26,7 @@ SEED = ""
 Axis = tuple[str, str]
 Point = dict[Axis, Any]
 _SEED: Axis = (SEED, "seed")
-_FIXED = ("kind", "from", "reward", "seed", "seeds", "grid", "train", "lora")
+_FIXED = ("kind", "from", "reward", "teacher", "seed", "seeds", "grid", "train", "lora")
 
 
 def expand(text: Text) -> list[UserError]:
@@ -129,13 +129,14 @@ def _asked(values: Mapping[str, Any], stages: Mapping[str, Any]) -> bool:
 
 
 def _parents(values: Mapping[str, Any], name: str) -> list[str]:
-    """The stages that one names in `from` and `reward`, and whose rows it reads."""
+    """The stages that one names in `from`, `reward` and `teacher`, and whose rows it reads."""
     stages = values["stages"]
     stage = stages[name]
     reward = stage.get("reward")
     listed = reward if isinstance(reward, list) else [reward]
     named = [stage.get("from"), *(each.get("stage") if isinstance(each, dict) else each for each in listed)]
-    named.append(_sampled(values, stage))
+    teacher = stage.get("teacher")
+    named += [teacher.get("stage") if isinstance(teacher, dict) else None, _sampled(values, stage)]
     return [each for each in dict.fromkeys(filter(None, map(_text, named))) if each in stages and each != name]
 
 
@@ -298,7 +299,7 @@ def _stage(
     if sampled is not None:
         made["data"] = _entry(made["data"], sampled, at(sampled))
     rewards = made.get("reward")
-    for each in rewards if isinstance(rewards, list) else [rewards]:
+    for each in (*(rewards if isinstance(rewards, list) else [rewards]), made.get("teacher")):
         if isinstance(each, dict) and "stage" in each:
             each["stage"] = at(each["stage"])
     if isinstance(rewards, str):

@@ -31,12 +31,13 @@ _LARGEST = 3.4e38
 
 
 def parents(recipe: Recipe, name: str) -> list[str]:
-    """The stages that this one needs: the one it starts from first, then the reward stages that score it, then the one
-    whose rows it reads."""
+    """The stages that this one needs: the one it starts from first, then the reward stages that score it, the one that
+    teaches it, and the one whose rows it reads."""
     stage = recipe.stages[name]
     needed = [] if stage.parent == BASE or stage.imports else [stage.parent]
     needed += [each.stage for each in stage.rewards if each.stage is not None]
-    needed += [source for source in (data_stage(recipe, name),) if source is not None]
+    taught = None if stage.taught_by is None else stage.taught_by.stage
+    needed += [each for each in (taught, data_stage(recipe, name)) if each is not None]
     return list(dict.fromkeys(needed))
 
 
@@ -88,7 +89,12 @@ def needed_for(recipe: Recipe, names: Iterable[str]) -> list[str]:
 
 def policies(recipe: Recipe) -> list[str]:
     """The stages whose adapter speaks, each after the one that it starts from."""
-    return [name for name in order(recipe) if recipe.stages[name].record.produces == "policy"]
+    return [name for name in order(recipe) if name in speaking(recipe)]
+
+
+def speaking(recipe: Recipe) -> list[str]:
+    """The same in the order of the file, whether one can run after another or not."""
+    return [name for name, stage in recipe.stages.items() if stage.record.produces == "policy"]
 
 
 def lines_of_descent(recipe: Recipe) -> list[str]:
@@ -99,6 +105,7 @@ def lines_of_descent(recipe: Recipe) -> list[str]:
         stage = recipe.stages[name]
         rewards = [each.stage or each.model or each.function or each.called for each in stage.rewards]
         scored = f", rewards: {' and '.join(map(str, rewards))}" if rewards else ""
+        scored += "" if stage.taught_by is None else f", teacher: {stage.taught_by.named}"
         rows = "" if (source := data_stage(recipe, name)) is None else f", rows: {source}"
         lines.append(f"{name} (from {'the adapter ' if stage.imports else ''}{stage.parent}{scored}{rows})")
     return lines
@@ -154,6 +161,7 @@ def graph_problems(recipe: Recipe, text: Text) -> Iterator[UserError]:
             yield problem(text, (*here, "data"), f"no data entry {stage.data!r}", nearest(stage.data, recipe.data))
         yield from _sampled_problems(recipe, text, name, stage)
         yield from _reward_problems(recipe, text, name, stage, rewards)
+        yield from _teacher_problems(recipe, text, name, stage)
         if stage.parent in rewards and stage.record.produces != "reward":
             said = f"{stage.parent!r} is a reward model, expected a policy"
             yield problem(text, (*here, "from"), said, "start from a policy, such as the reward model's own parent")
@@ -198,7 +206,7 @@ def _sampled_problems(recipe: Recipe, text: Text, name: str, stage: Stage) -> It
     if source is None or (sampling := recipe.stages.get(source)) is None or sampling.record.trains:
         return  # said of the entry
     there: Path_ = ("stages", name, "data")
-    given, wanted = sampling.record.row_kinds(sampling.method()), stage.record.rows
+    given, wanted = sampling.record.row_kinds(sampling.method()), stage.rows
     if wanted not in given:
         said = f"reads {_ROWS[wanted]}, and {source} samples {_listed([_ROWS[each] for each in given])}"
         fitting = {"pair": "best_worst", "demo": "best", "label": "best_worst", "prompt": "best"}[wanted]
@@ -306,6 +314,31 @@ def _reward_problems(recipe: Recipe, text: Text, name: str, stage: Stage, reward
             yield problem(text, path, "names no model", "write model: FOLDER, or a hub id")
         if isinstance(source.on_failure, float) and abs(source.on_failure) > _LARGEST:
             yield problem(text, (*path, "on_failure"), f"is {source.on_failure}", "write stop, skip or a number")
+
+
+def _teacher_problems(recipe: Recipe, text: Text, name: str, stage: Stage) -> Iterator[UserError]:
+    """A teacher that is named in one way, and is there."""
+    teacher, path = stage.taught_by, ("stages", name, "teacher")
+    if teacher is None:
+        return
+    given = [key for key in ("stage", "adapter", "model") if getattr(teacher, key) is not None]
+    if len(given) != 1:
+        said = f"names {' and '.join(given) or 'nobody'}, expected one of stage, adapter and model"
+        yield problem(text, path, said, "write a hub id or a folder, or {stage: NAME}")
+        return
+    if teacher.revision is not None and teacher.model is None:
+        yield problem(text, (*path, "revision"), "belongs to a model on the hub", "leave it out")
+    if teacher.adapter is not None:
+        yield from _import_problems(text, path, Path(teacher.adapter).expanduser())
+    if teacher.model in recipe.stages:
+        said = f"{teacher.model!r} is a stage of the recipe, expected a hub id or a folder"
+        yield problem(text, path, said, f"write teacher: {{stage: {teacher.model}}}")
+    if teacher.stage is not None:
+        known, others = recipe.stages.get(teacher.stage), [each for each in speaking(recipe) if each != name]
+        if known is None or known.record.produces != "policy":
+            kind = "" if known is None else f" is of kind {known.kind}"
+            said = f"{'no stage' if known is None else 'stage'} {teacher.stage!r}{kind}, expected one that speaks"
+            yield problem(text, path, said, nearest(teacher.stage, others))
 
 
 def _no_kind(text: Text, path: Path_, source: Reward) -> UserError:

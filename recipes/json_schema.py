@@ -116,6 +116,8 @@ def _stage(kind: StageKind, definitions: Schema) -> Schema:
     if kind.needs_reward:
         source = {"anyOf": [_TEXT, {"$ref": "#/$defs/Reward"}]}
         keys["reward"] = {"anyOf": [*source["anyOf"], {"type": "array", "items": source, "minItems": 1}]}
+    if kind.needs_teacher:
+        keys["teacher"] = {"anyOf": [_TEXT, {"$ref": "#/$defs/Teacher"}]}
     for group, names in kind.groups.items():
         own = definitions[group]
         for key, name in names.items():

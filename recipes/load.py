@@ -3,7 +3,7 @@
 import copy
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from ..data.sources import find
 from ..errors import UserError, gathering, nearest, raise_found
+from ..files import ADAPTER_CONFIG
 from ..stages.kinds import KINDS, VARIANTS, stage_kind
 from .confidential import secret_problems, shown_override
 from .expansion import expand, in_words_once, name_all
@@ -19,7 +20,7 @@ from .graph import fill_eval, graph_problems
 from .over_optimisation import settle_over_optimisation
 from .parents import settle_parents
 from .problems import dotted, places_of, problem, schema_problems, shown
-from .schema import Recipe
+from .schema import Recipe, Teacher
 from .text import Path_, Text, parse_file, parse_value, plain_value, read_text
 
 SHIPPED = Path(__file__).parent
@@ -386,6 +387,8 @@ def _place_files(recipe: Recipe, folder: Path) -> None:
     for stage in recipe.stages.values():
         for extra in (each.model_extra or {} for each in stage.rewards):
             extra.update({key: placed(extra[key]) for key in ("adapter", "cache") if isinstance(extra.get(key), str)})
+        if (teacher := stage.taught_by) is not None:
+            _place_teacher(teacher, placed)
     if recipe.eval is not None and (asked := recipe.eval.benchmarks) is not None:
         asked.tasks = [placed(each) if each.endswith((".yaml", ".yml")) else each for each in asked.tasks]
         asked.include_path = None if asked.include_path is None else placed(asked.include_path)
@@ -394,3 +397,13 @@ def _place_files(recipe: Recipe, folder: Path) -> None:
         model.base = placed(model.base)
     if model.chat_template is not None and "{" not in model.chat_template:
         model.chat_template = placed(model.chat_template)
+
+
+def _place_teacher(teacher: Teacher, placed: Callable[[str], str]) -> None:
+    """Its path made absolute; a model that is the folder of an adapter is one."""
+    if teacher.adapter is not None:
+        teacher.adapter = placed(teacher.adapter)
+    if teacher.model is not None and not teacher.model.startswith(("pypi:", "random:")):
+        teacher.model = placed(teacher.model)
+        if teacher.revision is None and (Path(teacher.model).expanduser() / ADAPTER_CONFIG).is_file():
+            teacher.adapter, teacher.model = teacher.model, None

@@ -89,6 +89,12 @@ MEANINGS: Meanings = {
         "on_failure": "A reply that it fails to score: stop (default); skip, which leaves this source out for that "
         "reply; or the number that the reply gets.",
     },
+    "Teacher": {
+        "stage": "A stage of this recipe that speaks: its adapter lives on the base that the student has.",
+        "adapter": "The folder of an adapter, of a stage or of plain PEFT.",
+        "model": "A base as in model.base; text alone stands for {model: TEXT}.",
+        "revision": "Of a model on the hub.",
+    },
     "Stage": {
         "kind": "What kind of stage it is. Default: the stage's name.",
         "from": "The parent: a stage's name, base, or {adapter: PATH}. Default: the SFT stage, where there is one.",
@@ -100,6 +106,7 @@ MEANINGS: Meanings = {
         "on_nonfinite": "A step whose loss or gradient is not finite: stop, or skip(N) for at most N of them.",
         "train": "Fields of the stage's TRL or Transformers config, by their own names.",
         "reward": "Where scores come from: a reward stage's name, one source, or a list of sources.",
+        "teacher": "Whom it learns from: a hub id, a folder, or {stage: NAME}. Its tokens have the ids of the base's.",
         "kl": "The KL penalty. A number stands for {coef: NUMBER}.",
     },
     "Eval": {
@@ -147,6 +154,7 @@ PARTS: Mapping[str, tuple[str, str]] = {
     "Stage": ("Every stage", "stages.NAME"),
     "LoraChange": ("A stage's own adapter", "stages.NAME.lora"),
     "Reward": ("A source of scores", "stages.NAME.reward"),
+    "Teacher": ("A teacher", "stages.NAME.teacher"),
     "Eval": ("eval", "eval"),
     "OverOptimisation": ("Over-optimisation", "eval.over_optimisation"),
     "Benchmarks": ("Standard benchmarks", "eval.benchmarks"),

@@ -25,7 +25,7 @@ def settle_over_optimisation(recipe: Recipe, text: Text | None = None) -> None:
         # said here as well as in the evaluation, so that no stage trains in vain
         said = "greedy decoding (eval.temperature 0) has no KL and one reply a prompt"
         raise _problem(text, None, said, "set eval.temperature above 0, or leave the section out")
-    stages = [name for name, stage in recipe.stages.items() if stage.record.on_policy]
+    stages = [name for name, stage in recipe.stages.items() if stage.record.on_policy and stage.record.needs_reward]
     if wanted.policy is None:
         if not stages:
             raise _problem(text, "policy", "the recipe has no PPO stage", "add one, or leave the section out")

@@ -37,6 +37,10 @@ _ROWS = {
 }
 
 
+_OTHERWISE = {"distill": "demonstrations where `lmbda` is below 1"}
+"""What a kind reads that does not always read the same rows."""
+
+
 def reference() -> str:
     """The page's text."""
     return "\n".join([_HEAD, *_lines()]).rstrip() + "\n"
@@ -72,13 +76,15 @@ def _kind(kind: StageKind, definitions: dict[str, Any]) -> Iterator[str]:
     config = kind.config.rpartition(":")[2]
     defaults = ", ".join(f"`{name}: {_plain(value)}`" for name, value in kind.defaults.items())
     if kind.trains:
-        yield f"Reads {_ROWS[kind.rows]}. `train` takes the fields of `{config}` ([all of them](../stages/FIELDS.md))."
+        rows = _ROWS[kind.rows] if kind.reads_by is None else f"{_ROWS[kind.rows]}, or {_OTHERWISE[kind.name]}"
+        yield f"Reads {rows}. `train` takes the fields of `{config}` ([all of them](../stages/FIELDS.md))."
         yield f"Where the recipe does not say them: {defaults}.\n"
     else:
         yield f"Reads {_ROWS[kind.rows]}, and gives rows to stages whose `data` names it ([more](stages/sample.md)):"
         yield "nothing trains, and it has no `train`, `lora` and `on_nonfinite`.\n"
     keys = definitions[f"{kind.name}_stage"]["properties"]
-    own = {"reward": keys["reward"]} if kind.needs_reward else {}
+    sources = [each for each, needed in (("reward", kind.needs_reward), ("teacher", kind.needs_teacher)) if needed]
+    own = {each: keys[each] for each in sources}
     for parameter in kind.parameters:
         group = next((name for name, each in kind.groups.items() if parameter.name in each.values()), None)
         if group is None:
@@ -87,7 +93,7 @@ def _kind(kind: StageKind, definitions: dict[str, Any]) -> Iterator[str]:
             key = next(key for key, name in kind.groups[group].items() if name == parameter.name)
             place = parameter_place(kind, parameter.name).replace("...", "N").removesuffix(": N}") + "}"
             own[place] = definitions[group]["properties"][key]
-    yield from _table(own, ("reward",) if kind.needs_reward else ())
+    yield from _table(own, sources)
 
 
 def _table(keys: dict[str, Any], required: Iterable[str]) -> Iterator[str]:

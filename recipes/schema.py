@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, PrivateAttr, create_model
 from pydantic_core import PydanticCustomError
 
+from ..data.spec import RowKind
 from ..errors import Summary, UserError, UserErrors
 from ..stages.kinds import StageKind, stage_kind
 from ..stages.scorers.kinds import entry_kind, reward_name
@@ -165,6 +166,25 @@ class Reward(Part):
         return reward_name(self.entry())
 
 
+class Teacher(Part):
+    """Whom a student learns from: a `stage` of the recipe, the folder of an `adapter`, or a `model`."""
+
+    stage: str | None = None
+    adapter: str | None = None
+    model: str | None = None
+    revision: str | None = None
+
+    @property
+    def named(self) -> str:
+        """Its name in messages."""
+        return str(self.stage or self.adapter or self.model)
+
+
+def _as_teacher(value: object) -> object:
+    """`teacher: MODEL` is `{model: MODEL}`."""
+    return {"model": value} if isinstance(value, str) else value
+
+
 class Stage(Part):
     """What every stage has; `stage_model` adds what its kind's record says.
 
@@ -199,6 +219,16 @@ class Stage(Part):
         """Where its scores come from: a stage's name, one source, or a list of them in the recipe."""
         return getattr(self, "reward", [])
 
+    @property
+    def taught_by(self) -> Teacher | None:
+        """Whom it learns from, if it does so from anyone."""
+        return getattr(self, "teacher", None)
+
+    @property
+    def rows(self) -> RowKind:
+        """The kind of rows that it reads."""
+        return self.record.reads(self.method())
+
     def method(self) -> dict[str, Any]:
         """What the recipe says beside `train`, by the names of the method's parameters (`kl.coef` is `kl_coef`)."""
         kind = self.record
@@ -225,6 +255,8 @@ def stage_model(kind: StageKind) -> type[Stage]:
     added: dict[str, Any] = {}
     if kind.needs_reward:
         added["reward"] = (Annotated[list[Reward], BeforeValidator(_listed)], Field(min_length=1))
+    if kind.needs_teacher:
+        added["teacher"] = (Annotated[Teacher, BeforeValidator(_as_teacher)], Field())
     for group, keys in kind.groups.items():
         model = create_model(group, __base__=Part, **{key: _optional(kind, name) for key, name in keys.items()})
         first = next(iter(keys))
@@ -313,7 +345,7 @@ def _several(value: object) -> object:
 
 
 class Recipe(Part):
-    """A whole chain. Stages form a graph by `from` (and by `reward`); their order in the file means nothing.
+    """A whole chain. Stages form a graph by `from`, `reward` and `teacher`; their order in the file means nothing.
 
     `deterministic`: a GPU's kernels give the same bits every time, at a price in speed; a CPU's do anyway. `trackers`:
     who is told of every stage that names nobody else in `report_to`, and of the evaluation. `expanded`: the stages that

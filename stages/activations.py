@@ -51,7 +51,9 @@ def settle_checkpointing(job: StageJob, args: TrainingArguments, rows: "Dataset"
     total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     config = open_config(job.base.path)
     assumed = heaviest_rows(rows, job.record.rows, settings.per_device_train_batch_size)
-    cost = cost_if_kept(job, config, assumed, None, Place("cuda", settings.world_size, memory=total))
+    beside = None if job.teacher is None else job.teacher.outline(job.base)
+    teacher = None if beside is None else beside.config
+    cost = cost_if_kept(job, config, assumed, None, Place("cuda", settings.world_size, memory=total), (), teacher)
     settings.activation_checkpointing = cost is None
     said = "" if cost is None else f": a step holds {cost.peak[1] / 1e9:.1f} of {total / 1e9:.1f} GB without it"
     logger.info("%s: activation checkpointing is %s%s", job.name, "on" if cost is None else "off", said)
@@ -69,6 +71,7 @@ def cost_if_kept(
     held: AnyRows | None,
     place: Place,
     replies: Sequence[int] = (),
+    teacher: PreTrainedConfig | None = None,
 ) -> StageCost | None:
     """What the stage costs where its activations are kept, if they fit the GPU; arguments as of `stage_cost`.
 
@@ -77,7 +80,7 @@ def cost_if_kept(
     assert place.memory is not None
     train = {key: value for key, value in job.train.items() if key not in _KEYS} | {_KEYS[0]: False}
     try:
-        cost = stage_cost(replace(job, train=train), config, rows, held, place, replies)
+        cost = stage_cost(replace(job, train=train), config, rows, held, place, replies, teacher)
     except UserError:
         return None
     fits = cost.approximate is None and cost.peak[1] * _MARGIN <= room(place.memory)

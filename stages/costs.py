@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 from ..data.spec import RowKind
 from ..models.batching import TOKENS_PER_BATCH, TokenIds, tokens_in
 from ..models.cost import ADAPTER_BYTES, BYTES, activation_bytes, is_paged, optimiser_bytes, sizes, training_flops
+from ..models.lora import LoraSpec
 from ..models.memory import COMPILED_BYTES, COMPILED_PRODUCTS, Holes
 from ..models.rehearsal import (
     ACTIVATIONS,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 Device = Literal["cpu", "cuda"]
 WEIGHTS, MERGED, CACHE, ADAPTERS = "weights", "merged weights", "key-value cache", "adapters"
 OPTIMISER, BUCKETS, LIBRARIES, HOLES = "optimiser", "gradient buckets", "libraries", "allocator"
+TEACHER = "teacher"
 PRODUCTS = "compiled products"
 _REWARD = "reward"
 
@@ -248,6 +250,7 @@ def stage_cost(
     held: AnyRows | None,
     place: Place,
     replies: Sequence[int] = (),
+    teacher: PreTrainedConfig | None = None,
 ) -> StageCost:
     """What a stage costs, on each device.
 
@@ -255,11 +258,12 @@ def stage_cost(
         job: its base and folders are not looked at.
         rows, held: to train on, and held out.
         replies: lengths as sampled replies are expected to have them; without any each is as long as it may be.
+        teacher: of a model that is loaded beside the base to learn from.
 
     Raises:
         UserError: the stage's config refuses a value.
     """
-    stage = _Stage(job, config, rows, held, place, replies)
+    stage = _Stage(job, config, rows, held, place, replies, teacher)
     work = stage.work()
     peaks, why = _peaks(stage, config, work)
     compiled = stage.compiled() if place.device == "cpu" else 0
@@ -324,10 +328,12 @@ class _Stage:
         held: AnyRows | None,
         place: Place,
         replies: Sequence[int],
+        teacher: PreTrainedConfig | None = None,
     ) -> None:
         self.job, self.config, self.rows, self.held, self.place = job, config, rows, held, place
         self.size = sizes(config, job.lora, job.dtype, job.quantization)
         kind = job.record
+        self.teacher = None if teacher is None else sizes(teacher, LoraSpec(r=1, alpha=1), job.dtype, job.quantization)
         # what the config says of this machine's devices is not read from it
         self.args: Any = stage_config(kind.config_class(), job, held_out=held is not None)
         self.batch: int = self.args.per_device_train_batch_size
@@ -357,11 +363,7 @@ class _Stage:
             return 0
         if (policy := self.job.record.on_policy) is not None:
             iterations = self.iterations()
-            return (
-                None
-                if iterations is None
-                else iterations * self._value(policy.epochs) * self._value(policy.mini_batches)
-            )
+            return None if iterations is None else iterations * self.epochs() * self._value(policy.mini_batches)
         if args.max_steps > 0:
             return args.max_steps
         return math.ceil(math.ceil(n / self.rows_a_step()) * args.num_train_epochs) if n else None
@@ -377,13 +379,23 @@ class _Stage:
         if (episodes := self._value("total_episodes")) is not None:
             return episodes // rollout
         if self.args.max_steps > 0:
-            return self.args.max_steps // (self._value(policy.epochs) * self._value(policy.mini_batches))
+            return self.args.max_steps // (self.epochs() * self._value(policy.mini_batches))
         n = len(self.rows) * self.group()
         return max(1, math.ceil(n * self.args.num_train_epochs / rollout)) if n else None
 
+    def epochs(self) -> int:
+        """Passes over a rollout."""
+        policy = self.job.record.on_policy
+        return 1 if policy is None or policy.epochs is None else self._value(policy.epochs)
+
+    def sampled_share(self) -> float:
+        """Of the rollouts that are sampled: the others' replies are the data's."""
+        return 1.0 if (said := self._value("lmbda")) is None else said
+
     def refers(self) -> bool:
         """Whether the reference is run: an on-policy method without a KL to it has no need of it."""
-        return self.job.record.on_policy is None or self._value("beta") != 0
+        kind = self.job.record
+        return kind.needs_reference and (kind.on_policy is None or self._value("beta") != 0)
 
     def group(self) -> int:
         """Replies to each prompt."""
@@ -426,14 +438,17 @@ class _Stage:
             scored = tokens * work.scored / max(sum(map(len, work.typical)), 1)
             head = 0 if kind.produces == _REWARD else 3 if kind.needs_reference else 2
             return training_flops(self.size, tokens * share, kind.passes + again + self._mismatched(), scored, head)
-        epochs = self._value(policy.epochs)
+        epochs = self.epochs()
         sides = policy.epoch_passes // (2 if self.shared else 1)
-        passes = policy.rollout_passes - self.shared - (not self.refers()) + (sides + again) * epochs
+        passes = policy.rollout_passes - (1 - self.sampled_share()) - self.shared + (sides + again) * epochs
+        passes -= kind.needs_reference and not self.refers()
         prompt = sum(self.rows.lengths) / max(len(self.rows), 1)
         scored = tokens * self.reply / max(self.reply + prompt, 1)
         if self.job.packed:  # a group's prompt is laid out once
             tokens = round(tokens * (self.reply + prompt / self.group()) / max(self.reply + prompt, 1))
-        return training_flops(self.size, tokens, passes, scored, 2 + self.refers() + 2 * epochs)
+        found = training_flops(self.size, tokens, passes, scored, 2 + self.refers() + 2 * epochs)
+        taught = training_flops(self.teacher or self.size, tokens, 1, scored, 1) if kind.needs_teacher else 0
+        return found + taught
 
     def _packed_share(self, work: Work) -> float:
         made = Batch.of(work.typical, 0, packed=self.job.packed, device=self.place.device)
@@ -464,8 +479,8 @@ class _Stage:
     def constant(self) -> Parts:
         """What every phase holds on each device."""
         job, size, place, weights = self.job, self.size, self.place, self._weights()
-        refers = (job.record.needs_reference and self.refers()) or not job.record.trains
-        frozen = size.adapter * (int(refers) + self._reward_stages())
+        refers = self.refers() or not job.record.trains
+        frozen = size.adapter * (int(refers) + self._reward_stages() + self._taught_by_adapter())
         trained = self.trained_parameters()
         several = place.processes > 1 and job.record.on_policy is None and job.record.trains
         return Counter(
@@ -475,6 +490,7 @@ class _Stage:
                 OPTIMISER: 0 if self.paged else self.optimiser(),
                 BUCKETS: trained * ADAPTER_BYTES if several else 0,
                 LIBRARIES: place.libraries,
+                TEACHER: 0 if self.teacher is None else self.teacher.weight_bytes,
                 MERGED: self._merged() if place.device == "cuda" and job.record.draws else 0,
             }
         )
@@ -580,13 +596,20 @@ class _Stage:
         mini = rollout // self._value(policy.mini_batches)
         times = lambda each: None if iterations is None else iterations * each  # noqa: E731
         size = min(self.batch, mini)
-        updates = times(self._value(policy.epochs) * self._value(policy.mini_batches) * math.ceil(mini / size))
+        updates = times(self.epochs() * self._value(policy.mini_batches) * math.ceil(mini / size))
         passes = math.ceil(mini / size)
         work = [
-            self._rollout(rollout, times),
+            self._rollout(rollout, lambda each: times(each * self.sampled_share())),
             *self._forwards(rollout, times),
             self._update("policy", size, updates, passes),
         ]
+        if self.job.record.needs_teacher:
+            # of another model it is taken to be like the base's, and to last longer by as much as it is larger
+            update, held = work[-1], self._logits(work[-1].heaviest.scored)
+            larger = 1.0 if self.teacher is None else self.teacher.decoder / self.size.decoder
+            often = None if updates is None else updates * larger
+            work[-1] = replace(update, holds=update.holds + held)
+            work.append(replace(update, phase="teacher", step="forward", times=often, holds=held, passes=1))
         if self._value("value") == "separate":
             work.append(self._update("score", size, updates, passes))
         return work
@@ -614,6 +637,10 @@ class _Stage:
 
     def _replies_in_all(self) -> int:
         return len(self.rows) * self._value("n")
+
+    def _taught_by_adapter(self) -> bool:
+        """Whether the teacher is an adapter: of the base, or of one beside it."""
+        return self.job.teacher is not None and self.job.teacher.adapter is not None
 
     def _reward_stages(self) -> int:
         return sum(each.kind == "stage" for each in self.job.rewards)
@@ -676,6 +703,10 @@ class _Stage:
         if place.device == "cpu" or place.memory is None:
             return TOKENS_PER_BATCH
         return tokens_in(place.memory, size.weight_bytes, self.config, self.job.torch_dtype())
+
+    def _logits(self, scored: int) -> Parts:
+        """Of the second matrix of logits that a comparison with a teacher makes, a chunk at a time."""
+        return Counter({LOGITS: 4 * min(scored * self.size.vocabulary, 16 << 20)})
 
     def _update(self, step: Step, count: int, times: float | None, passes: int) -> Work:
         batch, typical, scored, longer = self._episodes(count)

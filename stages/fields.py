@@ -243,8 +243,14 @@ _WEIGHTS = _elsewhere("write weight in each entry of reward")
 _STAGE_OWN = _meaningless("the stage writes it into its own folder: leave it out")
 
 
-def _on_policy(method: str, epochs: str) -> dict[str, Field]:
-    """What the configs of on-policy methods share; `epochs` is the parameter that counts passes over a rollout."""
+def _on_policy(method: str, epochs: str | None, held_out: str = "score, KL and length") -> dict[str, Field]:
+    """What the configs of on-policy methods share.
+
+    Args:
+        epochs: the parameter that counts passes over a rollout; None: there is one.
+        held_out: what is measured on held-out prompts.
+    """
+    whole = "num_mini_batches" if epochs is None else f"{epochs} x num_mini_batches"
     loader = _meaningless(f"{method} reads no rows through a data loader: leave it out")
     best = _meaningless(f"{method} ends with its last policy; keep_every keeps others on the way: leave it out")
     return {
@@ -252,10 +258,10 @@ def _on_policy(method: str, epochs: str) -> dict[str, Field]:
         "gradient_accumulation_steps": _elsewhere(
             "set num_mini_batches: one optimiser step is one minibatch, in forwards of per_device_train_batch_size"
         ),
-        "max_steps": _works(LIMIT, f"optimiser steps, whole iterations of {epochs} x num_mini_batches"),
+        "max_steps": _works(LIMIT, f"optimiser steps, whole iterations of {whole}"),
         "average_tokens_across_devices": _meaningless("a minibatch's loss is over all processes already: leave it out"),
         "neftune_noise_alpha": _meaningless("noise would part the policy from what it sampled: leave it out"),
-        "eval_strategy": _works(TEXT, "held-out prompts of the data entry: score, KL and length at an iteration's end"),
+        "eval_strategy": _works(TEXT, f"held-out prompts of the data entry: {held_out} at an iteration's end"),
         "per_device_eval_batch_size": _meaningless("forwards are as large as memory allows: leave it out"),
         **_each("load_best_model_at_end metric_for_best_model greater_is_better", best),
         **_each("dataloader_drop_last dataloader_pin_memory dataloader_persistent_workers", loader),
@@ -270,8 +276,16 @@ def _on_policy(method: str, epochs: str) -> dict[str, Field]:
         **_each("samples_file policies_dir", _STAGE_OWN),
         **_each("rollout_batch_size num_mini_batches total_episodes max_new_tokens temperature", PARAMETER),
         **_each("top_k top_p rollout_micro_batch_size mismatch_tolerance target_approx_kl max_ratio", PARAMETER),
+        **_each("log_samples_every num_log_samples keep_every", PARAMETER),
+    }
+
+
+def _rewarded(method: str, epochs: str) -> dict[str, Field]:
+    """The same with what scores need."""
+    return {
+        **_on_policy(method, epochs),
         **_each("missing_eos_penalty missing_eos_score normalize_rewards reward_scale reward_clip", PARAMETER),
-        **_each("reward_combination ensemble_penalty log_samples_every num_log_samples keep_every", PARAMETER),
+        **_each("reward_combination ensemble_penalty", PARAMETER),
     }
 
 
@@ -323,22 +337,26 @@ FIELDS: Mapping[str, Mapping[str, Field]] = {
         **_each("beta loss_type desirable_weight undesirable_weight", PARAMETER),
     },
     "PPOConfig": {
-        **_on_policy("PPO", "num_ppo_epochs"),
+        **_rewarded("PPO", "num_ppo_epochs"),
         **_each("num_ppo_epochs kl_coef kl_in kl_estimator kl_target kl_horizon", PARAMETER),
         **_each("gamma lam cliprange cliprange_value vf_coef entropy_coef whiten_advantages", PARAMETER),
         **_each("whiten_rewards value value_learning_rate", PARAMETER),
     },
     "GRPOConfig": {
-        **_on_policy("GRPO", "num_iterations"),
+        **_rewarded("GRPO", "num_iterations"),
         **_each(_OF_GROUPS, PARAMETER),
         **_each("loss_type scale_rewards importance_sampling_level delta top_entropy_quantile", PARAMETER),
         **_each("multi_objective_aggregation use_bias_correction_kl", PARAMETER),
         "reward_weights": _WEIGHTS,
     },
     "RLOOConfig": {
-        **_on_policy("RLOO", "num_iterations"),
+        **_rewarded("RLOO", "num_iterations"),
         **_each(f"{_OF_GROUPS} normalize_advantages", PARAMETER),
         "reward_weights": _WEIGHTS,
+    },
+    "DistillationConfig": {
+        **_on_policy("distillation", None, "divergence, entropy and length"),
+        **_each("beta lmbda", PARAMETER),
     },
 }
 """The name of a config's class -> its fields."""

@@ -3,22 +3,20 @@
 Legend of shape suffixes: B episodes of this process, R response positions, S sources of scores.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
 from ..errors import UserError
 from ..models.adapters import DEFAULT, REF
 from ..models.masked import masked_moments, masked_sum
-from ..models.transfer import to_device
 from .advantages import sample_std
 from .kl_control import FixedKL, KLController
 from .losses import ratio_sums
-from .ppo.config import OnPolicyConfig
-from .ppo.method import Forwards, Step
+from .ppo.config import RewardedConfig
+from .ppo.method import Forwards, PolicyMethod, Step, policy_forwards
 from .ppo.network import Trunk
 from .ppo.rewards import RewardSource, Scores
 from .ppo.rollout import Episodes, Reduce, Rollout
@@ -28,7 +26,7 @@ from .ppo.trl_names import GROUP
 
 
 @dataclass
-class GroupConfig(GroupSettings, OnPolicyConfig):
+class GroupConfig(GroupSettings, RewardedConfig):
     """What the configs of GRPO and RLOO share.
 
     `reward_weights` are those of the rewards, in their order, as in TRL's configs; in a recipe they stand in `reward`.
@@ -76,7 +74,7 @@ class Counted(NamedTuple):
     high_B: torch.Tensor
 
 
-class GroupMethod:
+class GroupMethod(PolicyMethod):
     """A `Method` (`ppo/method.py`) whose replies come in groups; a subclass says advantages and loss.
 
     Attributes:
@@ -88,13 +86,12 @@ class GroupMethod:
     """Of a step's replies: the least share that the clip decided below, times -1, and the largest above."""
 
     def __init__(self, config: GroupConfig, trunk: Trunk, sources: Sequence[RewardSource], reduce: Reduce) -> None:
-        self.config, self.trunk, self.sources, self.reduce = config, trunk, sources, reduce
+        super().__init__(config, trunk, reduce)
+        self.config, self.sources = config, sources
         self.samples_per_prompt = config.num_generations
         self.statistics = (
             "policy_loss", "ratio", "approx_kl", "abs_log_ratio", "entropy", "counted", *self.own_statistics,
         )  # fmt: skip
-        self.policy = trunk.adapters.parameters(DEFAULT)
-        self.trainables = {f"policy.{i}": p for i, p in enumerate(self.policy)}
         self._measured: dict[str, float] = {}
 
     # What a subclass says.
@@ -122,32 +119,11 @@ class GroupMethod:
 
     # What the loop is handed.
 
-    def clip(self, clip: Callable[[list[nn.Parameter]], float]) -> dict[str, float]:
-        """All at once."""
-        return {"policy": clip(self.policy)}
-
-    def learning_rates(self) -> list[tuple[list[nn.Parameter], float]]:
-        """One."""
-        return [(self.policy, self.config.learning_rate)]
-
-    @torch.no_grad()
     def forwards(self, episodes: Episodes, *, old: bool = True) -> Forwards:
         """Under the policy, and where a KL is asked for under the reference; a group's prompt is laid out once. Without
         `old` the policy's are left to the first step."""
-        trunk, adapters, mask_BR = self.trunk, self.trunk.adapters, episodes.mask_BR
         roles = [*([DEFAULT] if old else []), *([REF] if self.config.measures_kl() else [])]
-        unknown_BR = torch.zeros(mask_BR.shape, device=mask_BR.device).masked_fill(mask_BR, torch.nan)
-        logps = {role: unknown_BR.clone() for role in roles}
-        entropies = {role: unknown_BR.clone() for role in roles}
-        for rows in trunk.batches(episodes, self._group_of(episodes)) if roles else ():
-            part, here = episodes.rows(rows), to_device(rows, mask_BR.device)
-            for role in roles:
-                with adapters.using(role):
-                    found = trunk.logprobs(trunk.hidden(part), part)
-                logps[role][here, : found.logps_BR.shape[1]] = found.logps_BR
-                entropies[role][here, : found.entropy_BR.shape[1]] = found.entropy_BR
-        # two tensors, which the first step fills
-        return Forwards(logps.get(DEFAULT, unknown_BR.clone()), logps.get(REF), entropies.get(DEFAULT, unknown_BR))
+        return policy_forwards(self.trunk, episodes, roles, self._group_of(episodes))
 
     def _group_of(self, episodes: Episodes) -> int:
         """Rows that answer one prompt; 1 where they do not come in groups (held-out prompts are answered once)."""
@@ -174,7 +150,7 @@ class GroupMethod:
         advantages_B, std_B = self.advantages(known, kl_B)
         self._measured = {
             **_reward_metrics(known, std_B, self.sources, self.reduce),
-            **_length_metrics(episodes, self.reduce),
+            **length_metrics(episodes, self.reduce),
         }
         return Rollout(
             episodes,
@@ -262,7 +238,7 @@ def _names(sources: Sequence[RewardSource]) -> list[str]:
     return [name if short.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(short, start=1)]
 
 
-def _length_metrics(episodes: Episodes, reduce: Reduce) -> dict[str, float]:
+def length_metrics(episodes: Episodes, reduce: Reduce) -> dict[str, float]:
     """Tokens of the replies, and of those that ended in EOS (0 where none did), under TRL's names."""
     length_B, finished_B = episodes.length_B.double(), episodes.finished_B
     rows = torch.stack([torch.ones_like(length_B), length_B, finished_B.double(), length_B * finished_B])

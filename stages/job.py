@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
-from ..data.spec import DataSpec
+from ..data.spec import DataSpec, RowKind
 from ..errors import UserError
 from ..models.base import Base
 from ..models.loading import Quantization
 from ..models.lora import LoraSpec
 from .kinds import StageKind, stage_kind
 from .ppo.rewards import RewardSource
+from .teachers import TeacherSource
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -55,7 +56,7 @@ class StageJob:
         folders: where relative data paths are looked up, in order.
         method: the parameters that stand beside `train:` (beta, loss_type, kl_coef, early_stopping_patience, ...).
         train: fields of the TRL / Transformers config by their own names.
-        rewards: where the scores of an on-policy stage come from.
+        rewards: where the scores of an on-policy stage come from. teacher: of a distillation.
         output_dir: gets the adapter, the tokenizer, lineage.json, metrics.json and log.jsonl.
         template_date: the day that templates write which write today's.
         packed: forwards run without padding and repeated prefixes.
@@ -78,6 +79,7 @@ class StageJob:
     method: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
     rewards: tuple[RewardSource, ...] = ()
+    teacher: TeacherSource | None = None
     seed: int = 0
     output_dir: Path
     chat_template: str | None = None
@@ -93,6 +95,11 @@ class StageJob:
     def record(self) -> StageKind:
         """The record of its kind. Raises UserError where there is none."""
         return stage_kind(self.kind, f"stages.{self.name}.kind")
+
+    @property
+    def rows(self) -> RowKind:
+        """The kind of rows that it reads."""
+        return self.record.reads(self.method)
 
     def method_value(self, name: str) -> Any:
         """A parameter of the method: what the recipe says, or its default; None where the kind has no such."""

@@ -22,7 +22,7 @@ from annotated_types import Ge, Gt, Interval
 from ..data.spec import RowKind
 from ..errors import UserError, nearest, user_code
 from ..own_code import FILE_MODULE, import_named, look_in
-from .ppo.settings import GRPOSettings, PPOSettings, RLOOSettings
+from .ppo.settings import DistillSettings, GRPOSettings, PPOSettings, RLOOSettings
 from .sample.settings import SampleSettings, gives_rows
 
 
@@ -57,12 +57,13 @@ class OnPolicy(NamedTuple):
     """How often a method that samples its own rows passes over their tokens, in units as in `StageKind.passes`.
 
     epochs, mini_batches: the parameters that say how often a rollout is passed over, and in how many optimiser steps.
+        epochs None: once.
     group: the parameter that says how many replies each prompt gets; None: one.
     """
 
     rollout_passes: int
     epoch_passes: int
-    epochs: str
+    epochs: str | None
     mini_batches: str
     group: str | None = None
 
@@ -81,7 +82,8 @@ class StageKind:
         groups: recipe words that are written as a group, `kl: {coef: 0.1}`: group -> its key -> the parameter.
         produces: a policy, which samples and can be evaluated, a reward model, or rows, which later stages read.
         needs_reference: it measures its policy against the frozen adapter that it started from.
-        needs_reward: the recipe says where its scores come from.
+        needs_reward: the recipe says where its scores come from. needs_teacher: and whom it learns from.
+        reads_by: of a kind that does not always read `rows`: what it reads, by the values of its parameters.
         orders_pairs: what comes out of it says which of two replies is better, by a score or an implicit reward.
         passes: over a row's tokens in one step, in units of 2 FLOPs a parameter and token: a forward is 1, a backward
             through a frozen base 1 (activations only).
@@ -105,6 +107,8 @@ class StageKind:
     produces: Literal["policy", "reward", "rows"] = "policy"
     needs_reference: bool = False
     needs_reward: bool = False
+    needs_teacher: bool = False
+    reads_by: Callable[[Mapping[str, Any]], RowKind] | None = None
     orders_pairs: bool = False
     passes: int = 2
     on_policy: OnPolicy | None = None
@@ -131,8 +135,18 @@ class StageKind:
         Args:
             method: what the recipe says for its parameters.
         """
-        values = {each.name: each.default for each in self.parameters} | dict(method)
-        return () if self.gives is None else self.gives(values)
+        return () if self.gives is None else self.gives(self._values(method))
+
+    def reads(self, method: Mapping[str, Any]) -> RowKind:
+        """The kind of rows that a stage of it reads.
+
+        Args:
+            method: what the recipe says for its parameters.
+        """
+        return self.rows if self.reads_by is None else self.reads_by(self._values(method))
+
+    def _values(self, method: Mapping[str, Any]) -> dict[str, Any]:
+        return {each.name: each.default for each in self.parameters} | dict(method)
 
     def parameter(self, name: str) -> Parameter:
         """One of the parameters. Raises KeyError for another name."""
@@ -463,7 +477,47 @@ RLOO = StageKind(
     variants=MappingProxyType(dict.fromkeys(("reinforce", "reinforce_plus_plus"), "write kind: rloo")),
 )
 
-KINDS: dict[str, StageKind] = {each.name: each for each in (SFT, REWARD, DPO, KTO, PPO, GRPO, RLOO, SAMPLE)}
+
+def _distill_rows(values: Mapping[str, Any]) -> RowKind:
+    return "prompt" if values["lmbda"] == 1 else "demo"
+
+
+_LIKE_GKD = "write kind: distill with lmbda: 0.5 and beta: 0.5"
+
+DISTILL = StageKind(
+    name="distill",
+    title="The distillation stage",
+    rows="prompt",
+    reads_by=_distill_rows,
+    config="preftune.stages.distill:DistillationConfig",
+    run="preftune.stages.distill:run_distill",
+    check="preftune.stages.method_problems:distill_problems",
+    parameters=parameters_of(DistillSettings),
+    defaults=MappingProxyType({"learning_rate": 1e-4, "per_device_train_batch_size": 8}),
+    needs_teacher=True,
+    # generation and the student's log-probs; then its forward and backward. The teacher's forward comes on top.
+    on_policy=OnPolicy(2, 2, epochs=None, mini_batches="num_mini_batches"),
+    panels=(
+        Panel("Divergence from the teacher", "nats per token", ("loss", "eval_loss"), ("training", "held out")),
+        _ENTROPY,
+        _LENGTH,
+        _ENDS,
+        Panel("KL of one update", "nats per token", ("policy/approxkl_avg",)),
+        _MISMATCH,
+    ),
+    variants=MappingProxyType(
+        {
+            **dict.fromkeys(("distillation", "on_policy_distillation", "opd", "minillm"), "write kind: distill"),
+            **dict.fromkeys(("gkd", "generalized_knowledge_distillation"), _LIKE_GKD),
+            **dict.fromkeys(
+                ("kd", "knowledge_distillation", "seqkd", "sequence_kd"),
+                "write kind: distill, with lmbda: 0 and beta: 0 for the data's replies and the forward KL",
+            ),
+        }
+    ),
+)
+
+KINDS: dict[str, StageKind] = {each.name: each for each in (SFT, REWARD, DPO, KTO, PPO, GRPO, RLOO, DISTILL, SAMPLE)}
 """The kinds that come with preftune, in the order in which they are listed."""
 
 _NOT_HERE = "not among the methods here: the nearest is {}; a method of your own is kind: FILE.py:RECORD"

@@ -7,15 +7,18 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ..errors import UserError, gathering
+from ..models.tokens import load_tokenizer
 from .job import StageJob, no_reward
 from .sample.settings import ALL, BEST_WORST, THRESHOLD
+from .teachers import check_teacher
 
 if TYPE_CHECKING:
     from trl.trainer.dpo_config import DPOConfig
     from trl.trainer.kto_config import KTOConfig
 
+    from .distill import DistillationConfig
     from .grpo import GRPOConfig
-    from .ppo.config import OnPolicyConfig, PPOConfig
+    from .ppo.config import OnPolicyConfig, PPOConfig, RewardedConfig
 
 _WITH_DIVERGENCE = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
 """The losses that TRL has with every f-divergence."""
@@ -117,32 +120,50 @@ def grpo_problems(job: StageJob, args: "GRPOConfig") -> list[UserError]:
     return found
 
 
-def on_policy_problems(job: StageJob, args: "OnPolicyConfig", **idle: tuple[bool, str]) -> list[UserError]:
+def on_policy_problems(job: StageJob, args: "RewardedConfig", **idle: tuple[bool, str]) -> list[UserError]:
     """What the config takes and a run would refuse: no reward, two lengths of the run, gradients that vanish.
 
     Args:
         idle: the method's own parameters that need another: whether they have it, and what it is.
     """
+    found = _loop_problems(job, args, **idle)
+    if not job.rewards:
+        found.append(no_reward(job))
+    found += _weight_problems(job, args.reward_combination)
+    if args.reward_combination != "ensemble" and job.says("ensemble_penalty") is not None:
+        found.append(_idle(job, "ensemble_penalty", "reward_combination: ensemble"))
+    return found
+
+
+def distill_problems(job: StageJob, args: "DistillationConfig") -> list[UserError]:
+    """What the config takes and a run would refuse: no teacher, or one with another vocabulary."""
+    found = _loop_problems(job, args)
+    if job.teacher is None:
+        remedy = "name a stage, a folder or a hub id"
+        return [*found, UserError(f"stages.{job.name}.teacher", "no teacher is given", remedy)]
+    if (job.base.path / "config.json").is_file():
+        with gathering(found):
+            tokenizer = load_tokenizer(job.base, job.chat_template, job.template_date)
+            check_teacher(job.teacher, job.base, tokenizer)
+    return found
+
+
+def _idle(job: StageJob, key: str, needs: str) -> UserError:
+    return UserError(f"stages.{job.name}.{key}", f"has no effect without {needs}", "leave it out, or set that")
+
+
+def _loop_problems(job: StageJob, args: "OnPolicyConfig", **idle: tuple[bool, str]) -> list[UserError]:
+    """What every on-policy method refuses, whether its responses get scores or not."""
     found = []
     if job.dtype == "float16" or args.fp16:
         key = "model.dtype" if job.dtype == "float16" else f"stages.{job.name}.train.fp16"
         said = f"float16, in which {args.method}'s gradients vanish: its loss is not scaled up"
         found.append(UserError(key, said, "use bfloat16, or float32"))
-    if not job.rewards:
-        found.append(no_reward(job))
-    found += _weight_problems(job, args.reward_combination)
     if args.total_episodes is not None and "num_train_epochs" in job.train:
         said = f"has no effect beside total_episodes, which is {args.total_episodes}"
         found.append(UserError(f"stages.{job.name}.train.num_train_epochs", said, "keep one of them"))
-    idle |= {
-        "ensemble_penalty": (args.reward_combination == "ensemble", "reward_combination: ensemble"),
-        "num_log_samples": (args.log_samples_every > 0, "log_samples_every"),
-    }
-    found += [
-        UserError(f"stages.{job.name}.{key}", f"has no effect without {needs}", "leave it out, or set that")
-        for key, (used, needs) in idle.items()
-        if not used and job.says(key) is not None
-    ]
+    idle |= {"num_log_samples": (args.log_samples_every > 0, "log_samples_every")}
+    found += [_idle(job, key, needs) for key, (used, needs) in idle.items() if not used and job.says(key) is not None]
     return found
 
 

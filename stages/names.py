@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from .fields import FIELDS, TRAINING
 from .kinds import KINDS, StageKind
-from .ppo.trl_names import CONFIG, GROUP, SAME
+from .ppo.trl_names import CONFIG, DISTILLATION, GROUP, SAME
 
 ALIASES: Mapping[str, Mapping[str, str]] = {
     "model": {
@@ -56,6 +56,11 @@ ALIASES: Mapping[str, Mapping[str, str]] = {
         **dict.fromkeys(("path", "model_name_or_path", "reward_model_path", "reward_model"), "model"),
         **dict.fromkeys(("func", "reward_func", "reward_function"), "function"),
         **dict.fromkeys(("coef", "reward_weight"), "weight"),
+    },
+    "teacher": {
+        **dict.fromkeys(("path", "base", "name", "id", "hub", "model_name_or_path", "teacher_model"), "model"),
+        **dict.fromkeys(("folder", "lora"), "adapter"),
+        "model_revision": "revision",
     },
     "eval": {
         **dict.fromkeys(("judge", "metrics"), "judges"),
@@ -208,14 +213,13 @@ def meant_in_group(word: str, kind: StageKind, group: str) -> str | None:
 
 def _of_method(word: str, kind: StageKind, here: str) -> str | None:
     """A word for a parameter of the stage's own kind."""
-    parameters, in_groups = {each.name for each in kind.parameters}, kind in (KINDS["grpo"], KINDS["rloo"])
-    names = (word,) if in_groups and word in GROUP else (word, SAME.get(word, ""))
+    parameters, (table, own) = {each.name for each in kind.parameters}, _OF_KINDS.get(kind.name, ({}, {}))
+    # what the other on-policy kinds call PPO's may be something else here
+    names = (word,) if word in table and table is not CONFIG else (word, SAME.get(word, ""))
     name = next((each for each in names if each in parameters), None)
     if name is not None:
         return f"write {parameter_place(kind, name)} in {here}"
-    if in_groups:
-        return _IN_GROUPS.get(word) or GROUP.get(word)
-    return _IN_PPO.get(word) or CONFIG.get(word) if kind is KINDS["ppo"] else None
+    return own.get(word) or table.get(word)
 
 
 def _of_others(word: str) -> str | None:
@@ -256,3 +260,24 @@ _IN_GROUPS = {
         *("sft_model_path", "exp_name", "log_with", "backward_batch_size", "local_rollout_forward_batch_size"),
     )
 }
+
+# What a recipe says otherwise than `DistillationConfig`.
+_IN_DISTILLATION = {
+    **{word: said for word, said in _IN_GROUPS.items() if not word.startswith("reward")},
+    **dict.fromkeys(
+        ("teacher_model_name_or_path", "teacher_model"), "write teacher: a hub id, a folder or {stage: NAME}"
+    ),
+    "teacher_model_revision": "write teacher: {model: ID, revision: REVISION}",
+    **dict.fromkeys(
+        ("teacher_model_init_kwargs", "model_init_kwargs"),
+        "leave it out: the teacher is loaded as model says of the base",
+    ),
+    "seq_kd": "leave it out: a stage of kind sample writes the teacher's replies; read them with lmbda: 0",
+}
+
+_OF_KINDS: Mapping[str, tuple[Mapping[str, str], Mapping[str, str]]] = {
+    "ppo": (CONFIG, _IN_PPO),
+    **dict.fromkeys(("grpo", "rloo"), (GROUP, _IN_GROUPS)),
+    "distill": (DISTILLATION, _IN_DISTILLATION),
+}
+"""An on-policy kind -> what is answered to words of its config, and what a recipe says otherwise."""

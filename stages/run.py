@@ -5,11 +5,12 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
@@ -149,7 +150,7 @@ def _load_data(job: StageJob, encode: Encode, tokenizer: PreTrainedTokenizerBase
     read, content, held_rows = DataReport(), Fingerprint(), list[Row]()
 
     def train_rows() -> Iterator[Row]:
-        for row in stream_rows(data, job.record.rows, job.folders, read, where):
+        for row in stream_rows(data, job.rows, job.folders, read, where):
             content.add(row)
             if data.held_out > 0 and prompt_position(row, data.seed) < data.held_out:
                 held_rows.append(row)
@@ -174,11 +175,20 @@ def _load_data(job: StageJob, encode: Encode, tokenizer: PreTrainedTokenizerBase
         check_sides(data.held_out, read.used - len(held_rows), len(held_rows))
     held = encoded("held_out", held_rows)[0] if held_rows else None
     report["read"] = read.as_dict()
-    new_tokens = job.method_value("max_new_tokens") if job.record.rows == "prompt" else None
     for part in (train, held):
         if part is not None:
-            check_context(part, job.base, where, new_tokens or 0)
+            _check_lengths(job, part, where)
     return StageData(train, held, content.hexdigest(), report, origins)
+
+
+def _check_lengths(job: StageJob, rows: "Dataset", where: str) -> None:
+    """Rows, and prompts with what is sampled after them, against the base's context."""
+    if job.rows == "prompt":
+        check_context(rows, job.base, where, job.method_value("max_new_tokens") or 0)
+        return
+    check_context(rows, job.base, where)
+    if job.record.draws:
+        check_context(rows.select_columns(["prompt_ids"]), job.base, where, job.method_value("max_new_tokens"))
 
 
 def check_ids(rows: "Dataset", tokenizer: PreTrainedTokenizerBase, base: Base, where: str) -> None:
@@ -225,6 +235,7 @@ def finish(
     backbone: PreTrainedModel | None = None,
     reward: dict[str, float] | None = None,
     parents: tuple[Path, ...] | None = None,
+    made_of: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Write what lies beside a saved adapter: tokenizer, metrics.json, lineage.json; remove the checkpoints that
     nobody asked for.
@@ -235,6 +246,7 @@ def finish(
         backbone: the decoder that trained: the lineage says how it was computed.
         reward: {mean, std} on reference responses, of a reward stage (P22).
         parents: adapter folders it came from; default: the job's parent.
+        made_of: what the lineage's config says besides.
 
     Returns:
         The metrics as written.
@@ -250,7 +262,9 @@ def finish(
             base=base_info(job.base),
             tokenizer=tokenizer_info(tokenizer),
             parents=[parent_entry(each, job.output_dir) for each in folders],
-            config=_resolved(job, args) | ({} if backbone is None else {"computed": computed(backbone)}),
+            config=_resolved(job, args)
+            | dict(made_of)
+            | ({} if backbone is None else {"computed": computed(backbone)}),
             data={
                 "spec": plain(dataclasses.asdict(job.data)),
                 "fingerprint": data.fingerprint,

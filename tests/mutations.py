@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = ("data", "models", "stages", "eval", "recipes", "cli", "api", "benchmarks", "tests")
 SEVERAL_PROCESSES = (
     *("test_ppo_distributed.py", "test_ppo_resume.py", "test_group_processes.py", "test_reward_processes.py"),
+    "test_distill_processes.py",
 )
 
 
@@ -153,7 +154,7 @@ MUTATIONS = [
     ),
     Mutation(
         "P21", "all processes sample from one stream", "stages/ppo/trainer.py",
-        '"rollout", loop.iteration, 0), args.process_index * local', '"rollout", loop.iteration, 0), 0',
+        "first=args.process_index * args.local_rollout_size(),", "first=0,",
     ),
     Mutation(
         "P22", "the reference mean is not subtracted", "stages/ppo/rewards.py",
@@ -406,12 +407,81 @@ MUTATIONS += [
         "round(float(read) + tokens)", "round(tokens)",
     ),
     Mutation(
-        "G19", "log-probs and entropies are one tensor", "stages/groups.py",
-        "logps.get(DEFAULT, unknown_BR.clone())", "logps.get(DEFAULT, unknown_BR)",
+        "G19", "log-probs and entropies are one tensor", "stages/ppo/method.py",
+        "({role: unknown_BR.clone() for role in (DEFAULT, *roles)} for _ in range(2))",
+        "({role: unknown_BR for role in (DEFAULT, *roles)} for _ in range(2))",
     ),
     Mutation(
         "G19", "several steps leave it to the first", "stages/groups.py",
         "self.num_mini_batches == 1 and not", "not",
+    ),
+    Mutation(
+        "T1", "the KLs are exchanged", "models/divergence.py",
+        "    if beta == 0:\n        return _kl(teacher_CV, student_CV)",
+        "    if beta == 0:\n        return _kl(student_CV, teacher_CV)",
+    ),
+    Mutation(
+        "T1", "the mixture is the other way round", "models/divergence.py",
+        "student_CV + math.log1p(-beta), teacher_CV + math.log(beta)",
+        "student_CV + math.log(beta), teacher_CV + math.log1p(-beta)",
+    ),
+    Mutation(
+        "T1", "the teacher speaks at temperature 1", "models/divergence.py",
+        "(spec.teacher.logits(teacher_NH[rows]) / spec.temperature)", "spec.teacher.logits(teacher_NH[rows])",
+    ),
+    Mutation(
+        "T2", "a token's weight does not reach its gradient", "models/divergence.py",
+        "(grad_N[:, None] * gradient_NH)", "(grad_N.mean() * gradient_NH)",
+    ),
+    Mutation(
+        "T2", "the teacher's states are a position off", "stages/distill.py",
+        "teacher_BTH.flatten(0, 1)[tokens.before_N]", "teacher_BTH.flatten(0, 1)[tokens.token_N]",
+    ),
+    Mutation(
+        "T3", "each micro-batch is a mean of its own", "stages/distill.py",
+        "now.divergence_N.sum() / step.tokens", "now.divergence_N.mean()",
+    ),
+    Mutation(
+        "T4", "the token that ends a reply is no part of it", "stages/ppo/rollout.py",
+        "torch.tensor([len(tokens) for tokens in generation.tokens], device=device)",
+        "torch.tensor([len(t) - f for t, f in zip(generation.tokens, generation.finished)], device=device)",
+    ),
+    Mutation(
+        "T5", "the base answers in its adapter's place", "stages/teachers.py",
+        "with self.trunk.adapters.using(self.role):", "with self.trunk.adapters.using(None):",
+    ),
+    Mutation(
+        "T5", "a teacher beside holds gradients", "stages/teachers.py",
+        "parameter.requires_grad_(False)", "parameter.requires_grad_(True)",
+    ),
+    Mutation("T6", "any ids will do", "stages/teachers.py", "if vocabularies[0] == vocabularies[1]:", "if True:"),
+    Mutation(
+        "T6", "vocabularies of other sizes are let through", "stages/teachers.py",
+        "if _size(adapters) != _size(student.adapters):", "if False:",
+    ),
+    Mutation(
+        "T7", "the first iterations are the student's own", "stages/distill.py",
+        "return after > before", "return before < 1 or after > before",
+    ),
+    Mutation(
+        "T7", "the student speaks in every iteration", "stages/distill.py",
+        "        if self.speaks():\n            return super()._respond(prompts)",
+        "        if True:\n            return super()._respond(prompts)",
+    ),
+    Mutation(
+        "T8", "a resumed run draws the rollout in flight anew", "stages/ppo/trainer.py",
+        "            if self.loop.slot:", "            if False:",
+    ),
+    Mutation(
+        "T9", "a step is divided by this process' tokens", "stages/distill.py",
+        "now.divergence_N.sum() / step.tokens\n", "now.divergence_N.sum() / part.episodes.length_B.sum()\n",
+    ),
+    Mutation(
+        "T10", "the record says nothing of the teacher", "stages/run.py", "            | dict(made_of)\n", "",
+    ),
+    Mutation(
+        "T10", "the teacher is in no key", "recipes/graph.py",
+        "for each in (taught, data_stage(recipe, name))", "for each in (data_stage(recipe, name),)",
     ),
     Mutation(
         "S1", "a checkpoint's pickle is read whole", "models/pickles.py", "weights_only=True", "weights_only=False"

@@ -99,12 +99,16 @@ def _on_policy(kind: StageKind, tiny: bool) -> dict[str, Any]:
     # random weights: nothing is to be learned from what sampler and trainer make of their replies
     asked = {"max_new_tokens": new, "mismatch_tolerance": 10.0}
     asked |= {"rollout_batch_size": episodes, "total_episodes": (PROFILED + 1) * episodes}
-    asked |= {kind.on_policy.epochs: 1, kind.on_policy.mini_batches: 2}
+    asked[kind.on_policy.mini_batches] = 2
+    if kind.on_policy.epochs is not None:
+        asked[kind.on_policy.epochs] = 1
     if kind.on_policy.group is not None:
         asked[kind.on_policy.group] = 2 if tiny else 8
     stage: dict[str, Any] = {"from": "sft", "data": "prompts", "train": {"per_device_train_batch_size": batch}}
     if kind.needs_reward:
         stage["reward"] = "reward"
+    if kind.needs_teacher:
+        stage["teacher"] = {"stage": "dpo"}
     return stage | {key: value for key, value in asked.items() if key in known}
 
 

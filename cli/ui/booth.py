@@ -16,8 +16,8 @@ from ..compare import open_votes, votes_file
 class Source(Protocol):
     """Where ballots come from."""
 
-    def ballots(self, voter: str, policies: list[str]) -> list[Ballot]:
-        """What is left for a person to vote on, in their order."""
+    def ballots(self, voter: str, policies: list[str]) -> tuple[list[Ballot], int]:
+        """What is left for a person to vote on, in their order; and to how many prompts replies are still to come."""
         ...
 
     def voted(self) -> None:
@@ -32,9 +32,9 @@ class Samples:
     run: Path
     seed: int
 
-    def ballots(self, voter: str, policies: list[str]) -> list[Ballot]:
+    def ballots(self, voter: str, policies: list[str]) -> tuple[list[Ballot], int]:
         """Every pair of the policies on every prompt, but what the person voted on."""
-        return sample_ballots(self.run / EVALUATION / SAMPLES, policies, open_votes(self.run), self.seed, voter)
+        return sample_ballots(self.run / EVALUATION / SAMPLES, policies, open_votes(self.run), self.seed, voter), 0
 
     def voted(self) -> None:
         """Nothing more is written."""
@@ -46,9 +46,11 @@ class Labels:
 
     labelling: Labelling
 
-    def ballots(self, voter: str, policies: list[str]) -> list[Ballot]:
+    def ballots(self, voter: str, policies: list[str]) -> tuple[list[Ballot], int]:
         """What was drawn and the person did not vote on."""
-        return list(self.labelling.ballots(voter))
+        drawn = self.labelling.drawn()
+        missing = {wish.prompt for wish in self.labelling.wishes() if wish not in drawn}
+        return list(self.labelling.ballots(voter, drawn)), len(missing)
 
     def voted(self) -> None:
         """Writes the pairs."""
@@ -62,7 +64,8 @@ class Seat:
     Attributes:
         voter: their name; empty before they gave one.
         ballot: what they see; `mark` names it, so that a vote is on what was seen and on nothing else.
-        left: ballots left with this one. cast: votes cast here. skipped: ballots not to show again for now.
+        left: ballots left with this one. coming: prompts to which replies are still to come. cast: votes cast here.
+        skipped: ballots not to show again for now.
         alike: ties that nobody was asked about.
     """
 
@@ -70,6 +73,7 @@ class Seat:
     ballot: Ballot | None = None
     mark: str = ""
     left: int = 0
+    coming: int = 0
     cast: int = 0
     alike: int = 0
     skipped: set[str] = field(default_factory=set)
@@ -99,7 +103,7 @@ class Booth:
 
     def next(self, seat: Seat, source: Source, policies: list[str]) -> None:
         """Show the next ballot; two equal replies are a tie without asking."""
-        ballots = source.ballots(seat.voter, policies)
+        ballots, seat.coming = source.ballots(seat.voter, policies)
         for each in ballots:
             if each.same:
                 seat.alike += cast_vote(votes_file(self.run), each.vote("tie", seat.voter))

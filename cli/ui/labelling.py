@@ -112,9 +112,12 @@ class Drawing:
         """What people wait for, in words; empty where all is drawn."""
         if self.trouble:
             return f"No more replies are drawn: {self.trouble}"
-        labelling = self.labelling
-        left = len(labelling.wishes()) - len(labelling.drawn())
+        left = len(self._missing())
         return f"{left} replies are still being drawn; the next ones come by themselves." if left else ""
+
+    def _missing(self) -> list[Wish]:
+        drawn = self.labelling.drawn()
+        return [wish for wish in self.labelling.wishes() if wish not in drawn]
 
     def _run(self) -> None:
         try:
@@ -129,11 +132,9 @@ class Drawing:
         Raises:
             UserError: a policy was trained again since the labelling began, or its adapter is gone.
         """
-        drawn = self.labelling.drawn()
         missing: dict[str, list[Wish]] = {}
-        for wish in self.labelling.wishes():
-            if wish not in drawn:
-                missing.setdefault(wish.prompt, []).append(wish)
+        for wish in self._missing():
+            missing.setdefault(wish.prompt, []).append(wish)
         todo, done, width = list(missing.values()), 0, 1
         while todo and not self._over.is_set():
             batch, todo = todo[:width], todo[width:]

@@ -21,6 +21,11 @@ _SEEN = "(...given) => [document.querySelector('[data-ballot]')?.dataset.ballot 
 """Says which ballot the person sees when a button is pressed."""
 
 
+def _coming(prompts: int) -> str:
+    """What is said of prompts to which replies are still to come."""
+    return f"; replies to {prompts} more prompt{'s' if prompts > 1 else ''} are being drawn" if prompts else ""
+
+
 def _html(value: str = "", **given: Any) -> gr.HTML:
     """A piece of the page in our own style."""
     return gr.HTML(value, apply_default_css=False, js_on_load=None, **given)
@@ -217,9 +222,11 @@ class Page:
         return self._drawn(seat, f"{kept} {self._words(seat, source)}{alike}".strip())
 
     def _words(self, seat: Seat, source: str) -> str:
+        drawing = self.desk.drawing if source == "labels" else None
         if seat.ballot is not None:
-            return f"{seat.left} to go."
-        if source == "labels" and self.desk.drawing is not None and (waiting := self.desk.drawing.waiting()):
+            coming = "" if drawing is None or drawing.trouble else _coming(seat.coming)
+            return f"{seat.left} to go{coming}."
+        if drawing is not None and (waiting := drawing.waiting()):
             return waiting
         return f"Nothing is left to vote on, {seat.voter}: thank you."
 

@@ -120,13 +120,16 @@ class Labelling:
         with alone_with(self.replies_file):
             append_line(self.replies_file, row)
 
-    def ballots(self, voter: str) -> "Iterator[Ballot]":
+    def ballots(self, voter: str, drawn: Mapping[Wish, str] | None = None) -> "Iterator[Ballot]":
         """What there is for a person to vote on now, in an order of their own; what they voted on is left out.
+
+        Args:
+            drawn: the replies that there are; None reads them.
 
         With several policies the n-th reply of each is set against the n-th of every other. With one, of two replies
         the better stays and meets the next: n - 1 votes a prompt.
         """
-        drawn, voted = self.drawn(), self._votes_of(voter)
+        drawn, voted = self.drawn() if drawn is None else drawn, self._votes_of(voter)
         seed = person_seed(int(self.sampling.get("seed") or 0), voter)
         by_prompt: dict[str, dict[Wish, str]] = {}
         for wish, text in drawn.items():

@@ -147,7 +147,7 @@ class _Run:
         if record.lineage is None:
             return
         try:
-            loaded = load_rows(record.data(), record.job.record.rows, record.job.folders)
+            loaded = load_rows(record.data(), record.job.rows, record.job.folders)
         except UserError as error:
             self.left_out.append(f"{record.name}, data: cannot be read any more ({error.where}: {error.problem})")
             return

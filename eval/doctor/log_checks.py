@@ -121,6 +121,27 @@ def check_entropy_trend(stage: str, entropies: Sequence[float]) -> Finding:
     )
 
 
+def check_divergence(stage: str, losses: Sequence[float]) -> Finding:
+    """By how much a student's divergence from its teacher changed over the iterations, on a straight line through them.
+
+    Args:
+        losses: [iterations], at least `TREND_ITERATIONS`, in nats per token.
+    """
+    found = score_gain(losses)
+    assert found is not None
+    change, low, high = found
+    return judge(
+        stage,
+        "divergence",
+        change,
+        unit=f"nats per token further from the teacher at the end ({losses[-1]:.3g} in the last iteration)",
+        threshold="look: above 0 with its interval",
+        look=low > 0,
+        interval=(low, high),
+        remedy="the student leaves its teacher: lower the learning rate, or take more replies a step",
+    )
+
+
 def score_gain(scores: Sequence[float]) -> tuple[float, float, float] | None:
     """By how much the mean score rose from the first to the last iteration on a straight line through all of them, with
     its 95% interval; None with too few iterations for a trend."""

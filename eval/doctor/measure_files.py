@@ -19,6 +19,7 @@ from .finding import Finding
 from .identity_checks import check_base, check_bos, check_parent, check_tokenizer
 from .log_checks import (
     TREND_ITERATIONS,
+    check_divergence,
     check_entropy_trend,
     check_first_step,
     check_kl_trend,
@@ -96,7 +97,9 @@ def _ppo(record: Record, left_out: list[str]) -> Iterator[Finding]:
         left_out.append(f"{name}: nothing is logged yet")
         return
     batch = record.setting("rollout_batch_size", record.job.record.parameter("rollout_batch_size").default)
-    if not kls:
+    if not kls and not record.job.record.needs_reference:
+        pass  # there is no reference
+    elif not kls:
         left_out.append(f"{name}, KL: beta is 0, and none is measured")
     elif episodes[0] <= batch:
         low = record.low_precision()
@@ -114,6 +117,11 @@ def _ppo(record: Record, left_out: list[str]) -> Iterator[Finding]:
         return
     if kls:
         yield check_kl_trend(name, kls, kl_lengths)
+    if (
+        record.job.record.needs_teacher
+        and len(losses := series(record.log, "loss", "rollout/length")[0]) >= TREND_ITERATIONS
+    ):
+        yield check_divergence(name, losses)
     yield check_entropy_trend(name, entropies)
 
 
@@ -198,7 +206,9 @@ def _parents(record: Record, elsewhere: Collection[str], left_out: list[str]) ->
 
 
 def _parent_folders(record: Record) -> Sequence[Path]:
-    """The adapters that the stage needs by the recipe: the one it starts from, then the reward stages of PPO."""
+    """The adapters that the stage needs by the recipe: the one it starts from, then the reward stages of PPO, then the
+    teacher."""
     job = record.job
     rewards = [Path(str(source.target)) for source in job.rewards if source.kind == "stage"]
-    return list(dict.fromkeys(([] if job.parent is None else [job.parent]) + rewards))
+    teacher = [] if job.teacher is None or job.teacher.adapter is None else [job.teacher.adapter]
+    return list(dict.fromkeys(([] if job.parent is None else [job.parent]) + rewards + teacher))

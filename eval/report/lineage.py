@@ -22,7 +22,8 @@ _STATE_WORDS = {"done": "", "running": "running", "stopped": "stopped", "failed"
 
 @dataclass(frozen=True)
 class Node:
-    """A box of the graph; `lines` stand under its name, `layer` and `lane` are its place."""
+    """A box of the graph; `lines` stand under its name, `layer` and `lane` are its place. `taught`: dashed edges come
+    from its teacher, and not from what scored it."""
 
     name: str
     state: str
@@ -30,6 +31,7 @@ class Node:
     parents: tuple[tuple[str, bool], ...]
     layer: int
     lane: float
+    taught: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,11 @@ def stage_graph(run: Run) -> Graph:
     lines = {BASE: tuple(filter(None, (_clip(spec), hash12(base.get("sha256")))))}
     lines |= {s.name: _lines(s, hashes.get(s.name)) for s in run.stages}
     states = {BASE: "done"} | {s.name: s.state for s in run.stages}
-    nodes = tuple(Node(name, states[name], lines[name], parents[name], layers[name], lanes[name]) for name in parents)
+    taught = {s.name for s in run.stages if s.record is not None and s.record.needs_teacher}
+    nodes = tuple(
+        Node(name, states[name], lines[name], parents[name], layers[name], lanes[name], name in taught)
+        for name in parents
+    )
     return Graph(nodes, passes)
 
 
@@ -169,8 +175,8 @@ def describe(nodes: Sequence[Node]) -> str:
         if node.layer == 0:
             continue
         starts = [parent for parent, dashed in node.parents if not dashed]
-        rewards = [parent for parent, dashed in node.parents if dashed]
-        scored = f", scored by {listed(rewards)}" if rewards else ""
+        others = [parent for parent, dashed in node.parents if dashed]
+        scored = f", {'taught' if node.taught else 'scored'} by {listed(others)}" if others else ""
         state = f" ({_STATE_WORDS.get(node.state, node.state)})" if node.state != "done" else ""
         sentences.append(f"{node.name} comes from {listed(starts)}{scored}{state}.")
     return " ".join(sentences)

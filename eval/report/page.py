@@ -116,7 +116,8 @@ def _trained(run: Run) -> dict[str, Any] | None:
         "across": lineage.draw_graph(graph, across=True),
         "down": lineage.draw_graph(graph, across=False),
         "words": lineage.describe(graph.nodes),
-        "dashed": any(dashed for node in graph.nodes for _, dashed in node.parents),
+        "scored": any(dashed for node in graph.nodes if not node.taught for _, dashed in node.parents),
+        "taught": any(dashed for node in graph.nodes if node.taught for _, dashed in node.parents),
         "sampled": any(not stage.trains for stage in run.stages),
         "rows": lineage.table(run),
     }

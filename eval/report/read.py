@@ -45,8 +45,8 @@ class StageRecord:
         record: of the kind; None where nobody knows it (any more).
         state: done, running, failed, or "not run" where only the recipe knows the stage.
         folder: where its files lie (the partial folder while it is under way); None: nowhere yet.
-        parents: (name, whether the edge is that of a reward) in order; "base" is the base. A stage whose rows it reads
-            stands among them.
+        parents: (name, whether the edge is that of a reward or a teacher) in order; "base" is the base. A stage whose
+            rows it reads stands among them.
         log: the lines of log.jsonl.
     """
 
@@ -250,15 +250,17 @@ def _parents(
     """From the lineage, else from the recipe. Only the first parent of a scored stage is what it starts from."""
     if lineage:
         names = [str(parent.get("stage")) for parent in lineage.get("parents") or []]
-        # A policy that starts from the base itself has nothing but rewards among its parents.
-        scored = kind is not None and kind.needs_reward
+        # A policy that starts from the base itself has nothing but rewards and teachers among its parents.
+        scored = kind is not None and (kind.needs_reward or kind.needs_teacher)
         first_is_start = not (scored and planned.get("from") == "base")
         if not names or not first_is_start:
             names = ["base", *names]
     else:
         given = planned.get("reward") or []
         rewards = [each.get("stage") for each in given if isinstance(each, Mapping)] if isinstance(given, list) else []
-        names = [str(planned.get("from") or "base"), *(str(each) for each in rewards if each)]
+        teacher = planned.get("teacher")
+        taught = [teacher.get("stage")] if isinstance(teacher, Mapping) else []
+        names = [str(planned.get("from") or "base"), *(str(each) for each in (*rewards, *taught) if each)]
     return tuple((name, place > 0) for place, name in enumerate(names))
 
 

@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 from ..kl_control import KLController, kl_controller
 from ..losses import KL_ESTIMATORS
-from .settings import OnPolicySettings, PPOSettings, expected
+from .settings import OnPolicySettings, PPOSettings, RewardedSettings, expected
 from .trl_names import CONFIG, refuse_names
 
 
@@ -23,7 +23,8 @@ class OnPolicyConfig(OnPolicySettings, TrainingArguments):
 
     Attributes:
         method: its name in messages. settings: the method's own dataclass. epochs_field: which of its fields says how
-            often a rollout is passed over. names: what users of other trainers write, and what says it here.
+            often a rollout is passed over (None: it is once). names: what users of other trainers write, and what says
+            it here.
 
     Raises:
         ValueError: a value out of range, or sizes that do not divide.
@@ -31,7 +32,7 @@ class OnPolicyConfig(OnPolicySettings, TrainingArguments):
 
     method: ClassVar[str]
     settings: ClassVar[type[OnPolicySettings]]
-    epochs_field: ClassVar[str]
+    epochs_field: ClassVar[str | None]
     names: ClassVar[dict[str, str]] = CONFIG
 
     learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the policy adapter."})
@@ -80,12 +81,12 @@ class OnPolicyConfig(OnPolicySettings, TrainingArguments):
             raise ValueError("fp16 is true, expected bf16 or neither: the loss is not scaled, gradients would vanish")
         if self.per_device_train_batch_size < 1:
             raise ValueError(f"per_device_train_batch_size is {self.per_device_train_batch_size}, expected at least 1")
-        if self.missing_eos_penalty is not None and self.missing_eos_score is not None:
-            raise ValueError("missing_eos_penalty and missing_eos_score are both given, expected one of them")
+        steps = {} if self.epochs_field is None else {self.epochs_field: self.epochs()}
+        steps["num_mini_batches"] = self.num_mini_batches
         if self.max_steps > 0 and self.max_steps % self.steps_per_iteration():
             raise ValueError(
-                f"max_steps is {self.max_steps}, expected a multiple of {self.epochs_field} x num_mini_batches "
-                f"= {self.epochs()} x {self.num_mini_batches}, the optimiser steps of one iteration"
+                f"max_steps is {self.max_steps}, expected a multiple of {' x '.join(steps)} "
+                f"= {' x '.join(map(str, steps.values()))}, the optimiser steps of one iteration"
             )
         if self.max_steps > 0 and self.total_episodes is not None:
             raise ValueError(
@@ -132,7 +133,7 @@ class OnPolicyConfig(OnPolicySettings, TrainingArguments):
 
     def epochs(self) -> int:
         """Passes over each rollout."""
-        return getattr(self, self.epochs_field)
+        return 1 if self.epochs_field is None else getattr(self, self.epochs_field)
 
     def steps_per_iteration(self) -> int:
         """Optimiser steps of one iteration: epochs x minibatches."""
@@ -159,7 +160,17 @@ class OnPolicyConfig(OnPolicySettings, TrainingArguments):
 
 
 @dataclass
-class PPOConfig(PPOSettings, OnPolicyConfig):
+class RewardedConfig(RewardedSettings, OnPolicyConfig):
+    """Of methods whose responses get scores."""
+
+    def _check_ranges(self) -> None:
+        super()._check_ranges()
+        if self.missing_eos_penalty is not None and self.missing_eos_score is not None:
+            raise ValueError("missing_eos_penalty and missing_eos_score are both given, expected one of them")
+
+
+@dataclass
+class PPOConfig(PPOSettings, RewardedConfig):
     """Everything that `OnPolicyConfig` takes, and PPO's own settings (`PPOSettings`)."""
 
     method = "PPO"

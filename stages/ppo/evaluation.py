@@ -6,6 +6,7 @@ and what is measured does not depend on how many processes there are.
 Legend of shape suffixes: B episodes of this process, R response positions.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,12 +17,16 @@ from ...models.masked import masked_sum
 from .config import OnPolicyConfig
 from .method import Method
 from .rewards import Responses, Scoring
-from .rollout import Prompts, Reduce, decode, generate, seed_of
+from .rollout import Episodes, Prompts, Reduce, decode, generate, seed_of
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Prompts to evaluate on, and what they are answered and measured with."""
+    """Prompts to evaluate on, and what they are answered and measured with.
+
+    Attributes:
+        measured: what is summed over each response's tokens besides.
+    """
 
     prompts: Prompts
     adapters: AdapterSet
@@ -29,6 +34,7 @@ class HeldOut:
     scoring: Scoring
     method: Method
     reduce: Reduce
+    measured: Callable[[Episodes], dict[str, torch.Tensor]] = lambda _: {}
 
     @torch.no_grad()
     def measure(self, args: OnPolicyConfig, kl_coef: float) -> dict[str, float]:
@@ -47,20 +53,27 @@ class HeldOut:
         episodes = generate(
             self.adapters, self.tokenizer, prompts, args, seed=seed, first=places[0], device=args.device
         )
+        found = self._scored(episodes, prompts, kl_coef) if self.scoring.scorers else {}
+        found |= {"rollout/length": episodes.length_B, "rollout/eos_rate": episodes.finished_B}
+        summed = self.measured(episodes)
+        sums = self.reduce(
+            torch.stack([(counts_B * x.double()).sum() for x in (*found.values(), *summed.values())]), "sum"
+        )
+        means = {name: float(total) / size for name, total in zip((*found, *summed), sums, strict=True)}
+        means |= {name: means[name] / means["rollout/length"] for name in summed}
+        if "scores_squared" in means:
+            variance = means.pop("scores_squared") - means["objective/scores"] ** 2
+            means["objective/scores_std"] = max(variance, 0.0) ** 0.5
+        return means
+
+    def _scored(self, episodes: Episodes, prompts: Prompts, kl_coef: float) -> dict[str, torch.Tensor]:
+        """Of each response [B]: its score, and how far it has gone."""
         texts = decode(self.tokenizer, episodes.responses())
         responses = Responses(episodes, prompts.prompts, texts, prompts.column_lists(), prompts.rows)
         scores_B = self.scoring(responses, training=False)
         forwards = self.method.forwards(episodes)
-        found = {"objective/scores": scores_B}
+        found = {"objective/scores": scores_B, "scores_squared": scores_B.square()}
         if forwards.ref_logps_BR is not None:
             kl_B = masked_sum(forwards.logps_BR - forwards.ref_logps_BR, episodes.mask_BR, 1)
             found |= {"objective/kl": kl_B, "objective/rlhf_reward": scores_B - kl_coef * kl_B}
-        found |= {
-            "rollout/length": episodes.length_B,
-            "rollout/eos_rate": episodes.finished_B,
-            "scores_squared": scores_B.square(),
-        }
-        sums = self.reduce(torch.stack([(counts_B * x.double()).sum() for x in found.values()]), "sum")
-        means = {name: float(total) / size for name, total in zip(found, sums, strict=True)}
-        variance = means.pop("scores_squared") - means["objective/scores"] ** 2
-        return means | {"objective/scores_std": max(variance, 0.0) ** 0.5}
+        return found

@@ -164,4 +164,5 @@ class SampleLog:
             for row in samples:
                 file.write(json.dumps({"iteration": iteration, **row}, ensure_ascii=False) + "\n")
         for row in samples[:1]:
-            logger.info("iteration %d, score %.3g: %r", iteration, row["score"], str(row["completion"])[:200])
+            scored = f", score {row['score']:.3g}" if "score" in row else ""
+            logger.info("iteration %d%s: %r", iteration, scored, str(row["completion"])[:200])

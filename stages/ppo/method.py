@@ -18,7 +18,7 @@ from ...models.masked import masked_sum
 from ...models.transfer import to_device
 from ..advantages import gae, whiten
 from ..losses import kl_loss, ppo_policy_loss, value_loss
-from .config import PPOConfig
+from .config import OnPolicyConfig, PPOConfig
 from .network import Trunk
 from .rewards import RewardSource, Scorer, Scores
 from .rollout import Episodes, Reduce, Rollout, global_moments
@@ -115,6 +115,49 @@ class Method(Protocol):
     def update_metrics(self, mean: dict[str, float]) -> dict[str, float]:
         """The means of `statistics`, and of each step's `largest`, under the names by which they are logged."""
         ...
+
+
+class PolicyMethod:
+    """What methods share that train the policy and nothing else.
+
+    Attributes:
+        policy: its parameters.
+    """
+
+    def __init__(self, config: OnPolicyConfig, trunk: Trunk, reduce: Reduce) -> None:
+        self.trunk, self.reduce, self.rate = trunk, reduce, config.learning_rate
+        self.policy = trunk.adapters.parameters(DEFAULT)
+        self.trainables: dict[str, nn.Parameter] = {f"policy.{i}": p for i, p in enumerate(self.policy)}
+
+    def clip(self, clip: Callable[[list[nn.Parameter]], float]) -> dict[str, float]:
+        """All at once."""
+        return {"policy": clip(self.policy)}
+
+    def learning_rates(self) -> list[tuple[list[nn.Parameter], float]]:
+        """One."""
+        return [(self.policy, self.rate)]
+
+
+@torch.no_grad()
+def policy_forwards(trunk: Trunk, episodes: Episodes, roles: Sequence[str] = (DEFAULT,), group: int = 1) -> Forwards:
+    """Log-probs and entropies of a rollout under the policy, and log-probs under the reference, where the roles have
+    it. Without the policy among them its two are NaN within the mask, for the first step to fill.
+
+    Args:
+        group: so many rows that follow each other answer one prompt, which is laid out once.
+    """
+    mask_BR = episodes.mask_BR
+    unknown_BR = torch.zeros(mask_BR.shape, device=mask_BR.device).masked_fill(mask_BR, torch.nan)
+    # a tensor each
+    logps, entropies = ({role: unknown_BR.clone() for role in (DEFAULT, *roles)} for _ in range(2))
+    for rows in trunk.batches(episodes, group) if roles else ():
+        part, here = episodes.rows(rows), to_device(rows, mask_BR.device)
+        for role in roles:
+            with trunk.adapters.using(role):
+                found = trunk.logprobs(trunk.hidden(part), part)
+            logps[role][here, : found.logps_BR.shape[1]] = found.logps_BR
+            entropies[role][here, : found.entropy_BR.shape[1]] = found.entropy_BR
+    return Forwards(logps[DEFAULT], logps.get(REF), entropies[DEFAULT])
 
 
 class ValueStart(NamedTuple):

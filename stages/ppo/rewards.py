@@ -447,12 +447,15 @@ class Scoring:
         return self.scores(responses, training=training).total_B
 
     def scores(self, responses: Responses, *, training: bool = True) -> Scores:
-        """The same beside each source's own, fp32, on the episodes' device.
+        """The same beside each source's own, fp32, on the episodes' device; zeros where there is no source.
 
         Args:
             training: False: the running scale learns nothing of them, and neither it nor the clip behind it applies.
         """
         config, device = self.config, responses.episodes.start_B.device
+        if not self.scorers:
+            none_B = torch.zeros(len(responses.episodes), device=device)
+            return Scores(none_B, none_B[None, :][:0])
         parts = []
         for scorer in self.scorers:
             scores_B = scorer(responses).to(device)

@@ -37,18 +37,20 @@ PromptText = str | list[Message]
 Reduce = Callable[[torch.Tensor, str], torch.Tensor]
 """Over all processes: adds a tensor up ("sum"), or takes the largest ("max")."""
 
-_OURS = ("prompt", "prompt_ids", "columns")
+_OURS = ("prompt", "prompt_ids", "columns", "completion_ids")
 
 
 @dataclass(frozen=True)
 class Prompts:
     """ids: token ids, ready to be answered. prompts: text or messages. columns: what rewards also read. rows: their
-    places in the data."""
+    places in the data. replies: token ids of the data's own replies (column `completion_ids`); None where one has none.
+    """
 
     ids: list[list[int]]
     prompts: list[PromptText]
     columns: list[dict[str, object]]
     rows: list[int] = field(default_factory=list)
+    replies: list[list[int] | None] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -68,6 +70,7 @@ class Prompts:
         ids: list[list[int]] = []
         prompts: list[PromptText] = []
         columns: list[dict[str, object]] = []
+        replies: list[list[int] | None] = []
         for number, row in enumerate(dataset):
             if "prompt" not in row and "prompt_ids" not in row:
                 raise UserError(
@@ -81,10 +84,11 @@ class Prompts:
             ids.append(tokens)
             prompts.append(row["prompt"] if "prompt" in row else str(tokenizer.decode(tokens)))
             extra = json.loads(row["columns"]) if isinstance(row.get("columns"), str) else {}
+            replies.append(None if row.get("completion_ids") is None else list(row["completion_ids"]))
             columns.append({**extra, **{name: value for name, value in row.items() if name not in _OURS}})
         if not ids:
             raise UserError(where, "it has no row", "give at least one prompt")
-        return cls(ids, prompts, columns, list(range(len(ids))))
+        return cls(ids, prompts, columns, list(range(len(ids))), replies)
 
     def take(self, rows: Sequence[int]) -> "Prompts":
         """The given rows, in that order."""
@@ -93,6 +97,7 @@ class Prompts:
             [self.prompts[i] for i in rows],
             [self.columns[i] for i in rows],
             [self.rows[i] for i in rows],
+            [self.replies[i] for i in rows] if self.replies else [],
         )
 
     def column_lists(self) -> dict[str, list[object]]:
@@ -423,6 +428,16 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[list[int]]) -> list
 def global_moments(x_BR: torch.Tensor, mask_BR: torch.Tensor, reduce: Reduce) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and variance over the valid tokens of all processes."""
     return mean_and_variance(reduce(masked_moments(x_BR, mask_BR), "sum"))
+
+
+SCORED = (
+    "objective/scores", "objective/scores_std", "objective/rlhf_reward", "objective/non_score_reward",
+)  # fmt: skip
+"""Of `rollout_metrics`, what says nothing where nothing scores."""
+SAMPLED = (
+    "rollout/logprob_mismatch", "rollout/logprob_mismatch_mean", "rollout/sampler_kl", "rollout/tokens_per_second",
+)  # fmt: skip
+"""What says nothing of responses that the policy did not sample."""
 
 
 def rollout_metrics(

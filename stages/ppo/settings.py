@@ -16,7 +16,7 @@ Share = Annotated[float, Interval(ge=0, le=1)]
 
 @dataclass(kw_only=True)
 class OnPolicySettings:
-    """Of every method that learns from what its policy says: sampling, scoring, the length of the run, the brakes.
+    """Of every method that learns from what its policy says: sampling, the length of the run, the brakes.
 
     One iteration: `rollout_batch_size` episodes over all processes, and passes over them, each in `num_mini_batches`
     optimiser steps.
@@ -52,6 +52,17 @@ class OnPolicySettings:
     )
     max_ratio: Above0 | None = field(default=10.0, metadata={"help": "Skip a minibatch whose mean ratio is above."})
 
+    log_samples_every: Annotated[int, Ge(0)] = field(
+        default=10, metadata={"help": "Write generations every so many iterations; 0: no."}
+    )
+    num_log_samples: Annotated[int, Ge(0)] = field(default=4, metadata={"help": "How many generations each time."})
+    keep_every: Positive | None = field(default=None, metadata={"help": "Keep the policy every so many iterations."})
+
+
+@dataclass(kw_only=True)
+class RewardedSettings(OnPolicySettings):
+    """Of every such method whose responses get scores."""
+
     missing_eos_penalty: float | None = field(default=None, metadata={"help": "Subtracted where no EOS came."})
     missing_eos_score: float | None = field(default=None, metadata={"help": "Replaces the score where no EOS came."})
     normalize_rewards: bool = field(
@@ -66,15 +77,9 @@ class OnPolicySettings:
     )
     ensemble_penalty: Annotated[float, Ge(0)] = field(default=1.0, metadata={"help": "Lambda of the ensemble."})
 
-    log_samples_every: Annotated[int, Ge(0)] = field(
-        default=10, metadata={"help": "Write generations every so many iterations; 0: no."}
-    )
-    num_log_samples: Annotated[int, Ge(0)] = field(default=4, metadata={"help": "How many generations each time."})
-    keep_every: Positive | None = field(default=None, metadata={"help": "Keep the policy every so many iterations."})
-
 
 @dataclass(kw_only=True)
-class PPOSettings(OnPolicySettings):
+class PPOSettings(RewardedSettings):
     """One iteration has `num_ppo_epochs` passes.
 
     Sources: Ouyang et al. 2022 (arXiv 2203.02155), Huang et al. 2024 (arXiv 2403.17031).
@@ -108,7 +113,7 @@ class PPOSettings(OnPolicySettings):
 
 
 @dataclass(kw_only=True)
-class GroupSettings(OnPolicySettings):
+class GroupSettings(RewardedSettings):
     """Of methods that compare the replies to one prompt with each other: GRPO and RLOO. Names are TRL's."""
 
     num_generations: Annotated[int, Ge(2)] = field(
@@ -180,6 +185,29 @@ class RLOOSettings(GroupSettings):
     )
     normalize_advantages: bool = field(
         default=False, metadata={"help": "Advantages over the whole rollout have mean 0 and standard deviation 1."}
+    )
+
+
+@dataclass(kw_only=True)
+class DistillSettings(OnPolicySettings):
+    """A teacher's distributions are learned, at what the student says itself. One iteration has one pass.
+
+    Source: Agarwal et al. 2024, "On-policy distillation of language models" (arXiv 2306.13649); names are TRL's.
+    """
+
+    beta: Share = field(
+        default=1.0,
+        metadata={
+            "help": "What is brought down: 0 the forward KL (teacher to student), 1 the reverse KL, in between the "
+            "generalised Jensen-Shannon divergence."
+        },
+    )
+    lmbda: Share = field(
+        default=1.0,
+        metadata={
+            "help": "Share of the iterations that learn on the student's own replies; the others on the data's "
+            "(GKD's lambda)."
+        },
     )
 
 

@@ -11,7 +11,7 @@ from ..activations import settle_checkpointing
 from ..callbacks import clock_of, keep_event_files
 from ..job import StageJob, no_reward
 from ..options import stage_config
-from ..run import finish, load_data, open_adapters, open_tokenizer
+from ..run import Encode, finish, load_data, open_adapters, open_tokenizer
 from ..trackers import closing_trackers
 from ..trainers import stage_callbacks, take_up
 from .files import POLICIES
@@ -20,11 +20,11 @@ from .trainer import OnPolicyTrainer, PPOTrainer
 _LAST = (
     "objective/kl", "objective/scores", "objective/rlhf_reward", "objective/entropy", "objective/kl_coef",
     "rollout/length", "rollout/eos_rate", "rollout/logprob_mismatch", "rollout/logprob_mismatch_mean",
-    "rollout/sampler_kl", "value/explained_variance", "reward", "reward_std", "frac_reward_zero_std",
+    "rollout/sampler_kl", "value/explained_variance", "reward", "reward_std", "frac_reward_zero_std", "loss",
 )  # fmt: skip
 
 
-_EVALUATED = "eval_objective/scores"
+_EVALUATED = "eval_rollout/length"
 
 
 def run_ppo(job: StageJob) -> dict[str, Any]:
@@ -32,19 +32,26 @@ def run_ppo(job: StageJob) -> dict[str, Any]:
     return run_on_policy(job, PPOTrainer)
 
 
-def run_on_policy(job: StageJob, trainer_class: type[OnPolicyTrainer]) -> dict[str, Any]:
+def run_on_policy(
+    job: StageJob, trainer_class: type[OnPolicyTrainer], encode: Encode = encode_prompts, **own: Any
+) -> dict[str, Any]:
     """Run an on-policy stage (see `run_stage`): the parent's adapter is policy and reference, `job.rewards` score.
+
+    Args:
+        encode: of its rows. own: the trainer's arguments that not every method has.
 
     An interrupted run leaves checkpoints in `output_dir/checkpoints`; running the job again continues from the newest.
     """
     # 1. tokenizer, data, config
-    if not job.rewards:
-        raise no_reward(job)
+    if trainer_class.rewarded:
+        if not job.rewards:
+            raise no_reward(job)
+        own |= {"rewards": job.rewards}
     tokenizer = open_tokenizer(job)
     stages = [Path(str(source.target)) for source in job.rewards if source.kind == "stage"]
     for folder in stages:
         check_lineage(folder, job.base, tokenizer)
-    data = load_data(job, encode_prompts, tokenizer)
+    data = load_data(job, encode, tokenizer)
     args = stage_config(
         trainer_class.config,
         job,
@@ -62,9 +69,9 @@ def run_on_policy(job: StageJob, trainer_class: type[OnPolicyTrainer]) -> dict[s
         train_dataset=data.train,
         eval_dataset=data.held,
         processing_class=tokenizer,
-        rewards=job.rewards,
         callbacks=stage_callbacks(job),
         quiet=True,
+        **own,
     )
     keep_event_files(trainer, job.output_dir / LOGS)
     # 3. train, save
@@ -74,14 +81,23 @@ def run_on_policy(job: StageJob, trainer_class: type[OnPolicyTrainer]) -> dict[s
         if data.held is not None and not _evaluated_last(trainer):
             trainer.evaluate()
     adapters.save("default", job.output_dir, write=trainer.is_world_process_zero())
-    parents = tuple(folder for folder in (job.parent, *stages) if folder is not None)
-    return finish(job, tokenizer, data, args, _metrics(trainer), backbone=adapters.backbone, parents=parents)
+    parents = tuple(folder for folder in (job.parent, *stages, *trainer.sources) if folder is not None)
+    return finish(
+        job,
+        tokenizer,
+        data,
+        args,
+        _metrics(trainer),
+        backbone=adapters.backbone,
+        parents=parents,
+        made_of=trainer.made_of,
+    )
 
 
 def _metrics(trainer: OnPolicyTrainer) -> dict[str, float | None]:
     """The required measures and the last iteration's numbers."""
     seconds = max(clock_of(trainer).seconds - trainer.evaluate_seconds, 1e-9)
-    iterations = [entry for entry in trainer.state.log_history if "objective/scores" in entry]
+    iterations = [entry for entry in trainer.state.log_history if "rollout/length" in entry]
     last = iterations[-1] if iterations else {}
     held = next((entry for entry in reversed(trainer.state.log_history) if _EVALUATED in entry), {})
     episodes = trainer.loop.iteration * trainer.args.rollout_batch_size

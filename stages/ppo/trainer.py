@@ -2,7 +2,7 @@
 
 An iteration reads top to bottom in `OnPolicyTrainer._iteration`: sample prompts, generate, score, KL, advantages,
 minibatch epochs. What makes it PPO (the value, the advantages, the losses) is handed in by `PPOTrainer` (`method.py`),
-and what makes it GRPO or RLOO by the trainers of `grpo.py` and `rloo.py`.
+and what makes it GRPO, RLOO or distillation by the trainers of `grpo.py`, `rloo.py` and `distill.py`.
 Sources: Ouyang et al. 2022 (arXiv 2203.02155), Huang et al. 2024 (arXiv 2403.17031).
 """
 
@@ -50,7 +50,7 @@ from ..losses import token_rewards
 from ..options import one_device
 from ..processes import Processes
 from ..scorers.asked_once import SERVERS
-from .config import OnPolicyConfig, PPOConfig
+from .config import OnPolicyConfig, PPOConfig, RewardedConfig
 from .evaluation import HeldOut
 from .files import (
     POLICIES,
@@ -67,8 +67,11 @@ from .files import (
 from .method import PPO, Forwards, Method, value_start
 from .network import Trunk, add_reference
 from .opening import open_policy, reward_sources
+from .reply_scores import ScoreRules
 from .rewards import Responses, RewardFunc, RewardSource, RunningScale, Scorer, Scoring, build_scorers
 from .rollout import (
+    SAMPLED,
+    SCORED,
     Episodes,
     Prompts,
     Rollout,
@@ -138,13 +141,19 @@ class OnPolicyTrainer(Resumable):
         held_out: the prompts of `eval_dataset`.
         loop, rollout: the place in the run, and the rollout in flight between two minibatches.
         episodes, tokens: drawn, and in them, since the run's first iteration.
+        made_of: what the lineage of what comes out says of this trainer besides its config. sources: folders of
+            adapters that went in besides the policy and the reward stages.
 
     Raises:
         UserError: no reward, or data, models or adapters that do not fit.
     """
 
     of_any_number = True
+    rewarded = True
+    """Whether responses get scores."""
     config: type[OnPolicyConfig] = PPOConfig
+    order = "model, reward_funcs, args, train_dataset, eval_dataset, processing_class"
+    """Of the arguments."""
 
     def __init__(
         self,
@@ -169,7 +178,9 @@ class OnPolicyTrainer(Resumable):
             seams.require(seam, type(self))
         name = type(self).__name__
         args = self.config(f"{self.config.method.lower()}_output") if args is None else args
-        sources = reward_sources(reward_funcs, reward_adapter, rewards, name)
+        sources = reward_sources(reward_funcs, reward_adapter, rewards, name) if self.rewarded else []
+        self.made_of: dict[str, Any] = {}
+        self.sources: tuple[Path, ...] = ()
         self.adapters, self.tokenizer = open_policy(model, processing_class, lora, peft_config, name)
         self.prompts = self._prompts(train_dataset if train_dataset is not None else (), "train_dataset")
         self.held_out = None if eval_dataset is None else self._prompts(eval_dataset, "eval_dataset")
@@ -225,7 +236,9 @@ class OnPolicyTrainer(Resumable):
             device=args.device,
             these=Processes.all() if args.world_size > 1 and any(each.kind in SERVERS for each in sources) else None,
         )
-        self.scoring = Scoring(args, sources, scorers, self.reduce)
+        self.scoring = Scoring(
+            args if isinstance(args, RewardedConfig) else ScoreRules(), sources, scorers, self.reduce
+        )
         self.method = self.build_method(sources, scorers)
         self.trainables = self.method.trainables
         for head in adapters.heads.values():
@@ -303,19 +316,8 @@ class OnPolicyTrainer(Resumable):
         rows = stream_rows(len(self.prompts), args.seed, start // group, local // group)
         prompts = self.prompts.take([row for row in rows for _ in range(group)])
 
-        # 2. Generate. The seed names the iteration, and a row's place in it its stream, whichever process draws it.
-        seed, first = seed_of(args.seed, "rollout", loop.iteration, 0), args.process_index * local
-        with self._left_off():
-            episodes = generate(
-                self.adapters,
-                self.tokenizer,
-                prompts,
-                args,
-                seed=seed,
-                first=first,
-                device=args.device,
-                on_batch=self._drawn,
-            )
+        # 2. Generate.
+        episodes = self._respond(prompts)
         generated = time.perf_counter()
 
         # 3. Score.
@@ -344,6 +346,26 @@ class OnPolicyTrainer(Resumable):
             self._log_rollout(rollout, fresh, forwards.entropy_BR)
         return gathered(rollout)
 
+    def speaks(self) -> bool:
+        """Whether the responses of the iteration under way are the policy's own."""
+        return True
+
+    def _respond(self, prompts: Prompts) -> Episodes:
+        """A response to each prompt of this process. The seed names the iteration, and a row's place in it its stream,
+        whichever process draws it."""
+        args = self.args
+        with self._left_off():
+            return generate(
+                self.adapters,
+                self.tokenizer,
+                prompts,
+                args,
+                seed=seed_of(args.seed, "rollout", self.loop.iteration, 0),
+                first=args.process_index * args.local_rollout_size(),
+                device=args.device,
+                on_batch=self._drawn,
+            )
+
     def _forwards(self, episodes: Episodes) -> Forwards:
         """Those of a fresh rollout, without what its first step measures."""
         return self.method.forwards(episodes)
@@ -359,22 +381,29 @@ class OnPolicyTrainer(Resumable):
         args, loop = self.args, self.loop
         metrics = rollout_metrics(rollout, fresh.non_score_BR, entropy_BR, self.reduce, args.rollout_batch_size)
         metrics |= self.method.rollout_metrics(rollout)
-        metrics["objective/kl_coef"] = loop.kl_coef
+        if self.scoring.scorers:
+            metrics["objective/kl_coef"] = loop.kl_coef
         tokens = metrics["rollout/length"] * args.rollout_batch_size
         read = self.reduce(rollout.episodes.start_B.sum().double(), "sum")
         self.state.num_input_tokens_seen += round(float(read) + tokens)
         metrics["num_tokens"] = float(self.state.num_input_tokens_seen)
         metrics["rollout/tokens_per_second"] = tokens / fresh.seconds["rollout"]
         metrics |= {f"time/{name}": spent for name, spent in fresh.seconds.items()}
+        for name in (*(() if self.scoring.scorers else SCORED), *(() if self.speaks() else SAMPLED)):
+            metrics.pop(name, None)
         loop.metrics = metrics
         self.episodes += args.rollout_batch_size
         self.tokens += tokens
         asked, low = args.mismatch_tolerance, self._tolerance() != FULL_TOLERANCE
-        check_sampler(metrics, loop.iteration, sampler_tolerance(asked, low_precision=low))
+        if self.speaks():
+            check_sampler(metrics, loop.iteration, sampler_tolerance(asked, low_precision=low))
         if loop.iteration == 0 and self.own_reference:
             check_reference(rollout, self._tolerance())
             self.own_reference = False  # a second `train` starts where the first one ended
-        self.samples.write(loop.iteration, sample_rows(fresh.prompts, fresh.texts, rollout, args.num_log_samples))
+        samples = sample_rows(fresh.prompts, fresh.texts, rollout, args.num_log_samples)
+        for row in () if self.scoring.scorers else samples:
+            del row["score"]
+        self.samples.write(loop.iteration, samples)
 
     def _minibatch_epochs(self, rollout: Rollout) -> None:
         """The optimiser steps that the iteration still has to make."""
@@ -484,7 +513,7 @@ class OnPolicyTrainer(Resumable):
         Returns:
             Means over the prompts, as logged: `eval_objective/scores`, `eval_objective/scores_std`,
             `eval_objective/kl` in nats a response, `eval_objective/rlhf_reward`, `eval_rollout/length` in tokens,
-            `eval_rollout/eos_rate`, `eval_runtime` in seconds.
+            `eval_rollout/eos_rate`, `eval_runtime` in seconds; without rewards none of their names.
 
         Raises:
             UserError: there are no such prompts.
@@ -494,7 +523,7 @@ class OnPolicyTrainer(Resumable):
         if prompts is None:
             raise UserError(f"{type(self).__name__}.evaluate", "no eval_dataset is given", "give prompts to answer")
         began = time.perf_counter()
-        held = HeldOut(prompts, self.adapters, self.tokenizer, self.scoring, self.method, self.reduce)
+        held = HeldOut(prompts, self.adapters, self.tokenizer, self.scoring, self.method, self.reduce, self.measured)
         found = held.measure(self.args, self.loop.kl_coef)
         release_free_memory()
         seconds = time.perf_counter() - began
@@ -503,6 +532,11 @@ class OnPolicyTrainer(Resumable):
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def measured(self, episodes: Episodes) -> dict[str, torch.Tensor]:
+        """What an evaluation measures besides, summed over each response's tokens [B]: it is logged a token."""
+        del episodes
+        return {}
 
     def _tolerance(self) -> float:
         return tolerance(self.trunk.head.weight.dtype, autocast=self.args.bf16 or self.args.fp16)
@@ -704,7 +738,7 @@ def _refuse_others(
     Raises:
         UserError: one of those, or a config where the model belongs.
     """
-    known = [name for name in inspect.signature(OnPolicyTrainer.__init__).parameters if name not in ("self", "others")]
+    known = [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "others")]
     refuse_names(cls.__name__, others, trainer_names(cls.config.__name__), known)
     wrong: list[tuple[str, object, str]] = []
     if isinstance(model, TrainingArguments):
@@ -714,7 +748,7 @@ def _refuse_others(
     if args is not None and not isinstance(args, cls.config):
         wrong.append(("args", args, f"a {cls.config.__name__}"))
     for name, value, wanted in wrong:
-        remedy = "the order is model, reward_funcs, args, train_dataset, eval_dataset, processing_class"
+        remedy = f"the order is {cls.order}"
         raise UserError(cls.__name__, f"{name} is a {type(value).__name__}, expected {wanted}", remedy)
 
 

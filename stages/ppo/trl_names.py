@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import fields
 
 from ...errors import UserError, nearest
-from .settings import OnPolicySettings, PPOSettings
+from .settings import OnPolicySettings, PPOSettings, RewardedSettings
 
 _ONE_BASE = "leave it out: it is a frozen adapter on the policy's own base"
 _SAMPLING = "say it in PPOConfig: max_new_tokens, temperature, top_k, top_p"
@@ -54,13 +54,30 @@ _GROUP_TRAINER: dict[str, str] = {
 }
 
 
+_LOADED = "load the model with it, and pass the model"
+_TEACHERS = "pass it as DistillationTrainer's teacher_model"
+
+_DISTILLATION_TRAINER: dict[str, str] = {
+    **dict.fromkeys(("value_model", "critic"), "leave it out: there is no value"),
+    **dict.fromkeys(("ref_model", "ref_policy", "ref_adapter_name"), "leave it out: nothing is measured against one"),
+    **dict.fromkeys(
+        ("reward_model", "reward_func", "reward_function", "reward_processing_classes", "reward_weights"),
+        "leave it out: the teacher says what is learned",
+    ),
+    **dict.fromkeys(("tools", "rollout_func", "environment_factory"), _NO_TOOLS),
+    **dict.fromkeys(("teacher", "teacher_policy", "teacher_model_name_or_path"), "write teacher_model"),
+    "quantization_config": _LOADED,
+}
+
+
 def trainer_names(config: str) -> dict[str, str]:
     """What is answered to arguments of a trainer that it does not have.
 
     Args:
         config: the name of its config's class.
     """
-    found = TRAINER if config == "PPOConfig" else {**TRAINER, **_GROUP_TRAINER}
+    more = {"PPOConfig": {}, "DistillationConfig": _DISTILLATION_TRAINER}.get(config, _GROUP_TRAINER)
+    found = {**TRAINER, **more}
     return {word: remedy.replace("PPOConfig", config) for word, remedy in found.items()}
 
 
@@ -100,7 +117,8 @@ SAME: dict[str, str] = {
 """What others call a parameter of a stage -> its name here, where the meaning is the same."""
 
 _OURS = {each.name for each in fields(PPOSettings)}
-_SHARED = {each.name for each in fields(OnPolicySettings)}
+_SCORES = {each.name for each in fields(RewardedSettings)} - {each.name for each in fields(OnPolicySettings)}
+_SHARED = {each.name for each in fields(RewardedSettings)}
 
 CONFIG: dict[str, str] = {
     **{word: f"write {name}" for word, name in SAME.items() if name in _OURS},
@@ -192,6 +210,45 @@ GROUP: dict[str, str] = {
     "log_completions_hub_repo": CONFIG["log_completions"],
 }
 """Fields of TRL's GRPOConfig and RLOOConfig, and of PPOConfig, that are none of ours."""
+
+
+_SAMPLES = {each.name for each in fields(OnPolicySettings)}
+_NO_REFERENCE = "leave it out: there is no reference, and beta says which divergence from the teacher is brought down"
+_NO_SCORES = "leave it out: the teacher says what is learned, and nothing is scored"
+_ONE_PASS = "leave it out: a rollout is passed over once, and a prompt has one reply in it"
+
+DISTILLATION: dict[str, str] = {
+    **{word: f"write {name}" for word, name in SAME.items() if name in _SAMPLES},
+    **{
+        word: CONFIG[word]
+        for word in (
+            *("max_length", "max_prompt_length", "stop_token", "stop_token_id", "generation_kwargs", "min_p"),
+            *("repetition_penalty", "num_sample_generations", "log_completions", "batch_size", "mini_batch_size"),
+            *("num_total_batches", "num_updates", "steps", "backward_batch_size", "train_batch_size"),
+            *("exp_name", "log_with", "model_adapter_name", "use_vllm", "local_rollout_forward_batch_size"),
+            *("dataset_num_proc",),
+        )
+    },
+    "lambda": "write lmbda",
+    **dict.fromkeys(("alpha", "jsd_beta", "divergence", "distill_beta"), "write beta"),
+    **dict.fromkeys(("teacher_model_name_or_path", "teacher_model", "teacher"), _TEACHERS),
+    "teacher_model_revision": _LOADED,
+    **dict.fromkeys(("teacher_model_init_kwargs", "model_init_kwargs"), _LOADED),
+    **dict.fromkeys(
+        ("kl_coef", "init_kl_coef", "kl_loss_coef", "kl_target", "kl_in", "ref_adapter_name"), _NO_REFERENCE
+    ),
+    "sync_ref_model": _NO_REFERENCE,
+    **dict.fromkeys((*sorted(_SCORES), "reward_weights", "scale_rewards", "missing_eos_reward"), _NO_SCORES),
+    **dict.fromkeys(("num_iterations", "num_ppo_epochs", "ppo_epochs", "num_generations", "mu"), _ONE_PASS),
+    "generation_batch_size": GROUP["generation_batch_size"],
+    "steps_per_generation": GROUP["steps_per_generation"],
+    "shuffle_dataset": GROUP["shuffle_dataset"],
+    "disable_dropout": "leave it out: nothing is dropped",
+    "seq_kd": "leave it out: have the teacher's replies sampled first, and set lmbda to 0",
+    "max_tool_calling_iterations": _NO_TOOLS,
+    "log_unique_prompts": CONFIG["log_completions"],
+}
+"""Fields of TRL's DistillationConfig and GKDConfig, and of the configs here, that are none of DistillationConfig's."""
 
 
 def refuse_names(where: str, given: Iterable[str], table: dict[str, str], known: Iterable[str]) -> None:

@@ -136,3 +136,15 @@ def test_lost_rows_are_counted_over_all_parts():
 def test_a_series_leaves_out_what_is_not_finite():
     log = [{"a": 1, "b": 2}, {"a": 3, "b": None}, {"a": 5}, {"a": 7, "b": 8.5}]
     assert series(log, "a", "b") == [[1, 7], [2, 8.5]]
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [([2.0, 1.6, 1.1, 0.8, 0.5], "OK"), ([1.0, 1.1, 0.9, 1.0], "OK"), ([0.5, 0.8, 1.2, 1.5, 2.0], "look")],
+)
+def test_a_student_that_leaves_its_teacher(losses: list[float], expected: str) -> None:
+    log = [{"step": i, "loss": x, "rollout/length": 5.0, "rollout/entropy_per_token": 1.0, "episode": 64 * (i + 1)}
+           for i, x in enumerate(losses)]  # fmt: skip
+    left_out: list[str] = []
+    found = {each.check: level(each) for each in log_findings(record("distill", log), left_out)}
+    assert found["divergence"] == expected and not any("KL" in each for each in left_out)

@@ -6,7 +6,7 @@ import pytest
 
 from preftune.errors import UserError, nearest
 from preftune.recipes.load import load_recipe
-from preftune.recipes.schema import Data, Eval, Lora, Model, Recipe, Reward, stage_model
+from preftune.recipes.schema import Data, Eval, Lora, Model, Recipe, Reward, Teacher, stage_model
 from preftune.stages.kinds import KINDS, PPO, stage_kind
 from preftune.stages.names import ALIASES, SAID, WORDS, parameter_place
 from preftune.stages.ppo.trl_names import CONFIG, SAME
@@ -18,6 +18,7 @@ PLACES = {
     "data": ("data.demos.{}=1", Data),
     "stages": ("stages.ppo.{}=1", stage_model(PPO)),
     "reward": ("stages.ppo.reward={{stage: reward, {}: 1}}", Reward),
+    "teacher": ("stages.distill={{from: sft, data: prompts, teacher: {{{}: 1}}}}", Teacher),
     "eval": ("eval.{}=1", Eval),
 }
 IN_PART = [(part, word) for part, words in ALIASES.items() for word in words]
@@ -51,7 +52,7 @@ def remedy(override: str) -> str:
         ("stages.dpo.max_prompt_length", "write it in data.NAME: {max_prompt_length: ...}"),
         ("stages.ppo.response_length", "write max_new_tokens in stages.ppo"),
         ("stages.ppo.max_completion_length", "write max_new_tokens in stages.ppo"),
-        ("response_length", "write max_new_tokens in a stage of kind ppo or grpo or rloo or sample"),
+        ("response_length", "write max_new_tokens in a stage of kind ppo or grpo or rloo or distill or sample"),
         ("eval.response_length", "did you mean 'max_new_tokens'?"),
         ("stages.ppo.kl_coef", "write kl: {coef: ...} in stages.ppo"),
         ("stages.ppo.beta", "write kl: {coef: ...} in stages.ppo"),
@@ -59,7 +60,7 @@ def remedy(override: str) -> str:
         ("stages.ppo.kl.beta", "did you mean 'coef'?"),
         ("stages.ppo.kl.kl_coef", "did you mean 'coef'?"),
         ("kl_coef", "write kl: {coef: ...} in a stage of kind ppo"),
-        ("stages.sft.beta", "write beta in a stage of kind dpo or kto or grpo or rloo"),
+        ("stages.sft.beta", "write beta in a stage of kind dpo or kto or grpo or rloo or distill"),
         ("stages.dpo.pref_beta", "write beta in stages.dpo"),
         ("stages.ppo.batch_size", "write rollout_batch_size (episodes an iteration, over all processes)"),
         ("stages.sft.batch_size", "write per_device_train_batch_size in stages.sft.train"),

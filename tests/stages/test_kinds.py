@@ -16,7 +16,7 @@ from preftune.stages.grpo import GRPOConfig
 from preftune.stages.kinds import DPO, GRPO, KINDS, PPO, RLOO, StageKind, stage_kind
 from preftune.stages.losses import KL_ESTIMATORS
 from preftune.stages.ppo.config import PPOConfig
-from preftune.stages.ppo.settings import OnPolicySettings, PPOSettings
+from preftune.stages.ppo.settings import PPOSettings, RewardedSettings
 from preftune.stages.rloo import RLOOConfig
 
 
@@ -58,7 +58,7 @@ def test_every_setting_of_ppo_is_a_parameter_but_for_its_places() -> None:
 def test_groups_have_nothing_of_ppos_and_their_defaults_are_trls(config: type, kind: StageKind) -> None:
     theirs = {each.name: each.default for each in dataclasses.fields({"grpo": TrlGRPO, "rloo": TrlRLOO}[kind.name])}
     own = {each.name: each.default for each in kind.parameters}
-    assert not own.keys() & (names(PPOSettings) - names(OnPolicySettings))
+    assert not own.keys() & (names(PPOSettings) - names(RewardedSettings))
     fields = names(config) - names(TrainingArguments)
     assert fields == own.keys() | {"samples_file", "policies_dir", "reward_weights"}
     shared = own.keys() & theirs.keys() - {"beta"}
