@@ -143,7 +143,7 @@ def test_a_report_of_pytest_is_read() -> None:
 def test_the_chains_stored_numbers_are_of_its_stages() -> None:
     stored, stages = smoke.stored(), load_recipe("smoke", list(smoke.SAME)).stages
     assert {*stages, "eval"} == {place.partition(".")[0].partition("[")[0] for place in stored}
-    assert {*smoke.TRAINED, "ppo"} == {*stages}
+    assert {*smoke.TRAINED, *smoke.ON_POLICY} == {*stages}
     worst = {place: number + 3 * smoke.TOLERANCE * (1 + abs(number)) for place, number in stored.items()}
     assert smoke.differences(stored, stored, smoke.TOLERANCE) == {}
     assert len(smoke.differences(stored, worst, smoke.TOLERANCE)) == len(stored)

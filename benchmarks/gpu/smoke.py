@@ -2,8 +2,8 @@
 
     python -m preftune.benchmarks.gpu.smoke        on a CPU: stores them anew, after a change that may change them
 
-Stages that only train must agree to rounding. Those that draw (PPO, evaluation) must too, until a drawn token falls on
-the other side of a rounded number: from there on they say something else, so they are reported and not judged.
+Stages that only train must agree to rounding. Those that draw (on-policy, evaluation) must too, until a drawn token
+falls on the other side of a rounded number: from there on they say something else, so they are reported and not judged.
 """
 
 import json
@@ -19,9 +19,10 @@ from typing import Any
 from ..measure import RESULTS, Measured, machine
 
 STORED = RESULTS / "smoke_cpu.json"
-TRAINED, DRAWN = ("sft", "reward", "dpo", "ipo", "kto"), ("ppo", "eval")
+TRAINED, ON_POLICY = ("sft", "reward", "dpo", "ipo", "kto"), ("ppo", "grpo", "rloo")
+DRAWN = (*ON_POLICY, "eval")
 # a GPU logs every fifth step, a CPU each one
-SAME_LOGS = tuple(f"stages.{name}.train.logging_steps=1" for name in (*TRAINED, "ppo"))
+SAME_LOGS = tuple(f"stages.{name}.train.logging_steps=1" for name in (*TRAINED, *ON_POLICY))
 SAME = ("model.dtype=float32", *SAME_LOGS)
 TIMES = ("seconds", "per_second", "peak_memory_bytes")
 TOLERANCE = 2e-3
@@ -43,7 +44,7 @@ def numbers(found: Any, place: str = "") -> Iterator[tuple[str, float]]:
 
 def measured(run: Path) -> dict[str, float]:
     """What a run says of its stages and policies, without times and sizes; of those stages that have ended."""
-    files = {name: run / name / "metrics.json" for name in (*TRAINED, "ppo")}
+    files = {name: run / name / "metrics.json" for name in (*TRAINED, *ON_POLICY)}
     files["eval"] = run / "eval" / "results.json"
     return {
         name + place: number

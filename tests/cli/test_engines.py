@@ -30,6 +30,8 @@ SHORT = [
     *ROWS,
     *(f"stages.{name}.train.max_steps=2" for name in TRL),
     *("stages.ppo.total_episodes=8", "stages.ppo.num_ppo_epochs=1", "stages.ppo.max_new_tokens=8", "eval=null"),
+    # which test_group_processes.py runs in several
+    *("stages.grpo=null", "stages.rloo=null"),
 ]
 
 
@@ -49,7 +51,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory, preftune_cache: Path) -> Calla
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("OMP_NUM_THREADS", "1")
                 launch = [*batches_of(2), *LAUNCHED, engine] if engine else batches_of(4)
-                assert cli.run_command(["run", "smoke", *SHORT, "--output-dir", str(made[name]), *launch]) == 0
+                words = ["run", "smoke", *SHORT, "--output-dir", str(made[name])]
+                assert cli.run_command([*words, *launch]) == 0
         return made[name]
 
     return run

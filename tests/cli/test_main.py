@@ -168,7 +168,7 @@ def test_smoke_runs_and_then_has_nothing_to_do(capsys, tmp_path: Path):
     assert {entry["state"] for entry in stages.values()} == {"done"}
     assert (tmp_path / "report.html").is_file()
     rows = json.loads((tmp_path / "eval" / "results.json").read_text())
-    assert {row["policy"] for row in rows} == {"base", "sft", "dpo", "ipo", "kto", "ppo"}
+    assert {row["policy"] for row in rows} == {"base", "sft", "dpo", "ipo", "kto", "ppo", "grpo", "rloo"}
     code, out, _ = preftune(capsys, "run", "smoke", "--output-dir", tmp_path)
     assert code == 0 and out.count("unchanged") == len(stages)
     code, out, _ = preftune(capsys, "eval", "kl", tmp_path, "--policies", "dpo", "--json")

@@ -16,7 +16,7 @@ from preftune.models.tiny import byte_tokenizer
 
 pytestmark = pytest.mark.slow
 
-TRAINED = ("sft", "reward", "dpo", "ipo", "kto", "ppo")
+TRAINED = ("sft", "reward", "dpo", "ipo", "kto", "ppo", "grpo", "rloo")
 CHECKPOINTING = [f"stages.{name}.train.gradient_checkpointing=true" for name in TRAINED]
 DECIDED = ("win_rate", "ci_low", "ci_high", "ties", "accuracy")
 """Numbers that jump where a rounded one passes another."""
