@@ -13,7 +13,7 @@ from ..files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LINEAGE, RECIPE
 from ..intact import check_intact
 from ..printed import printable
 from .folder import holds_adapter
-from .merge import beside, check_new, cost_in_words, merge_stage, stage_rows
+from .merge import beside, check_new, cost_in_words, merge_stage, stage_rows, unpacked_in_words
 
 if TYPE_CHECKING:
     from ..data.go_template import GoTemplate
@@ -116,7 +116,8 @@ def _export_gguf(stage: _Stage, kind: Any, out: Path, ollama: bool) -> None:
         if template is not None:
             (folder / _MODELFILE).write_text(_modelfile(stage, file.name, template, merged_in), encoding="utf-8")
         shutil.rmtree(merged_in)
-    print(printable(f"{out / file.name}: {merged.base.spec} with {stage.folder} merged into it, {kind}"))
+    whole = f"{out / file.name}: {merged.base.spec} with {stage.folder} merged into it, {kind}"
+    print(printable(whole + unpacked_in_words(merged)))
     print(_cost_in_words(merged, kind))
     print(said)
     if template is not None:

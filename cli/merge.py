@@ -48,7 +48,8 @@ def merge_stage(adapter: Path, out: Path, dtype: str | None = None) -> None:
 
     with beside(out) as partial:
         merged = merge_adapter(adapter, partial, dtype, stage_rows(adapter))
-    print(printable(f"{out}: {merged.base.spec} with {adapter} merged into it, {merged.dtype}"))
+    said = f"{out}: {merged.base.spec} with {adapter} merged into it, {merged.dtype}"
+    print(printable(said + unpacked_in_words(merged)))
     print(cost_in_words(merged))
 
 
@@ -95,6 +96,11 @@ def _check_left(partial: Path, out: Path) -> None:
     owner = mark.read_text(encoding="utf-8").strip() if mark.is_file() else ""
     if owner.isdecimal() and is_running(int(owner)):
         raise UserError(str(out), f"another merge (process {owner}) writes it", "wait for it, or give another folder")
+
+
+def unpacked_in_words(merged: "Merged") -> str:
+    """What was done with a base that the stage had quantised; nothing for another one."""
+    return "" if merged.unpacked is None else f"; the base's weights are those of its {merged.unpacked} copy, unpacked"
 
 
 def cost_in_words(merged: "Merged") -> str:

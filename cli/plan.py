@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -197,7 +198,7 @@ class _Plan:
 
     def _devices(self) -> list[str]:
         """For which devices memory is counted: the one that will run first."""
-        if self.card is not None or self.has_gpu or self.recipe.model.quantization is not None:
+        if self.card is not None or self.has_gpu:
             return ["gpu"]
         return ["cpu", "gpu"]
 
@@ -371,10 +372,10 @@ class _Plan:
 
         from ..models.calibration import Machine, Timed
 
-        if not self.seconds or (job.quantization is not None and not self.has_gpu):
+        if not self.seconds or (job.quantization is not None and find_spec("bitsandbytes") is None):
             return None
         device = torch.device("cuda" if self.has_gpu else "cpu")
-        machine = Machine(self.outline.config, job.lora, job.torch_dtype(), device, job.packed)
+        machine = Machine(self.outline.config, job.lora, job.torch_dtype(), device, job.packed, job.quantization)
         key = repr(job.lora)
         if key not in self._machines:
             try:

@@ -137,9 +137,6 @@ def _check_quantization(recipe: Recipe) -> None:
     from ..models.loading import quantization_config
 
     quantization_config(recipe.model.quantization, torch.float32)
-    if not torch.cuda.is_available():
-        said = f"{recipe.model.quantization} needs a GPU, and there is none"
-        raise UserError("model.quantization", said, "leave it out")
 
 
 def data_uses(

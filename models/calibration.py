@@ -24,6 +24,7 @@ from .batching import TokenIds, right_pad
 from .generate import sample
 from .lora import LoraSpec
 from .packing import use_packed_forward
+from .quantised import pack
 from .quiet import quiet_transformers
 
 FEW = (1, 4)
@@ -40,6 +41,7 @@ class Machine:
     Attributes:
         dtype: of the base.
         packed: whether the forward leaves out padding and what rows share.
+        quantization: of the base; None: none.
         most_bytes: of the largest model that may be made.
     """
 
@@ -48,6 +50,7 @@ class Machine:
     dtype: torch.dtype
     device: torch.device
     packed: bool = True
+    quantization: str | None = None
     most_bytes: int = 4 << 30
 
 
@@ -201,6 +204,8 @@ def _random_model(machine: Machine, layers: int) -> Few:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=machine.dtype)
     model = model.requires_grad_(False).eval().to(machine.device)
+    if machine.quantization is not None:
+        pack(model, machine.quantization)
     base = Base("calibration", Path(), None, "")
     use_packed_forward(model.base_model, machine.packed)
     return Few(machine, AdapterSet.create(model, base, machine.lora))

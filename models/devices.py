@@ -24,6 +24,11 @@ def own_gpu() -> torch.device:
     return torch.device("cuda", index)
 
 
+def own_device() -> torch.device:
+    """This process' GPU, or the CPU where there is none."""
+    return own_gpu() if torch.cuda.is_available() else torch.device("cpu")
+
+
 _FAST_BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 """What a CPU that multiplies in bfloat16 says of itself: x86's words, then ARM's."""
 

@@ -120,9 +120,10 @@ def tokenizer_info(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     }
 
 
-def library_versions() -> dict[str, str]:
-    """preftune, Python and the libraries that can change a result."""
-    found = {name: metadata.version(name) for name in _PACKAGES}
+def library_versions(quantization: str | None = None) -> dict[str, str]:
+    """preftune, Python and the libraries that can change a result; of a quantised base also who quantises it."""
+    packages = _PACKAGES if quantization is None else (*_PACKAGES, "bitsandbytes")
+    found = {name: metadata.version(name) for name in packages}
     return {"preftune": __version__, "python": platform.python_version(), **found}
 
 

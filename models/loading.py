@@ -13,21 +13,22 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ..errors import UserError
 from ..files import ADAPTER_CONFIG
 from . import seams
-from .auto import open_model
+from .auto import open_config, open_model
 from .base import Base, content_sha256, is_hub
 from .cache import cache_dir, remembered
 from .causal import decoder_of
 from .described import check_complete, check_config
-from .devices import own_gpu
+from .devices import own_device
 from .gguf import convert_gguf
 from .heads import load_classifier
 from .packing import use_packed_forward
+from .quantised import hold_packed
 from .quiet import quiet_transformers
 from .sharded import shard_base, shards_base
 from .sound import CONFIG, check_files, weight_files
 from .tiny import PREFIX, random_model
 from .wheels import wheel_folder
-from .whole import loading_whole
+from .whole import check_undivided, loading_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -148,17 +149,20 @@ def load_model(
     Args:
         task: "causal", or "reward": a sequence classifier with one label whose `score` head is fp32, has no bias and is
             drawn from `seed` with standard deviation 1/sqrt(hidden + 1).
-        quantization: needs bitsandbytes.
-        device: where to put it. None: it stays on the CPU, and quantised it goes to this process' own GPU.
+        quantization: of the decoder's linear layers (see `quantised`); needs bitsandbytes.
+        device: where to put it. None: it stays on the CPU, and quantised it goes to this process' own GPU, if any.
         packed: run forwards over padded rows without the padding and the repeated prefixes (see `packing`).
 
     Raises:
-        UserError: bitsandbytes missing, an architecture without a classifier, or weights that are not all there.
+        UserError: bitsandbytes missing, a base to be quantised that is so already, an architecture without a
+            classifier, or weights that are not all there.
     """
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
     if quantization is not None:
-        made = quantization_config(quantization, dtype)
-        options |= {"quantization_config": made, "device_map": {"": own_gpu() if device is None else device}}
+        check_undivided()
+        _check_unquantised(base)
+        made = quantization_config(quantization, dtype, keep=_head_names(base))
+        options |= {"quantization_config": made, "device_map": {"": own_device() if device is None else device}}
     with (
         quiet_transformers(bar=sum(file.stat().st_size for file in weight_files(base.path, base.spec)) > _BAR_BYTES),
         loading_whole(),
@@ -167,12 +171,13 @@ def load_model(
             model = load_classifier(base.path, base.spec, seed, options)
         else:
             model = open_model(AutoModelForCausalLM, base.path, spec=base.spec, **options)
+    hold_packed(model)
     seams.require(seams.BASE_NAME, model)
     # PEFT writes this into adapter_config.json as the base's name.
     model.config._name_or_path = base.model_id  # pyright: ignore[reportPrivateUsage]  # seam base-name
     model.name_or_path = base.model_id
     model.requires_grad_(False).eval()
-    if device is not None and quantization is None:
+    if device is not None:
         model.to(device)  # pyright: ignore[reportArgumentType]: transformers' decorator keeps `self` an argument
     decoder = decoder_of(cast(PreTrainedModel, model))
     use_packed_forward(decoder, packed)
@@ -213,8 +218,32 @@ def _download(spec: str, revision: str | None, where: str = _WHERE, *, ignored: 
     return Path(folder)
 
 
-def quantization_config(bits: Quantization, dtype: torch.dtype) -> Any:
-    """What transformers quantises the base with. Raises UserError where that is not known or not installed."""
+def _check_unquantised(base: Base) -> None:
+    said = getattr(open_config(base.path), "quantization_config", None)
+    if said is not None:
+        method = said.get("quant_method", "some way") if isinstance(said, dict) else said.quant_method
+        problem = f"{base.spec!r} is quantised already ({getattr(method, 'value', method)})"
+        raise UserError("model.quantization", problem, "leave it out, or name the base that it was made from")
+
+
+def _head_names(base: Base) -> list[str]:
+    """What the causal model calls its output head, which is never quantised."""
+    config = open_config(base.path)
+    with torch.device("meta"), quiet_transformers():
+        model = AutoModelForCausalLM.from_config(config)
+    head = model.get_output_embeddings()
+    return [name for name, module in model.named_modules() if module is head]
+
+
+def quantization_config(bits: Quantization, dtype: torch.dtype, keep: Sequence[str] = ()) -> Any:
+    """What transformers quantises the base with.
+
+    Args:
+        keep: modules that stay whole, beside heads of the usual names.
+
+    Raises:
+        UserError: that is not known, or not installed.
+    """
     from importlib.util import find_spec
 
     from transformers import BitsAndBytesConfig
@@ -223,12 +252,13 @@ def quantization_config(bits: Quantization, dtype: torch.dtype) -> Any:
         raise UserError("model.quantization", f"{bits!r} is not known", "write 4bit, 8bit or nothing")
     if find_spec("bitsandbytes") is None:
         raise UserError("model.quantization", f"{bits} needs bitsandbytes", "pip install 'preftune[quantization]'")
+    whole = sorted({*keep, "lm_head", "score"})
     if bits == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head", "score"])
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=whole)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=["lm_head", "score"],
+        llm_int8_skip_modules=whole,
     )

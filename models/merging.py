@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,11 @@ from . import seams
 from .auto import open_model, open_tokenizer
 from .base import Base
 from .lineage import load_adapter_base, read_lineage
-from .loading import load_model
+from .loading import Quantization, Task, load_model
 from .lora import lora_layers, refused_by_peft
 from .older import config_for_both, save_tokenizer
 from .plain_lora import read_config
+from .quantised import unpack
 from .quiet import quiet_transformers
 from .rounding import rounded
 
@@ -62,12 +63,13 @@ class Cost:
 @dataclass(frozen=True)
 class Merged:
     """What was written: the base that the adapter belongs to, the dtype of the weights, what it cost (None: no rows to
-    measure it on), and whether it is a reward model."""
+    measure it on), whether it is a reward model, and from how many bits the base was unpacked."""
 
     base: Base
     dtype: str
     cost: Cost | None = None
     reward: bool = False
+    unpacked: str | None = None
 
 
 def merge_adapter(adapter: Path, out: Path, dtype: str | None = None, rows: Rows = ()) -> Merged:
@@ -75,7 +77,9 @@ def merge_adapter(adapter: Path, out: Path, dtype: str | None = None, rows: Rows
 
     Any adapter that PEFT can merge will do, plain LoRA or not. The sum is taken in fp32, held against the adapter
     beside its base, and rounded once, without a bias (see `rounding`). Where an adapted embedding is tied to the output
-    head, they are written as two. A reward adapter becomes a sequence classifier with its score head.
+    head, they are written as two. A reward adapter becomes a sequence classifier with its score head. Where the stage's
+    base was quantised, it is quantised again and unpacked: beside these weights the adapter was trained, and with the
+    base's own it would say something else.
 
     Args:
         adapter: a finished stage's folder, or any of PEFT's; its base is found by its lineage, wherever it was trained.
@@ -90,20 +94,19 @@ def merge_adapter(adapter: Path, out: Path, dtype: str | None = None, rows: Rows
     _check_mergeable(adapter)
     base = load_adapter_base(adapter)
     config = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    trained = read_lineage(adapter).config.get("dtype") if (adapter / LINEAGE).is_file() else None
+    lineage = read_lineage(adapter).config if (adapter / LINEAGE).is_file() else {}
+    trained = lineage.get("dtype")
     target = dtype or trained or "float32"
-    task = "reward" if config.get("task_type") == "SEQ_CLS" else "causal"
+    task: Task = "reward" if config.get("task_type") == "SEQ_CLS" else "causal"
     counted = rows or _PROBE
     beside = None
     if rows and trained not in (None, "float32"):
         low = getattr(torch, trained)
         with torch.autocast("cpu", dtype=low):
-            model = _beside(load_model(base, dtype=low, task=task), adapter)
-            beside = float(_outcome(model, rows).mean())
-        del model
+            beside = float(_outcome(_beside(_opened(base, task, low, lineage), adapter), rows).mean())
     has_tokenizer = (adapter / "tokenizer_config.json").is_file()
     tokenizer = open_tokenizer(adapter if has_tokenizer else base.path, str(adapter))
-    peft = _beside(load_model(base, dtype=torch.float32, task=task), adapter)
+    peft = _beside(_opened(base, task, torch.float32, lineage), adapter)
     exact = _outcome(peft, counted)
     adapted, untied = _adapted(peft), _untie(peft)
     merged = _merge(peft, str(adapter))
@@ -124,11 +127,25 @@ def merge_adapter(adapter: Path, out: Path, dtype: str | None = None, rows: Rows
             _check_same(exact, _outcome(again, counted), str(adapter))
     save_tokenizer(tokenizer, out)
     config_for_both(out)
-    if found is None:
-        return Merged(base, target, reward=task == "reward")
-    difference = float((found - exact).abs().mean())
-    cost = Cost(len(exact), float(exact.mean()), beside, float(found.mean()), difference)
-    return Merged(base, target, cost, reward=task == "reward")
+    cost = None
+    if found is not None:
+        difference = float((found - exact).abs().mean())
+        cost = Cost(len(exact), float(exact.mean()), beside, float(found.mean()), difference)
+    return Merged(base, target, cost, reward=task == "reward", unpacked=lineage.get("quantization"))
+
+
+def _opened(base: Base, task: Task, dtype: torch.dtype, trained: Mapping[str, Any]) -> PreTrainedModel:
+    """The base on the CPU in that dtype; where it was quantised in training, with the weights that it had there.
+
+    Args:
+        trained: the stage's config, as its lineage has it.
+    """
+    packed: Quantization | None = trained.get("quantization")
+    if packed is None:
+        return load_model(base, dtype=dtype, task=task)
+    model: Any = load_model(base, dtype=getattr(torch, trained["dtype"]), task=task, quantization=packed).cpu()
+    unpack(model)
+    return model if model.dtype == dtype else model.to(dtype)
 
 
 def _check_mergeable(adapter: Path) -> None:

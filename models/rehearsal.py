@@ -13,7 +13,6 @@ V vocabulary, O outputs and I inputs of a linear layer.
 """
 
 import copy
-import functools
 import itertools
 import warnings
 import weakref
@@ -38,6 +37,7 @@ from .fused_lora import use_fused_lora
 from .logprobs import CHUNK_ELEMENTS, LmHead
 from .lora import LoraSpec
 from .prefix_tree import ROUND_TO, build_tree
+from .quantised import QuantisedLinear
 from .quiet import quiet_transformers
 
 with seams.importing(seams.FAKE_TENSORS):
@@ -191,8 +191,6 @@ class Stage:
         with torch.device("meta"), quiet_transformers():
             peft = PeftModelForCausalLM(model, build.lora.config(model, "CAUSAL_LM"))
         use_fused_lora(peft)
-        if build.quantization is not None:
-            _beside_quantised(peft)
         if build.checkpointing:
             # recomputed layers draw nothing here, so there is no random state to put back
             again = {"use_reentrant": False, "preserve_rng_state": False}
@@ -393,7 +391,7 @@ def skeleton(config: PreTrainedConfig, dtype: torch.dtype, quantization: str | N
         model = AutoModelForCausalLM.from_config(own, dtype=dtype, attn_implementation="sdpa")
         if quantization is not None:
             for parent, name, linear in quantised_layers(model):
-                setattr(parent, name, _Quantised(linear))
+                setattr(parent, name, _Quantised(linear, quantization))
     for part in {id(each.config): each.config for each in model.modules() if hasattr(each, "config")}.values():
         if hasattr(part, "_attn_implementation"):
             part._attn_implementation = ATTENTION  # pyright: ignore[reportPrivateUsage]  # seam attention-functions
@@ -416,45 +414,20 @@ BYTES_QUANTISED = {"4bit": 0.5 + 1 / 64 + 4 / (64 * 256), "8bit": 1.0}
 (arXiv 2305.14314, double quantisation); int8, whose fp32 scale of a row is some thousandths of that."""
 
 
-class _Quantised(nn.Linear):
-    """A linear layer whose weight is unpacked for each product, in the forward and again in the backward."""
+class _Quantised(QuantisedLinear):
+    """A quantised layer whose weights have no content."""
 
-    def __init__(self, linear: "nn.Linear | Conv1D") -> None:
-        nn.Module.__init__(self)
+    def __init__(self, linear: "nn.Linear | Conv1D", bits: str) -> None:
         # GPT-2's layers hold their weight the other way round
-        weight = linear.weight if isinstance(linear, nn.Linear) else nn.Parameter(linear.weight.detach().t(), False)
-        self.out_features, self.in_features = weight.shape
-        self.weight, self.bias = weight, linear.bias
+        weight = linear.weight if isinstance(linear, nn.Linear) else linear.weight.detach().t()
+        outputs, inputs = weight.shape
+        super().__init__((outputs, inputs), weight, linear.bias, weight.dtype)
+        self.bits = bits
 
-    def forward(self, input: Tensor) -> Tensor:
-        return _Unpacked.apply(input, self.weight, self.bias)
-
-
-class _Unpacked(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]: autograd's own takes any arguments
-        ctx.save_for_backward(weight_OI)
-        return F.linear(x.to(weight_OI.dtype), torch.empty_like(weight_OI), bias_O)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (weight_OI,) = ctx.saved_tensors
-        return grads[0] @ torch.empty_like(weight_OI), None, None
-
-
-def _beside_quantised(peft: nn.Module) -> None:
-    """Adapters of quantised layers run as PEFT's do beside bitsandbytes' (peft/tuners/lora/bnb.py)."""
-    for module in peft.modules():
-        base = getattr(module, "base_layer", None)
-        if isinstance(base, _Quantised):
-            module.forward = functools.partial(_beside, module, base)
-
-
-def _beside(layer: Any, base: _Quantised, x: Tensor) -> Tensor:
-    result = base(x).clone()
-    name = layer.active_adapters[0]
-    update = layer.lora_B[name](layer.lora_A[name](layer.lora_dropout[name](x))) * layer.scaling[name]
-    return result + update
+    def unpacked(self) -> Tensor:
+        # in 8 bits they are multiplied by their scales in fp32
+        made = torch.float32 if self.bits == "8bit" else self.dtype
+        return self.weight.new_empty((self.out_features, self.in_features), dtype=made).to(self.dtype)
 
 
 def _made_fake(model: nn.Module) -> None:

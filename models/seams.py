@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields
 from types import CodeType
 from typing import Any, Literal
 
-Library = Literal["torch", "transformers", "trl", "peft", "accelerate"]
+Library = Literal["torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes"]
 
 TESTED: dict[Library, str] = {
     "torch": "2.13.0",
@@ -25,6 +25,7 @@ TESTED: dict[Library, str] = {
     "trl": "1.16.0",
     "peft": "0.21.2",
     "accelerate": "1.15.0",
+    "bitsandbytes": "0.50.2",
 }
 """The versions of constraints.txt, with which the tests ran."""
 
@@ -453,9 +454,38 @@ QUANTIZER_MARKS = Seam(
     "quantizer-marks",
     "transformers",
     ("PreTrainedModel.hf_quantizer", "PreTrainedModel.is_quantized"),
-    "they are taken off a GGUF model whose weights are plain again",
+    "they are taken off a GGUF model whose weights are plain again, and off one whose layers are ours",
     "save_pretrained would refuse the converted model",
     _quantizer_mark,
+)
+
+
+def _packed_weights(layer: Any) -> list[str]:
+    """A layer's packed weights with what unpacks them, and the operations that do."""
+    from importlib.util import find_spec
+
+    gone: list[str] = []
+    if find_spec("bitsandbytes") is None:
+        return ["bitsandbytes"]
+    if hasattr(layer.weight, "quant_state"):
+        state: Any = layer.weight.quant_state
+        fields = ("dtype", "blocksize", "quant_type", "absmax", "state2", "offset")
+        gone += [f"quant_state.{name}" for name in fields if not hasattr(state, name)]
+        if getattr(state, "state2", None) is not None:
+            gone += [f"state2.{name}" for name in ("blocksize", "code", "absmax") if not hasattr(state.state2, name)]
+        gone += _found("torch:ops.bitsandbytes.dequantize_4bit", "torch:ops.bitsandbytes.dequantize_blockwise")(None)
+    elif not hasattr(layer.weight, "SCB") or not hasattr(layer.state, "SCB"):
+        gone.append("Int8Params.SCB")
+    return gone
+
+
+PACKED_WEIGHTS = Seam(
+    "packed-weights",
+    "bitsandbytes",
+    ("Params4bit.quant_state", "Int8Params.SCB", "torch.ops.bitsandbytes.dequantize_4bit"),
+    "a quantised base's weights are unpacked by them",
+    "they would be unpacked to other weights",
+    _packed_weights,
 )
 
 TRAINER_CHECKPOINT = Seam(

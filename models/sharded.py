@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UserError
 from . import seams
+from .quantised import QuantisedLinear
 from .whole import SHARD_BASE
 
 logger = logging.getLogger(__name__)
@@ -34,14 +35,17 @@ def shard_base(model: PreTrainedModel, decoder: PreTrainedModel) -> None:
     not divided.
 
     Raises:
-        UserError: its layers do not stand where they can be found, or are quantised.
+        UserError: its layers do not stand where they can be found, or hold weights that are packed in another way than
+            ours (`quantised`).
     """
     from torch.distributed.fsdp import fully_shard
 
     parts: Any = decoder
     layers: list[nn.Module] | None = getattr(parts, "layers", None)
-    if layers is None or not all(each.is_floating_point() for each in decoder.parameters()):
-        what = "a quantised base" if layers is not None else f"the layers of a {type(decoder).__name__}"
+    packed = {id(each) for part in decoder.modules() if isinstance(part, QuantisedLinear) for each in part.parameters()}
+    odd = (each for each in decoder.parameters() if not (each.is_floating_point() or id(each) in packed))
+    if layers is None or any(True for _ in odd):
+        what = "a base that is quantised so" if layers is not None else f"the layers of a {type(decoder).__name__}"
         raise UserError("--launch", f"{what} cannot be divided among processes", "use --launch ddp")
     for layer in layers:
         fully_shard(layer, reshard_after_forward=True)

@@ -44,6 +44,19 @@ def check_whole(where: str, tensors: Mapping[str, Tensor]) -> None:
             raise UserError(where, problem, "launch with distributed_type MULTI_GPU or MULTI_CPU")
 
 
+def check_undivided() -> None:
+    """Refuse a quantised base where DeepSpeed divides the weights.
+
+    Raises:
+        UserError: it does (ZeRO-3).
+    """
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    if is_deepspeed_zero3_enabled():
+        said = "ZeRO-3 divides the base's weights, and cannot divide packed ones"
+        raise UserError("model.quantization", said, "use --launch fsdp2, ddp or zero2")
+
+
 @contextmanager
 def loading_whole() -> Generator[None]:
     """Within it transformers loads a model in full, and leaves it to the engine to divide it later (ZeRO-3): before, it

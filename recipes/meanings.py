@@ -43,7 +43,7 @@ MEANINGS: Meanings = {
         "base": "A hub id, a folder, a .gguf file, pypi:DIST==VERSION, or random:NAME.",
         "revision": "The revision of a base on the hub.",
         "dtype": "auto: bfloat16 where the device computes in it, else float32; a run keeps that of its first start.",
-        "quantization": "Load the base in 4 bits (nf4) or 8, with bitsandbytes on a GPU.",
+        "quantization": "Hold the base's linear layers in 4 bits (nf4) or 8, packed by bitsandbytes, on GPU or CPU.",
         "chat_template": "A file, Jinja text, or a name among the tokenizer's templates. Default: its own.",
         "template_date": "The day that a chat template writes which writes today's. Default: that of the first start.",
         "packed": "Leave out padding and repeated prefixes in forwards. The numbers are the same.",

@@ -271,7 +271,7 @@ def finish(
                 "rows": len(data.train),
             },
             seed=job.seed,
-            versions=library_versions(),
+            versions=library_versions(job.quantization),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             seconds=metrics["train_seconds"],
             reward=reward,

@@ -773,6 +773,34 @@ MUTATIONS += [
         "K11", "the rows that were sampled are no part of a later stage's key", "cli/keys.py",
         'parts |= {f"stage {parent}": known[parent], f"adapter {parent}": content(self.run_dir / parent)}', "pass",
     ),
+    Mutation(
+        "Q1", "the scales' mean is left out", "models/quantised.py", "absmax_B = absmax_B + self.offset", "pass",
+    ),
+    Mutation(
+        "Q1", "eight bits have 128 steps", "models/quantised.py", "(self.absmax / 127)", "(self.absmax / 128)",
+    ),
+    Mutation(
+        "Q1", "bitsandbytes' own layers compute", "models/quantised.py",
+        "    if not _replace(model, kinds, ours):", "    if True:",
+    ),
+    Mutation(
+        "Q2", "the scales are no part of the base", "models/quantised.py", "_frozen(state.absmax)", "state.absmax",
+    ),
+    Mutation(
+        "Q3", "the lineage does not say that the base was packed", "stages/run.py",
+        '            "quantization": job.quantization,\n', "",
+    ),
+    Mutation(
+        "Q4", "beside a packed base the bare base speaks", "models/generate.py",
+        "with adapters.using(role):\n            yield\n        return",
+        "with adapters.using(None):\n            yield\n        return",
+    ),
+    Mutation(
+        "Q5", "the base is merged as it lies", "models/merging.py", "    if packed is None:\n", "    if True:\n",
+    ),
+    Mutation(
+        "Q6", "a packed layer is not divided", "models/sharded.py", " or id(each) in packed)", ")",
+    ),
 ]  # fmt: skip
 
 

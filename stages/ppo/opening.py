@@ -17,6 +17,7 @@ from ...models.lineage import check_parent, load_adapter_base
 from ...models.loading import load_model, resolve_base
 from ...models.lora import LoraSpec
 from ...models.plain_lora import check_plain, target_names
+from ...models.quantised import hold_packed
 from ...models.tokens import load_tokenizer, prepare_model
 from .rewards import RewardFunc, RewardKind, RewardSource
 
@@ -45,6 +46,8 @@ def open_policy(
         return _load(model, tokenizer, lora or peft_config)
     if tokenizer is None:
         raise UserError(where, "processing_class is missing", "pass the model's tokenizer")
+    if not isinstance(model, AdapterSet):
+        hold_packed(model)
     if isinstance(model, AdapterSet | PeftModel):
         if asked:
             said = f"{asked[0]} is given, and the model has its adapter already"

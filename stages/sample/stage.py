@@ -379,7 +379,7 @@ def _write(
         config=plain(config),
         data={"spec": spec, "fingerprint": data.fingerprint, "rows": len(data.train)},
         seed=job.seed,
-        versions=library_versions(),
+        versions=library_versions(job.quantization),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         seconds=metrics["train_seconds"],
     )

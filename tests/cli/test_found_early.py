@@ -3,6 +3,7 @@
 Settings are tried in this process without any data; what depends on the rows is tried with them.
 """
 
+import importlib.util
 import json
 import tracemalloc
 from pathlib import Path
@@ -121,7 +122,6 @@ def check_data(recipe: Path, *overrides: str, output: Output | None = None, brie
             r"judges\[0\]\.function: it takes prompts",
         ),
         (["eval.judges=[{kind: endpoint, url: 'http://x/v1', model: x, cache: t.yaml}]"], r"cache: .*is no folder"),
-        (["model.quantization=8bit"], r"model\.quantization: 8bit needs"),
     ],
 )
 def test_wrong_settings(recipe: Path, overrides: list[str], said: str, monkeypatch: pytest.MonkeyPatch):
@@ -137,6 +137,14 @@ def test_what_is_right_is_let_through(recipe: Path):
         recipe, *EVALUATING, "stages.dpo.train.metric_for_best_model=eval_loss", "eval.temperature=0", "eval.kl=false"
     )
     check_data(recipe)
+
+
+def test_a_quantised_base_needs_bitsandbytes(recipe: Path, monkeypatch: pytest.MonkeyPatch):
+    check(recipe, "model.quantization=8bit")
+    there = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "bitsandbytes" else there(name))
+    with pytest.raises(UserError, match=r"model\.quantization: 8bit needs bitsandbytes"):
+        check(recipe, "model.quantization=8bit")
 
 
 def test_no_target_modules_are_no_list(recipe: Path):

@@ -10,7 +10,7 @@ from transformers import AutoConfig, Qwen3Config
 from preftune.models.adapters import DEFAULT, AdapterSet
 from preftune.models.base import Base
 from preftune.models.batching import right_pad
-from preftune.models.loading import load_model
+from preftune.models.loading import Quantization, load_model
 from preftune.models.lora import LoraSpec
 from preftune.models.rehearsal import (
     ACTIVATIONS,
@@ -36,9 +36,17 @@ def rows(count: int = 6, shared: int = 30) -> list[list[int]]:
     return [start + [draw.randrange(8, 260) for _ in range(draw.randint(30, 90))] for _ in range(count)]
 
 
-def counted(base: Base, dtype: torch.dtype, batch: Sequence[list[int]], scored: int, *, backward: bool = True) -> int:
+def counted(
+    base: Base,
+    dtype: torch.dtype,
+    batch: Sequence[list[int]],
+    scored: int,
+    *,
+    backward: bool = True,
+    quantization: Quantization | None = None,
+) -> int:
     """Bytes that the real step makes at its peak, beside the weights."""
-    model = load_model(base, dtype=dtype)
+    model = load_model(base, dtype=dtype, quantization=quantization)
     adapters = AdapterSet.create(model, base, LORA)
     ids_BL, mask_BL = right_pad(batch, 0, torch.device("cpu"))
     head, low = adapters.head, dtype != torch.float32
@@ -70,6 +78,18 @@ def test_a_rehearsed_step_holds_what_the_real_one_holds(base: Base, dtype: torch
     real = counted(base, dtype, batch, scored, backward=backward)
     shape = Batch.of(batch, scored, packed=True, device="cpu")
     build = Build(AutoConfig.from_pretrained(base.path), LORA, dtype)
+    (found,) = rehearsed(build, [policy_step(shape) if backward else forward_only(shape)])
+    assert found.total() == pytest.approx(real, rel=0.05)
+
+
+@pytest.mark.parametrize("backward", [True, False])
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_a_rehearsed_step_on_a_quantised_base_holds_what_the_real_one_holds(base: Base, bits: Quantization, backward):
+    """Few tokens, so that the weights that are unpacked weigh: a quarter of what the step holds without them."""
+    batch, scored = rows(2, shared=10), 20
+    real = counted(base, torch.bfloat16, batch, scored, backward=backward, quantization=bits)
+    shape = Batch.of(batch, scored, packed=True, device="cpu")
+    build = Build(AutoConfig.from_pretrained(base.path), LORA, torch.bfloat16, bits)
     (found,) = rehearsed(build, [policy_step(shape) if backward else forward_only(shape)])
     assert found.total() == pytest.approx(real, rel=0.05)
 

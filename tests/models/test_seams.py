@@ -60,6 +60,21 @@ def collator(*names: str) -> SimpleNamespace:
     return SimpleNamespace(data_collator=kind())
 
 
+def packed_layer(bits: str) -> Any:
+    """A linear layer as bitsandbytes holds it."""
+    import bitsandbytes
+
+    kinds = bitsandbytes.nn
+    layer: Any = kinds.Linear4bit(64, 2) if bits == "4bit" else kinds.Linear8bitLt(64, 2, has_fp16_weights=False)
+    return layer.to("cpu")
+
+
+def _without_scales() -> Any:
+    layer = packed_layer("4bit")
+    del layer.weight.quant_state.absmax
+    return layer
+
+
 NO_SUBJECT = {
     *("SOFTMAX_BACKWARD", "ONEDNN_LINEAR", "ONEDNN_BF16", "FLEX_ATTENTION", "ATTENTION_FUNCTIONS", "DECODER_FIELDS"),
     *(
@@ -82,6 +97,7 @@ SUBJECTS = {
     "DECODER_PARTS": lambda _: [llama(), AutoModel.from_config(Qwen3Config(**SMALL))],
     "CACHE_LAYER": lambda _: [_Layer],
     "BASE_NAME": lambda _: [llama()],
+    "PACKED_WEIGHTS": lambda _: [packed_layer("4bit"), packed_layer("8bit")],
     "TRAINER_CHECKPOINT": lambda _: [PPOTrainer],
     "TRAINER_RESUME": lambda _: [PPOTrainer],
     "PREPARE_DATASET": lambda _: [SFTStageTrainer, RewardStageTrainer, DPOStageTrainer, KTOStageTrainer],
@@ -206,6 +222,8 @@ MOVES = {
         "backend_tokenizer",
     ),
     "QUANTIZER_MARKS": (lambda p: p.setattr(PreTrainedModel, "save_pretrained", lambda self: self), None, "hf_quant"),
+    "PACKED_WEIGHTS": (None, _without_scales, "quant_state.absmax"),
+    "PACKED_WEIGHTS, in 8 bits": (None, lambda: SimpleNamespace(weight=1, state=1), "Int8Params.SCB"),
     "TRAINER_CHECKPOINT": (lambda p: p.delattr(Trainer, "_save_checkpoint"), lambda: PPOTrainer, "_save_checkpoint"),
     "TRAINER_RESUME": (lambda p: p.delattr(Trainer, "_load_rng_state"), lambda: PPOTrainer, "_load_rng_state"),
     "PREPARE_DATASET": (

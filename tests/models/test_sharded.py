@@ -10,7 +10,12 @@ import torch.distributed
 from torch._C._distributed_c10d import FileStore
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from preftune.errors import UserError
+from preftune.models.adapters import DEFAULT, AdapterSet
+from preftune.models.base import Base
 from preftune.models.logprobs import LmHead
+from preftune.models.lora import LoraSpec
+from preftune.models.quantised import QuantisedLinear, pack
 from preftune.models.sharded import is_sharded, shard_base, whole_layers
 from preftune.models.token_step import TokenStep
 
@@ -67,3 +72,35 @@ def test_decoding_takes_the_steps_of_a_base_that_is_not_divided(group: None) -> 
     assert hasattr(model.model.embed_tokens.weight, "to_local") and hasattr(model.lm_head.weight, "to_local")
     with torch.no_grad():
         assert torch.equal(model(input_ids=IDS).logits, logits)
+
+
+@pytest.mark.checklist("Q6")
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_q06_a_divided_packed_base_computes_what_a_whole_one_does(group: None, bits: str) -> None:
+    """Forward and backward, bit for bit; what it holds of packed weights and their scales is a share of them."""
+    whole, model = llama(True), llama(True)
+    for each in (whole, model):
+        pack(each, bits)
+    shard_base(model, model.model)
+    layer: Any = model.model.layers[1].mlp.up_proj
+    assert isinstance(layer, QuantisedLinear)
+    assert {type(each.data).__name__ for each in layer.parameters()} == {"DTensor"}
+    found: list[torch.Tensor] = []
+    for each in (whole, model):
+        adapters = AdapterSet.create(each, Base("b", Path("b"), None, ""), LoraSpec(r=2, alpha=4))
+        for name, parameter in adapters.model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+        out = adapters.model(input_ids=IDS).logits
+        out.logsumexp(-1).sum().backward()
+        grads = [parameter.grad for parameter in adapters.parameters(DEFAULT)]
+        found += [out.detach(), *(grad for grad in grads if grad is not None)]
+    half = len(found) // 2
+    assert half == 29 and all(torch.equal(a, b) for a, b in zip(found[:half], found[half:], strict=True))
+
+
+def test_a_base_that_is_packed_otherwise_is_refused(group: None) -> None:
+    model = llama(True)
+    model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.zeros(24, 16, dtype=torch.int8), False)
+    with pytest.raises(UserError, match="a base that is quantised so cannot be divided among processes"):
+        shard_base(model, model.model)
