@@ -238,7 +238,7 @@ def _ollama_notes(template: "GoTemplate") -> list[str]:
 def _export_vllm(stage: _Stage, config: dict[str, Any], out: Path) -> None:
     """The adapter as vLLM takes it, its base where no hub has it, and the command."""
     from ..models.cache import cache_dir
-    from ..models.lineage import load_adapter_base
+    from ..models.lineage import load_adapter_base, read_lineage
 
     rank = _vllm_rank(stage.folder, config)
     base = load_adapter_base(stage.folder)
@@ -260,6 +260,10 @@ def _export_vllm(stage: _Stage, config: dict[str, Any], out: Path) -> None:
     beside_it = "" if not made else f", and {base.spec} in {_BASE}/, because no hub has it"
     print(printable(f"{out}: the adapter of rank {config['r']}{beside_it}; from that folder:"))
     print(printable(shlex.join(command)))
+    trained = read_lineage(stage.folder).config if (stage.folder / LINEAGE).is_file() else {}
+    if (bits := trained.get("quantization")) is not None:
+        said = f"it was trained beside the base's {bits} copy, and beside the base as it is it says something else"
+        print(f"{said}; --to merged has the weights of that copy")
 
 
 def _vllm_rank(folder: Path, config: dict[str, Any]) -> int:

@@ -125,6 +125,8 @@ def test_q05_a_merge_has_the_weights_that_the_adapter_knew_and_says_so(
     # its cost, in fp32, is none: what is merged is what the adapter beside that base says
     numbers = [float(word) for word in out.replace(",", " ").split() if word.replace(".", "").isdigit() and "." in word]
     assert numbers[0] == pytest.approx(numbers[1], abs=1e-3)
+    code, out, _ = shell("export", four / "dpo", tmp_path / "served", "--to", "vllm")
+    assert code == 0 and "it was trained beside the base's 4bit copy" in out and "--to merged" in out
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     plain = AutoModelForCausalLM.from_pretrained(resolve_base("random:llama").path)
     path = "model.layers.0.mlp.up_proj"

@@ -5,6 +5,8 @@ import json
 import pickle
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -286,3 +288,25 @@ def test_nothing_else_opens_a_model_or_a_pickle(room: str):
             trusts = [each for each in node.keywords if each.arg == "trust_remote_code"]
             found += [f"{place}:{node.lineno} trusts" for each in trusts if ast.unparse(each.value) != "False"]
     assert not found, "\n".join(found)
+
+
+LOADED = """
+import sys, types
+import preftune.models
+asked = types.ModuleType("kernels")
+asked.get_kernel = lambda *_, **__: open(sys.argv[1], "w").close()
+sys.modules["kernels"] = asked
+import bitsandbytes
+assert "bitsandbytes.backends.cpu.ops" in sys.modules and sys.modules["kernels"] is asked
+import logging
+assert logging.getLogger("bitsandbytes.backends.cpu.ops").level == logging.ERROR
+"""
+
+
+def test_bitsandbytes_fetches_no_kernel_when_it_is_imported(touched: Path):
+    """On a CPU that multiplies in bfloat16 it would."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", LOADED, str(touched)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert not touched.exists() and "kernels" not in done.stderr

@@ -109,6 +109,21 @@ def test_cut_off_and_run_again_equals_never_cut_off(
     assert found["metrics"]["steps"] == (9 if kind == "kto" else 15)
 
 
+@pytest.mark.checklist("Q6")
+@pytest.mark.parametrize(("kind", "bits"), [("sft", "4bit"), ("dpo", "8bit")])
+def test_q06_a_quantised_base_is_quantised_alike_when_a_stage_goes_on(
+    make_job: Any, sft_folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str, bits: str
+) -> None:
+    whole, cut = (resumed_job(make_job, kind, sft_folder, name, quantization=bits) for name in ("whole", "cut"))
+    run_stage(whole)
+    with monkeypatch.context() as patch:
+        cut_off(patch, *PLACES["step 7"])
+        with pytest.raises(Killed):
+            run_stage(cut)
+    run_stage(cut)
+    assert left(cut) == left(whole)
+
+
 def test_a_resumed_stage_logs_as_often_as_it_is_told_now(
     make_job: Any, sft_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
