@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
-from transformers import TrainingArguments
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 from preftune import PPOConfig, PPOTrainer
 from preftune.errors import UserError
 from preftune.files import ADAPTER_CONFIG
+from preftune.models.loading import quantization_config
 from preftune.models.lora import LoraSpec
+from preftune.models.quantised import is_quantised
 from preftune.stages.ppo.trl_names import CONFIG, TRAINER
 
 from .tiny_ppo import PROMPTS, TOKENIZER, letters, settings, tiny, tiny_model
@@ -144,3 +146,22 @@ def test_a_prompt_beyond_the_embedding_is_refused(tmp_path: Path) -> None:
     rows = [{"prompt": "a"}, {"prompt_ids": [20, 21, len(TOKENIZER) + 3]}]
     with pytest.raises(UserError, match=r"row 2 holds the token .*the base's embedding has 264 rows"):
         PPOTrainer(tiny(), letters, settings(tmp_path), rows, None, TOKENIZER)
+
+
+@pytest.mark.checklist("Q4")
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+@pytest.mark.parametrize("form", ["model", "PeftModel"])
+def test_q04_a_model_that_the_user_has_quantised_trains_as_any_other(tmp_path: Path, form: str, bits: Any) -> None:
+    """Its first ratio is checked at the tolerance of float32: bitsandbytes' own layers would not pass in 8 bits."""
+    tiny_model().save_pretrained(tmp_path / "base")
+    packed = quantization_config(bits, torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", quantization_config=packed, dtype=torch.float32
+    )
+    given = {"peft_config": LoraConfig(**LORA)} if form == "model" else {}
+    trainer = opened(tmp_path, model if given else get_peft_model(model, LoraConfig(**LORA)), **given)
+    assert is_quantised(trainer.adapters.model)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "rollout/logprob_mismatch" in log]
+    assert logs and logs[0]["rollout/logprob_mismatch"] < 1e-5
+    assert {each.dtype for each in trainer.adapters.parameters("default")} == {torch.float32}
