@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UserError
 from . import seams
+from .heads import bias_of
 
 
 class QuantisedLinear(nn.Linear):
@@ -38,7 +39,8 @@ class QuantisedLinear(nn.Linear):
     def __init__(self, shape: tuple[int, int], weight: Tensor, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
         (self.out_features, self.in_features), self.dtype = shape, dtype
-        self.weight, self.bias = _frozen(weight), bias
+        self.weight = _frozen(weight)
+        self.register_parameter("bias", bias)
 
     def unpacked(self) -> Tensor:
         """The weights [O, I]."""
@@ -52,7 +54,8 @@ class QuantisedLinear(nn.Linear):
     def plain(self) -> nn.Linear:
         """An ordinary layer with the weights unpacked."""
         made = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        made.weight, made.bias = _frozen(self.unpacked()), self.bias
+        made.weight = _frozen(self.unpacked())
+        made.register_parameter("bias", bias_of(self))
         return made
 
 
@@ -74,8 +77,8 @@ class FourBitLinear(QuantisedLinear):
             raise UserError("model", said, "pass the model as it was loaded, before its first forward")
         super().__init__((layer.out_features, layer.in_features), packed.data, layer.bias, state.dtype)
         self.block, self.code, self.absmax = int(state.blocksize), str(state.quant_type), _frozen(state.absmax)
-        self.double = state.state2 is not None
-        if self.double:
+        self.nested = state.state2 is not None
+        if self.nested:
             self.scale_block: int = state.state2.blocksize
             self.scale_code, self.scale_absmax = _frozen(state.state2.code), _frozen(state.state2.absmax)
             self.offset = _frozen(state.offset.reshape(1))
@@ -83,7 +86,7 @@ class FourBitLinear(QuantisedLinear):
     def unpacked(self) -> Tensor:
         unpack = torch.ops.bitsandbytes
         absmax_B: Tensor = self.absmax
-        if self.double:
+        if self.nested:
             absmax_B = unpack.dequantize_blockwise(
                 absmax_B, self.scale_absmax, self.scale_code, self.scale_block, torch.float32
             )
@@ -120,7 +123,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, layer: QuantisedLinear) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]: autograd's own takes any arguments
         # the layer and not its weight: where that is divided among processes, it is gathered again in the backward
         ctx.layer = layer
-        bias: Tensor | None = layer.bias
+        bias = bias_of(layer)
         return F.linear(x, layer.unpacked().to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod

@@ -130,7 +130,7 @@ def test_q05_a_merge_has_the_weights_that_the_adapter_knew_and_says_so(
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     plain = AutoModelForCausalLM.from_pretrained(resolve_base("random:llama").path)
     path = "model.layers.0.mlp.up_proj"
-    changed = (merged.get_submodule(path).weight - plain.get_submodule(path).weight).detach()
+    changed = (merged.get_parameter(f"{path}.weight") - plain.get_parameter(f"{path}.weight")).detach()
     assert type(merged.get_submodule(path)) is torch.nn.Linear and float(changed.abs().max()) > 1e-3
 
 

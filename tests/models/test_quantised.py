@@ -1,5 +1,6 @@
 """A quantised base is an ordinary base with other weights: the numbers, what trains on it, and what reads it."""
 
+import importlib
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -78,7 +79,7 @@ def test_q01_four_bits_are_the_nearest_of_sixteen_numbers_times_the_blocks_large
     model = _One(*shape, dtype)
     weight = model.layer.weight.detach().float().clone()
     pack(model, "4bit")  # pyright: ignore[reportArgumentType]: all that it asks for is there
-    layer = model.layer
+    layer: Any = model.layer
     assert isinstance(layer, FourBitLinear) and layer.weight.dtype == torch.uint8
     found = layer.unpacked()
     assert found.dtype == dtype and found.shape == shape
@@ -254,10 +255,9 @@ def test_scales_that_bitsandbytes_has_rounded_in_a_forward_are_refused(base):
 def test_scales_without_scales_of_their_own_and_the_other_code(base):
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4", bnb_4bit_compute_dtype=torch.float32)
     theirs: Any = AutoModelForCausalLM.from_pretrained(base.path, quantization_config=config, dtype=torch.float32)
-    import bitsandbytes
-
+    library: Any = importlib.import_module("bitsandbytes.functional")
     weight = theirs.model.layers[0].mlp.up_proj.weight
-    expected = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+    expected = library.dequantize_4bit(weight.data, weight.quant_state)
     assert hold_packed(theirs)
     assert torch.equal(theirs.model.layers[0].mlp.up_proj.unpacked(), expected)
 

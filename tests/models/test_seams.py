@@ -64,7 +64,7 @@ def packed_layer(bits: str) -> Any:
     """A linear layer as bitsandbytes holds it."""
     import bitsandbytes
 
-    kinds = bitsandbytes.nn
+    kinds: Any = bitsandbytes.nn
     layer: Any = kinds.Linear4bit(64, 2) if bits == "4bit" else kinds.Linear8bitLt(64, 2, has_fp16_weights=False)
     return layer.to("cpu")
 
