@@ -131,14 +131,17 @@ def draw(points: Sequence[dict[str, Any]], file: Path) -> None:
             axis.scatter([p["kl"] for p in dots], [p["rubric"] for p in dots], s=14, color=colour, alpha=0.4)
             means = sorted((_mean(each, "kl"), _mean(each, "rubric"), each[0]["name"]) for each in groups)
             axis.plot([m[0] for m in means], [m[1] for m in means], "o-", color=colour, label=label)
+            # lines that run side by side have their words on opposite sides
+            left = method in ("GRPO", "RLOO")
             for place, (kl, rubric, name) in enumerate(means):
-                said, offset = name.partition(", ")[2] or name, (6, -10 if place % 2 else 5)
-                axis.annotate(said, (kl, rubric), xytext=offset, textcoords="offset points", fontsize=7, color=colour)
+                said = name.partition(", ")[2] or name
+                where = {"xytext": (-6, 4 + 7 * (place % 2)) if left else (6, -9), "ha": "right" if left else "left"}
+                axis.annotate(said, (kl, rubric), textcoords="offset points", fontsize=7, color=colour, **where)
         axis.set_xscale("function", functions=(lambda kl: np.sqrt(np.maximum(kl, 0)), np.square))
         axis.set_xticks(KL_TICKS, [f"{tick:g}" for tick in KL_TICKS])
         axis.set_xlabel("KL to SFT (nats per sequence, square-root scale)")
         axis.set_ylabel("rubric: share of checks passed")
-        axis.legend(frameon=False, loc="lower right")
+        axis.legend(frameon=False, loc="lower left", bbox_to_anchor=(0.18, 0.0), fontsize=7)
 
 
 def redraw(name: str = "frontier") -> None:

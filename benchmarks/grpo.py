@@ -181,10 +181,7 @@ def _ours(side: str, args: argparse.Namespace, prompts: list[dict[str, Any]], fo
     tokenizer = _tokenizer(args)
     model = load_model(base(), dtype=torch.bfloat16, device="cuda" if torch.cuda.is_available() else None)
     prepare_model(model, tokenizer)
-    if args.adapter:
-        adapters = AdapterSet.create(model, base(), args.adapter)
-    else:
-        adapters = AdapterSet.create(model, base(), LORA)
+    adapters = AdapterSet.create(model, base(), LORA, args.adapter)
     settings = config(
         rollout_batch_size=EPISODES,
         num_mini_batches=1,

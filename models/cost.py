@@ -142,6 +142,15 @@ def kv_bytes(config: PreTrainedConfig, unit: int) -> int:
     return 2 * text.num_hidden_layers * heads * width * unit
 
 
+def rows_at_once(config: PreTrainedConfig, unit: int, columns: int) -> int:
+    """How many rows of so many tokens a CPU decodes at once where nobody says it.
+
+    A step reads the weights once for all of them, so more are faster, as long as their keys and values are small beside
+    the weights: 128 then, else what 2 GiB hold, and never below 32. It goes by the model alone: the same on every CPU.
+    """
+    return max(32, min(128, 2**31 // max(1, columns * kv_bytes(config, unit))))
+
+
 def adapter_parameters(config: PreTrainedConfig, lora: LoraSpec) -> int:
     """Weights of a LoRA adapter for a model of that architecture: r * (inputs + outputs) a linear layer."""
     return sizes(config, lora, "float32").adapter

@@ -23,6 +23,7 @@ from ..errors import UserError
 from . import seams
 from .adapters import AdapterSet
 from .batching import TokenIds
+from .cost import rows_at_once
 from .decoder import Decoder, LibraryDecoder, RecomputingDecoder, StatefulDecoder
 from .device_decoder import DeviceDecoder
 from .logprobs import LmHead
@@ -171,7 +172,8 @@ def sample(
         seed: with a prompt's place in the list it fixes that row's random stream, whatever the batch size; or one for
             each prompt, which does so alone.
         first: the place of the first of these prompts in a longer list that several processes share.
-        batch_size: rows decoded at once, on a GPU no more than its memory holds; None: as many as it does, on a CPU 32.
+        batch_size: rows decoded at once, on a GPU no more than its memory holds; None: as many as it does, on a CPU
+            `cost.rows_at_once`.
         merge: fold the adapter into the base's weights while decoding (see `merged`).
         recompute: where rotary factors depend on a row's length, let a completion grow past the one at which they
             change: each of its tokens costs a forward over the whole row, and its log-probs are not what the whole row
@@ -184,8 +186,10 @@ def sample(
         ValueError: an empty prompt, or a setting out of its range.
         UserError: no way of drawing completions agrees with the base's own forward (`decoder_for`), or see `recompute`.
     """
-    if batch_size is None and adapters.head.weight.device.type == "cpu":
-        batch_size = 32
+    weight = adapters.head.weight
+    if batch_size is None and weight.device.type == "cpu":
+        columns = max(map(len, prompts), default=0) + max_new_tokens
+        batch_size = rows_at_once(adapters.causal.config, weight.element_size(), columns)
     check_request(prompts, max_new_tokens=max_new_tokens, **({} if batch_size is None else {"batch_size": batch_size}))
     _check_seeds(seed, len(prompts))
     sampling = Sampling(temperature, top_k, top_p)

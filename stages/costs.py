@@ -15,7 +15,16 @@ from transformers import PreTrainedConfig
 
 from ..data.spec import RowKind
 from ..models.batching import TOKENS_PER_BATCH, TokenIds, tokens_in
-from ..models.cost import ADAPTER_BYTES, BYTES, activation_bytes, is_paged, optimiser_bytes, sizes, training_flops
+from ..models.cost import (
+    ADAPTER_BYTES,
+    BYTES,
+    activation_bytes,
+    is_paged,
+    optimiser_bytes,
+    rows_at_once,
+    sizes,
+    training_flops,
+)
 from ..models.lora import LoraSpec
 from ..models.memory import COMPILED_BYTES, COMPILED_PRODUCTS, Holes
 from ..models.rehearsal import (
@@ -45,7 +54,6 @@ TEACHER = "teacher"
 PRODUCTS = "compiled products"
 _REWARD = "reward"
 
-_ROWS_AT_ONCE = 32
 _BYTES_A_TOKEN = 5
 """Of sampled text on the disk."""
 _TRAINER, _HOLES = 50_000_000, 0.25
@@ -618,7 +626,8 @@ class _Stage:
         """The work of a stage that samples rows: replies, and their scores."""
         n, known = self._value("n"), len(self.rows)
         replies = max(1, self._replies_in_all() // self.place.processes) if known else None
-        at_once = min(self._value("batch_size") or _ROWS_AT_ONCE, replies or _ROWS_AT_ONCE)
+        at_once = self._value("batch_size") or self._rows_at_once()
+        at_once = min(at_once, replies or at_once)
         count = math.ceil(at_once / n)
         order = sorted(range(known), key=lambda row: self.rows.lengths[row]) or [*range(count)]
         middle = max(0, (len(order) - count) // 2)
@@ -645,9 +654,12 @@ class _Stage:
     def _reward_stages(self) -> int:
         return sum(each.kind == "stage" for each in self.job.rewards)
 
+    def _rows_at_once(self) -> int:
+        return rows_at_once(self.config, BYTES[self.job.dtype], self.rows.longest + self.new_tokens)
+
     def _rollout(self, rollout: int, times: Callable[[float], float | None]) -> Work:
         # without a number a GPU takes as many rows as its memory has room for; so many it should
-        at_once = min(self._value("rollout_micro_batch_size") or _ROWS_AT_ONCE, rollout)
+        at_once = min(self._value("rollout_micro_batch_size") or self._rows_at_once(), rollout)
         prompts, typical = self._prompts(at_once)
         return self._decoding(prompts, typical, rollout, times(1))
 

@@ -37,7 +37,9 @@ class OnPolicySettings:
     top_p: Annotated[float, Interval(gt=0, le=1)] = field(default=1.0, metadata={"help": "1: all tokens."})
     rollout_micro_batch_size: Positive | None = field(
         default=None,
-        metadata={"help": "Prompts decoded at once on one device; None: 32 on a CPU, what memory holds on a GPU."},
+        metadata={
+            "help": "Prompts decoded at once on one device; None: 32 to 128 on a CPU, what memory holds on a GPU."
+        },
     )
 
     mismatch_tolerance: Above0 | None = field(

@@ -46,8 +46,8 @@ class SampleSettings:
     batch_size: Positive | None = field(
         default=None,
         metadata={
-            "help": "Replies drawn at once on one device; None: 32 on a CPU, what memory holds on a GPU. No part of "
-            "what is drawn."
+            "help": "Replies drawn at once on one device; None: 32 to 128 on a CPU, what memory holds on a GPU. No "
+            "part of what is drawn."
         },
     )
     reward_combination: Literal["sum", "ensemble"] = field(

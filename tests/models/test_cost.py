@@ -3,11 +3,19 @@
 import math
 
 import pytest
-from transformers import AutoConfig, GPT2Config
+from transformers import AutoConfig, GPT2Config, LlamaConfig
 
 from preftune.models.base import Base
 from preftune.models.cards import CARDS, card_named, room
-from preftune.models.cost import adapter_parameters, is_paged, kv_bytes, optimiser_bytes, sizes, training_flops
+from preftune.models.cost import (
+    adapter_parameters,
+    is_paged,
+    kv_bytes,
+    optimiser_bytes,
+    rows_at_once,
+    sizes,
+    training_flops,
+)
 from preftune.models.lora import LoraSpec
 from preftune.models.outline import outline
 from preftune.models.tiny import RandomSpec
@@ -92,3 +100,18 @@ def test_an_outline_needs_a_config_alone(tmp_path, monkeypatch):
     assert outline(str(tmp_path / "bare")).tokenizer is None
     large = sizes(outline(str(tmp_path / "bare")).config, LoraSpec(r=8), "bfloat16")
     assert math.isclose(large.weight_bytes, 16.06e9, rel_tol=0.001)
+
+
+@pytest.mark.parametrize(
+    ("layers", "heads", "columns", "rows"),
+    [
+        (30, 3, 192, 128),  # SmolLM2-135M: 23,040 bytes a token
+        (32, 8, 256, 64),  # Llama 3 8B: 131,072 bytes a token, so 2^31 / 2^17 / 256
+        (32, 8, 1024, 32),  # 16 would be in 2 GiB
+    ],
+)
+def test_a_cpu_decodes_as_many_rows_as_two_gibibytes_hold_from_32_to_128(
+    layers: int, heads: int, columns: int, rows: int
+):
+    config = LlamaConfig(num_hidden_layers=layers, num_key_value_heads=heads, head_dim=64 if heads == 3 else 128)
+    assert rows_at_once(config, 2, columns) == rows
