@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedConfig
 
 from .causal import decoder_of
-from .lora import LoraSpec
+from .lora import LoraSpec, check_stacked, refused_by_peft
 from .quiet import quiet_transformers
 from .rehearsal import BYTES_QUANTISED, quantised_layers, skeleton
 
@@ -113,8 +113,11 @@ def _count(config: PreTrainedConfig, lora: LoraSpec, dtype: str, quantization: s
         "linear_bytes": linear * unit,
         "kv_bytes": kv_bytes(config, unit),
     }
-    with torch.device("meta"), quiet_transformers():
-        adapted = PeftModelForCausalLM(model, lora.config(model, "CAUSAL_LM"))
+    with torch.device("meta"), quiet_transformers(), refused_by_peft():
+        # a start that is drawn costs time, and is as large as any
+        settings = lora.config(model, "CAUSAL_LM", continued=True)
+        adapted = PeftModelForCausalLM(model, settings)
+    check_stacked(settings, lora)
     changed: list[Any] = [each.get_base_layer() for each in adapted.modules() if isinstance(each, LoraLayer)]
     shapes = {tuple(each.weight.shape) for each in changed}
     return Sizes(

@@ -189,7 +189,7 @@ class Stage:
         self.build, self.ledger = build, ledger
         model = skeleton(_shortened(build.config, layers), build.dtype, build.quantization)
         with torch.device("meta"), quiet_transformers():
-            peft = PeftModelForCausalLM(model, build.lora.config(model, "CAUSAL_LM"))
+            peft = PeftModelForCausalLM(model, build.lora.config(model, "CAUSAL_LM", continued=True))
         use_fused_lora(peft)
         if build.quantization is not None:
             _beside_quantised(peft)
@@ -453,8 +453,11 @@ def _beside_quantised(peft: nn.Module) -> None:
 def _beside(layer: Any, base: _Quantised, x: Tensor) -> Tensor:
     result = base(x).clone()
     name = layer.active_adapters[0]
-    update = layer.lora_B[name](layer.lora_A[name](layer.lora_dropout[name](x))) * layer.scaling[name]
-    return result + update
+    dropped = layer.lora_dropout[name](x)
+    if name in layer.lora_magnitude_vector:
+        own = {"lora_A": layer.lora_A[name], "lora_B": layer.lora_B[name], "scaling": layer.scaling[name]}
+        return result + layer.lora_magnitude_vector[name](dropped, base_layer=base, base_result=result, **own)
+    return result + layer.lora_B[name](layer.lora_A[name](dropped)) * layer.scaling[name]
 
 
 def _made_fake(model: nn.Module) -> None:
