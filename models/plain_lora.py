@@ -175,6 +175,9 @@ def target_names(
         UserError: they match nothing, or PEFT has no choice for this architecture.
     """
     wanted = config.target_modules
+    if wanted is None and config.target_parameters:
+        said = "none given beside target_parameters, which PEFT takes for no linear layer at all"
+        raise UserError(where, said, "name the linear layers that get an adapter too")
     if wanted is None:
         wanted = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type)
         if wanted is None:

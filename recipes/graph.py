@@ -11,7 +11,7 @@ from ..files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DOCTOR, EVAL_CACHE, EVALUAT
 from ..stages.names import meant
 from ..stages.scorers.kinds import IMPLIED
 from ..stages.scorers.kinds import KINDS as SCORERS
-from .growth import growth_problems
+from .growth import growth_problems, start_problems
 from .problems import problem
 from .schema import BASE, Data, Recipe, Reward, Stage
 from .text import Path_, Text
@@ -176,6 +176,7 @@ def graph_problems(recipe: Recipe, text: Text) -> Iterator[UserError]:
                 path: Path_ = ("expanded", name, index)
                 yield problem(text, path, f"no stage {stage!r}", nearest(stage, recipe.stages))
     yield from _circle(recipe, text)
+    yield from start_problems(recipe, text)
     yield from _eval_problems(recipe, text)
 
 

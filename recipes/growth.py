@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..files import ADAPTER_CONFIG, read_regular
-from ..models.altering import ALTERING
+from ..models.altering import ALTERING, check_start
 from .build import lora_values
 from .problems import problem
 from .schema import Recipe, Stage
@@ -16,6 +16,22 @@ from .text import Path_, Text
 
 _NARROWING = ("exclude_modules", "layers_to_transform")
 """A child may have adapters in more places than its parent, which start at nothing."""
+
+
+def start_problems(recipe: Recipe, text: Text) -> Iterator[UserError]:
+    """Adapters start in a way that there is; what holds for all stages is said once."""
+    said = set[Path_]()
+    for name, stage in recipe.stages.items():
+        if not stage.record.trains:
+            continue
+        values, own = lora_values(recipe, name), stage.lora.init_lora_weights is not None
+        try:
+            check_start(values["init_lora_weights"], (values["r"], *values["rank_pattern"].values()))
+        except UserError as error:
+            path: Path_ = (*(("stages", name) if own else ()), "lora", "init_lora_weights")
+            if path not in said:
+                yield problem(text, path, error.problem, error.remedy)
+            said.add(path)
 
 
 def growth_problems(recipe: Recipe, text: Text, name: str, stage: Stage) -> Iterator[UserError]:

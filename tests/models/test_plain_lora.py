@@ -197,6 +197,8 @@ def test_targets_of_a_config_become_names_that_say_the_same(base: Base):
     assert target_names(model, one) == ["model.layers.1.self_attn.q_proj"]
     with pytest.raises(UserError, match="matches no module"):
         target_names(model, LoraConfig(target_modules=r"nothing.*"))
+    with pytest.raises(UserError, match="none given beside target_parameters"):
+        target_names(model, LoraConfig(target_parameters=["experts.down_proj"]))
 
 
 def test_a_field_of_a_newer_peft_and_weights_that_are_no_numbers_are_refused(base: Base, make: Any, tmp_path: Path):

@@ -24,6 +24,7 @@ from preftune.models import generate
 from preftune.models.adapters import AdapterSet
 from preftune.models.base import Base
 from preftune.models.causal import decoder_of, head_of
+from preftune.models.cost import adapter_parameters
 from preftune.models.decoder import Decoder, LibraryDecoder
 from preftune.models.generate import decoder_for, merged, sample
 from preftune.models.loading import resolve_base
@@ -287,6 +288,8 @@ def test_experts_that_are_adapted_sample_merge_and_chain(tmp_path, caplog):
     child.load("ref", tmp_path)
     with torch.no_grad(), child.using("ref"):
         torch.testing.assert_close(child.model(input_ids=ids).logits, beside)
+    trained = sum(each.numel() for each in adapters.parameters("default"))
+    assert adapter_parameters(DeepseekV3Config(**LATENT), LoraSpec(r=2, alpha=4)) == trained
     base = Base("x", Path("x"), None, "")
     again = AdapterSet.create(small(DeepseekV3Config(**LATENT)), base, LoraSpec.of(tmp_path), tmp_path)
     with torch.no_grad(), again.using("default"):
