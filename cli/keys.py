@@ -13,7 +13,7 @@ from ..eval.judges.kinds import judge_parts
 from ..models.fingerprints import code_sha256, content, folder_sha256
 from ..recipes.build import base_dtype, data_spec, data_values, folders, lora_values, reward_stages
 from ..recipes.graph import parents
-from ..recipes.schema import BASE, Benchmarks, Recipe, Reward, Teacher
+from ..recipes.schema import BASE, Benchmarks, Lora, Recipe, Reward, Teacher
 from ..stages.kinds import source_file
 from ..stages.scorers.kinds import KINDS as SCORERS
 
@@ -48,6 +48,13 @@ def counted(parts: Mapping[str, Any]) -> dict[str, Any]:
     best = bool(parts.get("train.load_best_model_at_end")) or parts.get("early_stopping_patience") is not None
     idle = _IDLE if best else _IDLE | _SAVING
     return {name: value for name, value in parts.items() if name not in idle}
+
+
+def _adapter(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a recipe says of an adapter, without what came later and says nothing: runs of before keep their keys."""
+    first = ("r", "alpha", "dropout", "target_modules", "use_rslora")
+    fields = {name: each.get_default(call_default_factory=True) for name, each in Lora.model_fields.items()}
+    return {name: value for name, value in values.items() if name in first or value != fields[name]}
 
 
 def key_of(parts: Mapping[str, object]) -> str:
@@ -106,7 +113,7 @@ class Keys:
             **self._model(),
             "kind": stage.record.name,
             "seed": recipe.seed if stage.seed is None else stage.seed,
-            **(_flat("lora", lora_values(recipe, name)) if stage.record.trains else {}),
+            **(_flat("lora", _adapter(lora_values(recipe, name))) if stage.record.trains else {}),
             **stage.method(),
             **({} if stage.on_nonfinite in (None, "stop") else {"on_nonfinite": stage.on_nonfinite}),
             **_flat("train", stage.train),

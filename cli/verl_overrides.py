@@ -110,6 +110,7 @@ def _optimiser(args: "PPOConfig", sizes: Sizes) -> Iterator[Override]:
 
 def _adapter(job: "StageJob", targets: Sequence[str]) -> Iterator[Override]:
     lora, dtype = job.lora, "fp32" if job.dtype == "float32" else "bf16"
+    _check_plain(lora, job.name)
     alpha = lora_alpha(lora, job.name)
     for place in (_MODEL, "critic.model"):
         yield Override(f"{place}.lora_rank", lora.r, "lora.r")
@@ -119,6 +120,21 @@ def _adapter(job: "StageJob", targets: Sequence[str]) -> Iterator[Override]:
         yield Override(f"{place}.model_dtype", dtype, "model.dtype")
     for place in (_ACTOR, "actor_rollout_ref.ref", "critic"):
         yield Override(f"{place}.strategy", "fsdp2")
+
+
+def _check_plain(lora: "LoraSpec", stage: str) -> None:
+    """Raises UserError where the adapter is more than verl has words for."""
+    more = {
+        "use_dora": lora.use_dora,
+        "init_lora_weights": lora.altering,
+        "rank_pattern": lora.rank_pattern,
+        "alpha_pattern": lora.alpha_pattern,
+        "target_parameters": lora.target_parameters,
+    }
+    for name, asked in more.items():
+        if asked:
+            said = f"is {getattr(lora, name)}, which verl does not take"
+            raise UserError(f"stages.{stage}.lora.{name}", said, "train it here, or with plain LoRA")
 
 
 def lora_alpha(lora: "LoraSpec", stage: str) -> int:

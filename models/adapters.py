@@ -26,19 +26,21 @@ from .lora import (
     VALUE_HEAD,
     LoraSpec,
     check_finite_weights,
-    embed_parent,
+    check_rows,
     fill,
     lora_layers,
     lora_state,
+    put_on,
     read_adapter,
     read_tensors,
     refused_by_peft,
-    say_adapted,
+    start,
     tensors_sha256,
     write_adapter,
 )
 from .packing import use_packed_forward
 from .plain_lora import adapted_modules, check_layers, check_targets
+from .starts import settled
 from .whole import check_whole, whole
 
 __all__ = ["DEFAULT", "REF", "REWARD", "TEACHER", "VALUE", "VALUE_HEAD", "AdapterSet", "LoraSpec", "module_name"]
@@ -91,19 +93,12 @@ class AdapterSet:
         """
         if parent is not None:
             check_base(parent, base)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            config = lora.config(model, "CAUSAL_LM")
-            asked = set(config.target_modules or ())
-            with refused_by_peft():
-                peft = PeftModelForCausalLM(model, config, adapter_name=DEFAULT)
-        say_adapted(peft, asked)
+        peft = put_on(PeftModelForCausalLM, model, lora, "CAUSAL_LM", continued=parent is not None, seed=seed)
         # PEFT's new dropout layers are in training mode, whatever mode the model is in.
         peft.train(model.training)
         use_fused_lora(peft)
         adapters = cls(peft, base)
-        if parent is not None:
-            embed_parent(lora_state(adapters._layers, DEFAULT), lora, parent)
+        start(adapters._layers, adapters._config(DEFAULT), lora, parent, seed)
         return adapters
 
     @property
@@ -223,7 +218,7 @@ class AdapterSet:
         everything = (*self.model.named_parameters(), *self.model.named_buffers())
         return tensors_sha256((n.replace(".base_layer.", "."), p) for n, p in everything if id(p) not in adapters)
 
-    def save(self, name: str, folder: Path, *, write: bool = True) -> None:
+    def save(self, name: str, folder: Path, *, write: bool = True, done: bool = False) -> None:
         """Write an adapter straight into `folder`, to be loaded by plain PEFT or by `load`.
 
         One with a head without bias is written as a classifier's adapter with its `score`; a head with a bias goes
@@ -231,11 +226,14 @@ class AdapterSet:
 
         Args:
             write: False in every process of a run but one. All of them call this: what is divided is gathered.
+            done: its training is over, and another may begin from it (see `starts.settled`).
         """
         config = copy.copy(self._config(name))
         tensors, value = whole(self._tensors(name)), whole(self._value_tensors(name))
         if not write:
             return
+        if done:
+            tensors = settled(tensors, self._state(name))
         if SCORE in tensors:
             config.task_type, config.modules_to_save = "SEQ_CLS", ["score"]
         write_adapter(folder, self.base, config, tensors)
@@ -283,6 +281,7 @@ class AdapterSet:
         if not trainable:
             # A frozen adapter must answer the same whether or not the model is in training mode.
             config.lora_dropout = 0.0
+        check_rows(self.model, config)
         before = {id(p): p.requires_grad for p in self.model.parameters()}
         with torch.random.fork_rng(devices=[]), refused_by_peft():
             self.model.add_adapter(name, config)

@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedConfig
 
 from .causal import decoder_of
-from .lora import LoraSpec
+from .lora import LoraSpec, adapted_weight, check_stacked, refused_by_peft
 from .quiet import quiet_transformers
 from .rehearsal import BYTES_QUANTISED, quantised_layers, skeleton
 
@@ -113,14 +113,18 @@ def _count(config: PreTrainedConfig, lora: LoraSpec, dtype: str, quantization: s
         "linear_bytes": linear * unit,
         "kv_bytes": kv_bytes(config, unit),
     }
-    with torch.device("meta"), quiet_transformers():
-        adapted = PeftModelForCausalLM(model, lora.config(model, "CAUSAL_LM"))
-    changed: list[Any] = [each.get_base_layer() for each in adapted.modules() if isinstance(each, LoraLayer)]
-    shapes = {tuple(each.weight.shape) for each in changed}
+    with torch.device("meta"), quiet_transformers(), refused_by_peft():
+        # a start that is drawn costs time, and is as large as any
+        settings = lora.config(model, "CAUSAL_LM", continued=True)
+        adapted = PeftModelForCausalLM(model, settings)
+    check_stacked(settings, lora)
+    changed: list[Any] = [adapted_weight(each) for each in adapted.modules() if isinstance(each, LoraLayer)]
+    # of stacked experts one is multiplied with at a time
+    shapes = {tuple(each.shape[-2:]) for each in changed}
     return Sizes(
         **found,
         adapter=sum(each.numel() for each in adapted.parameters() if each.requires_grad),
-        adapted_bytes=sum(each.weight.numel() for each in changed) * unit,
+        adapted_bytes=sum(each.numel() for each in changed) * unit,
         products=2 * len(shapes) + 3 * sum(len({shape[side] for shape in shapes}) for side in (0, -1)),
         vocabulary=head.weight.shape[0],
         hidden=text.hidden_size,

@@ -4,139 +4,51 @@ Tensors carry the names that PEFT gives them in `adapter_model.safetensors`, wit
 """
 
 import copy
-import functools
 import hashlib
-import inspect
 import json
 import logging
 import math
-import re
 import warnings
 from collections.abc import Collection, Generator, Iterable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from peft import LoraConfig
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from peft import LoraConfig, PeftModel
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..errors import UserError
 from ..files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from ..intact import check_intact
 from . import seams
 from .base import Base
-from .causal import decoder_of
-from .plain_lora import adapted_modules, check_plain, check_targets, check_tensors, read_config
+from .lora_spec import LoraSpec, linear_names, scaling_of
+from .plain_lora import adapted_modules, read_adapter, read_tensors
+from .quantised import QuantisedLinear
 from .rounding import rounded
 from .sound import read_header
+from .starts import start_within
 from .whole import check_whole
 
 with seams.importing(seams.LORA_LAYER):
     from peft.tuners.lora.layer import ParamWrapper
     from peft.tuners.tuners_utils import BaseTunerLayer
-with seams.importing(seams.CONV1D):
-    from transformers.pytorch_utils import Conv1D
+
+__all__ = ["LoraSpec", "linear_names", "read_adapter", "read_tensors"]
 
 logger = logging.getLogger(__name__)
+
+PeftT = TypeVar("PeftT", bound=PeftModel)
+_FRESH = "default"
 
 WEIGHTS, CONFIG = ADAPTER_WEIGHTS, ADAPTER_CONFIG
 VALUE_HEAD = "value_head.safetensors"
 SCORE = "base_model.model.score.weight"
-
-
-@dataclass(frozen=True)
-class LoraSpec:
-    """The LoRA to train.
-
-    Attributes:
-        r: rank.
-        alpha: numerator of the scaling: alpha / r, or alpha / sqrt(r) with `use_rslora` (arXiv 2312.03732).
-        dropout: on the input of A, in training.
-        target_modules: "all-linear" (every linear layer of the decoder, no output head) or module names.
-    """
-
-    r: int = 16
-    alpha: float = 32
-    dropout: float = 0.0
-    target_modules: str | tuple[str, ...] | list[str] = "all-linear"
-    use_rslora: bool = False
-
-    def __post_init__(self) -> None:
-        if self.r < 1:
-            raise UserError("lora.r", f"{self.r}, expected 1 or more", "choose a rank such as 16")
-        if not self.alpha > 0:
-            raise UserError("lora.alpha", f"{self.alpha}, expected more than 0", "choose twice the rank")
-        if not 0 <= self.dropout < 1:
-            raise UserError("lora.dropout", f"{self.dropout}, expected 0 to below 1", "choose 0")
-        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
-            object.__setattr__(self, "target_modules", (self.target_modules,))
-
-    @classmethod
-    def said_by(cls, config: LoraConfig, targets: str | list[str]) -> "LoraSpec":
-        """What a plain config (`check_plain`) says, its modules as `target_names` gives them."""
-        return cls(config.r, config.lora_alpha, config.lora_dropout, targets, config.use_rslora)
-
-    @classmethod
-    def of(cls, folder: Path) -> "LoraSpec":
-        """The settings of a saved adapter; its modules by the names that its config lists, or else by their paths.
-
-        Raises:
-            UserError: as `read_adapter`.
-        """
-        config, tensors = read_adapter(folder)
-        listed = [] if isinstance(config.target_modules, str) else sorted(config.target_modules or ())
-        narrowed = config.exclude_modules or config.layers_to_transform is not None
-        return cls.said_by(config, listed if listed and not narrowed else adapted_modules(tensors))
-
-    def scaling(self) -> float:
-        """What B @ A is multiplied with."""
-        return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
-
-    def config(self, model: PreTrainedModel, task_type: str, modules_to_save: list[str] | None = None) -> LoraConfig:
-        """The PEFT config for `model` (without adapters), its target modules by name.
-
-        Raises:
-            UserError: a name that is not a linear layer of the decoder.
-        """
-        targets = linear_names(model) if self.target_modules == "all-linear" else list(self.target_modules)
-        if self.target_modules != "all-linear":
-            check_targets(model, targets)
-        return LoraConfig(
-            r=self.r,
-            lora_alpha=self.alpha,  # pyright: ignore[reportArgumentType]: PEFT says int and takes any number
-            lora_dropout=self.dropout,
-            target_modules=targets,
-            use_rslora=self.use_rslora,
-            task_type=task_type,
-            modules_to_save=modules_to_save,
-        )
-
-
-def linear_names(model: PreTrainedModel) -> list[str]:
-    """The last name components of every linear layer of the decoder, sorted: `q_proj`, `up_proj`, ...
-
-    Names and not paths, so that the same adapter_config.json serves causal models, classifiers and vLLM. Left out, and
-    logged, are layers that an adapter cannot serve: those without a name of their own (in a list), those whose weights
-    their module also takes by itself (`_taken_past_adapters`), those that give more than their product.
-    """
-    heads = {name for name, _ in model.named_children()}
-    found: dict[str, bool] = {}
-    for path, parent in decoder_of(model).named_modules():
-        past = _taken_past_adapters(parent)
-        for name, module in parent.named_children():
-            if isinstance(module, (nn.Linear, Conv1D)) and name not in heads:
-                shown = f"{path.rpartition('.')[2]}.{name}" if name.isdigit() else name
-                served = not name.isdigit() and name not in past and _gives_a_product(module)
-                found[shown] = found.get(shown, True) and served
-    left = [name for name, adaptable in found.items() if not adaptable]
-    if left:
-        logger.info("all-linear leaves out %s: PEFT cannot adapt them in a %s", ", ".join(left), type(model).__name__)
-    return sorted(name for name, adaptable in found.items() if adaptable)
+MAGNITUDE = "lora_magnitude_vector"
+"""What a DoRA layer trains beside A and B, by PEFT's name."""
 
 
 @contextmanager
@@ -183,41 +95,6 @@ def say_adapted(model: nn.Module, asked: Collection[str]) -> None:
         )
 
 
-def _taken_past_adapters(module: nn.Module) -> frozenset[str]:
-    """Layers of a module whose weight or bias its forward takes by itself, instead of calling the layer.
-
-    A state-space mixer (it has a convolution) hands its projections' weights to a kernel where there is one and calls
-    the layers where there is none; a weight that is written to would change the base; a layer that is never called
-    (LongCat's router) has no place where an adapter would run. Elsewhere a weight is read in branches that no supported
-    setting takes (BLOOM's).
-    """
-    mixer = any(isinstance(child, nn.Conv1d) for child in module.children())
-    read, written = (_named_before(type(module), what) for what in (r"\.(?:weight|bias)\b", r"\.weight\.data\b"))
-    return read if mixer else written | (read - _named_before(type(module), r"\("))
-
-
-@torch.no_grad()
-def _gives_a_product(layer: nn.Linear | Conv1D) -> bool:
-    """Whether a linear layer with a forward of its own gives one tensor of its size (Llama 4's router gives scores)."""
-    if type(layer).forward in (nn.Linear.forward, Conv1D.forward):
-        return True
-    try:
-        found = layer(layer.weight.new_zeros(1, layer.weight.shape[1]))
-    except (RuntimeError, AssertionError, TypeError, ValueError, IndexError):
-        return True  # quantised, or not where it will run: PEFT knows these
-    return isinstance(found, Tensor) and found.shape[-1] == layer.weight.shape[0]
-
-
-@functools.cache
-def _named_before(module: type[nn.Module], what: str) -> frozenset[str]:
-    """The names that stand as `self.NAME` before a pattern in the module's source."""
-    try:
-        source = inspect.getsource(module)
-    except (OSError, TypeError):
-        return frozenset()
-    return frozenset(re.findall(rf"\bself\.(\w+){what}", source))
-
-
 def adapted_weight(layer: Any) -> Any:
     """The base's parameter that a LoRA layer changes: a layer's weight, or one of a module's own (`ParamWrapper`)."""
     return layer.get_param() if isinstance(layer, ParamWrapper) else layer.get_base_layer().weight
@@ -227,7 +104,13 @@ def merged_weight(layer: Any, role: str) -> Tensor:
     """The base's weight with that adapter's change in it: summed in fp32, rounded once and without a bias to the
     weight's dtype (see `rounding`)."""
     weight: Tensor = adapted_weight(layer).data
-    return rounded(layer.get_delta_weight(role).float().add_(weight), weight.dtype)
+    changed: Tensor = layer.get_delta_weight(role).float().add_(weight)
+    if role in layer.lora_magnitude_vector:
+        # DoRA: each output's row of weights gets the length that is trained (arXiv 2402.09353, equation 5)
+        inputs = 0 if layer.fan_in_fan_out else 1
+        length = torch.linalg.vector_norm(changed, dim=inputs, keepdim=True)
+        changed *= layer.lora_magnitude_vector[role].weight.detach().float().unsqueeze(inputs) / length
+    return rounded(changed, weight.dtype)
 
 
 def lora_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
@@ -246,6 +129,8 @@ def lora_state(layers: Mapping[str, BaseTunerLayer], adapter: str) -> dict[str, 
             part = held[adapter]
             if isinstance(part, nn.Parameter):
                 state[f"{path}.{kind}"] = part
+            elif kind == MAGNITUDE:
+                state[f"{path}.{kind}"] = part.weight
             else:
                 state |= {f"{path}.{kind}.{name}": parameter for name, parameter in part.named_parameters()}
     return state
@@ -258,33 +143,6 @@ def tensors_sha256(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]])
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """A saved adapter's config and tensors (on the CPU).
-
-    Raises:
-        UserError: no PEFT adapter there, not in safetensors, not plain LoRA (see `check_plain`), damaged, or weights
-            that are no finite numbers.
-    """
-    where = str(folder)
-    check_intact(folder)
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise UserError(where, f"no {name} there", "give a folder that a stage or PEFT's save_pretrained wrote")
-    config = check_plain(read_config(folder), where)
-    tensors = read_tensors(folder / WEIGHTS)
-    check_tensors(tensors, where)
-    return config, tensors
-
-
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """A safetensors file's tensors, on the CPU. Raises UserError where it cannot be read."""
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError, ValueError) as error:
-        said = " ".join(str(error).split())[:200]
-        raise UserError(str(file), f"cannot be read ({said})", "run its stage again, or take it from a copy") from error
 
 
 def write_adapter(folder: Path, base: Base, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
@@ -351,27 +209,108 @@ def fill(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str)
             parameter.copy_(tensors[name])
 
 
-def embed_parent(state: Mapping[str, nn.Parameter], lora: LoraSpec, parent: Path) -> None:
+def put_on(
+    kind: type[PeftT],
+    model: PreTrainedModel,
+    lora: LoraSpec,
+    task_type: str,
+    modules_to_save: list[str] | None = None,
+    *,
+    continued: bool,
+    seed: int,
+) -> PeftT:
+    """The model with a fresh adapter "default", still to be put where it starts (see `start`).
+
+    Args:
+        kind: of PEFT model.
+        continued: it will start from another adapter.
+        seed: of LoRA's random A.
+
+    Raises:
+        UserError: PEFT cannot adapt it so.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        config = lora.config(model, task_type, modules_to_save, continued=continued)
+        asked = set(config.target_modules or ())
+        check_rows(model, config)
+        with refused_by_peft():
+            peft = kind(model, config, adapter_name=_FRESH)
+    say_adapted(peft, asked)
+    check_stacked(config, lora)
+    return peft
+
+
+def start(
+    layers: Mapping[str, BaseTunerLayer], config: LoraConfig, lora: LoraSpec, parent: Path | None, seed: int
+) -> None:
+    """Put the fresh adapter "default" where it starts: at its parent, or at the base.
+
+    Args:
+        layers: every layer that carries adapters, by its name.
+        config: the adapter's, as PEFT has it.
+        parent: folder of the adapter to start from; None: the base.
+        seed: of a randomised SVD.
+
+    Raises:
+        UserError: the parent cannot be taken over exactly, or the base has no such start.
+    """
+    if parent is not None:
+        embed_parent(lora_state(layers, _FRESH), config, lora, parent)
+    elif lora.altering:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            start_within(layers, _FRESH, str(lora.init_lora_weights))
+
+
+def check_stacked(config: LoraConfig, lora: LoraSpec) -> None:
+    """For some mixtures PEFT adapts the stacked experts of all layers in the place of the layers that are named.
+
+    Raises:
+        UserError: what is said of single layers would not hold for them.
+    """
+    instead = sorted({*(config.target_parameters or ())} - {*lora.target_parameters})
+    said: dict[str, Any] = {
+        "a selection of layers": lora.narrowed,
+        "rank_pattern": lora.rank_pattern,
+        "alpha_pattern": lora.alpha_pattern,
+    }
+    if instead and (asked := [name for name, value in said.items() if value]):
+        problem = f"{asked[0]} is asked for, and PEFT adapts {', '.join(instead)} in the place of the layers named"
+        raise UserError("lora", problem, "name target_modules that are no experts, and target_parameters beside them")
+
+
+def check_rows(model: nn.Module, config: LoraConfig) -> None:
+    """DoRA takes the length of the base's rows at every forward, beside the layer's own.
+
+    Raises:
+        UserError: no process has them whole, or they are packed.
+    """
+    if config.use_dora and any(isinstance(each, QuantisedLinear) for each in model.modules()):
+        said = "reads the base's weights at every forward, and they are packed"
+        raise UserError("lora.use_dora", said, "leave model.quantization out, or use_dora: false")
+    divided = is_deepspeed_zero3_enabled() or any(hasattr(each, "full_tensor") for each in model.parameters())
+    if config.use_dora and divided:
+        said = "reads the base's weights, which are divided among processes"
+        raise UserError("lora.use_dora", said, "use --launch ddp, or use_dora: false")
+
+
+def embed_parent(state: Mapping[str, nn.Parameter], ours: LoraConfig, lora: LoraSpec, parent: Path) -> None:
     """Make a fresh adapter compute exactly what its parent computes, at an equal or larger rank.
 
     The parent's rows of A and columns of B come first; B's new columns are zero, A's new rows stay as drawn, so the
-    new directions change nothing yet and can learn. Modules that the parent did not adapt keep their zero B.
+    new directions change nothing yet and can learn. DoRA's magnitudes are the parent's. Modules that the parent did not
+    adapt keep their zero B.
+
+    Args:
+        ours: the fresh adapter's config, as PEFT has it; `lora` is what was asked for.
 
     Raises:
-        UserError: smaller rank, other scaling, or modules of the parent left out: none of them can be exact.
+        UserError: smaller rank, other scaling, DoRA or not, or modules of the parent left out: none can be exact.
     """
-    config, tensors = read_adapter(parent)
-    if lora.r < config.r:
-        raise UserError("lora.r", f"{lora.r} is below {config.r} of {parent}", f"use r: {config.r} or more")
-    scaling = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
-    if not math.isclose(scaling, lora.scaling(), rel_tol=1e-9):
-        fitting = scaling * (math.sqrt(lora.r) if lora.use_rslora else lora.r)
-        raise UserError(
-            "lora.alpha",
-            f"{lora.alpha} scales by {lora.scaling():g}, {parent} by {scaling:g}",
-            f"use alpha: {fitting:g} with r: {lora.r}",
-        )
+    theirs, tensors = read_adapter(parent)
     tensors = {name: tensor for name, tensor in tensors.items() if ".lora_" in name}
+    check_kin(ours, lora, theirs, adapted_modules(tensors), parent)
     left_out = sorted(tensors.keys() - state.keys())
     if left_out:
         module = left_out[0].removeprefix("base_model.model.").partition(".lora_")[0]
@@ -384,10 +323,44 @@ def embed_parent(state: Mapping[str, nn.Parameter], lora: LoraSpec, parent: Path
         for name, tensor in tensors.items():
             target = state[name]
             if any(old > new for old, new in zip(tensor.shape, target.shape, strict=True)):
+                if ours.rank_pattern or theirs.rank_pattern:
+                    said = f"{name} has another rank than in {parent}"
+                    raise UserError("lora.rank_pattern", said, "keep the parent's, or a larger rank")
                 raise UserError(str(parent), f"does not fit this base (at {name})", "use the base it was trained on")
-            if tensor.shape != target.shape and config.target_parameters:
-                raise UserError("lora.r", f"{lora.r}, and {parent} adapts stacked experts", f"use r: {config.r}")
+            if tensor.shape != target.shape and theirs.target_parameters:
+                raise UserError("lora.r", f"{lora.r}, and {parent} adapts stacked experts", f"use r: {theirs.r}")
             corner = tuple(slice(size) for size in tensor.shape)
             if "lora_B" in name or "lora_embedding_B" in name:
                 target.zero_()
             target[corner] = tensor.to(target)
+
+
+def check_kin(ours: LoraConfig, lora: LoraSpec, theirs: LoraConfig, modules: Iterable[str], parent: Path) -> None:
+    """Rank, scaling and kind of a child against its parent's, in the modules that the parent adapts.
+
+    Raises:
+        UserError: the child could not start as an exact copy.
+    """
+    times = ours.r // lora.r
+    if ours.use_dora != theirs.use_dora:
+        kind = "is a DoRA" if theirs.use_dora else "is none"
+        remedy = f"use use_dora: {str(theirs.use_dora).lower()}"
+        raise UserError("lora.use_dora", f"{str(ours.use_dora).lower()}, and {parent} {kind}", remedy)
+    if ours.r < theirs.r:
+        doubled = "" if times == 1 else f" ({ours.r} with init_lora_weights: {lora.init_lora_weights})"
+        said = f"{lora.r}{doubled} is below {theirs.r} of {parent}"
+        raise UserError("lora.r", said, f"use r: {math.ceil(theirs.r / times)} or more")
+    patterns = [(each.rank_pattern, each.alpha_pattern) for each in (ours, theirs)]
+    if theirs.target_parameters and patterns[0] != patterns[1]:
+        said = f"not those of {parent}, which adapts stacked experts"
+        raise UserError("lora.rank_pattern, lora.alpha_pattern", said, "keep r, alpha and the patterns of the parent")
+    for module in modules:
+        scaling, own = scaling_of(theirs, module), scaling_of(ours, module)
+        if math.isclose(scaling, own, rel_tol=1e-9):
+            continue
+        if any(map(any, patterns)):
+            said = f"{module} is scaled by {own:g}, in {parent} by {scaling:g}"
+            raise UserError("lora.alpha_pattern", said, "keep alpha / r of each layer as the parent has it")
+        fitting = scaling * (math.sqrt(lora.r) if lora.use_rslora else lora.r)
+        said = f"{lora.alpha} scales by {lora.scaling():g}, {parent} by {scaling:g}"
+        raise UserError("lora.alpha", said, f"use alpha: {fitting:g} with r: {lora.r}")

@@ -62,7 +62,8 @@ def card(folder: Path, results: Sequence[Mapping[str, Any]] = ()) -> str:
         f"| base | `{shown}`, sha256 `{lineage.base['sha256'][:12]}` |",
         *(f"| from | stage `{each['stage']}`, sha256 `{each['sha256'][:12]}` |" for each in lineage.parents),
         f"| data | {_data(lineage.data)} |",
-        f"| LoRA | r {config.get('r')}, alpha {config.get('lora_alpha')}, on {_targets(config)} |",
+        f"| {'DoRA' if config.get('use_dora') else 'LoRA'} | r {config.get('r')}, alpha {config.get('lora_alpha')}, "
+        f"on {_targets(config)} |",
         *_settings(lineage.config, lineage.seed),
         f"| trained | {lineage.created}, {lineage.seconds:.0f} s, in {lineage.config.get('dtype')} |",
         f"| with | {libraries} |",

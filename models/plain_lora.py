@@ -15,12 +15,16 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import UserError, nearest
-from ..files import ADAPTER_CONFIG, read_regular
+from ..files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_regular
+from ..intact import check_intact
 from . import seams
+from .altering import check_start
 
 with seams.importing(seams.LORA_LAYER):
     from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
@@ -30,7 +34,7 @@ with seams.importing(seams.CONV1D):
 # Which layers, how large and how strong: what we do with it is exact (tests/models/test_plain_lora.py).
 _OBEYED = {
     *("r", "lora_alpha", "lora_dropout", "use_rslora", "fan_in_fan_out", "target_modules", "exclude_modules"),
-    *("layers_to_transform", "layers_pattern"),
+    *("layers_to_transform", "layers_pattern", "use_dora", "rank_pattern", "alpha_pattern", "target_parameters"),
 }
 # What is looked at below, or says nothing about the numbers: who made it, settings of what is not switched on.
 _ELSEWHERE = {
@@ -65,22 +69,18 @@ def check_plain(config: PeftConfig, where: str, *, fresh: bool = False) -> LoraC
         kind = getattr(config.peft_type, "value", config.peft_type)
         raise UserError(where, f"a {kind} adapter, expected plain LoRA", remedy)
     plain = LoraConfig()
-    # PEFT targets a mixture's stacked experts in the place of their layers, with patterns of its own
-    taken = config.target_parameters and not fresh
-    stacked = {"target_parameters", "rank_pattern", "alpha_pattern"} if taken else set()
-    allowed = _OBEYED | _ELSEWHERE | stacked
+    allowed = _OBEYED | _ELSEWHERE
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name in allowed or value == getattr(plain, field.name) or not (value or value == 0):
             continue
         raise UserError(where, f"not plain LoRA ({field.name}={_short(value)})", remedy)
     start = config.init_lora_weights
-    if start not in _KIND_STARTS:
-        remedy = "use init_lora_weights=True" if fresh else _UNMOVE
+    if not fresh and start not in _KIND_STARTS:
         problem = f"not plain LoRA (init_lora_weights={start!r} writes into the base, which every role shares)"
-        raise UserError(where, problem, remedy)
-    if fresh and start is not True:
-        raise UserError(where, f"init_lora_weights={start!r} is asked for", "leave it out: B starts at zero here")
+        raise UserError(where, problem, _UNMOVE)
+    if fresh:
+        check_start(start, (config.r, *(config.rank_pattern or {}).values()))
     heads = _HEADS if config.task_type == "SEQ_CLS" else ()
     others = [name for name in config.modules_to_save or () if name not in heads]
     if others:
@@ -114,6 +114,33 @@ def read_config(folder: Path) -> PeftConfig:
     return config
 
 
+def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """A saved adapter's config and tensors (on the CPU).
+
+    Raises:
+        UserError: no PEFT adapter there, not in safetensors, not plain LoRA (see `check_plain`), damaged, or weights
+            that are no finite numbers.
+    """
+    where = str(folder)
+    check_intact(folder)
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (folder / name).is_file():
+            raise UserError(where, f"no {name} there", "give a folder that a stage or PEFT's save_pretrained wrote")
+    config = check_plain(read_config(folder), where)
+    tensors = read_tensors(folder / ADAPTER_WEIGHTS)
+    check_tensors(tensors, where)
+    return config, tensors
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """A safetensors file's tensors, on the CPU. Raises UserError where it cannot be read."""
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError, ValueError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise UserError(str(file), f"cannot be read ({said})", "run its stage again, or take it from a copy") from error
+
+
 def check_tensors(tensors: Mapping[str, Tensor], where: str) -> None:
     """Every weight is a finite number, and belongs to LoRA or to a classifier's `score`.
 
@@ -136,7 +163,9 @@ def adapted_modules(tensors: Iterable[str]) -> list[str]:
     return sorted({name.partition(".lora_")[0] for name in names})
 
 
-def target_names(model: PreTrainedModel, config: LoraConfig) -> str | list[str]:
+def target_names(
+    model: PreTrainedModel, config: LoraConfig, where: str = "peft_config.target_modules"
+) -> str | list[str]:
     """The modules of `model` that a config asks for, as a list of names that says the same to any version of PEFT.
 
     A regular expression, excluded modules, single layers and PEFT's own choice for the architecture become names: the
@@ -145,8 +174,10 @@ def target_names(model: PreTrainedModel, config: LoraConfig) -> str | list[str]:
     Raises:
         UserError: they match nothing, or PEFT has no choice for this architecture.
     """
-    where = "peft_config.target_modules"
     wanted = config.target_modules
+    if wanted is None and config.target_parameters:
+        said = "none given beside target_parameters, which PEFT takes for no linear layer at all"
+        raise UserError(where, said, "name the linear layers that get an adapter too")
     if wanted is None:
         wanted = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type)
         if wanted is None:

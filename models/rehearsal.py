@@ -189,7 +189,7 @@ class Stage:
         self.build, self.ledger = build, ledger
         model = skeleton(_shortened(build.config, layers), build.dtype, build.quantization)
         with torch.device("meta"), quiet_transformers():
-            peft = PeftModelForCausalLM(model, build.lora.config(model, "CAUSAL_LM"))
+            peft = PeftModelForCausalLM(model, build.lora.config(model, "CAUSAL_LM", continued=True))
         use_fused_lora(peft)
         if build.checkpointing:
             # recomputed layers draw nothing here, so there is no random state to put back

@@ -18,15 +18,15 @@ from .loading import Quantization, load_model
 from .lora import (
     SCORE,
     LoraSpec,
-    embed_parent,
     fill,
     lora_layers,
     lora_state,
+    put_on,
     read_adapter,
-    refused_by_peft,
-    say_adapted,
+    start,
     write_adapter,
 )
+from .starts import settled
 from .tokens import prepare_model
 from .whole import whole
 
@@ -71,21 +71,17 @@ def create_reward_model(
         packed=packed,
     )
     prepare_model(model, tokenizer)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        config = lora.config(model, "SEQ_CLS", modules_to_save=["score"])
-        asked = set(config.target_modules or ())
-        with refused_by_peft():
-            peft = PeftModelForSequenceClassification(model, config, adapter_name=DEFAULT)
+    kind = PeftModelForSequenceClassification
+    peft = put_on(kind, model, lora, "SEQ_CLS", ["score"], continued=parent is not None, seed=seed)
     _check_trained_whole(peft)
-    say_adapted(peft, asked)
     use_fused_lora(peft)
     # PEFT's new dropout layers are in training mode, whatever mode the model is in.
     peft.eval()
+    config: Any = peft.peft_config[DEFAULT]
     # PEFT appends its own list of usual head names.
     config.modules_to_save = ["score"]
+    start(lora_layers(peft), config, lora, parent, seed)
     if parent is not None:
-        embed_parent(lora_state(lora_layers(peft), DEFAULT), lora, parent)
         _, tensors = read_adapter(parent)
         if SCORE in tensors:
             with torch.no_grad():
@@ -104,7 +100,7 @@ def save_reward_model(
     config: Any = model.peft_config[DEFAULT]
     tensors = whole(reward_tensors(model))
     if write:
-        write_adapter(folder, base, config, tensors)
+        write_adapter(folder, base, config, settled(tensors, lora_state(lora_layers(model), DEFAULT)))
 
 
 def reward_tensors(model: PeftModelForSequenceClassification) -> dict[str, Tensor]:

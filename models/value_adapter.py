@@ -43,7 +43,7 @@ def write_value_adapter(
         except ValueError as error:
             said = f"a {config.model_type} has no token classifier, which a value model is"
             raise UserError("model.base", said, "train it here") from error
-        settings = lora.config(model, "TOKEN_CLS")
+        settings = lora.config(model, "TOKEN_CLS", continued=True)
         peft: Any = get_peft_model(model, settings)
     generator = torch.Generator().manual_seed(seed)
     made: dict[str, Tensor] = {}

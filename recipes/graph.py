@@ -1,11 +1,9 @@
 """The stages as a graph: what each needs, in which order they run."""
 
-import math
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from ..errors import UserError, nearest
 from ..eval.decoding import beam_problem
@@ -13,7 +11,7 @@ from ..files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DOCTOR, EVAL_CACHE, EVALUAT
 from ..stages.names import meant
 from ..stages.scorers.kinds import IMPLIED
 from ..stages.scorers.kinds import KINDS as SCORERS
-from .build import lora_values
+from .growth import growth_problems, start_problems
 from .problems import problem
 from .schema import BASE, Data, Recipe, Reward, Stage
 from .text import Path_, Text
@@ -171,13 +169,14 @@ def graph_problems(recipe: Recipe, text: Text) -> Iterator[UserError]:
             yield problem(text, (*here, "from"), said, remedy)
         yield from _idle_problems(text, here, stage)
         yield from _said_twice(text, here, stage)
-        yield from _growth_problems(recipe, text, name, stage)
+        yield from growth_problems(recipe, text, name, stage)
     for name, each in recipe.expanded.items():
         for index, stage in enumerate(each):
             if stage not in recipe.stages:
                 path: Path_ = ("expanded", name, index)
                 yield problem(text, path, f"no stage {stage!r}", nearest(stage, recipe.stages))
     yield from _circle(recipe, text)
+    yield from start_problems(recipe, text)
     yield from _eval_problems(recipe, text)
 
 
@@ -364,34 +363,6 @@ def _said_twice(text: Text, here: Path_, stage: Stage) -> Iterator[UserError]:
         if key in stage.train:
             said = f"{key} is said twice, as {value!r} beside train and as {stage.train[key]!r} in it"
             yield problem(text, (*here, "train", key), said, "keep the one beside train")
-
-
-def _growth_problems(recipe: Recipe, text: Text, name: str, stage: Stage) -> Iterator[UserError]:
-    """A child starts as an exact copy of its parent's adapter: its rank may grow, the rest may not change."""
-    if stage.parent not in recipe.stages or stage.parent == name:
-        return
-    if not (stage.record.trains and recipe.stages[stage.parent].record.trains):
-        return
-    ours, theirs = lora_values(recipe, name), lora_values(recipe, stage.parent)
-    here: Path_ = ("stages", name, "lora")
-    if ours["r"] < theirs["r"]:
-        said = f"is {ours['r']}, below {theirs['r']} of {stage.parent}, from which it starts"
-        yield problem(text, (*here, "r"), said, f"use r: {theirs['r']} or more")
-        return
-    scale, wanted = _scaling(ours), _scaling(theirs)
-    if not math.isclose(scale, wanted, rel_tol=1e-9):
-        fitting = ours["alpha"] * wanted / scale
-        said = f"is {ours['alpha']:g} and scales by {scale:g}, {stage.parent}, from which it starts, by {wanted:g}"
-        yield problem(text, (*here, "alpha"), said, f"use alpha: {fitting:g} with r: {ours['r']}")
-    targets, parents_ = ours["target_modules"], theirs["target_modules"]
-    if targets != "all-linear" and (parents_ == "all-linear" or set(parents_) - set(targets)):
-        missing = parents_ if parents_ == "all-linear" else ", ".join(sorted(set(parents_) - set(targets)))
-        said = f"leaves out what {stage.parent}, from which it starts, adapts ({missing})"
-        yield problem(text, (*here, "target_modules"), said, "keep the parent's target modules")
-
-
-def _scaling(lora: Mapping[str, Any]) -> float:
-    return lora["alpha"] / (math.sqrt(lora["r"]) if lora["use_rslora"] else lora["r"])
 
 
 def _eval_problems(recipe: Recipe, text: Text) -> Iterator[UserError]:

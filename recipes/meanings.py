@@ -12,8 +12,18 @@ _ADAPTER = {
     "r": "Rank: how many directions each adapted matrix may move in.",
     "alpha": "The adapter's output is scaled by alpha / r.",
     "dropout": "Share of the adapter's inputs that are left out in training.",
-    "target_modules": "Layers that get an adapter: all-linear, or a list of names.",
+    "target_modules": "Layers that get an adapter: all-linear, a list of names, or a regular expression for "
+    "whole paths.",
     "use_rslora": "Scale by alpha / sqrt(r) instead.",
+    "use_dora": "Train a magnitude of each output beside its direction (DoRA); slower.",
+    "init_lora_weights": "Where an adapter starts that starts from the base: true, gaussian, orthogonal, pissa, "
+    "pissa_niter_N, olora. The last three have twice the rank, of which half trains.",
+    "rank_pattern": "Ranks of modules whose names match, such as {down_proj: 8}.",
+    "alpha_pattern": "The same for alpha.",
+    "exclude_modules": "Target modules that get none: a list of names, or a regular expression for whole paths.",
+    "layers_to_transform": "The numbers of the layers that get adapters, from 0. Default: all.",
+    "layers_pattern": "The name of the list of layers, where PEFT does not know it.",
+    "target_parameters": "Stacked weights of experts that get adapters too, such as mlp.experts.down_proj.",
 }
 _SOURCE = {
     "path": "A file (.jsonl, .json, .csv, .tsv, .parquet, also .gz), a folder of such files, or a hub id.",

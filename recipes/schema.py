@@ -47,14 +47,33 @@ class Model(Part):
     packed: bool = True
 
 
+Names = Annotated[list[str], Field(min_length=1)]
+Layer = Annotated[int, Field(ge=0)]
+Layers = Annotated[list[Layer], Field(min_length=1)]
+Alpha = Annotated[float, Field(gt=0)]
+
+
+def _one(value: object) -> object:
+    """A number is a list of one."""
+    return [value] if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 class Lora(Part):
-    """The adapter that trains."""
+    """The adapter that trains. Keys have PEFT's names, but for `alpha` and `dropout`."""
 
     r: Positive = 16
     alpha: float = Field(default=32, gt=0)
     dropout: Fraction = 0.0
-    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
+    target_modules: Literal["all-linear"] | str | Names = "all-linear"
     use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: bool | str = True
+    rank_pattern: dict[str, Positive] = Field(default_factory=dict)
+    alpha_pattern: dict[str, Alpha] = Field(default_factory=dict)
+    exclude_modules: str | Names | None = None
+    layers_to_transform: Annotated[Layers | None, BeforeValidator(_one)] = None
+    layers_pattern: str | Names | None = None
+    target_parameters: list[str] = Field(default_factory=list)
 
 
 class LoraChange(Part):
@@ -63,8 +82,16 @@ class LoraChange(Part):
     r: Positive | None = None
     alpha: float | None = Field(default=None, gt=0)
     dropout: Fraction | None = None
-    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] | None = None
+    target_modules: Literal["all-linear"] | str | Names | None = None
     use_rslora: bool | None = None
+    use_dora: bool | None = None
+    init_lora_weights: bool | str | None = None
+    rank_pattern: dict[str, Positive] | None = None
+    alpha_pattern: dict[str, Alpha] | None = None
+    exclude_modules: str | Names | None = None
+    layers_to_transform: Annotated[Layers | None, BeforeValidator(_one)] = None
+    layers_pattern: str | Names | None = None
+    target_parameters: list[str] | None = None
 
 
 class Source(Part):

@@ -14,6 +14,7 @@ from ..errors import UserError, gathering, nearest
 from ..models import seams
 from ..models.auto import open_config
 from ..models.cost import adapter_parameters
+from ..models.starts import decays
 from ..values import is_finite
 from .job import StageJob
 from .options import stage_config, word_problems
@@ -44,6 +45,7 @@ def stage_problems(job: StageJob) -> list[UserError]:
         found += _device_problems(job, args)
         found += _expert_problems(job, args)
         found += [] if kind.check is None else kind.checker()(job, args)
+        found += _start_problems(job, args)
     found += _adapter_problems(job)
     for index, source in enumerate(job.rewards):
         here = f"stages.{job.name}.reward.{index}"
@@ -202,6 +204,20 @@ def _adapter_problems(job: StageJob) -> Iterator[UserError]:
             targets = job.lora.target_modules
             said = f"no layer of the base is called {targets if isinstance(targets, str) else ' or '.join(targets)}"
             yield UserError("lora.target_modules", said, "use all-linear, or names such as q_proj")
+
+
+def _start_problems(job: StageJob, args: TrainingArguments) -> Iterator[UserError]:
+    """An adapter that starts with a part of the base's weights, half of which stays as it is."""
+    if job.lora.use_dora and job.quantization is not None:
+        said = f"DoRA reads the base's weights at every forward, and they are packed in {job.quantization}"
+        yield UserError("lora.use_dora", said, "leave it out, or model.quantization")
+    if job.parent is not None or not job.lora.altering:
+        return
+    if args.weight_decay:
+        yield decays(args.weight_decay, f"stages.{job.name}.train.weight_decay")
+    if job.quantization is not None:
+        said = f"{job.lora.init_lora_weights} takes the base's weights apart, and they are packed in {job.quantization}"
+        yield UserError("lora.init_lora_weights", said, "leave it out, or model.quantization")
 
 
 def _installed(module: str) -> bool:

@@ -28,6 +28,9 @@ ALIASES: Mapping[str, Mapping[str, str]] = {
         **dict.fromkeys(("targets", "modules", "lora_target", "lora_target_modules"), "target_modules"),
         "lora_target_linear": "target_modules: all-linear",
         "rslora": "use_rslora",
+        **dict.fromkeys(("dora", "peft_use_dora"), "use_dora"),
+        **dict.fromkeys(("init", "init_weights", "lora_init"), "init_lora_weights"),
+        "pissa": "init_lora_weights: pissa",
     },
     "data": {
         **dict.fromkeys(("file", "files", "dataset", "url", "id", "train", "data_path", "dataset_name"), "path"),
@@ -123,8 +126,43 @@ GONE: Mapping[str, str] = {
 }
 """Fields of earlier versions, and others that are none -> what to do instead."""
 
+REFUSED: Mapping[str, str] = {
+    "bias": "leave it out: it trains the base's own biases, and every role shares the base",
+    "lora_bias": "leave it out: it is for adapters that are taken out of a whole model, and trains no further here",
+    "modules_to_save": "leave it out: it trains whole modules, and every role shares the base's; a reward model's "
+    "score trains anyway",
+    "trainable_token_indices": "leave it out: it trains rows of the embedding, and every role shares the base's",
+    "ensure_weight_tying": "leave it out: it is for adapters on the embedding or the head, and neither gets one",
+    "layer_replication": "leave it out: it makes another base, with layers said twice",
+    "fan_in_fan_out": "leave it out: it is seen from the layer",
+    "alora_invocation_tokens": "leave it out: the adapter would be off for a part of each row",
+    **dict.fromkeys(
+        ("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+        "leave it out: init_lora_weights takes true, gaussian, orthogonal, pissa, pissa_niter_N or olora",
+    ),
+    **dict.fromkeys(("megatron_config", "megatron_core"), "leave it out: Megatron's layers are not supported"),
+    **dict.fromkeys(("use_qalora", "qalora_group_size"), "leave it out: GPTQ bases are not supported"),
+    **dict.fromkeys(
+        ("velora_config", "monteclora_config", "kasa_config", "use_bdlora", "arrow_config"),
+        "leave it out: this variant of LoRA is not supported",
+    ),
+    "task_type": "leave it out: the stage's kind says it",
+    "runtime_config": "leave it out: it says how PEFT loads, and no number",
+    **dict.fromkeys(
+        ("peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "inference_mode"),
+        "leave it out: it is written beside the adapter",
+    ),
+}
+"""Fields of PEFT's `LoraConfig` that a recipe's `lora` does not take -> why."""
+
 SAID: Mapping[str, str] = {
-    **dict.fromkeys(("use_dora", "peft_use_dora"), "leave it out: adapters are plain LoRA, and DoRA is not offered"),
+    **REFUSED,
+    **dict.fromkeys(
+        ("add_tokens", "new_special_tokens", "added_tokens", "add_special_tokens"),
+        "leave it out: a new token needs a row of its own in the embedding, which every role shares and nothing "
+        "trains; take a base that has it",
+    ),
+    **dict.fromkeys(("full", "full_finetune"), "leave it out: every stage trains an adapter beside a frozen base"),
     **dict.fromkeys(("use_peft", "finetuning_type"), "leave it out: every stage trains a LoRA adapter (lora: {...})"),
     **dict.fromkeys(
         ("attn_implementation", "flash_attn", "flash_attention"), "leave it out: the attention is chosen by the device"
@@ -138,7 +176,7 @@ SAID: Mapping[str, str] = {
         ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_compute_dtype"),
         "leave it out: quantization: 4bit in model is nf4",
     ),
-    **dict.fromkeys(("lora_task_type", "task_type"), "leave it out: the stage's kind says it"),
+    "lora_task_type": "leave it out: the stage's kind says it",
     # of pairs it cuts the reply alone; here prompt and reply are counted together
     "max_completion_length": "write max_new_tokens in a stage of kind ppo; pairs are cut by max_length of the data "
     "entry, which counts prompt and reply",

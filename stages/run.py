@@ -113,7 +113,7 @@ def train_policy(job: StageJob, stage: PolicyStage[TrainerT]) -> dict[str, Any]:
     if isinstance(stage.trainer, StageTrainer):
         stage.trainer.came_from(job, stage.data.train, stage.data.origins)
     metrics = train(stage.trainer, len(stage.data.train))
-    stage.adapters.save("default", job.output_dir, write=stage.trainer.is_world_process_zero())
+    stage.adapters.save("default", job.output_dir, write=stage.trainer.is_world_process_zero(), done=True)
     args, backbone = stage.trainer.args, stage.adapters.backbone
     return finish(job, stage.tokenizer, stage.data, args, metrics, backbone=backbone)
 

@@ -202,6 +202,28 @@ MUTATIONS = [
         "D2", "the cache goes by the weights alone", "stages/reference_trainer.py",
         "            self._precompute_model_hash = self._reference_key\n", "",
     ),
+    Mutation(
+        "L1", "PiSSA's components pass over the scaling", "models/starts.py", "(s_R / scaling).sqrt()", "s_R.sqrt()",
+    ),
+    Mutation(
+        "L2", "DoRA's magnitudes are left out of the merged weight", "models/lora.py",
+        "if role in layer.lora_magnitude_vector:", "if False:",
+    ),
+    Mutation(
+        "L3", "a DoRA goes on from a LoRA", "models/lora.py", "if ours.use_dora != theirs.use_dora:", "if False:",
+    ),
+    Mutation(
+        "L4", "what is taken out of the base trains", "models/starts.py",
+        "    parameter.register_hook(trained)\n", "",
+    ),
+    Mutation(
+        "L5", "a pattern may match nothing", "models/lora_spec.py",
+        "if not any(get_pattern_key([pattern], path) == pattern for path in (*paths, *stacked)):", "if False:",
+    ),
+    Mutation(
+        "L6", "a stage that goes on draws its start anew", "models/lora.py",
+        "    if parent is not None:\n        embed_parent(", "    if parent is None:\n        embed_parent(",
+    ),
 ]  # fmt: skip
 
 MUTATIONS += [

@@ -42,6 +42,7 @@ from ...models.lora import LoraSpec
 from ...models.memory import release_free_memory
 from ...models.older import save_tokenizer
 from ...models.pickles import check_pickles
+from ...models.starts import check_decay
 from ...models.tokens import check_vocabulary
 from ..callbacks import Clock, ProgressBar
 from ..checkpoints import Progress, Resumable, checkpoints, continuing, log_bytes, newest, read_progress
@@ -638,6 +639,7 @@ class OnPolicyTrainer(Resumable):
         """One optimiser, with a group for each of the method's learning rates."""
         if self.optimizer is None:
             args = self.args
+            check_decay(self.trainables.values(), args.weight_decay, f"{type(self).__name__}, weight_decay")
             cls, kwargs = self.get_optimizer_cls_and_kwargs(args, None)
             groups: list[dict[str, Any]] = [
                 {"params": parameters, "lr": rate, "weight_decay": args.weight_decay}

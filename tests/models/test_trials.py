@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
@@ -23,10 +24,11 @@ from preftune.models import generate
 from preftune.models.adapters import AdapterSet
 from preftune.models.base import Base
 from preftune.models.causal import decoder_of, head_of
+from preftune.models.cost import adapter_parameters
 from preftune.models.decoder import Decoder, LibraryDecoder
 from preftune.models.generate import decoder_for, merged, sample
 from preftune.models.loading import resolve_base
-from preftune.models.lora import LoraSpec, linear_names
+from preftune.models.lora import LoraSpec, linear_names, lora_state
 from preftune.models.merging import merge_adapter
 from preftune.models.packing import use_packed_forward
 from preftune.models.reward_model import create_reward_model
@@ -286,6 +288,54 @@ def test_experts_that_are_adapted_sample_merge_and_chain(tmp_path, caplog):
     child.load("ref", tmp_path)
     with torch.no_grad(), child.using("ref"):
         torch.testing.assert_close(child.model(input_ids=ids).logits, beside)
+    trained = sum(each.numel() for each in adapters.parameters("default"))
+    assert adapter_parameters(DeepseekV3Config(**LATENT), LoraSpec(r=2, alpha=4)) == trained
+    base = Base("x", Path("x"), None, "")
+    again = AdapterSet.create(small(DeepseekV3Config(**LATENT)), base, LoraSpec.of(tmp_path), tmp_path)
+    with torch.no_grad(), again.using("default"):
+        torch.testing.assert_close(again.model(input_ids=ids).logits, beside)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"rank_pattern": {"gate_proj": 4}},
+        {"alpha_pattern": {"q_b_proj": 4}},
+        {"layers_to_transform": [1]},
+        {"target_modules": r".*_proj"},
+    ],
+)
+def test_what_is_said_of_layers_whose_experts_are_adapted_in_their_place_is_refused(asked: dict[str, Any]):
+    with pytest.raises(UserError, match="in the place of the layers named"):
+        adapted(small(DeepseekV3Config(**LATENT)), **asked)
+
+
+def test_experts_that_are_named_are_trained_and_chain(tmp_path):
+    names = ["experts.gate_up_proj", "experts.down_proj"]
+    asked: dict[str, Any] = {"target_modules": ["q_a_proj"], "target_parameters": names}
+    adapters = adapted(small(DeepseekV3Config(**LATENT)), **asked)
+    state = lora_state(adapters._layers, "default")
+    assert {name.partition(".mlp.")[2].replace(".base_layer", "") for name in state if ".mlp." in name} == {
+        "experts.lora_A.weight",
+        "experts.lora_B.weight",
+    }
+    ids = torch.tensor([PROMPTS[0]])
+    with torch.no_grad(), adapters.using("default"):
+        beside = adapters.model(input_ids=ids).logits
+    with torch.no_grad(), merged(adapters, "default"):
+        torch.testing.assert_close(adapters.model(input_ids=ids).logits, beside, atol=1e-4, rtol=0)
+    adapters.save("default", tmp_path)
+    plain = PeftModel.from_pretrained(small(DeepseekV3Config(**LATENT)), str(tmp_path)).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(plain(input_ids=ids).logits, beside, atol=1e-5, rtol=0)
+    base = Base("x", Path("x"), None, "")
+    lora = LoraSpec(r=2, alpha=4, **asked)
+    child = AdapterSet.create(small(DeepseekV3Config(**LATENT)), base, lora, tmp_path)
+    assert child.digest("default") == adapters.digest("default")
+    with pytest.raises(UserError, match="no linear layer"):
+        adapted(small(DeepseekV3Config(**LATENT)), **asked, init_lora_weights="pissa")
+    with pytest.raises(UserError, match=r"[Dd]o[Rr][Aa]"):
+        adapted(small(DeepseekV3Config(**LATENT)), **asked, use_dora=True)
 
 
 def test_a_weight_that_layers_share_is_not_merged():

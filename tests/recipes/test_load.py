@@ -1,6 +1,7 @@
 """Reading recipes: what is wrong is said in one line with file, line and key; overrides; shipped recipes."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -352,12 +353,36 @@ def test_an_override_may_write_a_place_in_a_list_with_brackets(recipe_file: Path
         ("stages.ipo.lora={r: 8}", "is 8, below 16 of sft"),
         ("stages.ipo.lora={r: 32}", "use alpha: 64 with r: 32"),
         ("stages.ipo.lora={target_modules: [q_proj]}", "keep the parent's target modules"),
+        ("stages.ipo.lora={use_dora: true}", "stages.ipo.lora.use_dora: is true, and false in sft"),
+        ("stages.ipo.lora={rank_pattern: {q_proj: 2}}", "stages.ipo.lora.rank_pattern: is {'q_proj': 2}, and not said"),
+        ("stages.ipo.lora={layers_to_transform: 1}", "layers_to_transform: is [1], and not said in sft"),
+        ("stages.ipo.lora={target_modules: '.*q_proj'}", "keep the parent's target modules"),
+        ("lora.init_lora_weights=eva", "lora.init_lora_weights: eva draws A from activations"),
+        ("lora={init_lora_weights: orthogonal, r: 5}", "orthogonal has even ranks, and 5 is odd; use r: 6"),
+        ("stages.sft.lora={init_lora_weights: false}", "stages.sft.lora.init_lora_weights: False starts with a random"),
+        ("lora.layers_to_transform=-1", "at least 0"),
+        ("lora.rank_pattern={q_proj: 0}", "at least 1"),
         ("seed=-1", "at least 0"),
         ("stages.ipo.seed=4294967296", "less than"),
     ],
 )
 def test_what_a_child_or_a_seed_cannot_be_is_said_with_its_line(recipe_file: Path, override: str, part: str):
     assert part in refused(recipe_file, override)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("{use_dora: true}", "use_dora: is false, and true in sft"),
+        ("{init_lora_weights: pissa}", "r: is 16, below 32 of sft, from which it starts: init_lora_weights: pissa has"),
+        ("{alpha_pattern: {q_proj: 2}}", "alpha_pattern: is not said, and {'q_proj': 2.0} in sft"),
+    ],
+)
+def test_a_parent_that_no_child_can_copy_is_said_of_each(recipe_file: Path, override: str, said: str):
+    with pytest.raises(UserErrors) as caught:
+        load_recipe(recipe_file, [f"stages.sft.lora={override}"])
+    for child in ("reward", "ipo"):
+        assert f"stages.{child}.lora.{said}" in str(caught.value)
 
 
 def test_an_adapter_from_outside_the_run_is_a_parent(tmp_path: Path):
@@ -380,5 +405,12 @@ def test_an_adapter_from_outside_the_run_is_a_parent(tmp_path: Path):
     again = tmp_path / "run.yaml"
     again.write_text(yaml.safe_dump(recipe.resolved()))
     assert load_recipe(again).stages["dpo"].imports == outside
+    said = {"peft_type": "LORA", "r": 32, "lora_alpha": 64, "use_dora": True}
+    (outside / "adapter_config.json").write_text(json.dumps(said))
+    with pytest.raises(UserError, match=r"stages\.dpo\.lora\.use_dora: is false, and true in .*mine"):
+        load_recipe(tmp_path / "t.yaml")
+    with pytest.raises(UserError, match=r"stages\.dpo\.lora\.r: is 16, below 32 of .*mine"):
+        load_recipe(tmp_path / "t.yaml", ["lora.use_dora=true"])
+    load_recipe(tmp_path / "t.yaml", ["lora.use_dora=true", "lora.r=32", "lora.alpha=64"])
     with pytest.raises(UserError, match=r"stages\.dpo\.from: is .*expected a stage's name, base, or \{adapter: PATH\}"):
         load_recipe(tmp_path / "t.yaml", ["stages.dpo.from={folder: mine}"])

@@ -35,7 +35,7 @@ ROWS = {
     ],
     "prompt": [{"prompt": row["prompt"], "place": place} for place, row in enumerate(PAIRS)],
 }
-DATA_OF = {"sft": "demo", "reward": "pair", "dpo": "pair", "kto": "label", "sample": "prompt"}
+DATA_OF = {"sft": "demo", "reward": "pair", "dpo": "pair", "kto": "label", "sample": "prompt", "ppo": "prompt"}
 
 
 @pytest.fixture(scope="session")

@@ -33,10 +33,9 @@ def opened(folder: Path, model: Any, **given: Any) -> PPOTrainer:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"use_dora": True}, "use_dora=True"),
+        ({"bias": "lora_only"}, "bias='lora_only'"),
         ({"init_lora_weights": "pissa"}, "writes into the base"),
         ({"modules_to_save": ["norm"]}, "modules_to_save"),
-        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
         ({"target_modules": ["q_proj", "embed_tokens"]}, "LoRA on an embedding"),
         ({"target_modules": ["q_proj", "lm_head"]}, "LoRA on the output head"),
     ],

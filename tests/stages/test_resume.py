@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from preftune.errors import UserError
+from preftune.models.lora import LoraSpec
 from preftune.stages import checkpoints, run
 from preftune.stages.callbacks import ProgressBar
 from preftune.stages.job import CheckpointPlan, StageJob
@@ -122,6 +123,22 @@ def test_q06_a_quantised_base_is_quantised_alike_when_a_stage_goes_on(
             run_stage(cut)
     run_stage(cut)
     assert left(cut) == left(whole)
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"init_lora_weights": "pissa"}], ids=["DoRA", "PiSSA"])
+def test_another_kind_of_lora_goes_on_exactly(
+    make_job: Any, sft_folder: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    given: dict[str, Any] = {"lora": LoraSpec(r=4, alpha=8, **settings), "train": EPOCHS | {"num_train_epochs": 2}}
+    whole = resumed_job(make_job, "sft", sft_folder, "whole", **given)
+    run_stage(whole)
+    job = resumed_job(make_job, "sft", sft_folder, "cut", **given)
+    with monkeypatch.context() as patch:
+        cut_off(patch, *PLACES["step 7"])
+        with pytest.raises(Killed):
+            run_stage(job)
+    run_stage(job)
+    assert left(job) == left(whole)
 
 
 def test_a_resumed_stage_logs_as_often_as_it_is_told_now(
