@@ -12,7 +12,7 @@ Legend of shape suffixes: I input size, O output size, P packed bytes, B blocks 
 import importlib
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,7 @@ class QuantisedLinear(nn.Linear):
         """An ordinary layer with the weights unpacked."""
         made = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         made.weight = _frozen(self.unpacked())
-        made.register_parameter("bias", bias_of(self))
+        made.register_parameter("bias", cast("nn.Parameter | None", self.bias))
         return made
 
 

@@ -61,8 +61,9 @@ def packed_layers(model: torch.nn.Module) -> list[QuantisedLinear]:
 class _One(torch.nn.Module):
     """A model that is one linear layer."""
 
-    def __init__(self, outputs: int, inputs: int, dtype: torch.dtype) -> None:
+    def __init__(self, shape: tuple[int, int], dtype: torch.dtype) -> None:
         super().__init__()
+        outputs, inputs = shape
         self.layer = torch.nn.Linear(inputs, outputs, bias=False, dtype=dtype)
 
     def get_output_embeddings(self) -> None:
@@ -76,7 +77,7 @@ class _One(torch.nn.Module):
 )
 def test_q01_four_bits_are_the_nearest_of_sixteen_numbers_times_the_blocks_largest(shape, dtype):
     """In blocks of 64 weights, wherever rows end: bitsandbytes' kernels go astray at some of these shapes."""
-    model = _One(*shape, dtype)
+    model = _One(shape, dtype)
     weight = model.layer.weight.detach().float().clone()
     pack(model, "4bit")  # pyright: ignore[reportArgumentType]: all that it asks for is there
     layer: Any = model.layer
@@ -95,7 +96,7 @@ def test_q01_four_bits_are_the_nearest_of_sixteen_numbers_times_the_blocks_large
 
 @pytest.mark.checklist("Q1")
 def test_q01_eight_bits_are_127_steps_of_each_rows_largest():
-    model = _One(32, 100, torch.float32)
+    model = _One((32, 100), torch.float32)
     weight = model.layer.weight.detach().clone()
     pack(model, "8bit")  # pyright: ignore[reportArgumentType]: as above
     layer = model.layer
