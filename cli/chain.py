@@ -454,7 +454,7 @@ def write_recipe(folder: Path, recipe: Recipe) -> None:
 def _highlights(metrics: Mapping[str, Any] | None) -> str:
     names = {
         "train_loss": "loss",
-        "loss": "divergence from the teacher",
+        "loss": "loss",
         "held_out_accuracy": "held-out accuracy",
         "objective/scores": "score",
         "objective/kl": "KL",

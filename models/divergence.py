@@ -133,4 +133,5 @@ class _Divergence(torch.autograd.Function):
         (gradient_NH,) = ctx.saved_tensors
         grad_N = grads[0]
         assert grad_N is not None
+        # fp32 product, one rounding, as in `logprobs.py`
         return ((grad_N[:, None] * gradient_NH).to(gradient_NH.dtype), *([None] * 4))

@@ -1,6 +1,7 @@
 """What every test shares: no network, one cache for made bases, and the checklist's listing."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -65,9 +66,9 @@ def pytest_terminal_summary(terminalreporter) -> None:
     for outcome in ("passed", "failed", "skipped"):
         for report in terminalreporter.stats.get(outcome, []):
             if getattr(report, "when", "call") == "call" or outcome == "skipped":
-                name = report.nodeid.rsplit("::", 1)[-1]
-                row = name.split("_")[1]
-                rows.setdefault(f"{row[0].upper()}{int(row[1:])}", []).append(f"{outcome:7} {report.nodeid}")
+                row = re.match(r"test_([a-z])(\d+)_", report.nodeid.rsplit("::", 1)[-1])
+                if row is not None:  # `-m "not checklist"` has others
+                    rows.setdefault(f"{row[1].upper()}{int(row[2])}", []).append(f"{outcome:7} {report.nodeid}")
     terminalreporter.section("checklist rows")
     for row in sorted(rows, key=lambda r: (r[0], int(r[1:]))):
         for line in rows[row]:

@@ -430,8 +430,8 @@ MUTATIONS += [
     ),
     Mutation(
         "G19", "log-probs and entropies are one tensor", "stages/ppo/method.py",
-        "({role: unknown_BR.clone() for role in (DEFAULT, *roles)} for _ in range(2))",
-        "({role: unknown_BR for role in (DEFAULT, *roles)} for _ in range(2))",
+        "{role: unknown_BR.clone() for role in (DEFAULT, *roles)}, unknown_BR.clone()",
+        "{role: unknown_BR for role in (DEFAULT, *roles)}, unknown_BR",
     ),
     Mutation(
         "G19", "several steps leave it to the first", "stages/groups.py",

@@ -49,8 +49,8 @@ class Labels:
     def ballots(self, voter: str, policies: list[str]) -> tuple[list[Ballot], int]:
         """What was drawn and the person did not vote on."""
         drawn = self.labelling.drawn()
-        missing = {wish.prompt for wish in self.labelling.wishes() if wish not in drawn}
-        return list(self.labelling.ballots(voter, drawn)), len(missing)
+        coming = {wish.prompt for wish in self.labelling.missing(drawn)}
+        return list(self.labelling.ballots(voter, drawn)), len(coming)
 
     def voted(self) -> None:
         """Writes the pairs."""

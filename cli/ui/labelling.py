@@ -112,12 +112,8 @@ class Drawing:
         """What people wait for, in words; empty where all is drawn."""
         if self.trouble:
             return f"No more replies are drawn: {self.trouble}"
-        left = len(self._missing())
+        left = len(self.labelling.missing(self.labelling.drawn()))
         return f"{left} replies are still being drawn; the next ones come by themselves." if left else ""
-
-    def _missing(self) -> list[Wish]:
-        drawn = self.labelling.drawn()
-        return [wish for wish in self.labelling.wishes() if wish not in drawn]
 
     def _run(self) -> None:
         try:
@@ -133,7 +129,7 @@ class Drawing:
             UserError: a policy was trained again since the labelling began, or its adapter is gone.
         """
         missing: dict[str, list[Wish]] = {}
-        for wish in self._missing():
+        for wish in self.labelling.missing(self.labelling.drawn()):
             missing.setdefault(wish.prompt, []).append(wish)
         todo, done, width = list(missing.values()), 0, 1
         while todo and not self._over.is_set():

@@ -98,6 +98,10 @@ class Labelling:
                 found.setdefault(wish, str(row.get("completion")))
         return found
 
+    def missing(self, drawn: Mapping[Wish, str]) -> list[Wish]:
+        """The replies that are still to be drawn, prompt by prompt."""
+        return [wish for wish in self.wishes() if wish not in drawn]
+
     def seed_of(self, wish: Wish) -> int:
         """Of the reply's random stream: another for each prompt and number, whatever else stands in the file."""
         return _hashed(self.sampling.get("seed"), wish.prompt, wish.number) % (1 << 31)

@@ -148,16 +148,17 @@ def policy_forwards(trunk: Trunk, episodes: Episodes, roles: Sequence[str] = (DE
     """
     mask_BR = episodes.mask_BR
     unknown_BR = torch.zeros(mask_BR.shape, device=mask_BR.device).masked_fill(mask_BR, torch.nan)
-    # a tensor each
-    logps, entropies = ({role: unknown_BR.clone() for role in (DEFAULT, *roles)} for _ in range(2))
+    # a tensor each: the first step writes into the policy's
+    logps, entropy_BR = {role: unknown_BR.clone() for role in (DEFAULT, *roles)}, unknown_BR.clone()
     for rows in trunk.batches(episodes, group) if roles else ():
         part, here = episodes.rows(rows), to_device(rows, mask_BR.device)
         for role in roles:
             with trunk.adapters.using(role):
                 found = trunk.logprobs(trunk.hidden(part), part)
             logps[role][here, : found.logps_BR.shape[1]] = found.logps_BR
-            entropies[role][here, : found.entropy_BR.shape[1]] = found.entropy_BR
-    return Forwards(logps[DEFAULT], logps.get(REF), entropies[DEFAULT])
+            if role == DEFAULT:
+                entropy_BR[here, : found.entropy_BR.shape[1]] = found.entropy_BR
+    return Forwards(logps[DEFAULT], logps.get(REF), entropy_BR)
 
 
 class ValueStart(NamedTuple):

@@ -56,6 +56,12 @@ class Typist:
         shown, _, self.seen = self.seen.partition(text)
         return shown + text
 
+    def interrupt(self) -> None:
+        """Press Ctrl-C, not in the very moment in which the question appears: Python's readline hears a signal only
+        once it waits for a key, and what comes before is heard with the next one."""
+        time.sleep(0.5)
+        self.type("\x03")
+
     def type(self, text: str) -> None:
         os.write(self.terminal, text.encode())
 
@@ -100,6 +106,6 @@ def test_ctrl_c_at_the_prompt_ends_with_the_tally(judged):
     person.type("1\n")
     person.wait("[2 of 4]")
     person.wait("(skip)? ")
-    person.type("\x03")
+    person.interrupt()
     person.wait("votes.jsonl: 1, 1 of them now")
     assert person.exit_code() == 0

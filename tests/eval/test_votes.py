@@ -204,8 +204,8 @@ def test_e06_votes_cast_at_the_same_time_are_all_there_and_there_once(tmp_path):
 def test_e06_who_votes_waits_for_a_vote_that_is_being_written(tmp_path, monkeypatch):
     path = tmp_path / "votes.jsonl"
     row = vote(HI, "a", "b", 1) | {"completion_a": "x", "voter": "Ada"}
-    added = []
-    second = Thread(target=lambda: added.append(cast_vote(path, row)))
+    added = {}
+    second = Thread(target=lambda: added.update(second=cast_vote(path, row)))
 
     def interrupted(*arguments):
         monkeypatch.setattr(files_of_votes, "append_line", append_line)
@@ -214,9 +214,9 @@ def test_e06_who_votes_waits_for_a_vote_that_is_being_written(tmp_path, monkeypa
         append_line(*arguments)
 
     monkeypatch.setattr(files_of_votes, "append_line", interrupted)
-    added.append(cast_vote(path, row))
+    added["first"] = cast_vote(path, row)
     second.join()
-    assert added == [True, False]
+    assert added == {"first": True, "second": False}
     assert len(read_votes(path)) == 1
 
 

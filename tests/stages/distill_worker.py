@@ -11,7 +11,6 @@ Numbers are written into OUT, one file a process; the tests read and judge them.
 
 import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from unittest.mock import patch
 
 import torch
 from collecting import collect
-from ppo_worker import LENGTHS, flat, push, train_on, trained, watchers
+from ppo_worker import LENGTHS, flat, push, train_on, trained, watchers, work
 from safetensors.torch import save_file
 
 from preftune.models.adapters import AdapterSet
@@ -118,14 +117,4 @@ def train(out: Path, kill: str = "") -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    mode, folder, *rest = sys.argv[1:]
-    if mode == "train":
-        train(Path(folder), *rest)
-    elif mode == "other":
-        other_number(Path(folder))
-    else:
-        several(mode, Path(folder))
-    if torch.distributed.is_initialized():
-        # a process that ends with its group still open is now and then aborted by one of the group's threads
-        torch.distributed.destroy_process_group()
+    work(several, train=train, other=other_number)

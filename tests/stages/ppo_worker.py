@@ -14,7 +14,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -311,15 +311,18 @@ def train(out: Path, kill: str = "") -> None:
     train_on(trainer, out)
 
 
-if __name__ == "__main__":
+def work(several: Callable[[str, Path], None], **modes: Callable[..., None]) -> None:
+    """Do what the command line asks for: MODE FOLDER [WORDS]. A mode that has no function of its own is `several`'s."""
     torch.set_num_threads(1)
     mode, folder, *rest = sys.argv[1:]
-    if mode == "train":
-        train(Path(folder), *rest)
-    elif mode in ("other", "back"):
-        (other_number if mode == "other" else one_number)(Path(folder))
+    if mode in modes:
+        modes[mode](Path(folder), *rest)
     else:
         several(mode, Path(folder))
     if torch.distributed.is_initialized():
         # a process that ends with its group still open is now and then aborted by one of the group's threads
         torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    work(several, train=train, other=other_number, back=one_number)

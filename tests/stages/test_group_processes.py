@@ -1,21 +1,18 @@
 """GRPO and RLOO in two real processes against one, and runs that SIGKILL ended: `group_worker.py` makes them."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from preftune.models.base import Base
 from preftune.stages.checkpoints import newest
 
-from .test_ppo_distributed import run_workers
+from .test_ppo_distributed import Outcome, outcome_of
 from .test_ppo_resume import assert_same, rows, timeless
 
 pytestmark = pytest.mark.slow
@@ -26,26 +23,10 @@ CASES = ("dapo", "grpo", "bnpo", "entropy", "rloo")
 """What `group_worker.py` calls them."""
 
 
-class Outcome(NamedTuple):
-    """one: the tensors of a single process. two: those of each of two. found, alone: the runs of two, and of one."""
-
-    one: dict[str, torch.Tensor]
-    two: list[dict[str, torch.Tensor]]
-    found: list[dict[str, Any]]
-    alone: dict[str, Any]
-
-
 @pytest.fixture(scope="session")
 def outcome(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     folder = tmp_path_factory.mktemp("group-processes")
-    run_workers(Path(WORKER), folder, ("alone", "together", "other"), in_two={"together"})
-    together = folder / "together"
-    return Outcome(
-        load_file(folder / "alone" / "step0.safetensors"),
-        [load_file(together / f"step{process}.safetensors") for process in range(2)],
-        [json.loads((together / f"found{process}.json").read_text(encoding="utf-8")) for process in range(2)],
-        json.loads((together / "found-one.json").read_text(encoding="utf-8")),
-    )
+    return outcome_of(Path(WORKER), folder, ("alone", "together", "other"), in_two={"together"})
 
 
 @pytest.mark.checklist("G13")

@@ -39,6 +39,23 @@ class Outcome(NamedTuple):
     two: list[dict[str, torch.Tensor]]
     found: list[dict[str, Any]]
 
+    @property
+    def alone(self) -> dict[str, Any]:
+        """What one process saw that made the runs of the two."""
+        return json.loads((self.folder / "found-one.json").read_text(encoding="utf-8"))
+
+
+def outcome_of(worker: Path, folder: Path, modes: Sequence[str], in_two: Collection[str]) -> Outcome:
+    """What came of the script in each of its modes (see `run_workers`)."""
+    run_workers(worker, folder, modes, in_two)
+    together = folder / "together"
+    return Outcome(
+        together,
+        load_file(folder / "alone" / "step0.safetensors"),
+        [load_file(together / f"step{process}.safetensors") for process in range(2)],
+        [json.loads((together / f"found{process}.json").read_text(encoding="utf-8")) for process in range(2)],
+    )
+
 
 def run_workers(worker: Path, folder: Path, modes: Sequence[str], in_two: Collection[str]) -> None:
     """The script in each of its modes, one after the other; those of `in_two` in two launched processes.
@@ -59,14 +76,7 @@ def run_workers(worker: Path, folder: Path, modes: Sequence[str], in_two: Collec
 @pytest.fixture(scope="session")
 def outcome(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     folder = tmp_path_factory.mktemp("processes")
-    together = folder / "together"
-    run_workers(WORKER, folder, ("alone", "together", "other", "back"), in_two={"together", "back"})
-    return Outcome(
-        together,
-        load_file(folder / "alone" / "step0.safetensors"),
-        [load_file(together / f"step{process}.safetensors") for process in range(2)],
-        [json.loads((together / f"found{process}.json").read_text(encoding="utf-8")) for process in range(2)],
-    )
+    return outcome_of(WORKER, folder, ("alone", "together", "other", "back"), in_two={"together", "back"})
 
 
 @pytest.mark.checklist("P16")
@@ -143,7 +153,7 @@ def test_p23_two_processes_resume_exactly(outcome: Outcome) -> None:
 
 def test_held_out_prompts_are_measured_together(outcome: Outcome) -> None:
     """Five prompts: the second process has two of them, and one more that counts nothing."""
-    one = json.loads((outcome.folder / "found-one.json").read_text(encoding="utf-8"))["held"]
+    one = outcome.alone["held"]
     assert one.pop("eval_runtime") > 0 and one["eval_objective/kl"] != 0
     for each in outcome.found:
         held = {name: value for name, value in each["held"].items() if name != "eval_runtime"}
