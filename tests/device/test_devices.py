@@ -21,7 +21,7 @@ def places_of_a_quantised_base() -> list[str]:
         return open_model(kind, path, **options)
 
     with (
-        mock.patch.object(loading, "quantization_config", lambda *_: None),
+        mock.patch.object(loading, "quantization_config", lambda *_, **more: None),
         mock.patch.object(loading, "open_model", opened),
     ):
         loading.load_model(base, quantization="4bit")

@@ -73,5 +73,5 @@ def test_a_base_that_cannot_be_divided_is_refused_in_words():
     ):
         shard_base(gpt2, gpt2)
     gpt2.layers, gpt2.packed = gpt2.h, nn.Parameter(torch.zeros(2, dtype=torch.uint8), requires_grad=False)
-    with pytest.raises(UserError, match="a quantised base cannot be divided"):
+    with pytest.raises(UserError, match="a base that is quantised so cannot be divided"):
         shard_base(gpt2, gpt2)

@@ -105,6 +105,7 @@ def test_a_method_of_ones_own_may_add_fields():
 )
 def test_what_the_run_would_refuse_is_found_before(make_job, monkeypatch, kind, train, said):
     monkeypatch.setattr("preftune.stages.check._installed", lambda module: False)
+    monkeypatch.setattr("transformers.trainer_optimizer.is_bitsandbytes_available", lambda: False)
     problems = stage_problems(job_with(make_job, kind, train))
     assert len(problems) == 1 and said in str(problems[0]), problems
     assert problems[0].where.startswith(f"stages.{kind}.train")

@@ -253,8 +253,8 @@ def test_what_is_missing_or_does_not_fit_is_an_error_in_words(tmp_path: Path) ->
         PPOTrainer(tiny(), letters, args, [{"text": "a"}], None, TOKENIZER)
     with pytest.raises(UserError, match="processing_class is missing"):
         PPOTrainer(tiny(), letters, args, PROMPTS)
-    with pytest.raises(UserError, match="use_dora=True"):
-        PPOTrainer(tiny_model(), letters, args, PROMPTS, None, TOKENIZER, peft_config=LoraConfig(use_dora=True))
+    with pytest.raises(UserError, match="bias='all'"):
+        PPOTrainer(tiny_model(), letters, args, PROMPTS, None, TOKENIZER, peft_config=LoraConfig(bias="all"))
 
 
 def test_a_config_defaults_to_the_whole_distribution_and_one_pass(tmp_path: Path) -> None:
