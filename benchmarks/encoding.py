@@ -1,12 +1,12 @@
-"""Reading and encoding preference pairs for DPO: rows a second, the memory of all processes, and what a second stage encodes.
+"""Reading and encoding preference pairs for DPO: rows a second, the memory of all processes, what a second stage takes.
 
     python -m preftune.benchmarks.encoding --rows 1000000
     python -m preftune.benchmarks.encoding --rows 200000 --against FOLDER --rounds 3   # an older version, in turns
 
-The rows are made from a seed and streamed to a file: a question of about 100 bytes and two replies of about 300 each, of
-sentences that people wrote about deliveries, with words and numbers in every reply that no other row has. FOLDER holds a
-folder `preftune` with the other version. Every measurement is a process of its own with a cache of its own; what is measured
-is `stages.run.load_data` of a DPO stage: read, checked, split, encoded, ready for the trainer.
+The rows are made from a seed and streamed to a file: a question of about 100 bytes and two replies of about 300 each,
+of sentences that people wrote about deliveries, with words and numbers in every reply that no other row has. FOLDER
+holds a folder `preftune` with the other version. Every measurement is a process of its own with an empty cache; what
+is measured is `stages.run.load_data` of a DPO stage: read, checked, split, encoded, ready for the trainer.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from ..progress import meter
 from .measure import alternate, machine, product_rate, write_result
 from .workload import base
 
-_SYLLABLES = "ba ce di fo gu ha je ki lo mu na pe qui ro su ta ve wi xo zy".split()
+_SYLLABLES = [first + second for first in "bdfgklmnprstvz" for second in "aeiou"]
 
 _MEASURED = """
 import json, sys, threading, time
@@ -41,7 +41,8 @@ from preftune.stages.job import StageJob
 from preftune.stages.run import load_data, open_tokenizer
 
 def memory(pid):
-    found = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line[:2] == "Vm" or line[:3] == "Rss")
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    found = dict(line.split(":", 1) for line in lines if line[:2] == "Vm" or line[:3] == "Rss")
     return {name: int(found[name].split()[0]) * 1024 for name in ("VmRSS", "RssAnon")}
 
 def family(pid):
@@ -98,8 +99,8 @@ def make_rows(rows: int, file: Path, seed: int = 0) -> Path:
     def reply() -> str:
         words = ["".join(_SYLLABLES[i] for i in draw.integers(0, len(_SYLLABLES), 4)) for _ in range(2)]
         parts = [said[i] for i in draw.integers(0, len(said), 4)]
-        text = f"{parts[0]} {parts[1]} Ask for {words[0]} {words[1].title()}, case {draw.integers(10**6)}. {parts[2]} {parts[3]}"
-        return text
+        own = f"Ask for {words[0]} {words[1].title()}, case {draw.integers(10**6)}."
+        return " ".join([*parts[:2], own, *parts[2:]])
 
     with file.open("w", encoding="utf-8") as out, meter("rows made", rows) as show:
         for number in range(rows):

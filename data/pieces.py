@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 # Steps before the model that look at nothing but the piece, and leave nothing of it out.
 _STEPS = {"Split", "Digits", "Punctuation", "ByteLevel"}
 
-# Where a word surely ends: a blank between two visible characters. What GPT-2's pattern, and those that follow, match up to
-# there holds no blank behind another character, and looks at nothing behind that blank; the next match begins with it.
+# Where a word surely ends: a blank between two visible characters. What GPT-2's pattern, and those that follow, match
+# up to there holds no blank behind another character and looks at nothing behind this one, which the next begins with.
 _WORD = re.compile(r"(?<=[!-~\w]) (?=[!-~\w])")
 _PATTERNS = frozenset(
     (
@@ -28,7 +28,8 @@ _PATTERNS = frozenset(
 )
 """Those of Llama 3 and of Qwen."""
 _TRIED = (
-    "It's the boy's 12 345  cats, \n\n (don't) end. \t x\n y z's a_b \u00e9t\u00e9 \u00a0 w \u3042 \u3044 1. 2 ! ?\r\n  And 3,000",
+    "It's the boy's 12 345  cats, \n\n (don't) end. \t x\n y z's a_b 1. 2 ! ?\r\n  And 3,000",
+    "\u00e9t\u00e9 \u00a0 w \u3042 \u3044 \u2019s \u201cno\u201d \u2026 \U0001f600 x",
     " leading and trailing ",
     "I'LL I'll i ll 'S 's s  two   three    four 1 22 333 4444 \u0301 e\u0301 x \u0301y",
 )
@@ -102,8 +103,8 @@ class Pieces:
 def words_of(piece: str) -> list[str]:
     """The piece cut at blanks that no token can reach over; joined by blanks it is the piece again."""
     words = piece.split(" ")
-    # every other character is visible but for line breaks, and no blank stands beside one or at an end: the usual text, at
-    # a twentieth of what the pattern takes
+    # every other character is visible but for line breaks, and no blank stands beside one or at an end: the usual text,
+    # at a twentieth of what the pattern takes
     plain = "" not in words and piece.replace("\n", "").isprintable() and " \n" not in piece and "\n " not in piece
     return words if plain else _WORD.split(piece)
 

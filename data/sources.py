@@ -65,6 +65,9 @@ def open_source(
             looked = ", ".join(str(folder) for folder in _places(folders)) or "."
             raise UserError(source.path, f"no such file (looked in {looked})", "check the path")
         return _read_hub(source)
+    if source.streaming:
+        said = "streaming of what lies here, whose rows are read one at a time anyway"
+        raise UserError(source.path, said, "leave `streaming` out")
     if found.is_dir():
         return _read_folder(found, source, note, bad, lines)
     if source.split is not None:

@@ -1,4 +1,4 @@
-"""Encoded rows in a folder: written a chunk at a time, read as a memory-mapped dataset that takes no memory of its own."""
+"""Encoded rows in a folder: written a chunk at a time, read as a memory-mapped dataset, which takes no memory."""
 
 import json
 import os

@@ -1,8 +1,8 @@
 """Sources -> encoded rows, a chunk at a time: however many rows there are, a few thousand are in memory.
 
-What can be said of a chunk alone (reading its lines, normalising, the template, tokens) is said by `Looked.work`, in this
-process or in several. What is known only in order (which prompts repeat, what is counted, where a limit ends the reading) is
-settled here, chunk after chunk, so that nothing depends on how many processes there are.
+What can be said of a chunk alone (reading its lines, normalising, the template, tokens) is said by `_Work`, in this
+process or in several. What is known only in order (which prompts repeat, what is counted, where a limit ends the
+reading) is settled by `_Replay`, chunk after chunk, so that nothing depends on how many processes there are.
 """
 
 import gc

@@ -1,7 +1,7 @@
 """Several processes of this machine that share one piece of work, a chunk at a time and in order.
 
-Each is a Python of its own, not a fork: the one that asks may have threads and a GPU by then, and any main module. It ends
-when the connection to it does.
+Each is a Python of its own, not a fork: the one that asks may have threads and a GPU by then, and any main module. It
+ends when the connection to it does.
 """
 
 import json
@@ -42,9 +42,7 @@ def processes_wanted() -> int:
         allowed = getattr(os, "sched_getaffinity", None)
         return len(allowed(0)) if allowed is not None and os.name == "posix" else 1
     if not said.isdecimal():
-        raise UserError(
-            _WANTED, f"{said!r} is no number", "write how many processes may encode rows, 1 for none besides"
-        )
+        raise UserError(_WANTED, f"{said!r} is no number", "write how many may encode rows, 1 for none besides this")
     return int(said) if os.name == "posix" else 1
 
 

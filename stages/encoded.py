@@ -1,8 +1,8 @@
 """Encoded rows, made once and kept in the user's cache for every stage and every run with the same needs.
 
-The same needs are: sources with the same content under the same paths, the same tokenizer and template, the same settings of
-the data entry, the same code and libraries that encode. Each set of rows is a folder `rows/KEY` of the cache, which appears
-whole or not at all; the least recently used go once all together take more than `LIMIT` gigabytes.
+The same needs are: sources with the same content under the same paths, the same tokenizer and template, the same
+settings of the data entry, the same code and libraries that encode. Each set of rows is a folder `rows/KEY` of the
+cache, which appears whole or not at all; the least recently used go once all together take more than `LIMIT` gigabytes.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from ..data.store import ABOUT, FORMAT, Stored, describe, files, open_stored
 from ..data.stream import Task, encode_sources
 from ..data.template import Templater
 from ..errors import UserError
-from ..models.cache import build_once, cache_dir, file_sha256
+from ..models.cache import build_once, file_sha256
 from ..models.lineage import tokenizer_info
 from .job import StageJob
 
@@ -44,7 +44,7 @@ SHAPES: dict[Any, Shape] = {
 
 FOLDER = "rows"
 LIMIT = 20.0
-"""Gigabytes that all encoded rows together may take in the cache; the environment's PREFTUNE_CACHE_ROWS_GB says otherwise."""
+"""Gigabytes that all encoded rows together may take in the cache, unless PREFTUNE_CACHE_ROWS_GB says otherwise."""
 _USED_LATELY = 24 * 3600
 """Seconds: what has been used within them is not removed, whatever it takes."""
 _LIBRARIES = ("tokenizers", "transformers", "jinja2", "datasets", "pyarrow")
@@ -116,10 +116,7 @@ def rows_key(task: Task, contents: list[Any]) -> str:
         "class": type(tokenizer).__name__,
         # as it is written today, and what the tokenizer's own state adds
         "template": [template.template, tokenizer.chat_template, template.add_bos, template.bos, template.eos],
-        "special": [
-            bool(getattr(tokenizer, "split_special_tokens", False)),
-            sorted(tokenizer.get_added_vocab().items()),
-        ],
+        "added": [bool(getattr(tokenizer, "split_special_tokens", False)), tokenizer.get_added_vocab()],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -825,6 +825,37 @@ MUTATIONS += [
     ),
 ]  # fmt: skip
 
+MUTATIONS += [
+    Mutation(
+        "B1", "rows that repeat a prompt stay in the file", "data/stream.py",
+        "rows if all(keep) else rows.filter(pa.array(keep))", "rows",
+    ),
+    Mutation("B1", "what lies behind a limit counts", "data/stream.py", "self.ended.add(source)", "pass"),
+    Mutation("B2", "rows go by their sources alone", "stages/encoded.py", '        "data": asdict(task.spec),\n', ""),
+    Mutation("B2", "a file goes by its name", "stages/encoded.py", '        "sources": contents,\n', ""),
+    Mutation("B2", "the code that encodes does not count", "stages/encoded.py", '        "code": _code(),\n', ""),
+    Mutation(
+        "B3", "a folder that is there is taken to be whole", "stages/encoded.py",
+        "whole=lambda each: open_stored(each) is not None", "whole=Path.is_dir",
+    ),
+    Mutation(
+        "B3", "a file may change while it is read", "stages/encoded.py", "_contents(job) != contents", "False"
+    ),
+    Mutation(
+        "B4", "the classifier's rows are copied to memory", "stages/reward.py",
+        'derived(pairs, "with-prompts", tables)', "Dataset(pa.concat_tables(tables()))",
+    ),
+    Mutation("B5", "the place of every row is kept", "data/stream.py", "task.spec, named=False", "task.spec"),
+    Mutation(
+        "B6", "a dataset on the hub is copied first", "data/sources.py",
+        '{"streaming": True} if source.streaming else {}', "{}",
+    ),
+    Mutation(
+        "B7", "words end at every blank", "data/pieces.py",
+        "words if plain else _WORD.split(piece)", "words",
+    ),
+]  # fmt: skip
+
 
 def copy_package(folder: Path) -> Path:
     """A copy that `import preftune` finds before any installed one, with `folder` on PYTHONPATH."""
