@@ -11,6 +11,7 @@ import tracemalloc
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -236,7 +237,7 @@ def test_b02_other_needs_are_encoded_anew(job_of, tokenizer, base, tmp_path, mon
     if change == "library":
         monkeypatch.setattr(encoded, "version", lambda name: "99")
     if change == "template":
-        with pytest.raises(UserError, match="leaves out"):
+        with pytest.raises(UserError, match="no row is left"):
             load_data(dataclasses.replace(job, data=data), encode, mine)
     else:
         load_data(dataclasses.replace(job, data=data), encode, mine)
@@ -361,3 +362,12 @@ def test_a_process_that_dies_is_said_in_words(one_worker):
 def test_what_the_work_raises_is_said(one_worker):
     with pytest.raises(RuntimeError, match=r"(?s)a process that encodes rows failed:.*TypeError"):
         list(one_worker.done([("name", 1)]))
+
+
+def test_progress_says_how_fast_it_goes_and_how_long_it_takes(monkeypatch):
+    now = iter([100.0, 110.0, 200.0, 201.0])
+    monkeypatch.setattr(stream, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    shown = stream._Shown(1000)
+    chunk = unread.Chunk([0, 0], [("f:1", "x" * 250), ("f:2", None)], {})
+    assert shown.note(chunk, 25_000) == "(2,500 a second, about 30.0 s left)"
+    assert stream._Shown(0).note(chunk, 10) == "(10 a second)"
