@@ -124,7 +124,17 @@ def measured(file: Path, version: Path | None, rounds: int = 1, processes: int |
             environment["PYTHONPATH"] = str(version.resolve())
         if processes is not None:
             environment["PREFTUNE_DATA_PROCESSES"] = str(processes)
-        command = [sys.executable, "-W", "ignore", "-c", _MEASURED, str(file), str(base().path), cache, str(rounds)]
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-c",
+            _MEASURED,
+            str(file.resolve()),
+            str(base().path),
+            cache,
+            str(rounds),
+        ]
         run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=cache)
         if run.returncode:
             raise RuntimeError(run.stderr[-3000:])

@@ -33,6 +33,8 @@ _TRIED = (
     " leading and trailing ",
     "I'LL I'll i ll 'S 's s  two   three    four 1 22 333 4444 \u0301 e\u0301 x \u0301y",
 )
+_ENDS = tuple(".,!?;:")
+_LETTERS = re.compile(r"([A-Za-z]+)([.,!?;:]?)")
 _KEPT, _LONG = 1 << 17, 32
 """So many words are remembered, and none that is longer."""
 
@@ -87,9 +89,16 @@ class Pieces:
         cut = [words_of(piece) for piece in pieces]
         begin = [word for word in {words[0] for words in cut} if word not in firsts]
         follow = [word for word in set(chain.from_iterable(words[1:] for words in cut)) if word not in others]
-        ids = self._whole([*begin, *(f" {word}" for word in follow)])
+        letters = [found for word in follow if (found := _LETTERS.fullmatch(word))]
+        mixed = [word for word in follow if not _LETTERS.fullmatch(word)]
+        ids = self._whole([*begin, *(f" {word}" for word in mixed), *_ENDS])
         firsts |= zip(begin, ids[: len(begin)], strict=True)
-        others |= zip(follow, ids[len(begin) :], strict=True)
+        others |= zip(mixed, ids[len(begin) : -len(_ENDS)], strict=True)
+        ends = dict(zip(_ENDS, ids[-len(_ENDS) :], strict=True)) | {"": []}
+        # one word to every pattern, and another sign behind it: what comes before the model has nothing to do
+        tokenize = self._backend.model.tokenize
+        for each in letters:
+            others[each[0]] = [token.id for token in tokenize(f"\u0120{each[1]}")] + ends[each[2]]
         found = []
         for first, *rest in cut:
             found.append(list(chain(firsts[first], *map(others.__getitem__, rest))))

@@ -319,6 +319,8 @@ def _looked_at(task: Task, here: _Work, chunks: Iterator[Chunk]) -> Iterable[tup
         yield from ((chunk, here((chunk.sources, chunk.items))) for chunk in rest)
         return
     with Workers(count, task) as workers:
+        while not workers.ready() and (chunk := next(rest, None)) is not None:
+            yield chunk, here((chunk.sources, chunk.items))
         yield from workers.done((chunk, (chunk.sources, chunk.items)) for chunk in rest)
 
 

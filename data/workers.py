@@ -66,6 +66,7 @@ class Workers:
                 )
             self._processes.append(started)
             self._connections.append(Connection(ours.detach()))
+        self._starting = set(range(count))
         for place in range(count):
             self._send(place, task)
 
@@ -82,6 +83,19 @@ class Workers:
                 process.wait(10)
             process.kill()
 
+    def ready(self) -> bool:
+        """Whether all of them can begin: a Python and its libraries take seconds to start.
+
+        Raises:
+            UserError: one has ended.
+        """
+        for place in sorted(self._starting):
+            if not self._connections[place].poll():
+                return False
+            self._next(place, None)
+            self._starting.discard(place)
+        return True
+
     def done(self, chunks: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
         """For each (what it is, chunk to work on), in their order: (what it is, what became of the chunk).
 
@@ -90,6 +104,9 @@ class Workers:
             UserError: a process ended before its work did.
         """
         asked = deque[tuple[int, Any]]()
+        for place in sorted(self._starting):
+            self._next(place, None)
+        self._starting.clear()
         for number, (name, chunk) in enumerate(chunks):
             place = number % len(self._connections)
             self._send(place, chunk)
@@ -131,6 +148,7 @@ def serve(handle: int) -> None:
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     connection = Connection(handle)
     work = connection.recv().work()
+    connection.send((True, None))
     waiting: queue.Queue[Any] = queue.Queue()
     # chunks are taken in while one is worked on: who gives them never waits for long
     threading.Thread(target=_take_in, args=(connection, waiting), daemon=True).start()

@@ -243,7 +243,9 @@ MUTATIONS += [
         "R4", "scores are not centred", "stages/kinds.py",
         'Annotated[float, Ge(0)],\n            0.01,', 'Annotated[float, Ge(0)],\n            0.0,',
     ),
-    Mutation("R4", "margins are left out", "stages/reward.py", 'if "margin" in pairs.column_names:', "if False:"),
+    Mutation(
+        "R4", "margins are left out", "stages/reward.py", 'if "margin" in pairs.column_names else', "if False else"
+    ),
     Mutation("R5", "a tie counts as a win", "stages/metrics.py", "0.5 if good == bad", "1.0 if good == bad"),
     Mutation(
         "R6", "shorter wins as often as longer", "stages/metrics.py",
