@@ -7,12 +7,12 @@ Prompts are cut from the left (a BOS stays), replies from the right, and a reply
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..errors import UserError
 from ..progress import meter
 from .pieces import fewest_tokens
-from .problems import RowProblems
+from .problems import LIMIT, Problem, RowProblems
 from .report import DataReport, Tally
 from .rows import Message, Row, Unusable, canonical
 from .spans import BOUNDARY_MOVED, Layout, Spans, find_spans, lay_out
@@ -21,6 +21,7 @@ from .template import Templater
 from .turns import SAME_SIDES
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset, Features
     from transformers import PreTrainedTokenizerBase
 
@@ -36,10 +37,13 @@ NONE_TRAINS = "the row says that none of its replies trains"
 NOTHING_SAID = "the chat template renders nothing of the reply"
 TOOLS_UNSEEN = "the chat template does not show the tools"
 
-# Rows rendered, tokenised and stored at a time.
-_CHUNK = 1000
+CHUNK = 1000
+"""Rows rendered, tokenised and stored at a time."""
 _HUGE = 1_000_000
 """Characters; texts beyond them are looked at before they are tokenised, which takes a hundred bytes for each."""
+
+Shape = Literal["demo", "pair", "label", "prompt", "reply"]
+"""What encoded rows hold: those of each kind, or of demonstrations the last reply apart from what stands before it."""
 
 Encoded = tuple["Dataset", DataReport]
 # What one row needs tokenised, and what makes the encoded row of the ids, or raises Unusable to drop it. Without texts
@@ -72,14 +76,7 @@ def encode_pairs(rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase", spec
 def encode_replies(rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase", spec: DataSpec) -> Encoded:
     """Dataset[prompt_ids, completion_ids] of demonstrations: the last turn that is trained on (EOS included), and all
     that comes before it. Raises as `encode_demos`."""
-    from datasets import Dataset
-
-    demos, report = encode_demos(rows, tokenizer, spec)
-    parts = [_last_reply(row["input_ids"], row["labels"]) for row in demos]  # pyright: ignore[reportCallIssue, reportArgumentType]: a row is a dictionary
-    features = _features("label")
-    del features["label"]
-    columns = {name: [part[place] for part in parts] for place, name in enumerate(features)}
-    return Dataset.from_dict(columns, features=features), report
+    return encode_rows("reply", rows, tokenizer, spec)
 
 
 def _last_reply(ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
@@ -103,25 +100,33 @@ def encode_prompts(rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase", sp
     return encode_rows("prompt", rows, tokenizer, spec)
 
 
-def encode_rows(kind: RowKind, rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase", spec: DataSpec) -> Encoded:
-    """Encode rows of that kind; columns and errors are those of its encoder."""
+def encode_rows(shape: Shape, rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase", spec: DataSpec) -> Encoded:
+    """Encode rows in that shape; columns and errors are those of its encoder."""
     from datasets import Dataset, concatenate_datasets
 
-    encoder = _Encoder(tokenizer, spec)
-    features = _features(kind)
+    encoder, counts = Encoder(shape, tokenizer, spec), Counts(shape, spec)
     parts = []
     # rows that are read meanwhile are counted by their reader
     with meter("encoding rows", len(rows)) if isinstance(rows, Sequence) else nullcontext(lambda done: None) as show:
-        for chunk in encoder.chunks(rows, _PLANNERS[kind](encoder)):
-            columns = {name: [row[name] for row in chunk] for name in features}
-            parts.append(Dataset.from_dict(columns, features=features))
-            show(encoder.report.read)
+        for chunk in _chunks(rows):
+            parts.append(Dataset(encoder.table(_used(chunk, encoder, counts))))
+            show(counts.report.read)
+    counts.close()
     dataset = concatenate_datasets(parts)
-    if not encoder.margins and kind == "pair":
-        dataset = dataset.remove_columns("margin")
-    if kind == "label" and len(found := set(dataset["label"])) == 1:
-        encoder.report.notes[ONE_CLASS.format(str(found.pop()).lower())] = Tally(encoder.report.used)
-    return dataset, encoder.report
+    return (dataset if counts.margins or shape != "pair" else dataset.remove_columns("margin")), counts.report
+
+
+def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    left = iter(rows)
+    while chunk := list(islice(left, CHUNK)):
+        yield chunk
+
+
+def _used(chunk: list[Row], encoder: "Encoder", counts: "Counts") -> list[dict[str, Any]]:
+    """The encoded rows of a chunk; what becomes of the others is counted."""
+    outcomes = encoder.encode(chunk)
+    taken = zip(chunk, outcomes, strict=True)
+    return [out.encoded for row, out in taken if counts.take(row.origin, out) and out.encoded is not None]
 
 
 def measure_rows(
@@ -140,35 +145,31 @@ def measure_rows(
             that, no ids are made. None: ids are made of every row.
         see: is shown the other rows' columns, in order.
     """
-    encoder = _Encoder(tokenizer, spec, longest)
-    labels = set[bool]()
-    for chunk in encoder.chunks(rows, _PLANNERS[kind](encoder)):
-        encoder.report.origins.clear()
-        for row in chunk:
-            if kind == "label":
-                labels.add(row["label"])
+    encoder, counts = Encoder(kind, tokenizer, spec, longest), Counts(kind, spec, named=False)
+    for chunk in _chunks(rows):
+        for row in _used(chunk, encoder, counts):
             if "prompt_ids" in row or "input_ids" in row:
                 see(row)
-    if len(labels) == 1:
-        encoder.report.notes[ONE_CLASS.format(str(labels.pop()).lower())] = Tally(encoder.report.used)
-    return encoder.report
+    counts.close()
+    return counts.report
 
 
-def _features(kind: RowKind) -> "Features":
-    """The columns of encoded rows of that kind."""
+def features_of(shape: Shape) -> "Features":
+    """The columns of encoded rows in that shape."""
     from datasets import Features, Json, List, Value
 
-    tokens = List(Value("int64"))
-    columns: dict[RowKind, dict[str, Any]] = {
+    tokens = List(Value("int32"))
+    columns: dict[Shape, dict[str, Any]] = {
         "demo": {"input_ids": tokens, "labels": tokens},
         "pair": {**dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), tokens), "margin": Value("float32")},
         "label": {"prompt_ids": tokens, "completion_ids": tokens, "label": Value("bool")},
         "prompt": {"prompt_ids": tokens, "prompt": List(Json()), "columns": Value("string")},
+        "reply": {"prompt_ids": tokens, "completion_ids": tokens},
     }
-    return Features(columns[kind])
+    return Features(columns[shape])
 
 
-def _demo_planner(encoder: "_Encoder") -> Planner:
+def _demo_planner(encoder: "Encoder") -> Planner:
     def plan(row: Row) -> Plan:
         layout = encoder.lay_out(row, row.prompt, _side(row, "completion"))
         if encoder.fits(layout):
@@ -195,9 +196,8 @@ def _demo_planner(encoder: "_Encoder") -> Planner:
     return plan
 
 
-def _pair_planner(encoder: "_Encoder") -> Planner:
+def _pair_planner(encoder: "Encoder") -> Planner:
     def plan(row: Row) -> Plan:
-        encoder.margins = encoder.margins and row.margin is not None
         good = encoder.lay_out(row, row.prompt, _side(row, "chosen"))
         layouts = [good, encoder.lay_out(row, row.prompt, _side(row, "rejected"), good.before)]
         if encoder.fits(*layouts) and layouts[0].text != layouts[1].text:
@@ -223,7 +223,7 @@ def _pair_planner(encoder: "_Encoder") -> Planner:
     return plan
 
 
-def _label_planner(encoder: "_Encoder") -> Planner:
+def _label_planner(encoder: "Encoder") -> Planner:
     def plan(row: Row) -> Plan:
         completion = _side(row, "completion")
         if row.label is None:
@@ -245,7 +245,7 @@ def _label_planner(encoder: "_Encoder") -> Planner:
     return plan
 
 
-def _prompt_planner(encoder: "_Encoder") -> Planner:
+def _prompt_planner(encoder: "Encoder") -> Planner:
     def plan(row: Row) -> Plan:
         text = encoder.templater.fitted(row.prompt, row.tools, True, row.origin)[1]
         if encoder.fits_alone(text):
@@ -261,7 +261,26 @@ def _prompt_planner(encoder: "_Encoder") -> Planner:
     return plan
 
 
-_PLANNERS: "dict[RowKind, Callable[[_Encoder], Planner]]" = {
+def _reply_planner(encoder: "Encoder") -> Planner:
+    demonstration = _demo_planner(encoder)
+
+    def plan(row: Row) -> Plan:
+        texts, finish = demonstration(row)
+
+        def parted(ids: list[list[int]]) -> dict[str, Any]:
+            whole = finish(ids)
+            if not whole:
+                return whole
+            prompt, reply = _last_reply(whole["input_ids"], whole["labels"])
+            return {"prompt_ids": prompt, "completion_ids": reply}
+
+        return texts, parted
+
+    return plan
+
+
+_PLANNERS: "dict[Shape, Callable[[Encoder], Planner]]" = {
+    "reply": _reply_planner,
     "demo": _demo_planner,
     "pair": _pair_planner,
     "label": _label_planner,
@@ -273,24 +292,95 @@ class _TooLong(UserError):
     """A row beyond a limit, where that is an error."""
 
 
-class _Encoder:
-    """What the four kinds of rows share: chunked tokenising, the limits, the counts.
+class Outcome(NamedTuple):
+    """What became of one row.
+
+    encoded: its columns; None where it is not used.
+    remarks: what is worth counting about it.
+    """
+
+    encoded: dict[str, Any] | None
+    remarks: tuple[str, ...] = ()
+    problem: Problem | None = None
+    margin: bool = False
+    label: bool | None = None
+
+
+class Counts:
+    """What became of the rows of one encoding, in their order: each is counted, and what is wrong kept for the end.
+
+    Args:
+        named: keep where each row that is used comes from.
+
+    Attributes:
+        margins: whether every row of a pair that has been looked at says by how much its chosen side is better.
+    """
+
+    def __init__(self, shape: Shape, spec: DataSpec, *, named: bool = True) -> None:
+        self.report, self._named = DataReport(), named
+        self._spec, self._shape = spec, shape
+        self._problems = RowProblems(spec.on_problem, self.report, spec.describe())
+        self.margins = True
+        self._labels = set[bool]()
+
+    def take(self, origin: str, outcome: Outcome) -> bool:
+        """The next row; whether it is used."""
+        self.report.read += 1
+        self.margins = self.margins and outcome.margin
+        if (problem := outcome.problem) is not None:
+            if problem.kind == LIMIT:
+                self.report.drop(problem.reason or "", origin)
+            else:
+                self._problems.met(*problem)
+            return False
+        self.report.used += 1
+        if self._named:
+            self.report.origins.append(origin)
+        if outcome.label is not None:
+            self._labels.add(outcome.label)
+        for remark in outcome.remarks:
+            self.report.note(remark, origin)
+        return True
+
+    def close(self) -> None:
+        """No row follows. Raises as `encode_demos`."""
+        self._problems.raise_found()
+        if self.report.used == 0:
+            why = "; ".join(self.report.lines()[1:]) or "no row was given"
+            raise UserError(self._spec.describe(), f"no row is left ({why})", "raise max_length or check the data")
+        if self._shape == "label" and len(self._labels) == 1:
+            only = str(next(iter(self._labels))).lower()
+            self.report.notes[ONE_CLASS.format(only)] = Tally(self.report.used)
+
+
+class Encoder:
+    """What all shapes share: chunked tokenising and the limits. What it says of a row is a function of its chunk alone,
+    so that several processes may each take some.
 
     Args:
         longest: of rows that are certainly shorter than so many tokens no ids are needed; None: of all rows.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", spec: DataSpec, longest: int | None = None) -> None:
+    def __init__(
+        self, shape: Shape, tokenizer: "PreTrainedTokenizerBase", spec: DataSpec, longest: int | None = None
+    ) -> None:
         self.templater = Templater(tokenizer)
-        self.spec = spec
-        self.report = DataReport()
-        self.problems = RowProblems(spec.on_problem, self.report, spec.describe())
-        # Whether every row of a pair that has been looked at says by how much its chosen side is better.
-        self.margins = True
+        self.spec, self.features = spec, features_of(shape)
         # Of the row at hand; they count only if it is used in the end.
         self.remarks: set[str] = set()
         pieces = self.templater.pieces
         self._longest = longest if pieces is not None and pieces.lossless else None
+        self._plan, self._shape = _PLANNERS[shape](self), shape
+
+    def table(self, rows: list[dict[str, Any]]) -> "pa.Table":
+        """Encoded rows as Arrow holds them."""
+        import pyarrow as pa
+        from datasets import Dataset
+
+        columns = {name: [row[name] for row in rows] for name in self.features}
+        if self._shape == "prompt":  # messages, which `datasets` writes in its own way
+            return Dataset.from_dict(columns, features=self.features).data.table
+        return pa.table(columns, schema=self.features.arrow_schema)
 
     def lay_out(self, row: Row, prompt: list[Message], reply: list[Message], before: str | None = None) -> Layout:
         return lay_out(self.templater, prompt, reply, row.tools, row.origin, before)
@@ -343,30 +433,22 @@ class _Encoder:
             self.remark(remark)
         return spans
 
-    def chunks(self, rows: Iterable[Row], plan: Planner) -> Iterator[list[dict[str, Any]]]:
-        """The encoded rows, some hundreds at a time. Raises as `encode_demos`, at the end."""
-        rows = iter(rows)
-        while chunk := list(islice(rows, _CHUNK)):
-            plans = [self._planned(row, plan) for row in chunk]
-            # each text once: the sides of a pair share their prompt, and many rows may
-            texts = list(dict.fromkeys(text for texts, _ in plans for text in texts))
-            ids = dict(zip(texts, self.templater.ids(texts), strict=True))
-            done = [
-                self._finish(row, finish, [ids[text] for text in texts])
-                for row, (texts, finish) in zip(chunk, plans, strict=True)
-            ]
-            used = [row for row in done if row is not None]
-            self.report.used += len(used)
-            yield used
-        self.problems.raise_found()
-        if self.report.used == 0:
-            why = "; ".join(self.report.lines()[1:]) or "no row was given"
-            raise UserError(self.spec.describe(), f"no row is left ({why})", "raise max_length or check the data")
+    def encode(self, rows: list[Row]) -> list[Outcome]:
+        """What becomes of each row of a chunk."""
+        self.templater.begin()
+        plans = [self._planned(row) for row in rows]
+        # each text once: the sides of a pair share their prompt, and many rows may
+        texts = list(dict.fromkeys(text for texts, _ in plans for text in texts))
+        ids = dict(zip(texts, self.templater.ids(texts), strict=True))
+        return [
+            self._finish(row, finish, [ids[text] for text in texts])
+            for row, (texts, finish) in zip(rows, plans, strict=True)
+        ]
 
-    def _planned(self, row: Row, plan: Planner) -> Plan:
+    def _planned(self, row: Row) -> Plan:
         found: Exception
         try:
-            return plan(row)
+            return self._plan(row)
         except (Unusable, UserError) as error:
             found = error  # the name of an exception ends with its clause
 
@@ -375,32 +457,20 @@ class _Encoder:
 
         return [], refuse
 
-    def _finish(
-        self, row: Row, finish: Callable[[list[list[int]]], dict[str, Any]], ids: list[list[int]]
-    ) -> dict[str, Any] | None:
-        self.report.read += 1
+    def _finish(self, row: Row, finish: Callable[[list[list[int]]], dict[str, Any]], ids: list[list[int]]) -> Outcome:
         self.remarks.clear()
+        said = (row.margin is not None, row.label if self._shape == "label" else None)
         try:
             encoded = finish(ids)
         except Unusable as unusable:
-            if unusable.reason in _LIMITS:  # as `overflow` says
-                self.report.drop(unusable.reason, row.origin)
-            else:
-                error = UserError(row.origin, unusable.reason, "correct the row, or leave it out")
-                self.problems.met("unusable", error, unusable.reason)
-            return None
-        except _TooLong as error:
-            self.problems.met("overflow", error)
-            return None
+            error = UserError(row.origin, unusable.reason, "correct the row, or leave it out")
+            kind = LIMIT if unusable.reason in _LIMITS else "unusable"
+            return Outcome(None, (), Problem(kind, error, unusable.reason), *said)
         except UserError as error:
-            self.problems.met("template", error)
-            return None
+            return Outcome(None, (), Problem("overflow" if isinstance(error, _TooLong) else "template", error), *said)
         if row.tools and self._tools_unseen(row):
             self.remark(TOOLS_UNSEEN)
-        self.report.origins.append(row.origin)
-        for remark in sorted(self.remarks):
-            self.report.note(remark, row.origin)
-        return encoded
+        return Outcome(encoded, tuple(sorted(self.remarks)), None, *said)
 
     def remark(self, what: str) -> None:
         self.remarks.add(what)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 from ..errors import UserError
-from .rows import Placed
+from .rows import Placed, RawRow
 
 # Takes what is wrong with one row: it raises, or the reader goes on behind that row.
 Bad = Callable[[UserError], None]
@@ -22,34 +22,48 @@ _DECODER = json.JSONDecoder()
 
 def read_lines(text: TextIO, shown: str, bad: Bad) -> Iterator[Placed]:
     """The rows of a file with one object a line."""
+    for origin, line in lines_of(text, shown):
+        try:
+            row = row_of(line, origin)
+        except UserError as error:
+            bad(error)
+            continue
+        if row is not None:
+            yield origin, row
+
+
+def lines_of(text: TextIO, shown: str) -> Iterator[tuple[str, str]]:
+    """The lines of such a file as they are, each with its place."""
     number = 0
     while line := text.readline(MOST_CHARACTERS):
         number += 1
         if len(line) == MOST_CHARACTERS and not line.endswith("\n"):
             said = f"a line of more than {MOST_CHARACTERS} characters, expected one JSON object a line"
             raise UserError(f"{shown}:{number}", said, "write a line break after each row")
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            bare = line.strip()
-            if not bare:
-                continue
-            origin = f"{shown}:{number}"
-            if isinstance(error, json.JSONDecodeError):
-                problem = f"broken JSON ({error.msg} at column {error.colno})"
-                remedy = "put one whole JSON object on each line"
-            else:  # a number of thousands of digits
-                problem, remedy = f"cannot be read ({error})", "correct the row"
-            bad(UserError(origin, problem, remedy))
-            continue
-        except RecursionError as error:  # brackets within brackets
-            bad(UserError(f"{shown}:{number}", f"cannot be read ({error})", "correct the row"))
-            continue
-        origin = f"{shown}:{number}"
-        if (problem := _problem(row, origin, line)) is not None:
-            bad(problem)
-            continue
-        yield origin, row
+        yield f"{shown}:{number}", line
+
+
+def row_of(line: str, origin: str) -> RawRow | None:
+    """The object that a line holds; None for an empty one.
+
+    Raises:
+        UserError: it holds none.
+    """
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        if not line.strip():
+            return None
+        if isinstance(error, json.JSONDecodeError):
+            problem = f"broken JSON ({error.msg} at column {error.colno})"
+            raise UserError(origin, problem, "put one whole JSON object on each line") from error
+        # a number of thousands of digits
+        raise UserError(origin, f"cannot be read ({error})", "correct the row") from error
+    except RecursionError as error:  # brackets within brackets
+        raise UserError(origin, f"cannot be read ({error})", "correct the row") from error
+    if (problem := _problem(row, origin, line)) is not None:
+        raise problem
+    return row
 
 
 def read_json(text: TextIO, shown: str, bad: Bad) -> Iterator[Placed]:

@@ -10,9 +10,9 @@ from pathlib import Path
 from ..errors import UserError
 from ..progress import meter
 from .formats import normalise
-from .problems import RowProblems
+from .problems import Problem, RowProblems
 from .report import DataReport
-from .rows import Placed, Row, Unusable, fingerprint, text_message
+from .rows import Placed, RawRow, Row, Unusable, fingerprint, text_message
 from .seen import Seen, number_of
 from .sources import read_source
 from .spec import DataSpec, RowKind, SourceSpec
@@ -70,54 +70,93 @@ def stream_rows(
         UserError: a source is missing, or no row is left. After the last row: rows with a problem that
             `spec.on_problem` says is an error, the first of them with their places and all of them counted.
     """
-    problems = RowProblems(spec.on_problem, report, where or spec.describe())
-    report.sources |= {source.path: 0 for source in spec.sources}
-    seen, repeated = Seen(), problems.answer("repeated")
+    order = Order(spec, kind, report, where)
     # what is in memory now stays there meanwhile: the collector need not walk over it at every thousandth row
     gc.freeze()
     try:
-        for source, row in _mixed(spec, kind, folders, problems):
-            # A pair that serves as two labelled completions repeats its prompt on purpose.
-            if seen.add(number_of(row.key)) and kind != "label":
-                if repeated != "keep":
-                    said = "its prompt has been seen before"
-                    problems.met("repeated", UserError(row.origin, said, "leave one of them out"), "prompt seen before")
-                    continue
-                report.note("prompt seen before", row.origin)
-            report.sources[source] += 1
-            report.used += 1
-            yield row
+        for source, row in mixed_rows(spec, kind, folders, order.problems):
+            if order.take(source, number_of(row.key), row.origin):
+                yield row
     finally:
         gc.unfreeze()
-    problems.raise_found()
-    if not report.used:
-        why = "; ".join(report.lines()[1:]) or "it is empty"
-        raise UserError(spec.describe(), f"no usable row ({why})", "check the data")
+    order.close()
+
+
+class Order:
+    """What is known of rows only in their order: which prompts have been seen before, how many there are, what is
+    wrong with them.
+
+    Args:
+        report: is filled. where: as of `stream_rows`.
+    """
+
+    def __init__(self, spec: DataSpec, kind: RowKind, report: DataReport, where: str | None) -> None:
+        self._spec, self._kind, self._report = spec, kind, report
+        self.problems = RowProblems(spec.on_problem, report, where or spec.describe())
+        report.sources |= {source.path: 0 for source in spec.sources}
+        self._seen, self._repeated = Seen(), self.problems.answer("repeated")
+
+    def take(self, source: str, number: int, origin: str) -> bool:
+        """The next usable row; whether it is used.
+
+        Args:
+            source: the path of its source. number: its prompt's (see `seen.number_of`).
+        """
+        # A pair that serves as two labelled completions repeats its prompt on purpose.
+        if self._seen.add(number) and self._kind != "label":
+            if self._repeated != "keep":
+                said = "its prompt has been seen before"
+                error = UserError(origin, said, "leave one of them out")
+                self.problems.met("repeated", error, "prompt seen before")
+                return False
+            self._report.note("prompt seen before", origin)
+        self._report.sources[source] += 1
+        self._report.used += 1
+        return True
+
+    def close(self) -> None:
+        """No row follows. Raises as `stream_rows` does after the last row."""
+        self.problems.raise_found()
+        if not self._report.used:
+            why = "; ".join(self._report.lines()[1:]) or "it is empty"
+            raise UserError(self._spec.describe(), f"no usable row ({why})", "check the data")
 
 
 def _read(
     source: SourceSpec, placed: Iterator[Placed], spec: DataSpec, kind: RowKind, problems: RowProblems
 ) -> Iterator[Row]:
     """The usable rows of one source, at most `source.limit`."""
-    # Only the first rows matter when nothing is drawn from a larger pool.
-    enough = [limit for limit in (source.limit, spec.limit if len(spec.sources) == 1 else None) if limit is not None]
-    left = min(enough, default=-1)
+    left = most(source, spec)
     for origin, raw in _progress(placed, source.path):
         problems.report.read += 1
-        try:
-            rows = normalise(raw, kind, origin, source.columns)
-        except Unusable as unusable:
-            error = UserError(origin, unusable.reason, "correct the row, or leave it out")
-            problems.met("unusable", error, unusable.reason)
-            continue
-        except UserError as error:
-            problems.met("malformed", error)
+        rows = usable(raw, kind, origin, source, spec.system)
+        if isinstance(rows, Problem):
+            problems.met(*rows)
             continue
         for row in rows:
-            yield row if spec.system is None else _with_system(row, spec.system)
+            yield row
             left -= 1
             if left == 0:
                 return
+
+
+def most(source: SourceSpec, spec: DataSpec) -> int:
+    """How many usable rows of the source are wanted; -1: all. Only the first rows matter when nothing is drawn from a
+    larger pool."""
+    enough = [limit for limit in (source.limit, spec.limit if len(spec.sources) == 1 else None) if limit is not None]
+    return min(enough, default=-1)
+
+
+def usable(raw: RawRow, kind: RowKind, origin: str, source: SourceSpec, system: str | None) -> list[Row] | Problem:
+    """The rows of that kind that a row as it was read stands for."""
+    try:
+        rows = normalise(raw, kind, origin, source.columns)
+    except Unusable as unusable:
+        error = UserError(origin, unusable.reason, "correct the row, or leave it out")
+        return Problem("unusable", error, unusable.reason)
+    except UserError as error:
+        return Problem("malformed", error)
+    return rows if system is None else [_with_system(row, system) for row in rows]
 
 
 def _with_system(row: Row, system: str) -> Row:
@@ -126,7 +165,9 @@ def _with_system(row: Row, system: str) -> Row:
     return replace(row, prompt=[text_message("system", system), *row.prompt])
 
 
-def _mixed(spec: DataSpec, kind: RowKind, folders: Sequence[Path], problems: RowProblems) -> Iterator[tuple[str, Row]]:
+def mixed_rows(
+    spec: DataSpec, kind: RowKind, folders: Sequence[Path], problems: RowProblems
+) -> Iterator[tuple[str, Row]]:
     """(the path of the source that it comes from, row), in training order."""
     report = problems.report
 
@@ -139,7 +180,7 @@ def _mixed(spec: DataSpec, kind: RowKind, folders: Sequence[Path], problems: Row
     readers = [_read(*each, spec, kind, problems) for each in zip(spec.sources, opened, strict=True)]
     paths = [source.path for source in spec.sources]
     weights = [source.weight for source in spec.sources]
-    if len(set(weights)) == 1 and (len(readers) == 1 or spec.limit is None):
+    if as_they_stand(spec):
         for path, rows in zip(paths, readers, strict=True):
             yield from ((path, row) for row in rows)
         return
@@ -147,6 +188,11 @@ def _mixed(spec: DataSpec, kind: RowKind, folders: Sequence[Path], problems: Row
     packed = [[(path, pickle.dumps(row)) for row in rows] for path, rows in zip(paths, readers, strict=True)]
     for path, row in _drawn(spec, weights, packed):
         yield path, pickle.loads(row)
+
+
+def as_they_stand(spec: DataSpec) -> bool:
+    """Whether the rows of all sources follow one another as they are read, and none is drawn."""
+    return len({source.weight for source in spec.sources}) == 1 and (len(spec.sources) == 1 or spec.limit is None)
 
 
 def _drawn(spec: DataSpec, weights: list[float], per_source: list[list[_Packed]]) -> list[_Packed]:

@@ -1,6 +1,7 @@
 """Rows with something wrong: what becomes of each, by its kind, and what is said about them in the end."""
 
 from collections import Counter
+from typing import NamedTuple
 
 from ..errors import MOST, Summary, UserError, raise_found
 from .report import DataReport
@@ -22,6 +23,21 @@ _REMEDIES = {
     "repeated": "on_problem: {repeated: drop}",
     "overflow": "overflow: drop",
 }
+
+
+class Problem(NamedTuple):
+    """Why a row is not used.
+
+    kind: one of `WORDS`, or `LIMIT`. reason: under which it is counted where it is dropped; None: the kind in words.
+    """
+
+    kind: str
+    error: UserError
+    reason: str | None = None
+
+
+LIMIT = "limit"
+"""The kind of a row that is dropped for its length, as `overflow` says."""
 
 
 class RowProblems:

@@ -72,6 +72,12 @@ def prompt_key(prompt: list[Message]) -> str:
     return canonical(tidy)
 
 
+def content_of(row: Row) -> bytes:
+    """All that the row says, whatever the place that it was read from."""
+    content = [row.prompt, row.completion, row.chosen, row.rejected, row.label, row.margin, row.tools, row.columns]
+    return (canonical(content) + "\n").encode("utf-8", "surrogatepass")
+
+
 class Fingerprint:
     """sha256 of rows' content in order, independent of where they were read from; a row at a time."""
 
@@ -79,8 +85,11 @@ class Fingerprint:
         self._digest = hashlib.sha256()
 
     def add(self, row: Row) -> None:
-        content = [row.prompt, row.completion, row.chosen, row.rejected, row.label, row.margin, row.tools, row.columns]
-        self._digest.update((canonical(content) + "\n").encode("utf-8", "surrogatepass"))
+        self.update(content_of(row))
+
+    def update(self, content: bytes) -> None:
+        """The next row, by what `content_of` says of it."""
+        self._digest.update(content)
 
     def hexdigest(self) -> str:
         return self._digest.hexdigest()

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any, TextIO, cast
 
 from ..errors import UserError
-from .json_rows import Bad, read_json, read_lines
+from .json_rows import Bad, lines_of, read_json, read_lines
 from .rows import Placed
 from .spec import SourceSpec
 
@@ -52,18 +52,28 @@ def read_source(
     Raises:
         UserError: nothing is there, the format is unknown, or a line cannot be read.
     """
+    return open_source(source, folders, note, bad)
+
+
+def open_source(
+    source: SourceSpec, folders: Sequence[Path], note: Note = _unsaid, bad: Bad = _refuse, *, lines: bool = False
+) -> Iterator[tuple[str, Any]]:
+    """The same; with `lines` a file of JSON lines gives each as the text that it is (see `json_rows.row_of`)."""
     found = find(source.path, folders)
     if found is None:
         if _suffix(Path(source.path)) or not _HUB_ID.fullmatch(source.path):
             looked = ", ".join(str(folder) for folder in _places(folders)) or "."
             raise UserError(source.path, f"no such file (looked in {looked})", "check the path")
         return _read_hub(source)
+    if source.streaming:
+        said = "streaming of what lies here, whose rows are read one at a time anyway"
+        raise UserError(source.path, said, "leave `streaming` out")
     if found.is_dir():
-        return _read_folder(found, source, note, bad)
+        return _read_folder(found, source, note, bad, lines)
     if source.split is not None:
         raise UserError(source.path, f"split {source.split!r} of a single file", "leave `split` out")
     check_regular(found, source.path)
-    return read_file(found, source.path, note, bad)
+    return read_file(found, source.path, note, bad, lines=lines)
 
 
 def find(path: str, folders: Sequence[Path]) -> Path | None:
@@ -72,6 +82,16 @@ def find(path: str, folders: Sequence[Path]) -> Path | None:
     if given.is_absolute():
         return given if given.exists() else None
     return next((folder / given for folder in _places(folders) if (folder / given).exists()), None)
+
+
+def files_of(source: SourceSpec, folders: Sequence[Path]) -> list[Path] | None:
+    """The files that its rows can come from, in a fixed order; None where it is no file or folder here."""
+    if (found := find(source.path, folders)) is None:
+        return None
+    if not found.is_dir():
+        return [found] if found.is_file() else None
+    every = sorted(file for file in found.rglob("*") if file.is_file() and not file.name.startswith("."))
+    return [file for file in every if _suffix(file) or file.suffix == ".arrow"]
 
 
 def _places(folders: Sequence[Path]) -> list[Path]:
@@ -100,13 +120,16 @@ def check_regular(path: Path, shown: str) -> None:
     raise UserError(shown, f"is {what}, expected a file: it is read more than once", "write the rows to a file")
 
 
-def read_file(path: Path, shown: str, note: Note = _unsaid, bad: Bad = _refuse) -> Iterator[Placed]:
+def read_file(
+    path: Path, shown: str, note: Note = _unsaid, bad: Bad = _refuse, *, lines: bool = False
+) -> Iterator[tuple[str, Any]]:
     """The rows of one file.
 
     Args:
         shown: the name of the file in error messages.
         note: is told how the file was read, where that is not what its name says.
         bad: is told what is wrong with a single row.
+        lines: of JSON lines, give the texts.
     """
     check_regular(path, shown)
     suffix = _suffix(path)
@@ -132,7 +155,7 @@ def read_file(path: Path, shown: str, note: Note = _unsaid, bad: Bad = _refuse) 
             elif suffix == ".json":
                 yield from read_json(text, shown, bad)
             else:
-                yield from read_lines(text, shown, bad)
+                yield from lines_of(text, shown) if lines else read_lines(text, shown, bad)
     except UnicodeDecodeError as error:
         number = _undecodable(path, opener) if encoding == "utf-8-sig" else None
         shown = shown if number is None else f"{shown}:{number}"
@@ -199,7 +222,7 @@ def _read_parquet(path: Path, shown: str) -> Iterator[Placed]:
         raise UserError(shown, f"not a readable Parquet file ({error})", "write it again") from error
 
 
-def _read_folder(folder: Path, source: SourceSpec, note: Note, bad: Bad) -> Iterator[Placed]:
+def _read_folder(folder: Path, source: SourceSpec, note: Note, bad: Bad, lines: bool) -> Iterator[tuple[str, Any]]:
     if (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists():
         yield from _read_saved(folder, source)
         return
@@ -214,7 +237,8 @@ def _read_folder(folder: Path, source: SourceSpec, note: Note, bad: Bad) -> Iter
         asked = f" of the split {source.split!r}" if source.split else ""
         raise UserError(source.path, f"no data file{asked} in that folder", f"files end in {', '.join(SUFFIXES)}")
     for file in files:
-        yield from read_file(file, f"{source.path.rstrip('/')}/{file.relative_to(folder).as_posix()}", note, bad)
+        shown = f"{source.path.rstrip('/')}/{file.relative_to(folder).as_posix()}"
+        yield from read_file(file, shown, note, bad, lines=lines)
 
 
 def _split_of(path: Path, names: set[str | None]) -> str | None:
@@ -268,17 +292,29 @@ def _read_hub(source: SourceSpec) -> Iterator[Placed]:
     from datasets import load_dataset
 
     split = source.split or "train"
+    streaming = {"streaming": True} if source.streaming else {}
     try:
-        data = load_dataset(source.path, source.name, split=split, revision=source.revision)
+        data = load_dataset(source.path, source.name, split=split, revision=source.revision, **streaming)
+        rows = iter(data)
+        # of a stream nothing has been read yet: the first row says whether it can be
+        first = next(rows, None)
     except Exception as error:
         # The hub client raises some twenty classes (offline, gated, unknown id, unknown split, ...).
-        detail = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(
-            source.path,
-            f"neither a file or folder here, nor readable from the hub ({detail})",
-            "check the name and `split`, go online, or download it and give the folder's path",
-        ) from error
-    yield from _rows_of(data, f"{source.path}[{split}]")
+        raise _not_from_hub(source, error, "neither a file or folder here, nor readable from the hub") from error
+    shown, number = f"{source.path}[{split}]", 0
+    while first is not None:
+        number += 1
+        yield f"{shown}: row {number}", cast(dict[str, Any], first)
+        try:
+            first = next(rows, None)
+        except Exception as error:
+            raise _not_from_hub(source, error, f"the hub's stream ends after row {number}") from error
+
+
+def _not_from_hub(source: SourceSpec, error: Exception, said: str) -> UserError:
+    detail = " ".join(str(error).split())[:200] or type(error).__name__
+    remedy = "check the name and `split`, go online, or download it and give the folder's path"
+    return UserError(source.path, f"{said} ({detail})", remedy)
 
 
 def _rows_of(data: Any, shown: str) -> Iterator[Placed]:

@@ -24,6 +24,7 @@ class SourceSpec:
     columns: maps our field names to the file's, for those that are not recognised.
     limit: use only that many rows, the first usable ones.
     name, revision: of a dataset on the hub.
+    streaming: of a dataset on the hub, read it while it comes: nothing of it is kept on disk.
     """
 
     path: str
@@ -33,6 +34,7 @@ class SourceSpec:
     limit: int | None = None
     name: str | None = None
     revision: str | None = None
+    streaming: bool = False
 
     def __post_init__(self) -> None:
         if not self.weight > 0:

@@ -123,6 +123,10 @@ class Templater:
         self._fills: bool | None = None
         self._patterns: dict[tuple[str, ...], Pattern | None] = {}
 
+    def begin(self) -> None:
+        """Forget the rows of before: what is said of a chunk of rows depends on it alone."""
+        self._form = 0
+
     def _template(self, template: Any) -> str | None:
         """The template with its run's day in the place of today's; None where the tokenizer has several of its own."""
         day: date = getattr(self.tokenizer, "template_date", _TODAY)

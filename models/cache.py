@@ -9,12 +9,13 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
+from .. import stopping
 from ..errors import UserError
 from ..files import sha256_of, write_whole
 
@@ -52,21 +53,48 @@ def _unusable(folder: Path | str, error: Exception) -> UserError:
     return UserError(str(folder), f"cannot be used as the cache ({said})", remedy)
 
 
-def build_once(name: str, build: Callable[[Path], None]) -> Path:
+def build_once(
+    name: str, build: Callable[[Path], None], *, within: str = "", whole: Callable[[Path], bool] = Path.is_dir
+) -> Path:
     """The cache's folder `name`; where it is missing, `build(empty_folder)` fills it.
 
     It is filled beside its place and renamed, so it appears whole or not at all; a second process waits for the first.
+
+    Args:
+        within: a folder of the cache, for nobody's eyes but the user's, in which it lies.
+        whole: whether a folder that lies there may be used; one that may not is built anew.
+
+    Raises:
+        Stopped: asked to stop while it waits.
     """
-    target = cache_dir() / name
-    if target.is_dir():
+    place = cache_dir() / within
+    target = place / name
+    if whole(target):
         return target
     try:
-        with FileLock(cache_dir() / f".{name}.lock"):
-            if not target.is_dir():
+        if within:
+            place.mkdir(mode=0o700, exist_ok=True)
+        with _held(FileLock(place / f".{name}.lock")):
+            if not whole(target):
+                shutil.rmtree(target, ignore_errors=True)
                 _build(name, target, build)
     except OSError as error:
-        raise _unusable(cache_dir(), error) from error
+        raise _unusable(place, error) from error
     return target
+
+
+@contextmanager
+def _held(lock: FileLock) -> Generator[None]:
+    """Within it the lock is this process'; whoever waits for it can be stopped."""
+    while True:
+        stopping.poll()
+        with suppress(Timeout):
+            lock.acquire(timeout=1.0)
+            break
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _build(name: str, target: Path, build: Callable[[Path], None]) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedConfig
 
 from ..errors import UserError
@@ -43,8 +44,7 @@ def check_context(dataset: Any, base: Base, where: str, new_tokens: int = 0) -> 
         UserError: how many rows are too long, and the longest.
     """
     check = ContextCheck(base, new_tokens)
-    for length in _lengths(dataset):
-        check.add(length)
+    check.add_all(_lengths(dataset))
     check.raise_found(where, len(dataset))
 
 
@@ -64,6 +64,11 @@ class ContextCheck:
         """A row of so many tokens."""
         if self.longest is not None and length > self.longest:
             self._beyond, self._most = self._beyond + 1, max(self._most, length + self._new_tokens)
+
+    def add_all(self, lengths: "np.ndarray[Any, Any]") -> None:
+        """Rows of so many tokens."""
+        if self.longest is not None and (beyond := lengths[lengths > self.longest]).size:
+            self._beyond, self._most = self._beyond + beyond.size, max(self._most, int(beyond.max()) + self._new_tokens)
 
     def raise_found(self, where: str, rows: int) -> None:
         """Refuse the rows that are too long.
@@ -94,11 +99,21 @@ def row_length(row: Mapping[str, Sequence[int]]) -> int:
     return len(row["prompt_ids"]) + max(replies, default=0)
 
 
-def _lengths(dataset: Any) -> list[int]:
+def _lengths(dataset: Any) -> "np.ndarray[Any, Any]":
+    """`row_length` of each row."""
     columns = set(dataset.column_names)
     if "input_ids" in columns:
-        return [len(ids) for ids in dataset["input_ids"]]
-    prompts = [len(ids) for ids in dataset["prompt_ids"]]
+        return column_lengths(dataset, ["input_ids"])
     replies = [name for name in ("chosen_ids", "rejected_ids", "completion_ids") if name in columns]
-    longest = [max(map(len, row)) for row in zip(*(dataset[name] for name in replies), strict=True)] if replies else []
-    return [a + b for a, b in zip(prompts, longest or [0] * len(prompts), strict=True)]
+    longest = [column_lengths(dataset, [name]) for name in replies]
+    return column_lengths(dataset, ["prompt_ids"]) + (np.max(longest, axis=0) if longest else 0)
+
+
+def column_lengths(dataset: Any, columns: Sequence[str]) -> "np.ndarray[Any, Any]":
+    """Tokens of each row in these columns together, read without making a Python list of any, or a copy of the rows."""
+    table = dataset.select_columns(list(columns)).with_format("arrow")[:]
+    none = np.zeros(0, np.int64)
+    counted = [
+        np.concatenate([none, *(np.diff(each.offsets.to_numpy()) for each in table[name].chunks)]) for name in columns
+    ]
+    return np.sum(counted, axis=0)

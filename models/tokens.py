@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -155,7 +155,7 @@ def special_tokens(tokenizer: Any) -> dict[str, int]:
     return marked | named
 
 
-def check_vocabulary(rows: Sequence[Sequence[int]], tokenizer: Any, size: int, where: str) -> None:
+def check_vocabulary(rows: Iterable[Sequence[int]], tokenizer: Any, size: int, where: str) -> None:
     """Every token has its row in the base's embedding: tokens that were added later may have none.
 
     Args:

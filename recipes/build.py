@@ -33,7 +33,14 @@ def data_spec(entry: Data, seed: int) -> "DataSpec":
     else:
         assert entry.path is not None  # the graph's check
         sources = (
-            SourceSpec(entry.path, split=entry.split, columns=entry.columns, name=entry.name, revision=entry.revision),
+            SourceSpec(
+                entry.path,
+                split=entry.split,
+                columns=entry.columns,
+                name=entry.name,
+                revision=entry.revision,
+                streaming=entry.streaming,
+            ),
         )
     return DataSpec(
         sources,

@@ -262,16 +262,16 @@ def _data_problems(recipe: Recipe, text: Text) -> Iterator[UserError]:
         if entry.path is not None and entry.sources:
             yield problem(text, (*path, "sources"), "stands beside path", "give one path, or a list of sources")
         if entry.sources:
-            for key in ("split", "columns", "name", "revision"):
-                if getattr(entry, key) is not None:
+            for key in ("split", "columns", "name", "revision", "streaming"):
+                if getattr(entry, key) not in (None, False):
                     yield problem(text, (*path, key), "belongs to one source", "write it into that source")
 
 
 def _stage_entry_problems(recipe: Recipe, text: Text, path: Path_, entry: Data) -> Iterator[UserError]:
     """An entry that is the rows of a stage."""
     here: Path_ = (*path, "stage")
-    for key in ("path", "sources", "split", "columns", "name", "revision"):
-        if getattr(entry, key) is not None:
+    for key in ("path", "sources", "split", "columns", "name", "revision", "streaming"):
+        if getattr(entry, key) not in (None, False):
             yield problem(
                 text, (*path, key), "stands beside stage, whose rows are read as it wrote them", "leave it out"
             )

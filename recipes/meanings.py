@@ -31,6 +31,7 @@ _SOURCE = {
     "columns": "Our name of a field: the file's name, for fields that are not recognised.",
     "name": "The configuration of a dataset on the hub.",
     "revision": "The revision of a dataset on the hub.",
+    "streaming": "Of a dataset on the hub: its rows are read as they come, and no copy of it is made.",
 }
 
 MEANINGS: Meanings = {

@@ -104,6 +104,7 @@ class Source(Part):
     limit: Positive | None = None
     name: str | None = None
     revision: str | None = None
+    streaming: bool = False
 
 
 class OnProblem(Part):
@@ -125,6 +126,7 @@ class Data(Part):
     columns: dict[str, str] | None = None
     name: str | None = None
     revision: str | None = None
+    streaming: bool = False
     limit: Positive | None = None
     max_prompt_length: Positive | None = None
     max_length: Positive | None = 1024

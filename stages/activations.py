@@ -17,6 +17,7 @@ from ..data.spec import RowKind
 from ..errors import UserError
 from ..models.auto import open_config
 from ..models.cards import room
+from ..models.context import column_lengths
 from .costs import AnyRows, AssumedRows, Place, StageCost, stage_cost
 from .job import StageJob
 
@@ -89,15 +90,6 @@ def cost_if_kept(
 
 def heaviest_rows(rows: "Dataset", kind: RowKind, batch: int) -> AssumedRows:
     """Rows of one length of which no batch of the real ones holds more tokens: as many, none like another."""
-    lengths_N = numpy.max([_lengths(rows, columns) for columns in _SEQUENCES[kind]], axis=0)
+    lengths_N = numpy.max([column_lengths(rows, columns) for columns in _SEQUENCES[kind]], axis=0)
     longest = numpy.sort(lengths_N)[-batch:]
     return AssumedRows(len(rows), int(numpy.ceil(longest.mean())), kind)
-
-
-def _lengths(rows: "Dataset", columns: Sequence[str]) -> "numpy.ndarray[Any, Any]":
-    """Tokens of each row's sequence, read without making a Python list of any."""
-    table = rows.with_format("arrow")[:]
-    counted = [
-        numpy.concatenate([numpy.diff(each.offsets.to_numpy()) for each in table[name].chunks]) for name in columns
-    ]
-    return numpy.sum(counted, axis=0)

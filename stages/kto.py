@@ -1,9 +1,11 @@
 """Kahneman-Tversky optimisation (arXiv 2402.01306): single responses labelled good or bad."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, cast
 
+import numpy as np
+import pyarrow as pa
 import torch
 from datasets import Dataset
 from trl.models.utils import disable_gradient_checkpointing
@@ -12,6 +14,7 @@ from trl.trainer.kto_trainer import KTOTrainer
 from trl.trainer.utils import use_adapter
 
 from ..data.encode import encode_labels
+from ..data.store import derived
 from ..models import seams
 from .activations import settle_checkpointing
 from .global_batch import ROWS, Counts, Metrics, MicroBatch
@@ -110,12 +113,31 @@ def with_kl_completions(rows: Dataset, batch_size: int) -> Dataset:
     a block's completions the same set, as TRL's preparation does. A last block of one row takes the completion of the
     row before it: rotated onto itself it would estimate the reward instead.
     """
-    completions = rows["completion_ids"][:]
-    rotated = []
-    for start in range(0, len(completions), batch_size):
-        block = completions[start : start + batch_size]
-        rotated += [completions[start - 1]] if len(block) == 1 and start > 0 else [block[-1], *block[:-1]]
-    return rows.add_column("KL_completion_ids", rotated)
+    arrow: Any = rows.with_format("arrow")
+    completions: Any = rows.select_columns(["completion_ids"]).with_format("arrow")
+    order = _rotated(len(rows), batch_size)
+    piece = max(1, _PIECE // batch_size) * batch_size
+
+    def tables() -> Iterator[pa.Table]:
+        for start in range(0, len(rows), piece):
+            before = completions[order[start : start + piece].tolist()]["completion_ids"]
+            with_kl = arrow[start : start + piece].append_column("KL_completion_ids", before)
+            yield with_kl.replace_schema_metadata(None)  # which lists the columns of before
+
+    # the fingerprint says in which order the rows stand
+    return derived(rows, f"kl-{batch_size}-{rows._fingerprint}", tables)
+
+
+_PIECE = 10_000
+
+
+def _rotated(count: int, size: int) -> "np.ndarray[Any, Any]":
+    """For each of `count` places the one before it within its block of `size`; for a block's first its last."""
+    before = np.arange(count) - 1
+    firsts = np.arange(0, count, size)
+    lasts = np.minimum(firsts + size, count) - 1
+    before[firsts] = np.where((lasts == firsts) & (firsts > 0), firsts - 1, lasts)
+    return before
 
 
 def run_kto(job: StageJob) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """The Bradley-Terry reward model: chosen should score above rejected."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -11,6 +13,7 @@ from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import RewardTrainer
 
 from ..data.encode import encode_pairs
+from ..data.store import derived
 from ..models.batching import right_pad, row_batches
 from ..models.causal import decoder_of
 from ..models.reward_model import create_reward_model, save_reward_model
@@ -46,16 +49,35 @@ class RewardStageTrainer(StageTrainer, RewardTrainer):
         return found if return_outputs else found[0]
 
 
+_PIECE = 10_000
+
+
 def with_prompts(pairs: Dataset) -> Dataset:
     """The pairs as the classifier reads them: the prompt before both sides."""
-    prompts = pairs["prompt_ids"][:]
-    columns: dict[str, object] = {
-        side: [prompt + reply for prompt, reply in zip(prompts, pairs[side][:], strict=True)]
-        for side in ("chosen_ids", "rejected_ids")
-    }
-    if "margin" in pairs.column_names:
-        columns["margin"] = pairs["margin"][:]
-    return Dataset.from_dict(columns)
+    arrow: Any = pairs.with_format("arrow")
+    margins = ["margin"] if "margin" in pairs.column_names else []
+
+    def tables() -> Iterator[pa.Table]:
+        for start in range(0, len(pairs), _PIECE):
+            piece = arrow[start : start + _PIECE].combine_chunks()
+            sides = {side: _joined(piece["prompt_ids"], piece[side]) for side in ("chosen_ids", "rejected_ids")}
+            yield pa.table(sides | {name: piece[name] for name in margins})
+
+    return derived(pairs, "with-prompts", tables)
+
+
+def _joined(first: pa.ChunkedArray, second: pa.ChunkedArray) -> pa.ListArray:
+    """Of each row the first list with the second behind it."""
+    lists = [each.combine_chunks() for each in (first, second)]
+    offsets = [each.offsets.to_numpy() for each in lists]
+    lengths = [np.diff(each) for each in offsets]
+    values = [each.flatten().to_numpy() for each in lists]
+    ends = np.concatenate([[0], np.cumsum(lengths[0] + lengths[1])]).astype(np.int32)
+    joined = np.empty(int(ends[-1]), values[0].dtype)
+    starts = (ends[:-1], ends[:-1] + lengths[0])
+    for begins, each, length, value in zip(starts, offsets, lengths, values, strict=True):
+        joined[np.arange(len(value)) + np.repeat(begins - (each[:-1] - each[0]), length)] = value
+    return pa.ListArray.from_arrays(pa.array(ends), pa.array(joined))
 
 
 @dataclass(frozen=True)

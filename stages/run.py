@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import chain
@@ -49,6 +49,7 @@ from ..models.packing import attention_used
 from ..models.tokens import check_vocabulary, load_tokenizer, prepare_model, vocabulary_size
 from ..values import plain
 from .checkpoints import SAVING, checkpoints, is_asked
+from .encoded import SHAPES, encoded_rows
 from .job import StageJob
 from .kinds import KINDS
 from .options import keeps_checkpoints
@@ -126,26 +127,37 @@ class StageData:
     held: "Dataset | None"
     fingerprint: str
     report: dict[str, Any]
-    origins: tuple[str, ...] = ()
+    origins: Sequence[str] = ()
 
 
 Encode = Callable[["Iterable[Row]", PreTrainedTokenizerBase, DataSpec], "tuple[Dataset, DataReport]"]
 
 
 def load_data(job: StageJob, encode: Encode, tokenizer: PreTrainedTokenizerBase) -> StageData:
-    """Read, split by prompt (R7) and encode the job's data.
+    """Read, split by prompt (R7) and encode the job's data; what the data room's encoders made of them before is taken
+    from the cache.
 
     Args:
-        encode: the data room's encoder of the kind of rows that the stage reads.
+        encode: the data room's encoder of the kind of rows that the stage reads, or one of the method's own.
 
     Raises:
         UserError: no row is left to train on.
     """
     with stopping.interruptible():
-        return _load_data(job, encode, tokenizer)
+        if (shape := SHAPES.get(encode)) is None:
+            return _encoded_here(job, encode, tokenizer)
+        stored, where = encoded_rows(job, shape, tokenizer), f"data.{job.data_name}"
+        for name in (each for each in stored.reports if each != "read"):
+            logger.info("%s, %s rows of %s: %s", job.name, name, job.data_name, "; ".join(stored.lines[name]))
+        for part in (stored.train, stored.held):
+            if part is not None:
+                check_ids(part, tokenizer, job.base, where)
+                _check_lengths(job, part, where)
+        return StageData(stored.train, stored.held, stored.fingerprint, stored.reports, stored.origins)
 
 
-def _load_data(job: StageJob, encode: Encode, tokenizer: PreTrainedTokenizerBase) -> StageData:
+def _encoded_here(job: StageJob, encode: Encode, tokenizer: PreTrainedTokenizerBase) -> StageData:
+    """The same by a method's own encoder, which is handed the rows: they stay in memory."""
     data, where = job.data, f"data.{job.data_name}"
     read, content, held_rows = DataReport(), Fingerprint(), list[Row]()
 
@@ -197,7 +209,7 @@ def check_ids(rows: "Dataset", tokenizer: PreTrainedTokenizerBase, base: Base, w
         return  # no token is beyond it
     for column in rows.column_names:
         if column.endswith("_ids"):
-            check_vocabulary(rows[column][:], tokenizer, size, where)
+            check_vocabulary((row[column] for row in rows), tokenizer, size, where)  # pyright: ignore[reportCallIssue, reportArgumentType]: a row is a dictionary
 
 
 def open_tokenizer(job: StageJob) -> PreTrainedTokenizerBase:

@@ -243,7 +243,9 @@ MUTATIONS += [
         "R4", "scores are not centred", "stages/kinds.py",
         'Annotated[float, Ge(0)],\n            0.01,', 'Annotated[float, Ge(0)],\n            0.0,',
     ),
-    Mutation("R4", "margins are left out", "stages/reward.py", 'if "margin" in pairs.column_names:', "if False:"),
+    Mutation(
+        "R4", "margins are left out", "stages/reward.py", 'if "margin" in pairs.column_names else', "if False else"
+    ),
     Mutation("R5", "a tie counts as a win", "stages/metrics.py", "0.5 if good == bad", "1.0 if good == bad"),
     Mutation(
         "R6", "shorter wins as often as longer", "stages/metrics.py",
@@ -822,6 +824,37 @@ MUTATIONS += [
     ),
     Mutation(
         "Q6", "a packed layer is not divided", "models/sharded.py", " or id(each) in packed)", ")",
+    ),
+]  # fmt: skip
+
+MUTATIONS += [
+    Mutation(
+        "B1", "rows that repeat a prompt stay in the file", "data/stream.py",
+        "rows if all(keep) else rows.filter(pa.array(keep))", "rows",
+    ),
+    Mutation("B1", "what lies behind a limit counts", "data/stream.py", "self.ended.add(source)", "pass"),
+    Mutation("B2", "rows go by their sources alone", "stages/encoded.py", '        "data": asdict(task.spec),\n', ""),
+    Mutation("B2", "a file goes by its name", "stages/encoded.py", '        "sources": contents,\n', ""),
+    Mutation("B2", "the code that encodes does not count", "stages/encoded.py", '        "code": _code(),\n', ""),
+    Mutation(
+        "B3", "a folder that is there is taken to be whole", "stages/encoded.py",
+        "whole=lambda each: open_stored(each) is not None", "whole=Path.is_dir",
+    ),
+    Mutation(
+        "B3", "a file may change while it is read", "stages/encoded.py", "_contents(job) != contents", "False"
+    ),
+    Mutation(
+        "B4", "the classifier's rows are copied to memory", "stages/reward.py",
+        'derived(pairs, "with-prompts", tables)', "Dataset(pa.concat_tables(tables()))",
+    ),
+    Mutation("B5", "the place of every row is kept", "data/stream.py", "task.spec, named=False", "task.spec"),
+    Mutation(
+        "B6", "a dataset on the hub is copied first", "data/sources.py",
+        '{"streaming": True} if source.streaming else {}', "{}",
+    ),
+    Mutation(
+        "B7", "words end at every blank", "data/pieces.py",
+        "words if plain else _WORD.split(piece)", "words",
     ),
 ]  # fmt: skip
 

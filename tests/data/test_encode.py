@@ -176,7 +176,7 @@ def test_rows_of_another_kind_are_refused(kit, chatml) -> None:
 
 
 def test_many_rows_keep_their_order(kit, chatml, monkeypatch) -> None:
-    monkeypatch.setattr(encode, "_CHUNK", 3)
+    monkeypatch.setattr(encode, "CHUNK", 3)
     rows = [kit.demo(answer=str(i)) for i in range(8)]
     dataset, _ = encode_demos(rows, chatml, kit.spec())
     assert [chatml.decode(trained(row)[0]) for row in dataset] == [f"{i}<|im_end|>" for i in range(8)]

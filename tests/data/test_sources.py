@@ -208,3 +208,42 @@ def test_json_in_utf_16_is_refused(tmp_path) -> None:
     path.write_bytes('{"prompt": "x"}\n'.encode("utf-16"))
     with pytest.raises(UserError, match=r"rows\.jsonl: not UTF-8 .*; save it as UTF-8"):
         read(path)
+
+
+@pytest.mark.checklist("B6")
+def test_b06_a_hub_dataset_is_streamed_and_no_copy_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """By datasets' own reader, of a folder that stands for the hub's repository."""
+    (tmp_path / "hub").mkdir()
+    for part in range(3):
+        rows = [{"prompt": f"{part}.{n}?", "completion": "yes"} for n in range(100)]
+        (tmp_path / "hub" / f"train-{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    real, asked = datasets.load_dataset, list[tuple]()
+
+    def load(path: str, *args: object, **options: object) -> object:
+        asked.append((path, options))
+        given = {"split": options["split"], "streaming": options.get("streaming", False)}
+        return real(str(tmp_path / "hub"), cache_dir=str(tmp_path / "copies"), **given)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    source = SourceSpec("some/rows", streaming=True, revision="main")
+    found = list(read_source(source, ()))
+    assert len(found) == 300 and found[299] == ("some/rows[train]: row 300", {"prompt": "2.99?", "completion": "yes"})
+    assert asked == [("some/rows", {"split": "train", "revision": "main", "streaming": True})]
+    assert not list((tmp_path / "copies").rglob("*.arrow"))
+    assert found == list(read_source(SourceSpec("some/rows"), ()))
+
+
+def test_a_stream_that_breaks_off_says_where(monkeypatch: pytest.MonkeyPatch):
+    def broken(*_: object, **__: object) -> object:
+        yield {"prompt": "a", "completion": "b"}
+        raise ConnectionError("gone")
+
+    monkeypatch.setattr(datasets, "load_dataset", broken)
+    with pytest.raises(UserError, match=r"some/rows: the hub's stream ends after row 1 \(gone\)"):
+        list(read_source(SourceSpec("some/rows", streaming=True), ()))
+
+
+def test_what_lies_here_is_not_streamed_from_anywhere(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match="leave `streaming` out"):
+        read_source(SourceSpec(str(tmp_path / "a.jsonl"), streaming=True), ())
