@@ -292,7 +292,7 @@ def _read_hub(source: SourceSpec) -> Iterator[Placed]:
     from datasets import load_dataset
 
     split = source.split or "train"
-    streaming = {"streaming": True} if source.streaming else {}
+    streaming: dict[str, Any] = {"streaming": True} if source.streaming else {}
     try:
         data = load_dataset(source.path, source.name, split=split, revision=source.revision, **streaming)
         rows = iter(data)

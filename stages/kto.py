@@ -125,7 +125,8 @@ def with_kl_completions(rows: Dataset, batch_size: int) -> Dataset:
             yield with_kl.replace_schema_metadata(None)  # which lists the columns of before
 
     # the fingerprint says in which order the rows stand
-    return derived(rows, f"kl-{batch_size}-{rows._fingerprint}", tables)
+    fingerprint = rows._fingerprint  # pyright: ignore[reportPrivateUsage]: TRL names its caches after it as well
+    return derived(rows, f"kl-{batch_size}-{fingerprint}", tables)
 
 
 _PIECE = 10_000

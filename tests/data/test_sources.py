@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -217,7 +218,8 @@ def test_b06_a_hub_dataset_is_streamed_and_no_copy_is_made(tmp_path: Path, monke
     for part in range(3):
         rows = [{"prompt": f"{part}.{n}?", "completion": "yes"} for n in range(100)]
         (tmp_path / "hub" / f"train-{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    real, asked = datasets.load_dataset, list[tuple]()
+    real: Any = datasets.load_dataset
+    asked: list[tuple[str, dict[str, object]]] = []
 
     def load(path: str, *args: object, **options: object) -> object:
         asked.append((path, options))

@@ -329,21 +329,23 @@ def tables(data: Any) -> list[Any]:
 
 @pytest.mark.checklist("B5")
 def test_b05_memory_does_not_grow_with_the_rows(job_of, tokenizer, monkeypatch):
-    """8 bytes a row for the prompts that have been seen, and nothing else."""
+    """8 bytes a row for the prompts that have been seen, and for the latest of them a bit more."""
     monkeypatch.setattr(unread, "CHUNK", 50)
+    monkeypatch.setattr("preftune.data.seen._RECENT", 64)
     monkeypatch.setenv("PREFTUNE_DATA_PROCESSES", "1")
 
-    def peak(rows: int) -> int:
-        row = '{{"prompt": "Question {}?", "chosen": "Yes, because of {}.", "rejected": "No."}}\n'
-        job = job_of("dpo", "".join(row.format(i, i * i) for i in range(rows)), held_out=0.3)
+    def peak(name: str, rows: int) -> int:
+        row = '{{"prompt": "{} {}?", "chosen": "Yes, because of {}.", "rejected": "No."}}\n'
+        job = job_of("dpo", "".join(row.format(name, i, i * i) for i in range(rows)), held_out=0.3)
         tracemalloc.start()
         load_data(job, encode_pairs, tokenizer)
         most = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return most
 
-    peak(400)
-    assert peak(4000) < peak(400) + 100 * 3600
+    peak("warm", 400)
+    few, many = peak("few", 1000), peak("many", 5000)
+    assert many < few + 100 * 4000
 
 
 @pytest.fixture
