@@ -40,6 +40,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "PiSSA with patterns": {"init_lora_weights": "pissa", "use_rslora": True, "rank_pattern": {"q_proj": 2}},
     "layers": {"layers_to_transform": [1]},
     "excluded": {"exclude_modules": ["q_proj", "layers.0.mlp.up_proj"]},
+    "rows of tokens": {"trainable_token_indices": [8, 30, 263]},
+    "DoRA with rows of tokens": {"use_dora": True, "trainable_token_indices": {"embed_tokens": [2, 9]}},
     "a regular expression": {"target_modules": r".*layers\.[01]\.self_attn\.[qv]_proj"},
 }
 ALTERING = [name for name, kind in KINDS.items() if kind.get("init_lora_weights") in ("pissa", "olora")]

@@ -42,6 +42,7 @@ EXACT: dict[str, dict[str, Any]] = {
     "rank-stabilised": {"use_rslora": True},
     "another start": {"init_lora_weights": "gaussian"},
     "DoRA": {"use_dora": True},
+    "rows of tokens": {"trainable_token_indices": [8, 30]},
     "ranks and scalings of their own": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 6}},
 }
 NOT_PLAIN: dict[str, dict[str, Any]] = {
@@ -52,7 +53,6 @@ NOT_PLAIN: dict[str, dict[str, Any]] = {
     "modules_to_save": {"modules_to_save": ["norm"]},
     "bias": {"bias": "lora_only"},
     "lora_bias": {"lora_bias": True},
-    "trainable_token_indices": {"trainable_token_indices": [0]},
     "layer_replication": {"layer_replication": [[0, 2], [1, 3]]},
     "alora_invocation_tokens": {"alora_invocation_tokens": [0]},
 }

@@ -36,6 +36,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "fast PiSSA": {"init_lora_weights": "pissa_niter_4"},
     "OLoRA": {"init_lora_weights": "olora"},
     "patterns": {"rank_pattern": {"q_proj": 2, "down_proj": 8}, "alpha_pattern": {"q_proj": 5}},
+    "rows of tokens": {"trainable_token_indices": [9, 61, 263]},
     "some layers": {"layers_to_transform": [0, 1], "exclude_modules": ["k_proj"]},
     "a regular expression": {"target_modules": r".*\.(self_attn\.[qv]_proj|mlp\.up_proj)"},
     "DoRA from PiSSA with patterns": {"use_dora": True, "init_lora_weights": "pissa", "rank_pattern": {"q_proj": 2}},
