@@ -62,6 +62,12 @@ class AddedTokens:
             raise UserError("model.base", f"{spec[:100]!r} does not say which tokens are added", remedy) from error
 
 
+def without_tokens(spec: str) -> tuple[str, int]:
+    """The spec of the base that tokens were added to, and how many; of any other its own, and 0."""
+    asked = AddedTokens.read(spec)
+    return (spec, 0) if asked is None else (asked.base, len(asked.tokens))
+
+
 def spec_with(base: str, tokens: Sequence[str], seed: int) -> str:
     """The spec of a base with these tokens added; its own where there are none."""
     return AddedTokens(tuple(tokens), seed, base).spec if tokens else base
@@ -93,7 +99,8 @@ def with_tokens(base: "Base", asked: AddedTokens) -> "Base":
     key = hashlib.sha256(said.encode()).hexdigest()
     folder = build_once(f"added-v{_VERSION}-{key[:16]}", lambda empty: _write(base, asked, empty))
     ids = json.loads((folder / _IDS).read_text(encoding="utf-8"))
-    return replace(base, spec=asked.spec, path=folder, sha256=key, added=tuple(ids), of=base)
+    spec = replace(asked, base=base.spec).spec
+    return replace(base, spec=spec, path=folder, sha256=key, added=tuple(ids), of=base)
 
 
 def _write(base: "Base", asked: AddedTokens, folder: Path) -> None:

@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from preftune.errors import UserError
 from preftune.models.adapters import AdapterSet
+from preftune.models.added_tokens import spec_with
 from preftune.models.base import Base
 from preftune.models.lineage import adapter_sha256
 from preftune.models.loading import load_model, resolve_base
-from preftune.models.lora import LoraSpec
+from preftune.models.lora import LoraSpec, read_tensors
 from preftune.models.tokens import load_tokenizer, prepare_model
 from preftune.stages.check import stage_problems
 from preftune.stages.dpo import build_dpo
@@ -44,11 +45,11 @@ KINDS: dict[str, dict[str, Any]] = {
 PPO = {"rollout_batch_size": 4, "total_episodes": 8, "num_mini_batches": 2, "num_ppo_epochs": 1, "max_new_tokens": 6}
 
 
-def chain(make_job: Make, lora: LoraSpec) -> dict[str, Path]:
+def chain(make_job: Make, lora: LoraSpec, **given: Any) -> dict[str, Path]:
     """SFT -> DPO and SFT -> reward -> PPO; their folders."""
-    sft = make_job("sft", lora=lora, train={"max_steps": 3, "learning_rate": 1e-2})
+    sft = make_job("sft", lora=lora, train={"max_steps": 3, "learning_rate": 1e-2}, **given)
     run_stage(sft)
-    more: dict[str, Any] = {"lora": lora, "parent": sft.output_dir}
+    more: dict[str, Any] = {"lora": lora, "parent": sft.output_dir, **given}
     dpo = make_job("dpo", **more)
     assert build_copy(dpo) == {adapter_sha256(sft.output_dir)}
     reward = make_job("reward", **more)
@@ -105,6 +106,34 @@ def test_l06_a_chain_of_it_agrees_with_plain_peft_at_every_stage(base: Base, mak
     before = base.sha256
     check_chain(base, chain(make_job, LoraSpec(**{"r": 4, "alpha": 8, **KINDS[kind]})))
     assert resolve_base("random:llama").sha256 == before
+
+
+@pytest.mark.checklist("L7")
+def test_l07_the_reference_of_dpo_has_its_parent_s_rows(base: Base, make_job: Make):
+    lora = LoraSpec(r=4, alpha=8, trainable_token_indices=[9, 61])
+    sft = make_job("sft", lora=lora, train={"learning_rate": 1e-2})
+    run_stage(sft)
+    assert build_copy(make_job("dpo", lora=lora, parent=sft.output_dir)) == {adapter_sha256(sft.output_dir)}
+    for kind in ("dpo", "kto"):  # and its first margin is 0, with log-probs that are made before the first step
+        run_stage(make_job(kind, lora=lora, parent=sft.output_dir, train={"precompute_ref_log_probs": True}))
+
+
+@pytest.mark.checklist("L8")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_l08_a_chain_on_a_base_with_tokens_agrees_with_plain_peft(base: Base, make_job: Make, dtype: str):
+    grown = resolve_base(spec_with(base.spec, ["<|think|>"], 0))
+    folders = chain(make_job, LoraSpec(r=4, alpha=8), base=grown, dtype=dtype)
+    if dtype == "float32":
+        check_chain(grown, folders)
+    held = {name: read_tensors(folder / "adapter_model.safetensors") for name, folder in folders.items()}
+    (row,) = [name for name in held["sft"] if name.endswith("trainable_tokens_delta")]
+    for name in ("dpo", "reward", "ppo"):
+        assert held[name][row].dtype == torch.float32 and not torch.equal(held[name][row], held["sft"][row])
+    other = resolve_base(spec_with(base.spec, ["<|other|>"], 0))
+    with pytest.raises(UserError, match=r"base\.sha256 differs.*<\|think\|>.*there"):
+        run_stage(make_job("dpo", name="odd", base=other, parent=folders["sft"]))
+    with pytest.raises(UserError, match=r"base\.sha256 differs"):
+        run_stage(make_job("dpo", name="plain", parent=folders["sft"]))
 
 
 @pytest.mark.checklist("L5")
