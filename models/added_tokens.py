@@ -132,6 +132,8 @@ def grow_tokenizer(tokenizer: Any, tokens: Sequence[str]) -> list[int]:
     Raises:
         UserError: it has one already, or does not read one as the one token that it is.
     """
+    if not tokens:
+        return []
     known = tokenizer.get_vocab()
     if had := [token for token in tokens if token in known]:
         remedy = f"leave it out; its row trains with lora: {{trainable_token_indices: [{known[had[0]]}]}}"

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ..errors import UserError
 from ..files import ADAPTER_CONFIG
 from . import seams
-from .added_tokens import AddedTokens, grow_tokenizer, with_tokens
+from .added_tokens import AddedTokens, with_tokens
 from .auto import open_config, open_model
 from .base import Base, content_sha256, is_hub
 from .cache import cache_dir, remembered
@@ -101,10 +101,6 @@ def tokenizer_of(spec: str) -> "PreTrainedTokenizerBase":
     """
     from .tokens import load_tokenizer
 
-    if (asked := AddedTokens.read(spec)) is not None and is_hub(asked.base):
-        tokenizer = tokenizer_of(asked.base)
-        grow_tokenizer(tokenizer, asked.tokens)
-        return tokenizer
     if not is_hub(spec):
         return load_tokenizer(resolve_base(spec))
     folder = _download(spec, None, ignored=("*.safetensors", *_HUB_IGNORED))
