@@ -11,6 +11,9 @@ from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassificatio
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from preftune.data.encode import encode_demos
+from preftune.data.rows import Row
+from preftune.data.spec import DataSpec, SourceSpec
 from preftune.errors import UserError
 from preftune.eval.kl import sequence_kls
 from preftune.files import ADAPTER_CONFIG
@@ -205,6 +208,10 @@ def test_l08_a_base_with_tokens_is_transformers_resize_under_the_seed(either: Ba
     assert base.added == (size, size + 1) and vocabulary_size(base) == size + 2
     tokenizer = load_tokenizer(base)
     assert tokenizer("a<|think|>b", add_special_tokens=False)["input_ids"].count(base.added[0]) == 1
+    said = "<|think|>So it is.<|/think|>Yes."
+    row = Row([{"role": "user", "content": "Is it?"}], [{"role": "assistant", "content": said}])
+    encoded = encode_demos([row], tokenizer, DataSpec((SourceSpec("none"),)))[0][0]
+    assert {*base.added} <= {*encoded["labels"]}
     assert (made.lm_head.weight is made.model.embed_tokens.weight) == plain.config.tie_word_embeddings
 
 
