@@ -98,7 +98,13 @@ def test_plain_lora_of_any_form_is_exact_as_a_role_as_a_parent_saved_and_sampled
         listed = json.loads((tmp_path / role / ADAPTER_CONFIG).read_text())["target_modules"]
         assert isinstance(listed, list) and all(len(name) > 1 for name in listed)
     if not spec.rank_pattern:
-        wider = LoraSpec(spec.r * 4, spec.scaling() * spec.r * 4, target_modules="all-linear", use_dora=spec.use_dora)
+        wider = LoraSpec(
+            spec.r * 4,
+            spec.scaling() * spec.r * 4,
+            target_modules="all-linear",
+            use_dora=spec.use_dora,
+            trainable_token_indices=spec.trainable_token_indices,
+        )
         grown = AdapterSet.create(load_model(base), base, wider, folder)
         torch.testing.assert_close(logits(grown, "default"), wanted, rtol=0, atol=1e-5)
     prompt = IDS[0].tolist()
