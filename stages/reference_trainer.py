@@ -41,6 +41,7 @@ class ReferenceTrainer(StageTrainer):
         # before the reference is asked for the first time, inside TRL's __init__ or after it
         if not self._reference_whole:
             self._reference_whole = True
+            assert self.model is not None
             copy_rows(self.model, DEFAULT, REF)
         super()._use_compact_head()
 
