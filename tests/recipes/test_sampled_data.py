@@ -70,7 +70,7 @@ def test_rows_are_looked_up_in_the_run_and_nowhere_before(file: Path, tmp_path: 
     assert job.folders[0] == tmp_path / "run"
     assert [source.path for source in job.data.sources] == [f"pairs1/{ROWS}"]
     assert data_spec(recipe.data["first"], 0).held_out == 0.1
-    sft = stage_job(recipe, "sft", None, tmp_path / "run", tmp_path / "run" / "sft")  # pyright: ignore[reportArgumentType]
+    sft = stage_job(recipe, "sft", base, tmp_path / "run", tmp_path / "run" / "sft")
     assert sft.folders == (tmp_path,)
 
 
