@@ -86,7 +86,7 @@ def measure(recipe: Recipe, run: Path, policy: Path, seed: int, best_of: int = 0
     from ..eval.workbench import Workbench
     from ..models.loading import resolve_base
 
-    spec = eval_spec(recipe, resolve_base(recipe.model.base), run, ["sft"])
+    spec = eval_spec(recipe, resolve_base(recipe.base_spec), run, ["sft"])
     spec = dataclasses.replace(spec, policies={"sft": run / "sft", "policy": policy})
     bench = Workbench.open(spec)
     rubric, prompts = _rubric(recipe), bench.prompts()
@@ -151,7 +151,7 @@ def _work(run: Path, trial: Trial) -> dict[str, Any]:
         return {"metrics": {}, "log": [], "score": measure(recipe, run, run / "sft", trial.seed, trial.best_of)}
     with tempfile.TemporaryDirectory(prefix="preftune-trial-") as folder:
         output = Path(folder) / trial.stage
-        metrics = run_stage(stage_job(recipe, trial.stage, resolve_base(recipe.model.base), run, output))
+        metrics = run_stage(stage_job(recipe, trial.stage, resolve_base(recipe.base_spec), run, output))
         log = [json.loads(line) for line in (output / "log.jsonl").read_text(encoding="utf-8").splitlines()]
         return {"metrics": metrics, "log": log, "score": measure(recipe, run, output, trial.seed)}
 

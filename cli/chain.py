@@ -125,7 +125,7 @@ class Chain:
             evaluates = self.evaluates = self._evaluates()
             self.folder.check_places([*selected, *([EVALUATION] if evaluates else [])])
             # 2. the base and the data
-            self.base = (self._resolve or _resolve_base)(self.recipe.model.base, self.recipe.model.revision)
+            self.base = (self._resolve or _resolve_base)(self.recipe.base_spec, self.recipe.model.revision)
             fix_date(self.recipe, self.base, self.path)
             if said := fix_dtype(self.recipe, self.path):
                 self.output.say(said)

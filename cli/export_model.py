@@ -280,6 +280,7 @@ def _vllm_rank(folder: Path, config: dict[str, Any]) -> int:
         "trains biases": config.get("bias", "none") != "none" or config.get("lora_bias"),
         "has ranks or scalings of its own by layer": config.get("rank_pattern") or config.get("alpha_pattern"),
         "trains stacked weights (target_parameters)": config.get("target_parameters"),
+        "trains rows of single tokens (trainable_token_indices)": config.get("trainable_token_indices"),
     }
     for said, found in refused.items():
         if found:

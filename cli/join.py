@@ -212,7 +212,7 @@ class _Follower:
 
         recipe = load_recipe(self.run_dir / RECIPE)
         make_functions_importable(recipe)
-        return Keys(recipe, resolve_base(recipe.model.base, recipe.model.revision), self.run_dir)
+        return Keys(recipe, resolve_base(recipe.base_spec, recipe.model.revision), self.run_dir)
 
     def _take_part(self, said: Mapping[str, Any]) -> None:
         """Run this machine's share of a step."""

@@ -195,7 +195,7 @@ def _run(run_dir: Path, name: str, from_adapter: Path | None) -> None:
     ignore_library_warnings()
     recipe = load_recipe(run_dir / RECIPE)
     make_functions_importable(recipe)
-    base = resolve_base(recipe.model.base, recipe.model.revision)
+    base = resolve_base(recipe.base_spec, recipe.model.revision)
     if name == EVALUATION:
         _evaluate(recipe, base, run_dir)
     else:

@@ -118,7 +118,7 @@ class _Plan:
         if model.dtype == "auto":
             model.dtype = base_dtype(recipe) if card is None else "bfloat16" if card.bf16 else "float32"
         self.recipe, self.output, self.card = recipe, output, card
-        self.outline: Outline = outline(model.base, model.revision, model.chat_template, model.template_date)
+        self.outline: Outline = outline(recipe.base_spec, model.revision, model.chat_template, model.template_date)
         self.processes, self.sharded = _launched(launch)
         self.seconds = seconds / len(recipe.stages)
         self.libraries = _libraries()
@@ -156,7 +156,7 @@ class _Plan:
         recipe = self.recipe
         stage = recipe.stages[name]
         run = Path("runs") / recipe.name
-        job = stage_job(recipe, name, Base(recipe.model.base, Path(), None, ""), run, run / name)
+        job = stage_job(recipe, name, Base(recipe.base_spec, Path(), None, "", self.outline.added), run, run / name)
         rows, held = self.rows(name, job)
         costs = {device: self._cost(job, rows, held, device) for device in self._devices()}
         here = next(iter(costs.values()))

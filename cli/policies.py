@@ -38,7 +38,7 @@ def recipe_base(recipe: Recipe) -> "Base":
     from .process import make_functions_importable
 
     make_functions_importable(recipe)
-    return resolve_base(recipe.model.base, recipe.model.revision)
+    return resolve_base(recipe.base_spec, recipe.model.revision)
 
 
 def check_policy(recipe: Recipe, run: Path, name: str, where: str) -> None:

@@ -4,12 +4,14 @@ import json
 import shutil
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
 from ..files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LINEAGE, METRICS
 from ..intact import check_intact
+from ..models.added_tokens import AddedTokens, without_tokens
 from ..printed import holds_key, printable
 from .cards import evaluated
 from .export_model import stage_folder
@@ -87,7 +89,8 @@ def _stage(folder: Path, staged: Path) -> None:
     lineage = json.loads((staged / LINEAGE).read_text(encoding="utf-8")) if (staged / LINEAGE).is_file() else {}
     config = json.loads((staged / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     spec = (lineage.get("base") or {}).get("spec") or config.get("base_model_name_or_path")
-    config["base_model_name_or_path"] = _named(str(spec)) if spec else None
+    # of a base that was given tokens it is the base before: the adapter has their rows, by which PEFT lets it grow
+    config["base_model_name_or_path"] = _named(without_tokens(str(spec))[0]) if spec else None
     metrics = staged / METRICS
     measured = json.loads(metrics.read_text(encoding="utf-8")) if metrics.is_file() else {}
     for name, content in ((ADAPTER_CONFIG, config), (LINEAGE, _placeless(lineage)), (METRICS, _placeless(measured))):
@@ -108,6 +111,8 @@ def _placeless(value: Any) -> Any:
 
 
 def _named(text: str) -> str:
+    if (asked := AddedTokens.read(text)) is not None:
+        return replace(asked, base=_named(asked.base)).spec
     return Path(text).name if text.startswith(("/", "~", "./", "../")) or Path(text).is_absolute() else text
 
 

@@ -94,7 +94,7 @@ def check_settings(
     from ..models.loading import check_base_complete
     from ..stages.check import process_problems, stage_problems
 
-    stand_in = base or Base(recipe.model.base, Path(), None, "")
+    stand_in = base or Base(recipe.base_spec, Path(), None, "")
     found: list[UserError] = []
     if base is not None:
         with gathering(found):
@@ -177,13 +177,14 @@ def _base(recipe: Recipe, output: Output) -> "tuple[Base | None, PreTrainedToken
     from ..models.tokens import load_tokenizer
 
     try:
-        base = resolve_base(recipe.model.base, recipe.model.revision)
+        base = resolve_base(recipe.base_spec, recipe.model.revision)
     except UserError as error:
         if "cannot be reached" not in error.problem:
             raise
         output.say(f"model: not checked, {recipe.model.base} is on the hub and cannot be reached; no token lengths")
         return None, None
-    output.say(f"model: {recipe.model.base}, sha256 {base.sha256[:12]}")
+    more = f", with {len(base.added)} tokens added" if base.added else ""
+    output.say(f"model: {recipe.model.base}{more}, sha256 {base.sha256[:12]}")
     return base, load_tokenizer(base, recipe.model.chat_template, recipe.model.template_date)
 
 

@@ -130,6 +130,8 @@ def _check_plain(lora: "LoraSpec", stage: str) -> None:
         "rank_pattern": lora.rank_pattern,
         "alpha_pattern": lora.alpha_pattern,
         "target_parameters": lora.target_parameters,
+        "trainable_token_indices": lora.trainable_token_indices,
+        "added_tokens": lora.added_tokens,
     }
     for name, asked in more.items():
         if asked:

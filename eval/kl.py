@@ -88,14 +88,14 @@ def sequence_kls(
     done = 0
     lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
     device = next(adapters.model.parameters()).device
-    head = adapters.head
+    heads = adapters.head_under(policy), adapters.head_under(reference)
     for rows in token_batches(lengths, max_tokens or forward_tokens(adapters.backbone)):
         ids_BL, mask_BL = right_pad([[*prompts[i], *responses[i]] for i in rows], pad_token_id, device)
         start_B = torch.tensor([len(prompts[i]) for i in rows], device=device)
         length_B = torch.tensor([len(responses[i]) for i in rows], device=device)
         policy_NH = response_hidden(adapters, policy, ids_BL, mask_BL, start_B=start_B, length_B=length_B)
         reference_NH = response_hidden(adapters, reference, ids_BL, mask_BL, start_B=start_B, length_B=length_B)
-        steps_N = _chunked_kl(head, policy_NH, reference_NH, temperature, chunk)
+        steps_N = _chunked_kl(heads, policy_NH, reference_NH, temperature, chunk)
         for i, steps in zip(rows, steps_N.split([len(responses[i]) for i in rows]), strict=True):
             kls[i] = float(steps.double().sum())
         done += len(rows)
@@ -104,11 +104,17 @@ def sequence_kls(
     return kls
 
 
-def _chunked_kl(head: LmHead, policy_NH: Tensor, reference_NH: Tensor, temperature: float, chunk: int | None) -> Tensor:
-    """KL of each step [N], with logits [C, V] for one chunk of steps at a time."""
-    size = chunk or chunk_rows(head.weight)
+def _chunked_kl(
+    heads: tuple[LmHead, LmHead], policy_NH: Tensor, reference_NH: Tensor, temperature: float, chunk: int | None
+) -> Tensor:
+    """KL of each step [N], with logits [C, V] for one chunk of steps at a time.
+
+    Args:
+        heads: the policy's and the reference's.
+    """
+    size = chunk or chunk_rows(heads[0].weight)
     pieces = [
-        kl_from_logits(head.logits(ours_CH), head.logits(theirs_CH), temperature)
+        kl_from_logits(heads[0].logits(ours_CH), heads[1].logits(theirs_CH), temperature)
         for ours_CH, theirs_CH in zip(policy_NH.split(size), reference_NH.split(size), strict=True)
     ]
     return torch.cat(pieces) if pieces else policy_NH.new_zeros(0)

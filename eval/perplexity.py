@@ -52,7 +52,7 @@ def sequence_nlls(
     nlls = [0.0] * len(input_ids)
     done = 0
     device = next(adapters.model.parameters()).device
-    head = adapters.head
+    head = adapters.head_under(role)
     for rows in token_batches([len(row) for row in input_ids], max_tokens or forward_tokens(adapters.backbone)):
         ids_BL, mask_BL = right_pad([input_ids[i] for i in rows], pad_token_id, device)
         labels_BL, _ = right_pad([labels[i] for i in rows], IGNORED, device)

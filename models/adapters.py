@@ -41,6 +41,7 @@ from .lora import (
 from .packing import use_packed_forward
 from .plain_lora import adapted_modules, check_layers, check_targets
 from .starts import settled
+from .token_rows import check_fit, use_token_rows
 from .whole import check_whole, whole
 
 __all__ = ["DEFAULT", "REF", "REWARD", "TEACHER", "VALUE", "VALUE_HEAD", "AdapterSet", "LoraSpec", "module_name"]
@@ -71,6 +72,7 @@ class AdapterSet:
         self.heads: dict[str, ScalarHead] = {}
         self._layers = lora_layers(model)
         check_layers(self.causal, self._layers, "the adapter")
+        use_token_rows(model)
         for layer in self._layers.values():
             seams.require(seams.ADAPTER_SWITCH, layer)
         # a model that somebody else has loaded keeps its attention, and is tried over padded rows as any other
@@ -93,6 +95,7 @@ class AdapterSet:
         """
         if parent is not None:
             check_base(parent, base)
+        lora = lora.on(base)
         peft = put_on(PeftModelForCausalLM, model, lora, "CAUSAL_LM", continued=parent is not None, seed=seed)
         # PEFT's new dropout layers are in training mode, whatever mode the model is in.
         peft.train(model.training)
@@ -118,8 +121,14 @@ class AdapterSet:
 
     @property
     def head(self) -> LmHead:
-        """What turns last hidden states into logits, tried against the model's own (see `head_of`)."""
+        """What turns last hidden states into logits, tried against the model's own (see `head_of`); of the adapter
+        that is active now, which may have rows of its own in it."""
         return head_of(self.causal)
+
+    def head_under(self, name: str | None) -> LmHead:
+        """The same of that adapter (None: the bare base)."""
+        with self.using(name):
+            return self.head
 
     @property
     def lm_head(self) -> nn.Module:
@@ -160,6 +169,7 @@ class AdapterSet:
         check_base(folder, self.base)
         config, tensors = read_adapter(folder)
         self._check_modules(tensors, folder)
+        check_fit(self.causal, config.trainable_token_indices, str(folder))
         head = {"weight": tensors.pop(SCORE)} if SCORE in tensors else {}
         config.task_type, config.modules_to_save = "CAUSAL_LM", None
         self._add(name, config, trainable)
@@ -215,8 +225,11 @@ class AdapterSet:
         if name is not None:
             return tensors_sha256(self._tensors(name) | self._value_tensors(name))
         adapters = {id(p) for each in self.names for p in self._state(each).values()}
+        # what PEFT keeps of the base's rows beside those that train
+        adapters |= {id(b) for n, b in self.model.named_buffers() if ".trainable_tokens_original." in n}
         everything = (*self.model.named_parameters(), *self.model.named_buffers())
-        return tensors_sha256((n.replace(".base_layer.", "."), p) for n, p in everything if id(p) not in adapters)
+        plain = ((n.replace(".token_adapter.", ".").replace(".base_layer.", "."), p) for n, p in everything)
+        return tensors_sha256((n, p) for n, p in plain if id(p) not in adapters)
 
     def save(self, name: str, folder: Path, *, write: bool = True, done: bool = False) -> None:
         """Write an adapter straight into `folder`, to be loaded by plain PEFT or by `load`.
@@ -286,6 +299,7 @@ class AdapterSet:
         with torch.random.fork_rng(devices=[]), refused_by_peft():
             self.model.add_adapter(name, config)
         self._layers = lora_layers(self.model)
+        use_token_rows(self.model)
         # As in `create`: the new dropout layers follow the model's mode.
         for layer in self._layers.values():
             if isinstance(layer, LoraLayer) and name in layer.lora_dropout:

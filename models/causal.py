@@ -17,6 +17,7 @@ from transformers.utils.generic import ModelOutput
 
 from ..errors import UserError
 from .logprobs import LmHead
+from .token_rows import weight_of
 from .trial import check_causal, difference, difference_in_words, model_name, precision, quietly, trial_rows
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,8 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
 
 def head_of(model: PreTrainedModel) -> LmHead:
     """The head of a causal model, tried against the model's own logits on this device and in this precision.
+
+    Where adapters have rows of it, it is that of the adapter which is active now.
 
     Raises:
         UserError: the model's numbers cannot be reproduced: its logits are not made of its decoder's states, or a
@@ -115,7 +118,7 @@ def _ours(model: PreTrainedModel) -> LmHead:
 def _weight(model: PreTrainedModel) -> Tensor:
     """The head's matrix, for its dtype, device and vocabulary."""
     head = model.get_output_embeddings()
-    weight = getattr(head, "weight", None)
+    weight = None if head is None else weight_of(head)[0]
     return weight if isinstance(weight, Tensor) else next(model.parameters())
 
 

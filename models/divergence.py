@@ -1,7 +1,8 @@
 """How far a student's distributions are from a teacher's, without ever holding a [tokens, vocabulary] matrix of either.
 
 Both heads are frozen, so each chunk's divergence is differentiated by the student's hidden states while its logits are
-at hand, as in `logprobs.py`; the backward is then one elementwise product.
+at hand, as in `logprobs.py`; the backward is then one elementwise product. Where rows of the student's head train, each
+chunk is made again in the backward instead.
 
 Legend of shape suffixes: N tokens, C tokens of a chunk, H hidden size (each model's own), V vocabulary.
 """
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from .logprobs import LmHead, chunk_rows
 
@@ -62,7 +64,7 @@ def divergences(
     Args:
         student_NH, teacher_NH: hidden states that predict the tokens (already shifted), each model's own.
         targets_N: their ids.
-        student, teacher: the heads, over one vocabulary, both frozen.
+        student, teacher: the heads, over one vocabulary, both frozen but for the student's `rows`.
         temperature: divides the logits of both; > 0.
         chunk: tokens of one chunk; None: half of `chunk_rows`, as there are two matrices.
 
@@ -77,6 +79,8 @@ def divergences(
         raise ValueError(f"{sizes} states of the student, of the teacher and targets, expected as many")
     keep = torch.is_grad_enabled() and student_NH.requires_grad
     spec = _Spec(student, teacher, beta, temperature, chunk or max(32, chunk_rows(student.weight) // 2))
+    if torch.is_grad_enabled() and student.weight.requires_grad:
+        return _plain(student_NH, teacher_NH, targets_N, spec)
     return Divergences(*_Divergence.apply(student_NH, teacher_NH, targets_N, spec, keep))
 
 
@@ -91,6 +95,25 @@ class _Spec(NamedTuple):
     beta: float
     temperature: float
     chunk: int
+
+
+def _plain(student_NH: torch.Tensor, teacher_NH: torch.Tensor, targets_N: torch.Tensor, spec: _Spec) -> Divergences:
+    """The same numbers by autograd, for a student's head that trains."""
+
+    def one(
+        student_CH: torch.Tensor, teacher_CH: torch.Tensor, targets_C: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        with torch.no_grad():
+            teacher_CV = (spec.teacher.logits(teacher_CH) / spec.temperature).log_softmax(-1)
+        student_CV = (spec.student.logits(student_CH) / spec.temperature).log_softmax(-1)
+        divergence_C = generalised_jsd(student_CV, teacher_CV, spec.beta)
+        student_CV = student_CV.detach()
+        entropy_C = -(student_CV.exp() * student_CV).sum(-1)
+        return divergence_C, student_CV.gather(-1, targets_C[:, None])[:, 0], entropy_C
+
+    chunks = zip(*(each.split(spec.chunk) for each in (student_NH, teacher_NH, targets_N)), strict=True)
+    parts = [checkpoint(one, *chunk, use_reentrant=False) for chunk in chunks]
+    return Divergences(*map(torch.cat, zip(*parts, strict=True)))
 
 
 class _Divergence(torch.autograd.Function):

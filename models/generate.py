@@ -31,6 +31,7 @@ from .lora import adapted_weight, merged_weight
 from .prepack import Product, merges_all, prepack, prepacked, prepacks
 from .rotary import forget_lengths, rotary_limit
 from .sampling import Sampling
+from .token_rows import rows_written
 from .token_step import TokenStep
 from .trial import allowed, model_name, precision, quietly, short_windows, trial_rows
 
@@ -58,8 +59,9 @@ def merged(adapters: AdapterSet, role: str | None) -> Generator[None, None, None
     """Within it the base carries the adapter's change in its own weights, and no adapter runs.
 
     Decoding then costs what the base costs. The base's tensors are set aside, never written to, so they come back bit
-    for bit. A quantised base cannot be merged exactly, nor a weight that several layers share, each with its own change
-    (Zamba's attention): there the adapter runs beside it as in training.
+    for bit; and so do rows of single tokens that are the adapter's own. A quantised base cannot be merged exactly, nor
+    a weight that several layers share, each with its own change (Zamba's attention): there the adapter runs beside it
+    as in training.
     """
     layers = [m for m in adapters.model.modules() if role is not None and isinstance(m, LoraLayer) and role in m.lora_A]
     weights = [adapted_weight(layer) for layer in layers]
@@ -72,7 +74,7 @@ def merged(adapters: AdapterSet, role: str | None) -> Generator[None, None, None
     try:
         for layer, w in zip(layers, weights, strict=True):
             w.data = _summed(layer, role)
-        with adapters.using(None):
+        with rows_written(adapters.model, role), adapters.using(None):
             yield
     finally:
         for w, data in zip(weights, originals, strict=True):
@@ -102,21 +104,30 @@ def ready(
     """The model in evaluation mode, speaking through that adapter, its weights laid out for many small products: its
     head, and what `prepacked` yields."""
     model = adapters.model.get_base_model()
-    head = adapters.head
-    if head.own is None and prepacks(head.weight):
-        head = replace(head, product=prepack(head.weight, head.bias))
     was_training = model.training
     model.eval()
     try:
-        if merge and role is not None and merges_all(model, role):
-            # merged and laid out in one go: the merged weights are never all there in their plain layout
-            with adapters.using(None), prepacked(adapters.backbone, role) as joint:
-                yield head, joint
-        else:
-            with merged(adapters, role) if merge else adapters.using(role), prepacked(adapters.backbone) as joint:
-                yield head, joint
+        # as long as the base holds the adapter's rows of tokens, its head is the adapter's
+        with rows_written(adapters.model, role), _laid_out(adapters, role, merge) as (head, joint):
+            yield head, joint
     finally:
         model.train(was_training)
+
+
+@contextmanager
+def _laid_out(
+    adapters: AdapterSet, role: str | None, merge: bool
+) -> Generator[tuple[LmHead, dict[nn.Module, Product]], None, None]:
+    model, head = adapters.model.get_base_model(), adapters.head_under(None)
+    if head.own is None and prepacks(head.weight):
+        head = replace(head, product=prepack(head.weight, head.bias))
+    if merge and role is not None and merges_all(model, role):
+        # merged and laid out in one go: the merged weights are never all there in their plain layout
+        with adapters.using(None), prepacked(adapters.backbone, role) as joint:
+            yield head, joint
+    else:
+        with merged(adapters, role) if merge else adapters.using(role), prepacked(adapters.backbone) as joint:
+            yield head, joint
 
 
 def keeps_a_state(backbone: PreTrainedModel) -> bool:

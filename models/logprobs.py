@@ -2,12 +2,13 @@
 
 The head is frozen, so d logp / d hidden = (W[target] - softmax(logits) @ W) / temperature can be computed in the
 forward, chunk by chunk, while the chunk's probabilities are at hand; the backward is then one elementwise product.
-Memory: one chunk of logits instead of three copies of all of them.
+Memory: one chunk of logits instead of three copies of all of them. Where single rows of the head train, what their
+gradient needs is the chunk's probabilities of those tokens, and nothing else.
 
 `response_logprobs` is the one place where the shift (position t predicts token t + 1) and the temperature are applied.
 
 Legend of shape suffixes: N tokens, C tokens of a chunk, H hidden size, V vocabulary, B rows, T positions of prompt +
-response, R positions of the longest response.
+response, R positions of the longest response, K rows of the head that train.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import seams
 from .sharded import in_full
+from .token_rows import HeadRows, plain_table, weight_of
 from .transfer import to_device
 
 CHUNK_ELEMENTS = {"cpu": 6 << 20, "cuda": 64 << 20}
@@ -43,6 +45,7 @@ class LmHead:
     weight [V, H]; bias [V] or None; softcap: Gemma's c * tanh(x / c), None for none; scale: Cohere's `logit_scale`,
     Granite's 1 / `logits_scaling`. product: what makes hidden @ weight.T + bias, if not `F.linear`. own: what makes the
     logits [C, V] from hidden states [C, H] instead of all that, for a model whose head does more (`causal.head_of`).
+    rows: those of the weight that train, of the adapter that was active when the head was made; the weight holds them.
     """
 
     weight: torch.Tensor
@@ -51,6 +54,7 @@ class LmHead:
     scale: float = 1.0
     product: Callable[[torch.Tensor], torch.Tensor] | None = None
     own: Callable[[torch.Tensor], torch.Tensor] | None = None
+    rows: HeadRows | None = None
 
     @classmethod
     def by(cls, own: Callable[[torch.Tensor], torch.Tensor], weight_VH: torch.Tensor) -> "LmHead":
@@ -65,10 +69,10 @@ class LmHead:
         scale = float(getattr(text, "logit_scale", None) or 1.0)
         if divisor := getattr(text, "logits_scaling", None):
             scale /= float(divisor)
-        weight, bias = lm_head.weight, getattr(lm_head, "bias", None)
+        (weight, rows), bias = weight_of(lm_head), getattr(plain_table(lm_head), "bias", None)
         if not isinstance(weight, torch.Tensor):
             raise TypeError(f"lm_head.weight is {type(weight).__name__}, expected a tensor")
-        return cls(in_full(weight), bias, getattr(text, "final_logit_softcapping", None), scale)
+        return cls(in_full(weight), bias, getattr(text, "final_logit_softcapping", None), scale, rows=rows)
 
     def logits(self, hidden_CH: torch.Tensor) -> torch.Tensor:
         """fp32 logits [C, V] of hidden states [C, H], before any temperature."""
@@ -109,6 +113,7 @@ class LmHead:
             differentiable_entropy=differentiable_entropy,
             return_top1=return_top1,  # pyright: ignore[reportArgumentType, reportCallIssue]: the overloads want a literal
             own=self.own,
+            rows=self.rows,
         )
 
 
@@ -126,6 +131,7 @@ def token_logprobs(
     differentiable_entropy: bool = ...,
     return_top1: Literal[False] = ...,
     own: Callable[[torch.Tensor], torch.Tensor] | None = ...,
+    rows: HeadRows | None = ...,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
@@ -143,6 +149,7 @@ def token_logprobs(
     differentiable_entropy: bool = ...,
     return_top1: Literal[True],
     own: Callable[[torch.Tensor], torch.Tensor] | None = ...,
+    rows: HeadRows | None = ...,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
 
 
@@ -159,13 +166,14 @@ def token_logprobs(
     differentiable_entropy: bool = False,
     return_top1: bool = False,
     own: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    rows: HeadRows | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """log softmax(logits / temperature)[target] for each token, and the entropy of each distribution, in nats.
 
     Args:
         hidden_NH: hidden states that predict the targets (already shifted), any float dtype.
-        weight_VH: the head. Frozen: exact gradients reach `hidden_NH` only. If it (or the bias) requires grad, a
-            plain checkpointed path gives gradients to both.
+        weight_VH: the head. Frozen: exact gradients reach `hidden_NH` and `rows` only. If it (or the bias) requires
+            grad, and `rows` does not say which part of it, a plain checkpointed path gives gradients to both.
         targets_N: the token ids.
         temperature: divides the logits; > 0.
         chunk: tokens of one chunk; None: `chunk_rows`.
@@ -173,6 +181,7 @@ def token_logprobs(
         differentiable_entropy: let the entropy carry gradients (for an entropy bonus); it is detached otherwise.
         return_top1: also return whether the target is the most probable token (token accuracy).
         own: see `LmHead`; by autograd, each chunk recomputed in the backward.
+        rows: see `LmHead`.
 
     Returns:
         (logps_N, entropy_N[, is_top1_N]): fp32, fp32, bool.
@@ -187,13 +196,16 @@ def token_logprobs(
     spec = _Spec(float(temperature), softcap, float(logit_scale), return_top1, own)
     chunk = chunk or chunk_rows(weight_VH)
     grads = torch.is_grad_enabled()
-    head_trains = weight_VH.requires_grad or (bias_V is not None and bias_V.requires_grad)
+    head_trains = (weight_VH.requires_grad and rows is None) or (bias_V is not None and bias_V.requires_grad)
     if own is not None or (grads and (head_trains or (differentiable_entropy and hidden_NH.requires_grad))):
         logps_N, entropy_N, top1_N = _plain(hidden_NH, weight_VH, bias_V, targets_N, chunk=chunk, spec=spec)
         entropy_N = entropy_N if differentiable_entropy else entropy_N.detach()
     else:
-        keep = grads and hidden_NH.requires_grad
-        logps_N, entropy_N, top1_N = _TokenLogprobs.apply(hidden_NH, weight_VH, bias_V, targets_N, chunk, spec, keep)
+        keep = grads and (hidden_NH.requires_grad or rows is not None)
+        index_K, rows_KH = (None, None) if rows is None or not grads else (rows.index_K, rows.rows_KH)
+        logps_N, entropy_N, top1_N = _TokenLogprobs.apply(
+            hidden_NH, weight_VH.detach(), bias_V, targets_N, index_K, rows_KH, chunk, spec, keep
+        )
     return (logps_N, entropy_N, top1_N) if return_top1 else (logps_N, entropy_N)
 
 
@@ -339,6 +351,8 @@ class _TokenLogprobs(torch.autograd.Function):
         weight_VH: torch.Tensor,
         bias_V: torch.Tensor | None,
         targets_N: torch.Tensor,
+        index_K: torch.Tensor | None,
+        rows_KH: torch.Tensor | None,
         chunk: int,
         spec: _Spec,
         keep_gradient: bool,
@@ -348,6 +362,7 @@ class _TokenLogprobs(torch.autograd.Function):
         entropy_N = torch.empty_like(logps_N)
         top1_N = torch.zeros(n, dtype=torch.bool, device=device)
         gradient_NH = torch.empty_like(hidden_NH) if keep_gradient else None
+        slope_NK = None if index_K is None else hidden_NH.new_zeros((n, len(index_K)), dtype=torch.float32)
         for start in range(0, n, chunk):
             rows = slice(start, start + chunk)
             target_C1 = targets_N[rows, None]
@@ -367,9 +382,13 @@ class _TokenLogprobs(torch.autograd.Function):
                 probs_CV.neg_().scatter_add_(1, target_C1, torch.ones_like(target_C1, dtype=torch.float32))
                 probs_CV = probs_CV if slope_CV is None else probs_CV.mul_(slope_CV)
                 factor = spec.scale / spec.temperature
-                gradient_NH[rows] = (probs_CV.mul_(factor) if factor != 1 else probs_CV).to(weight_VH.dtype) @ weight_VH
+                probs_CV = probs_CV.mul_(factor) if factor != 1 else probs_CV
+                gradient_NH[rows] = probs_CV.to(weight_VH.dtype) @ weight_VH
+                if slope_NK is not None:
+                    slope_NK[rows] = probs_CV[:, index_K]
         if gradient_NH is not None:
-            ctx.save_for_backward(gradient_NH)
+            ctx.save_for_backward(gradient_NH, slope_NK, None if slope_NK is None else hidden_NH)
+        ctx.rows_dtype = None if rows_KH is None else rows_KH.dtype
         ctx.mark_non_differentiable(entropy_N, top1_N)
         return logps_N, entropy_N, top1_N
 
@@ -378,11 +397,15 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]: autograd's own takes any arguments
         ctx: Any, *grads: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
-        (gradient_NH,) = ctx.saved_tensors
+        gradient_NH, slope_NK, hidden_NH = ctx.saved_tensors
         grad_logps_N = grads[0]
         assert grad_logps_N is not None
+        grad_rows_KH = None
+        if slope_NK is not None:
+            grad_rows_KH = ((grad_logps_N[:, None] * slope_NK).t() @ hidden_NH.float()).to(ctx.rows_dtype)
         # fp32 product, one rounding: a bf16 scale would add a second one
-        return ((grad_logps_N[:, None] * gradient_NH).to(gradient_NH.dtype), *([None] * 6))
+        grad_NH = (grad_logps_N[:, None] * gradient_NH).to(gradient_NH.dtype)
+        return grad_NH, None, None, None, None, grad_rows_KH, None, None, None
 
 
 def _logits(

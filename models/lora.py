@@ -31,6 +31,8 @@ from .quantised import QuantisedLinear
 from .rounding import rounded
 from .sound import read_header
 from .starts import start_within
+from .token_rows import PLACE as ROWS_PLACE
+from .token_rows import ROWS, embed_rows, module_of, row_ids, use_token_rows
 from .whole import check_whole
 
 with seams.importing(seams.LORA_LAYER):
@@ -122,6 +124,8 @@ def lora_state(layers: Mapping[str, BaseTunerLayer], adapter: str) -> dict[str, 
     """The adapter's parameters under the names in which PEFT saves them."""
     state: dict[str, nn.Parameter] = {}
     for path, layer in layers.items():
+        if getattr(layer, "tied_adapter", None) is not None:
+            continue  # a head whose rows are the embedding's
         for kind in layer.adapter_layer_names:
             held: Any = getattr(layer, kind, {})
             if adapter not in held:
@@ -155,7 +159,8 @@ def write_adapter(folder: Path, base: Base, config: LoraConfig, tensors: Mapping
     config.inference_mode = True
     config.base_model_name_or_path = base.model_id
     # Only a hub id has a revision that PEFT could ask for; anything else is a path on this machine.
-    config.revision = base.revision if base.model_id == base.spec else None
+    hub = base.model_id in (base.spec, base.of.spec if base.of is not None else base.spec)
+    config.revision = base.revision if hub else None
     if isinstance(config.target_modules, str) or config.exclude_modules or config.layers_to_transform is not None:
         # what was asked for by a pattern is written as what it matched, which every reader understands alike
         config.target_modules = adapted_modules(tensors)
@@ -236,6 +241,7 @@ def put_on(
         check_rows(model, config)
         with refused_by_peft():
             peft = kind(model, config, adapter_name=_FRESH)
+    use_token_rows(peft)
     say_adapted(peft, asked)
     check_stacked(config, lora)
     return peft
@@ -281,7 +287,8 @@ def check_stacked(config: LoraConfig, lora: LoraSpec) -> None:
 
 
 def check_rows(model: nn.Module, config: LoraConfig) -> None:
-    """DoRA takes the length of the base's rows at every forward, beside the layer's own.
+    """DoRA takes the length of the base's rows at every forward, beside the layer's own; rows of the embedding that
+    train stand in the place of the base's.
 
     Raises:
         UserError: no process has them whole, or they are packed.
@@ -293,14 +300,17 @@ def check_rows(model: nn.Module, config: LoraConfig) -> None:
     if config.use_dora and divided:
         said = "reads the base's weights, which are divided among processes"
         raise UserError("lora.use_dora", said, "use --launch ddp, or use_dora: false")
+    if config.trainable_token_indices and divided:
+        said = "rows of the embedding train, which is divided among processes"
+        raise UserError(ROWS_PLACE, said, "use --launch ddp")
 
 
 def embed_parent(state: Mapping[str, nn.Parameter], ours: LoraConfig, lora: LoraSpec, parent: Path) -> None:
     """Make a fresh adapter compute exactly what its parent computes, at an equal or larger rank.
 
     The parent's rows of A and columns of B come first; B's new columns are zero, A's new rows stay as drawn, so the
-    new directions change nothing yet and can learn. DoRA's magnitudes are the parent's. Modules that the parent did not
-    adapt keep their zero B.
+    new directions change nothing yet and can learn. DoRA's magnitudes are the parent's, and so are the rows of tokens
+    that it trained. Modules that the parent did not adapt keep their zero B.
 
     Args:
         ours: the fresh adapter's config, as PEFT has it; `lora` is what was asked for.
@@ -309,8 +319,10 @@ def embed_parent(state: Mapping[str, nn.Parameter], ours: LoraConfig, lora: Lora
         UserError: smaller rank, other scaling, DoRA or not, or modules of the parent left out: none can be exact.
     """
     theirs, tensors = read_adapter(parent)
+    rows = {name: tensor for name, tensor in tensors.items() if name.endswith(ROWS)}
     tensors = {name: tensor for name, tensor in tensors.items() if ".lora_" in name}
     check_kin(ours, lora, theirs, adapted_modules(tensors), parent)
+    _embed_rows(state, ours, rows, theirs, parent)
     left_out = sorted(tensors.keys() - state.keys())
     if left_out:
         module = left_out[0].removeprefix("base_model.model.").partition(".lora_")[0]
@@ -333,6 +345,31 @@ def embed_parent(state: Mapping[str, nn.Parameter], ours: LoraConfig, lora: Lora
             if "lora_B" in name or "lora_embedding_B" in name:
                 target.zero_()
             target[corner] = tensor.to(target)
+
+
+def _embed_rows(
+    state: Mapping[str, nn.Parameter],
+    ours: LoraConfig,
+    rows: Mapping[str, Tensor],
+    theirs: LoraConfig,
+    parent: Path,
+) -> None:
+    """The rows of tokens that a parent trained; the child may train more. Those of a head are nothing to a classifier.
+
+    Raises:
+        UserError: the child would have the base's rows in their place.
+    """
+    for name, tensor in rows.items():
+        path = module_of(name)
+        had, has = row_ids(theirs, path), row_ids(ours, path)
+        if name not in state and ours.task_type == "SEQ_CLS" and any(each in state for each in rows):
+            continue
+        if missing := sorted({*had} - {*has}):
+            said = f"leaves out {', '.join(map(str, missing[:5]))} of {path}, whose rows {parent} trains"
+            raise UserError(ROWS_PLACE, said, "name the parent's tokens too")
+        if len(had) != len(tensor):
+            raise UserError(str(parent), f"has {len(tensor)} rows of {path} for {len(had)} tokens", "save it again")
+        embed_rows(state[name], has, tensor, had)
 
 
 def check_kin(ours: LoraConfig, lora: LoraSpec, theirs: LoraConfig, modules: Iterable[str], parent: Path) -> None:

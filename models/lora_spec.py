@@ -18,8 +18,10 @@ from transformers import PreTrainedModel
 from ..errors import UserError, nearest
 from . import seams
 from .altering import ALTERING, check_start
+from .base import Base
 from .causal import decoder_of
 from .plain_lora import adapted_modules, check_targets, read_adapter, target_names
+from .token_rows import Asked, check_asked, rows_for
 
 with seams.importing(seams.CONV1D):
     from transformers.pytorch_utils import Conv1D
@@ -48,6 +50,9 @@ class LoraSpec:
         layers_to_transform: numbers of the decoder's layers that get adapters; None: all. layers_pattern: the name of
             the list that they stand in, where PEFT does not know it.
         target_parameters: stacked weights [experts, ...] that get adapters too, by their names.
+        trainable_token_indices: ids of tokens whose rows of the embedding train too (and of the output head, where that
+            is the same weight); or such ids by the names of embedding and head.
+        added_tokens: ids of tokens that the base was given for this run (`Base.added`): their rows train in both.
         init_lora_weights: where an adapter starts that starts from the base: True, gaussian, orthogonal, pissa,
             pissa_niter_N, olora (see `starts`). One that starts from another adapter starts as that one.
     """
@@ -64,6 +69,8 @@ class LoraSpec:
     layers_to_transform: int | tuple[int, ...] | list[int] | None = None
     layers_pattern: Names | None = None
     target_parameters: tuple[str, ...] | list[str] = ()
+    trainable_token_indices: Asked = None
+    added_tokens: tuple[int, ...] | list[int] = ()
     init_lora_weights: bool | str = True
 
     def __post_init__(self) -> None:
@@ -75,6 +82,7 @@ class LoraSpec:
             raise UserError("lora.dropout", f"{self.dropout}, expected 0 to below 1", "choose 0")
         if isinstance(self.layers_to_transform, int):
             object.__setattr__(self, "layers_to_transform", (self.layers_to_transform,))
+        check_asked(self.trainable_token_indices)
         self._check_words()
         check_start(self.init_lora_weights, (self.r, *self.rank_pattern.values()))
 
@@ -107,6 +115,7 @@ class LoraSpec:
             rank_pattern=dict(config.rank_pattern or {}),
             alpha_pattern=dict(config.alpha_pattern or {}),
             target_parameters=sorted(config.target_parameters or ()),
+            trainable_token_indices=config.trainable_token_indices,
             init_lora_weights=config.init_lora_weights,
         )
 
@@ -142,6 +151,10 @@ class LoraSpec:
         pattern = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
         return pattern or bool(self.exclude_modules) or self.layers_to_transform is not None
 
+    def on(self, base: Base) -> "LoraSpec":
+        """The same on that base, with the rows of the tokens that it was given."""
+        return dataclasses.replace(self, added_tokens=base.added) if base.added else self
+
     def scaling(self) -> float:
         """What B @ A is multiplied with, where no pattern says otherwise."""
         return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
@@ -174,6 +187,7 @@ class LoraSpec:
             rank_pattern={name: int(each) * times for name, each in self.rank_pattern.items()},
             alpha_pattern={name: each * larger for name, each in self.alpha_pattern.items()},
             target_parameters=list(self.target_parameters) or None,
+            trainable_token_indices=rows_for(model, self.trainable_token_indices, self.added_tokens),
             init_lora_weights=True if continued or self.altering else self.init_lora_weights,  # pyright: ignore[reportArgumentType]
             task_type=task_type,
             modules_to_save=modules_to_save,

@@ -32,6 +32,8 @@ from .rounding import rounded
 with seams.importing(seams.LORA_LAYER):
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
+with seams.importing(seams.TOKEN_ROWS):
+    from peft.utils.other import TrainableTokensWrapper
 
 Rows = Sequence[tuple[Sequence[int], Sequence[int]]]
 """Token ids with their labels, `IGNORED` where a token is not counted."""
@@ -187,9 +189,13 @@ def _adapted(peft: PeftModel) -> list[tuple[str, str]]:
     """Where the weights that the adapter changes lie once it is merged: module and name, of a mixture's experts several
     in one module, whose wrappers stand within one another."""
     return [
-        (path.removeprefix("base_model.model.").replace(".base_layer", ""), getattr(layer, "parameter_name", "weight"))
-        for path, layer in lora_layers(peft).items()
+        (_plain_path(path), getattr(layer, "parameter_name", "weight")) for path, layer in lora_layers(peft).items()
     ]
+
+
+def _plain_path(path: str) -> str:
+    """A wrapped module's path without what PEFT puts around it."""
+    return path.removeprefix("base_model.model.").replace(".base_layer", "").removesuffix(".token_adapter")
 
 
 @torch.no_grad()
@@ -232,6 +238,8 @@ def _untie(peft: PeftModel) -> bool:
     into the shared weight, a change of one would be a change of both. Whether that was needed."""
     model: Any = peft.get_base_model()
     both = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if isinstance(both[1], TrainableTokensWrapper) and both[1].token_adapter.tied_adapter is not None:
+        return False  # one set of rows for both, which goes into their one weight
     wraps = (BaseTunerLayer, AuxiliaryTrainingWrapper)
     if both[1] is None or not any(isinstance(each, wraps) for each in both):
         return False

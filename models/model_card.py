@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..files import ADAPTER_CONFIG, METRICS, write_whole
+from .added_tokens import without_tokens
 from .base import HUB_ID
 from .lineage import read_lineage
 
@@ -49,9 +50,10 @@ def keeps_card(folder: Path) -> bool:
 def card(folder: Path, results: Sequence[Mapping[str, Any]] = ()) -> str:
     """The card's text: front matter as the Hugging Face hub reads it, then what was done and how to load it."""
     lineage, config = read_lineage(folder), _object(folder / ADAPTER_CONFIG)
-    base, name = str(lineage.base["spec"]), lineage.stage
+    (base, added), name = without_tokens(str(lineage.base["spec"])), lineage.stage
     libraries = ", ".join(f"{each} {lineage.versions[each]}" for each in _LIBRARIES if each in lineage.versions)
     shown = base if _portable(base) else Path(base).name
+    rows = bool(config.get("trainable_token_indices"))
     body = [
         f"# {name}",
         "",
@@ -60,6 +62,7 @@ def card(folder: Path, results: Sequence[Mapping[str, Any]] = ()) -> str:
         "| what | |",
         "|---|---|",
         f"| base | `{shown}`, sha256 `{lineage.base['sha256'][:12]}` |",
+        *([f"| new tokens | {added}: their rows are in the adapter, the tokenizer lies beside it |"] if added else []),
         *(f"| from | stage `{each['stage']}`, sha256 `{each['sha256'][:12]}` |" for each in lineage.parents),
         f"| data | {_data(lineage.data)} |",
         f"| {'DoRA' if config.get('use_dora') else 'LoRA'} | r {config.get('r')}, alpha {config.get('lora_alpha')}, "
@@ -70,7 +73,7 @@ def card(folder: Path, results: Sequence[Mapping[str, Any]] = ()) -> str:
         "",
         *_measured(_object(folder / METRICS)),
         *_evaluated(name, results),
-        *_loading(name, base, lineage.kind == "reward", int(config.get("r") or 0)),
+        *_loading(name, base, lineage.kind == "reward", int(config.get("r") or 0), rows=rows),
     ]
     text = "\n".join(body).rstrip() + "\n"
     return _front(lineage.kind, base, lineage.data) + f"<!-- written by preftune {_hash(text)}: {_KEPT} -->\n" + text
@@ -159,7 +162,8 @@ def _evaluated(name: str, results: Sequence[Mapping[str, Any]]) -> list[str]:
     return ["## Evaluation", "", *head, *rows, ""]
 
 
-def _loading(name: str, base: str, reward: bool, rank: int) -> list[str]:
+def _loading(name: str, base: str, reward: bool, rank: int, *, rows: bool) -> list[str]:
+    """How to open it. rows: it has rows of single tokens, which vLLM does not take."""
     auto = "AutoPeftModelForSequenceClassification" if reward else "AutoPeftModelForCausalLM"
     more = ", num_labels=1, dtype=torch.float32" if reward else ""
     lines = ["## How to load it", ""]
@@ -167,7 +171,7 @@ def _loading(name: str, base: str, reward: bool, rank: int) -> list[str]:
         imports = ["import torch"] if reward else []
         code = [*imports, f"from peft import {auto}", "", f'model = {auto}.from_pretrained("FOLDER"{more})']
         lines += ["```python", *code, "```", ""]
-        if not reward and rank:
+        if not reward and rank and not rows:
             command = f"preftune export FOLDER OUT --to vllm   # writes the command of vllm serve, for rank {rank}"
             lines += ["```text", command, "```", ""]
         return lines
@@ -177,7 +181,11 @@ def _loading(name: str, base: str, reward: bool, rank: int) -> list[str]:
         "",
         "```text",
         "preftune merge FOLDER OUT              # one ordinary model",
-        *([] if reward else ["preftune export FOLDER OUT --to vllm   # the adapter, its base, and the command"]),
+        *(
+            []
+            if reward or rows
+            else ["preftune export FOLDER OUT --to vllm   # the adapter, its base, and the command"]
+        ),
         "```",
     ]
     return lines

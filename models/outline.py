@@ -9,6 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..errors import UserError
+from .added_tokens import AddedTokens, check_tokens
 from .base import Base, is_hub
 from .cache import build_once
 from .described import check_config
@@ -29,10 +30,12 @@ class Outline:
     Attributes:
         config: as transformers reads it.
         tokenizer: None where none lies beside the config.
+        added: ids of the tokens that it is given (see `added_tokens`).
     """
 
     config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase | None
+    added: tuple[int, ...] = ()
 
 
 def outline(
@@ -46,14 +49,22 @@ def outline(
     Raises:
         UserError: not there, not reachable, or no config that says a model.
     """
-    folder = _folder(spec, revision)
+    asked = AddedTokens.read(spec) or AddedTokens((), 0, spec)
+    check_tokens(asked.tokens)
+    folder = _folder(asked.base, revision)
     if not (folder / CONFIG).is_file():
         raise UserError(_WHERE, f"{spec!r} has no config.json", "give a folder that save_pretrained wrote, or a hub id")
     config = check_config(folder, spec)
     read_object(folder / CONFIG, spec)
-    has = any((folder / name).is_file() for name in _VOCABULARIES)
-    base = Base(spec, folder, None, "")
-    return Outline(config, load_tokenizer(base, chat_template, template_date) if has else None)
+    base, text = Base(spec, folder, None, ""), config.get_text_config()
+    if not any((folder / name).is_file() for name in _VOCABULARIES):
+        ids = range(text.vocab_size, text.vocab_size + len(asked.tokens))
+        text.vocab_size += len(asked.tokens)
+        return Outline(config, None, tuple(ids))
+    tokenizer = load_tokenizer(base, chat_template, template_date, asked.tokens)
+    ids = tuple(map(int, tokenizer.convert_tokens_to_ids(list(asked.tokens))))
+    text.vocab_size = max(text.vocab_size, *(each + 1 for each in ids), 0)
+    return Outline(config, tokenizer, ids)
 
 
 def _folder(spec: str, revision: str | None) -> Path:

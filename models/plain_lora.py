@@ -1,7 +1,8 @@
 """The one check that every adapter and every `LoraConfig` goes through before it is used.
 
 What we compute with LoRA weights (roles on one base, merged rollouts, log-probs, exact copies) is W + scaling * B @ A
-on the linear layers of the decoder, the base's own weights untouched. Whatever else PEFT can do is refused in words, by
+on the linear layers of the decoder, the base's own weights untouched, and rows of single tokens in the embedding and in
+the head, in the place of the base's. Whatever else PEFT can do is refused in words, by
 what is allowed and not by what is forbidden: a field that a newer PEFT adds is refused until somebody has looked at it.
 """
 
@@ -25,7 +26,10 @@ from ..files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_regular
 from ..intact import check_intact
 from . import seams
 from .altering import check_start
+from .token_rows import ROWS
 
+with seams.importing(seams.TOKEN_ROWS):
+    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 with seams.importing(seams.LORA_LAYER):
     from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 with seams.importing(seams.CONV1D):
@@ -35,6 +39,7 @@ with seams.importing(seams.CONV1D):
 _OBEYED = {
     *("r", "lora_alpha", "lora_dropout", "use_rslora", "fan_in_fan_out", "target_modules", "exclude_modules"),
     *("layers_to_transform", "layers_pattern", "use_dora", "rank_pattern", "alpha_pattern", "target_parameters"),
+    "trainable_token_indices",
 }
 # What is looked at below, or says nothing about the numbers: who made it, settings of what is not switched on.
 _ELSEWHERE = {
@@ -142,13 +147,13 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def check_tensors(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Every weight is a finite number, and belongs to LoRA or to a classifier's `score`.
+    """Every weight is a finite number, and belongs to LoRA, to rows of single tokens or to a classifier's `score`.
 
     Raises:
         UserError: one is not; its name is said.
     """
     for name, tensor in tensors.items():
-        if ".lora_" not in name and not name.endswith((".score.weight", ".score.bias")):
+        if ".lora_" not in name and not name.endswith((".score.weight", ".score.bias", f".{ROWS}")):
             # PEFT saves embeddings that have grown with the vocabulary, unasked
             raise UserError(where, f"it brings whole weights ({name}) besides LoRA", _MERGE)
         if not bool(torch.isfinite(tensor).all()):
@@ -241,7 +246,8 @@ def check_layers(model: nn.Module, layers: Mapping[str, BaseTunerLayer], where: 
     """
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     for name, layer in layers.items():
-        if layer is head or isinstance(layer.get_base_layer(), nn.Embedding):
+        rows = isinstance(layer, TrainableTokensLayer)
+        if not rows and (layer is head or isinstance(layer.get_base_layer(), nn.Embedding)):
             what = "the output head" if layer is head else "an embedding"
             raise UserError(where, f"LoRA on {what} ({name}), which rollouts and log-probs would leave out", _MERGE)
         if getattr(layer, "merged", False):

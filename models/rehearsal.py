@@ -39,6 +39,7 @@ from .lora import LoraSpec
 from .prefix_tree import ROUND_TO, build_tree
 from .quantised import QuantisedLinear
 from .quiet import quiet_transformers
+from .token_rows import use_token_rows
 
 with seams.importing(seams.FAKE_TENSORS):
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -190,6 +191,7 @@ class Stage:
         model = skeleton(_shortened(build.config, layers), build.dtype, build.quantization)
         with torch.device("meta"), quiet_transformers():
             peft = PeftModelForCausalLM(model, build.lora.config(model, "CAUSAL_LM", continued=True))
+        use_token_rows(peft)
         use_fused_lora(peft)
         if build.checkpointing:
             # recomputed layers draw nothing here, so there is no random state to put back

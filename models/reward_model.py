@@ -27,6 +27,7 @@ from .lora import (
     write_adapter,
 )
 from .starts import settled
+from .token_rows import use_token_rows
 from .tokens import prepare_model
 from .whole import whole
 
@@ -72,6 +73,7 @@ def create_reward_model(
     )
     prepare_model(model, tokenizer)
     kind = PeftModelForSequenceClassification
+    lora = lora.on(base)
     peft = put_on(kind, model, lora, "SEQ_CLS", ["score"], continued=parent is not None, seed=seed)
     _check_trained_whole(peft)
     use_fused_lora(peft)
@@ -130,6 +132,7 @@ def load_reward_model(
     prepare_model(model, tokenizer)
     config.modules_to_save = ["score"]
     peft = PeftModelForSequenceClassification(model, config, adapter_name=DEFAULT)
+    use_token_rows(peft)
     use_fused_lora(peft)
     config.modules_to_save = ["score"]
     fill({**lora_state(lora_layers(peft), DEFAULT), SCORE: _score(peft).weight}, tensors, str(folder))

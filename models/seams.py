@@ -799,6 +799,30 @@ LORA_LAYER = Seam(
     lambda layer: list(_lora_layer(layer)),
 )
 
+_TOKEN_ROWS = (
+    "peft.tuners.trainable_tokens.layer:TrainableTokensLayer.get_merged_weights",
+    "peft.tuners.trainable_tokens.layer:TrainableTokensLayer.forward",
+    "peft.utils.other:TrainableTokensWrapper",
+)
+
+
+def _token_rows(layer: Any) -> Iterator[str]:
+    yield from _found(*_TOKEN_ROWS)(layer)
+    if layer is not None:
+        yield from _attributes("trainable_tokens_delta", "token_indices", "tied_adapter", "base_layer", "merged")(layer)
+        if "trainable_tokens_delta" not in layer.adapter_layer_names:
+            yield f"{_type_name(layer)}.adapter_layer_names without trainable_tokens_delta"
+
+
+TOKEN_ROWS = Seam(
+    "token-rows",
+    "peft",
+    (*_TOKEN_ROWS, "TrainableTokensLayer.trainable_tokens_delta, token_indices, tied_adapter, base_layer, merged"),
+    "rows of the embedding and of the head that train are run, saved and copied through them",
+    "an adapter would speak with the base's rows in the place of its own",
+    lambda layer: list(_token_rows(layer)),
+)
+
 # --- accelerate ------------------------------------------------------------------------------------------------------
 
 

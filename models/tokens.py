@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.template import DEFAULT_CHAT_TEMPLATE, rendered, set_date
 from ..errors import UserError
+from .added_tokens import grow_tokenizer
 from .auto import open_config, open_tokenizer
 from .base import Base
 from .quiet import quiet_transformers
@@ -27,7 +28,10 @@ _SPARE = re.compile(r"pad|reserved|unused|extra|placeholder", re.IGNORECASE)
 
 
 def load_tokenizer(
-    base: Base, chat_template: str | None = None, template_date: date | None = None
+    base: Base,
+    chat_template: str | None = None,
+    template_date: date | None = None,
+    added: Sequence[str] = (),
 ) -> PreTrainedTokenizerBase:
     """The base's tokenizer with right padding, a chat template, and `pad_token_id != eos_token_id`.
 
@@ -35,19 +39,21 @@ def load_tokenizer(
         chat_template: a file, Jinja text, the name of one of the tokenizer's templates, or "default" for
             `DEFAULT_CHAT_TEMPLATE`. None: the tokenizer's own, or else that default.
         template_date: the day that templates write which write today's; None: the day on which the process started.
+        added: tokens that it is given first, of a base whose embedding will have rows for them.
 
     Raises:
         UserError: a tokenizer that cannot be read, an unknown template, an EOS that the model cannot say, or no token
             that can serve as PAD.
     """
     tokenizer: Any = _read_tokenizer(base)
+    ids = grow_tokenizer(tokenizer, added)
     if tokenizer.eos_token_id is None:
         raise UserError("model.base", f"the tokenizer of {base.spec!r} has no EOS token", "set eos_token in its config")
     tokenizer.padding_side = "right"
     tokenizer.chat_template = _template(tokenizer, chat_template)
     set_date(tokenizer, template_date)
     set_eos(tokenizer)
-    size = vocabulary_size(base)
+    size = max(vocabulary_size(base), *(each + 1 for each in ids), 0)
     if tokenizer.eos_token_id >= size:
         said = f"its EOS {tokenizer.eos_token!r} (id {tokenizer.eos_token_id}) is beyond the embedding's {size} rows"
         raise UserError("model.base", said, "take a template that ends turns with a token which the base has")

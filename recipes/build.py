@@ -124,7 +124,7 @@ def teacher_source(recipe: Recipe, name: str, run_dir: Path) -> "TeacherSource |
         return TeacherSource(adapter=Path(named.adapter).expanduser(), **loaded)
     if named.model == model.base and named.revision is None:
         # the student's own base, of the revision that it has
-        return TeacherSource(model=named.model, revision=model.revision, **loaded)
+        return TeacherSource(model=recipe.base_spec, revision=model.revision, **loaded)
     return TeacherSource(model=named.model, revision=named.revision, **loaded)
 
 
@@ -178,7 +178,7 @@ def stage_job(
         base=base,
         dtype=base_dtype(recipe),
         quantization=recipe.model.quantization,
-        lora=lora_spec(recipe, name),
+        lora=lora_spec(recipe, name).on(base),
         parent=parent,
         data=data_spec(recipe.data[stage.data], recipe.seed),
         folders=data_folders(recipe, stage.data, run_dir),

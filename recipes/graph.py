@@ -8,6 +8,7 @@ from pathlib import Path
 from ..errors import UserError, nearest
 from ..eval.decoding import beam_problem
 from ..files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DOCTOR, EVAL_CACHE, EVALUATION, RECIPE, REPORT, RUN_STATE, VOTES
+from ..models.added_tokens import check_tokens
 from ..stages.names import meant
 from ..stages.scorers.kinds import IMPLIED
 from ..stages.scorers.kinds import KINDS as SCORERS
@@ -176,8 +177,17 @@ def graph_problems(recipe: Recipe, text: Text) -> Iterator[UserError]:
                 path: Path_ = ("expanded", name, index)
                 yield problem(text, path, f"no stage {stage!r}", nearest(stage, recipe.stages))
     yield from _circle(recipe, text)
+    yield from _token_problems(recipe, text)
     yield from start_problems(recipe, text)
     yield from _eval_problems(recipe, text)
+
+
+def _token_problems(recipe: Recipe, text: Text) -> Iterator[UserError]:
+    """Tokens that could be none, whatever the base."""
+    try:
+        check_tokens(recipe.model.add_tokens)
+    except UserError as error:
+        yield problem(text, ("model", "add_tokens"), error.problem, error.remedy)
 
 
 def _import_problems(text: Text, path: Path_, folder: Path) -> Iterator[UserError]:

@@ -72,6 +72,7 @@ def _imported(folder: Path, ours: Mapping[str, Any]) -> dict[str, Any] | None:
         config = json.loads(read_regular(folder / ADAPTER_CONFIG))
         said = {key: config.get(key) or {} for key in ("rank_pattern", "alpha_pattern")}
         said |= {"r": config["r"], "alpha": config["lora_alpha"], "init_lora_weights": True}
+        said |= {"trainable_token_indices": None}  # it names them by their paths, which the stage compares
         said |= {key: bool(config.get(key)) for key in ("use_rslora", "use_dora")}
         plain = config.get("peft_type") == "LORA" and not config.get("target_parameters")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -88,6 +89,9 @@ def _form_problems(
             said = f"is {_shown(ours[key])}, and {_shown(theirs[key])} in {parent}"
             yield problem(text, (*here, key), said, "say the same in both, or in the top-level lora")
     fixed = [key for key in ("rank_pattern", "alpha_pattern", "target_parameters") if theirs[key]]
+    if missing := _left_out(ours["trainable_token_indices"], theirs["trainable_token_indices"]):
+        said = f"leaves out {missing}, whose rows {parent}, trains"
+        yield problem(text, (*here, "trainable_token_indices"), said, "name the parent's tokens too")
     for key in ("r", "alpha") if fixed else ():
         if ours[key] != theirs[key]:
             said = f"is {ours[key]:g}, and {theirs[key]:g} in {parent}, where {fixed[0]} stands beside it"
@@ -106,6 +110,14 @@ def _form_problems(
     if missing:
         said = f"leaves out what {parent}, adapts ({missing})"
         yield problem(text, (*here, "target_modules"), said, "keep the parent's target modules")
+
+
+def _left_out(ours: object, theirs: object) -> str:
+    """The tokens of a parent that its child does not name; nothing where one names them by module, which is looked at
+    when the stage begins."""
+    if isinstance(ours, dict) or not isinstance(theirs, list):
+        return ""
+    return ", ".join(map(str, sorted({*theirs} - {*(ours if isinstance(ours, list) else ())})))
 
 
 def rank_of(lora: Mapping[str, Any]) -> int:

@@ -393,7 +393,7 @@ def _place_files(recipe: Recipe, folder: Path) -> None:
         asked.tasks = [placed(each) if each.endswith((".yaml", ".yml")) else each for each in asked.tasks]
         asked.include_path = None if asked.include_path is None else placed(asked.include_path)
     model = recipe.model
-    if not model.base.startswith(("pypi:", "random:")):
+    if not model.base.startswith(("pypi:", "random:", "added:")):
         model.base = placed(model.base)
     if model.chat_template is not None and "{" not in model.chat_template:
         model.chat_template = placed(model.chat_template)

@@ -24,6 +24,8 @@ _ADAPTER = {
     "layers_to_transform": "The numbers of the layers that get adapters, from 0. Default: all.",
     "layers_pattern": "The name of the list of layers, where PEFT does not know it.",
     "target_parameters": "Stacked weights of experts that get adapters too, such as mlp.experts.down_proj.",
+    "trainable_token_indices": "Ids of tokens whose rows of the embedding train too (and of the output head, where it "
+    "is the same weight), or such ids by the names of embedding and head.",
 }
 _SOURCE = {
     "path": "A file (.jsonl, .json, .csv, .tsv, .parquet, also .gz), a folder of such files, or a hub id.",
@@ -58,6 +60,8 @@ MEANINGS: Meanings = {
         "chat_template": "A file, Jinja text, or a name among the tokenizer's templates. Default: its own.",
         "template_date": "The day that a chat template writes which writes today's. Default: that of the first start.",
         "packed": "Leave out padding and repeated prefixes in forwards. The numbers are the same.",
+        "add_tokens": "New special tokens, such as [<|think|>]: their rows of the embedding and of the output head "
+        "train in every stage.",
     },
     "Lora": _ADAPTER,
     "LoraChange": {

@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from ..data.spec import RowKind
 from ..errors import Summary, UserError, UserErrors
+from ..models.added_tokens import spec_with
 from ..stages.kinds import StageKind, stage_kind
 from ..stages.scorers.kinds import entry_kind, reward_name
 from ..values import is_number
@@ -35,7 +36,8 @@ class Model(Part):
 
     `dtype: auto` is bfloat16 where the device computes in it, else float32; a run keeps that of its first start.
     `packed: false` runs padded rows as they are, without leaving out padding and repeated prefixes. `template_date`:
-    the day that a chat template writes which writes today's; a run keeps the day of its first start.
+    the day that a chat template writes which writes today's; a run keeps the day of its first start. `add_tokens`: new
+    special tokens, whose rows of the embedding and of the output head train in every stage.
     """
 
     base: str
@@ -45,12 +47,15 @@ class Model(Part):
     chat_template: str | None = None
     template_date: date | None = None
     packed: bool = True
+    add_tokens: list[str] = Field(default_factory=list)
 
 
 Names = Annotated[list[str], Field(min_length=1)]
 Layer = Annotated[int, Field(ge=0)]
 Layers = Annotated[list[Layer], Field(min_length=1)]
 Alpha = Annotated[float, Field(gt=0)]
+TokenId = Annotated[int, Field(ge=0)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 
 
 def _one(value: object) -> object:
@@ -74,6 +79,7 @@ class Lora(Part):
     layers_to_transform: Annotated[Layers | None, BeforeValidator(_one)] = None
     layers_pattern: str | Names | None = None
     target_parameters: list[str] = Field(default_factory=list)
+    trainable_token_indices: TokenIds | dict[str, TokenIds] | None = None
 
 
 class LoraChange(Part):
@@ -92,6 +98,7 @@ class LoraChange(Part):
     layers_to_transform: Annotated[Layers | None, BeforeValidator(_one)] = None
     layers_pattern: str | Names | None = None
     target_parameters: list[str] | None = None
+    trainable_token_indices: TokenIds | dict[str, TokenIds] | None = None
 
 
 class Source(Part):
@@ -401,6 +408,11 @@ class Recipe(Part):
     def folder(self) -> Path | None:
         """Where the recipe's file lies; None for one made in code."""
         return self._origin.parent if self._origin is not None else None
+
+    @property
+    def base_spec(self) -> str:
+        """Its base as `models.loading.resolve_base` takes it, with the tokens that are added to it."""
+        return spec_with(self.model.base, self.model.add_tokens, self.seed)
 
     def placed(self, error: UserError) -> UserError:
         """The same error with file and line before the key that it is about; as it is where it is about none."""

@@ -87,8 +87,8 @@ class Distillation(PolicyMethod):
             hidden_BTH.flatten(0, 1)[tokens.before_N],
             teacher_BTH.flatten(0, 1)[tokens.before_N],
             episodes.input_ids_BT.flatten()[tokens.token_N],
-            student=self.trunk.head,
-            teacher=self.teacher.trunk.head,
+            student=self.trunk.adapters.head_under(DEFAULT),
+            teacher=self.teacher.head,
             beta=self.config.beta,
             temperature=self.config.temperature,
         )

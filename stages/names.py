@@ -20,6 +20,7 @@ ALIASES: Mapping[str, Mapping[str, str]] = {
         "load_in_8bit": "quantization: 8bit",
         "model_revision": "revision",
         **dict.fromkeys(("template", "chat_template_path"), "chat_template"),
+        **dict.fromkeys(("new_special_tokens", "added_tokens", "add_special_tokens", "new_tokens"), "add_tokens"),
     },
     "lora": {
         **dict.fromkeys(("rank", "lora_r", "lora_rank"), "r"),
@@ -131,7 +132,6 @@ REFUSED: Mapping[str, str] = {
     "lora_bias": "leave it out: it is for adapters that are taken out of a whole model, and trains no further here",
     "modules_to_save": "leave it out: it trains whole modules, and every role shares the base's; a reward model's "
     "score trains anyway",
-    "trainable_token_indices": "leave it out: it trains rows of the embedding, and every role shares the base's",
     "ensure_weight_tying": "leave it out: it is for adapters on the embedding or the head, and neither gets one",
     "layer_replication": "leave it out: it makes another base, with layers said twice",
     "fan_in_fan_out": "leave it out: it is seen from the layer",
@@ -158,11 +158,10 @@ REFUSED: Mapping[str, str] = {
 SAID: Mapping[str, str] = {
     **REFUSED,
     **dict.fromkeys(
-        ("add_tokens", "new_special_tokens", "added_tokens", "add_special_tokens"),
-        "leave it out: a new token needs a row of its own in the embedding, which every role shares and nothing "
-        "trains; take a base that has it",
+        ("full", "full_finetune"),
+        "leave it out: every stage trains an adapter beside one frozen base, which all roles share; a model that was "
+        "trained whole elsewhere is such a base (model.base: FOLDER)",
     ),
-    **dict.fromkeys(("full", "full_finetune"), "leave it out: every stage trains an adapter beside a frozen base"),
     **dict.fromkeys(("use_peft", "finetuning_type"), "leave it out: every stage trains a LoRA adapter (lora: {...})"),
     **dict.fromkeys(
         ("attn_implementation", "flash_attn", "flash_attention"), "leave it out: the attention is chosen by the device"

@@ -6,7 +6,9 @@ from typing import Any
 from datasets.fingerprint import Hasher
 
 from ..models import seams
+from ..models.adapters import DEFAULT, REF
 from ..models.lineage import tokenizer_info
+from ..models.token_rows import copy_rows
 from .trainers import StageTrainer, check_identity
 
 
@@ -14,13 +16,15 @@ class ReferenceTrainer(StageTrainer):
     """Mixed in before TRL's DPOTrainer or KTOTrainer.
 
     The reference is the frozen copy `ref` that TRL makes of the adapter `default` it is given: the parent's copy, or,
-    started from the base, a fresh adapter that changes nothing. The first batch is checked against that.
+    started from the base, a fresh adapter that changes nothing. TRL passes over rows of single tokens, which have other
+    names: they are copied here. The first batch is checked against that.
     """
 
     beta: float
     mean_logits = True
     overridden = (*StageTrainer.overridden, seams.COMPUTE_LOSS, seams.REFERENCE_LOGPS)
     _identity_checked = False
+    _reference_whole = False
     _reference_key: str | None = None
 
     def _compute_loss(self, model: object, inputs: object, return_outputs: bool) -> Any:
@@ -32,6 +36,14 @@ class ReferenceTrainer(StageTrainer):
             if self.state.global_step == 0:
                 check_identity(self, self.beta)
         return result
+
+    def _use_compact_head(self) -> None:
+        # before the reference is asked for the first time, inside TRL's __init__ or after it
+        if not self._reference_whole:
+            self._reference_whole = True
+            assert self.model is not None
+            copy_rows(self.model, DEFAULT, REF)
+        super()._use_compact_head()
 
     def _precompute_ref_logps(self, *args: object, **kwargs: object) -> Any:
         # the first call runs inside TRL's __init__, before ours puts the head in place

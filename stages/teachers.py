@@ -25,6 +25,7 @@ from ..models.base import Base
 from ..models.context import positions
 from ..models.lineage import adapter_sha256, load_adapter_base, parent_entry, read_lineage
 from ..models.loading import Quantization, load_model, resolve_base
+from ..models.logprobs import LmHead
 from ..models.lora import LoraSpec
 from ..models.outline import Outline, outline
 from ..models.plain_lora import read_config
@@ -135,6 +136,11 @@ class Teacher:
             episodes = own
         with self.trunk.adapters.using(self.role):
             return self.trunk.hidden(episodes)
+
+    @property
+    def head(self) -> LmHead:
+        """Its output head."""
+        return self.trunk.adapters.head_under(self.role)
 
 
 def open_teacher(

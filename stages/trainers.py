@@ -105,14 +105,13 @@ class StageTrainer(GlobalBatch, Resumable):
         if asked["router_aux_loss_coef"] and not hasattr(causal.config.get_text_config(), "num_experts"):
             problem = f"TRL cannot make the load-balancing loss of a {type(causal).__name__}"
             raise UserError("train.router_aux_loss_coef", problem, "leave it out")
-        odd = head_of(causal).own is not None or causal.base_model is causal
-        if odd and more:
-            raise UserError(
-                f"train.{more[0]}",
-                f"{type(causal).__name__} has a head of its own, which TRL's does not know",
-                "drop it",
-            )
-        if odd or not (more or self.args.device.type in ("cuda", "xpu")):
+        head = head_of(causal)
+        odd = head.own is not None or causal.base_model is causal
+        if more and (odd or head.rows is not None):
+            has = "rows of its head that train" if head.rows is not None else "a head of its own"
+            said = f"{type(causal).__name__} has {has}, which TRL's does not know"
+            raise UserError(f"train.{more[0]}", said, "drop it")
+        if odd or head.rows is not None or not (more or self.args.device.type in ("cuda", "xpu")):
             use_compact_head(causal, mean_logits=self.mean_logits)
 
     def came_from(self, job: StageJob, dataset: Any, origins: Sequence[str]) -> None:

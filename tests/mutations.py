@@ -224,6 +224,38 @@ MUTATIONS = [
         "L6", "a stage that goes on draws its start anew", "models/lora.py",
         "    if parent is not None:\n        embed_parent(", "    if parent is None:\n        embed_parent(",
     ),
+    Mutation(
+        "L7", "the head's rows get no gradient", "models/logprobs.py",
+        "if rows is None or not grads else (rows.index_K, rows.rows_KH)", "",
+    ),
+    Mutation(
+        "L7", "a rollout speaks with the base's rows", "models/generate.py",
+        "with rows_written(adapters.model, role), _laid_out(", "with rows_written(adapters.model, None), _laid_out(",
+    ),
+    Mutation(
+        "L7", "the reference's KL goes by the policy's head", "eval/kl.py",
+        "heads = adapters.head_under(policy), adapters.head_under(reference)",
+        "heads = adapters.head_under(policy), adapters.head_under(policy)",
+    ),
+    Mutation(
+        "L7", "DPO's reference has the base's rows", "stages/reference_trainer.py",
+        "            copy_rows(self.model, DEFAULT, REF)\n", "",
+    ),
+    Mutation(
+        "L8", "new tokens do not train", "models/lora_spec.py", "if base.added else self", "if False else self",
+    ),
+    Mutation(
+        "L8", "the seed of new rows says nothing", "models/added_tokens.py",
+        "torch.default_generator.manual_seed(asked.seed)", "torch.default_generator.manual_seed(0)",
+    ),
+    Mutation(
+        "L8", "a child starts with the base's rows", "models/lora.py",
+        "        embed_rows(state[name], has, tensor, had)\n", "",
+    ),
+    Mutation(
+        "L8", "the tokens are no part of what the base is", "models/added_tokens.py",
+        "base.sha256, list(asked.tokens), asked.seed]", "base.sha256, asked.seed]",
+    ),
 ]  # fmt: skip
 
 MUTATIONS += [

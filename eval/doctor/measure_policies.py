@@ -85,7 +85,7 @@ def merge_gap(bench: Workbench, policy: str, replies: list[Sample]) -> float:
     beside_NH = response_hidden(adapters, role, ids_BL, mask_BL, start_B=start_B, length_B=length_B)
     with merged(adapters, role):
         within_NH = response_hidden(adapters, None, ids_BL, mask_BL, start_B=start_B, length_B=length_B)
-    head = adapters.head
+    head = adapters.head_under(role)
     size = chunk_rows(head.weight)
     pieces = zip(beside_NH.split(size), within_NH.split(size), strict=True)
     return mean_se(torch.cat([kl_from_logits(head.logits(a), head.logits(b), 1.0) for a, b in pieces]).tolist())[0]

@@ -127,8 +127,9 @@ class PolicyLM(TemplateLM):
         targets = [[IGNORED] * (len(rows[i]) - 1 - counts[i]) + rows[i][len(rows[i]) - counts[i] :] for i in batch]
         targets_BL, _ = right_pad(targets, IGNORED, device)
         asked_BL = targets_BL != IGNORED
-        hidden_NH = adapters.hidden(self.bench.roles[self.policy], ids_BL, mask_BL)[asked_BL]
-        logps_N, _, top_N = adapters.head.token_logprobs(hidden_NH, targets_BL[asked_BL], return_top1=True)
+        role = self.bench.roles[self.policy]
+        hidden_NH, head = adapters.hidden(role, ids_BL, mask_BL)[asked_BL], adapters.head_under(role)
+        logps_N, _, top_N = head.token_logprobs(hidden_NH, targets_BL[asked_BL], return_top1=True)
         sizes = [counts[i] for i in batch]
         parts = zip(batch, logps_N.double().split(sizes), top_N.split(sizes), strict=True)
         return {i: (float(logps.sum()), bool(top.bool().all())) for i, logps, top in parts}

@@ -11,7 +11,7 @@ import torch
 from ...models.adapters import DEFAULT, REF, AdapterSet
 from ...models.batching import forward_tokens
 from ...models.heads import score_at
-from ...models.logprobs import ResponseLogprobs, response_logprobs, states_before_response
+from ...models.logprobs import LmHead, ResponseLogprobs, response_logprobs, states_before_response
 from ...models.sharded import is_sharded, most_of_all
 from .rollout import Episodes, forward_batches
 
@@ -35,8 +35,12 @@ class Trunk:
         autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.adapters, self.temperature, self.autocast = adapters, temperature, autocast
-        self.head = adapters.head
         self.forward_tokens = forward_tokens(adapters.backbone)
+
+    @property
+    def head(self) -> LmHead:
+        """The output head under the adapter that is active now."""
+        return self.adapters.head
 
     def batches(self, episodes: Episodes, group: int = 1) -> list[torch.Tensor]:
         """The rows of each forward without gradients; those of a group, which follow each other, together where they
@@ -64,7 +68,8 @@ class Trunk:
     def logprobs(
         self, hidden_BTH: torch.Tensor, episodes: Episodes, *, differentiable_entropy: bool = False
     ) -> ResponseLogprobs:
-        """Log-probs and entropies [B, R] of the response tokens, at the rollout's temperature."""
+        """Log-probs and entropies [B, R] of the response tokens, at the rollout's temperature: of states under the
+        adapter that is active now, and by its head."""
         return response_logprobs(
             hidden_BTH,
             episodes.input_ids_BT,

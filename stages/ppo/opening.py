@@ -18,6 +18,7 @@ from ...models.loading import load_model, resolve_base
 from ...models.lora import LoraSpec
 from ...models.plain_lora import check_plain, target_names
 from ...models.quantised import hold_packed
+from ...models.token_rows import ROWS
 from ...models.tokens import load_tokenizer, prepare_model
 from .rewards import RewardFunc, RewardKind, RewardSource
 
@@ -129,7 +130,7 @@ def _wrap(model: PeftModel, where: str) -> AdapterSet:
         kind = type(inner).__name__
         raise UserError(where, f"the PeftModel is a {kind}, expected a causal model", "pass what generates")
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(".default." in name)
+        parameter.requires_grad_(".default." in name or name.endswith(f".{ROWS}.default"))
     return AdapterSet(model, _base_of(model))  # pyright: ignore[reportArgumentType]: any PeftModel that is causal will do
 
 

@@ -46,6 +46,7 @@ def test_vllm_gets_the_adapter_its_base_and_a_command(run: Path, tmp_path: Path,
     ("changed", "said"),
     [
         ({"use_dora": True}, "is a DoRA"),
+        ({"trainable_token_indices": {"model.embed_tokens": [5]}}, "trains rows of single tokens"),
         ({"modules_to_save": ["lm_head"]}, r"trains whole modules \(lm_head\)"),
         ({"r": 513}, "has rank 513, and vLLM ends at 512"),
         ({"rank_pattern": {"q_proj": 4}}, "ranks or scalings of its own"),

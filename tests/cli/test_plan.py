@@ -76,6 +76,17 @@ def test_a_large_model_is_planned_from_its_config_alone(capsys, recipe: Path, tm
     assert all(row["seconds"] > 0 for row in rows)
 
 
+def test_tokens_that_are_added_are_planned(capsys, recipe: Path):
+    before = plan(capsys, recipe)[1]
+    values = yaml.safe_load(recipe.read_text())
+    values["model"]["add_tokens"] = ["<|think|>"]
+    recipe.write_text(yaml.safe_dump(values, sort_keys=False))
+    code, rows, err = plan(capsys, recipe)
+    assert code == 0, err
+    adapters = [row["memory"]["cpu"]["training step"]["adapters"] for each in (before, rows) for row in each]
+    assert adapters[2] - adapters[0] == 4 * 128 and adapters[3] - adapters[1] == 2 * 4 * 128
+
+
 def test_the_launch_configuration_counts(capsys, recipe: Path, tmp_path: Path):
     values = {"compute_environment": "LOCAL_MACHINE", "num_machines": 1, "machine_rank": 0, "mixed_precision": "no"}
     ddp, fsdp = tmp_path / "ddp.yaml", tmp_path / "fsdp.yaml"

@@ -40,6 +40,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "PiSSA with patterns": {"init_lora_weights": "pissa", "use_rslora": True, "rank_pattern": {"q_proj": 2}},
     "layers": {"layers_to_transform": [1]},
     "excluded": {"exclude_modules": ["q_proj", "layers.0.mlp.up_proj"]},
+    "rows of tokens": {"trainable_token_indices": [8, 30, 263]},
+    "DoRA with rows of tokens": {"use_dora": True, "trainable_token_indices": {"embed_tokens": [2, 9]}},
     "a regular expression": {"target_modules": r".*layers\.[01]\.self_attn\.[qv]_proj"},
 }
 ALTERING = [name for name, kind in KINDS.items() if kind.get("init_lora_weights") in ("pissa", "olora")]
@@ -315,7 +317,8 @@ def test_l05_every_field_of_pefts_is_taken_or_refused_in_words():
     taken = {name for name in names if ours.get(name, name) in Lora.model_fields}
     assert not taken & REFUSED.keys()
     assert names <= taken | REFUSED.keys() | Model.model_fields.keys()  # the base's revision
-    assert {each.name for each in dataclasses.fields(LoraSpec)} == Lora.model_fields.keys()
+    # which tokens the base was given is said of the model
+    assert {each.name for each in dataclasses.fields(LoraSpec)} == Lora.model_fields.keys() | {"added_tokens"}
 
 
 def test_a_layer_that_is_not_adapted_is_none_of_the_adapters(base: Base):

@@ -42,6 +42,7 @@ EXACT: dict[str, dict[str, Any]] = {
     "rank-stabilised": {"use_rslora": True},
     "another start": {"init_lora_weights": "gaussian"},
     "DoRA": {"use_dora": True},
+    "rows of tokens": {"trainable_token_indices": [8, 30]},
     "ranks and scalings of their own": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 6}},
 }
 NOT_PLAIN: dict[str, dict[str, Any]] = {
@@ -52,7 +53,6 @@ NOT_PLAIN: dict[str, dict[str, Any]] = {
     "modules_to_save": {"modules_to_save": ["norm"]},
     "bias": {"bias": "lora_only"},
     "lora_bias": {"lora_bias": True},
-    "trainable_token_indices": {"trainable_token_indices": [0]},
     "layer_replication": {"layer_replication": [[0, 2], [1, 3]]},
     "alora_invocation_tokens": {"alora_invocation_tokens": [0]},
 }
@@ -98,7 +98,13 @@ def test_plain_lora_of_any_form_is_exact_as_a_role_as_a_parent_saved_and_sampled
         listed = json.loads((tmp_path / role / ADAPTER_CONFIG).read_text())["target_modules"]
         assert isinstance(listed, list) and all(len(name) > 1 for name in listed)
     if not spec.rank_pattern:
-        wider = LoraSpec(spec.r * 4, spec.scaling() * spec.r * 4, target_modules="all-linear", use_dora=spec.use_dora)
+        wider = LoraSpec(
+            spec.r * 4,
+            spec.scaling() * spec.r * 4,
+            target_modules="all-linear",
+            use_dora=spec.use_dora,
+            trainable_token_indices=spec.trainable_token_indices,
+        )
         grown = AdapterSet.create(load_model(base), base, wider, folder)
         torch.testing.assert_close(logits(grown, "default"), wanted, rtol=0, atol=1e-5)
     prompt = IDS[0].tolist()

@@ -55,6 +55,10 @@ def lora_layer(make) -> BaseTunerLayer:
     return next(iter(make()._layers.values()))
 
 
+def token_layer(make) -> Any:
+    return next(each for each in make(trainable_token_indices=[5])._layers.values() if hasattr(each, "token_indices"))
+
+
 def collator(*names: str) -> SimpleNamespace:
     kind = type("DataCollatorForPreference", (), dict.fromkeys(names))
     return SimpleNamespace(data_collator=kind())
@@ -119,6 +123,7 @@ SUBJECTS = {
     "TRAINED_TOKENS": lambda _: [SimpleNamespace(_total_train_tokens=0)],
     "ADAPTER_SWITCH": lambda make: [lora_layer(make)],
     "LORA_LAYER": lambda make: [lora_layer(make)],
+    "TOKEN_ROWS": lambda make: [token_layer(make)],
 }
 
 
@@ -297,8 +302,8 @@ def test_a_name_that_has_moved_ends_the_work_in_words(case, monkeypatch):
 
 
 def test_pefts_switch_and_the_names_of_its_tensors(make, monkeypatch):
-    """These two need a real LoRA layer, which is made before its names move."""
-    layer = lora_layer(make)
+    """These need real layers, which are made before their names move."""
+    layer, rows = lora_layer(make), token_layer(make)
     seams.forget_checks()
     with monkeypatch.context() as patch:
         patch.setattr(BaseTunerLayer, "disable_adapters", property(lambda self: self._switched_off))
@@ -308,12 +313,16 @@ def test_pefts_switch_and_the_names_of_its_tensors(make, monkeypatch):
         patch.setattr(LoraLayer, "adapter_layer_names", ("lora_left", "lora_right"))
         with pytest.raises(seams.SeamMoved, match="without lora_A"):
             seams.require(seams.LORA_LAYER, layer)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(rows), "adapter_layer_names", ("rows",))
+        with pytest.raises(seams.SeamMoved, match=r"without trainable_tokens_delta.*speak with the base's rows"):
+            seams.require(seams.TOKEN_ROWS, rows)
     seams.require(seams.ADAPTER_SWITCH, layer)
     assert layer.active_adapters == ["default"] and not layer.disable_adapters
 
 
 def test_every_move_is_simulated():
-    assert {case.partition(",")[0] for case in MOVES} | {"ADAPTER_SWITCH", "LORA_LAYER"} == set(NAMES)
+    assert {case.partition(",")[0] for case in MOVES} | {"ADAPTER_SWITCH", "LORA_LAYER", "TOKEN_ROWS"} == set(NAMES)
 
 
 def test_a_seam_is_checked_once_for_a_type():

@@ -354,6 +354,10 @@ def test_an_override_may_write_a_place_in_a_list_with_brackets(recipe_file: Path
         ("stages.ipo.lora={r: 32}", "use alpha: 64 with r: 32"),
         ("stages.ipo.lora={target_modules: [q_proj]}", "keep the parent's target modules"),
         ("stages.ipo.lora={use_dora: true}", "stages.ipo.lora.use_dora: is true, and false in sft"),
+        ("lora.trainable_token_indices=[-1]", "at least 0"),
+        ("lora.trainable_token_indices=[]", "at least 1"),
+        ("model.add_tokens=['<x>','<x>']", "model.add_tokens: '<x>' stands there twice"),
+        ("model.add_tokens=['']", "is no token"),
         ("stages.ipo.lora={rank_pattern: {q_proj: 2}}", "stages.ipo.lora.rank_pattern: is {'q_proj': 2}, and not said"),
         ("stages.ipo.lora={layers_to_transform: 1}", "layers_to_transform: is [1], and not said in sft"),
         ("stages.ipo.lora={target_modules: '.*q_proj'}", "keep the parent's target modules"),
@@ -368,6 +372,12 @@ def test_an_override_may_write_a_place_in_a_list_with_brackets(recipe_file: Path
 )
 def test_what_a_child_or_a_seed_cannot_be_is_said_with_its_line(recipe_file: Path, override: str, part: str):
     assert part in refused(recipe_file, override)
+
+
+def test_a_child_keeps_its_parent_s_rows_of_tokens_and_may_have_more(recipe_file: Path):
+    words = ["lora.trainable_token_indices=[5]", "stages.ipo.lora={trainable_token_indices: [6]}"]
+    assert "leaves out 5, whose rows sft, from which it starts, trains" in refused(recipe_file, *words)
+    load_recipe(recipe_file, [words[0], "stages.ipo.lora={trainable_token_indices: [6, 5]}"])
 
 
 @pytest.mark.parametrize(

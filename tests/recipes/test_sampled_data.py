@@ -6,6 +6,7 @@ import pytest
 
 from preftune.errors import UserError
 from preftune.files import ROWS
+from preftune.models.base import Base
 from preftune.recipes.build import data_spec, stage_job
 from preftune.recipes.graph import data_stage, lines_of_descent, needed_for, order, parents, policies, unused_stages
 from preftune.recipes.load import load_recipe
@@ -64,11 +65,12 @@ def test_the_graph_follows_the_rows(file: Path) -> None:
 
 def test_rows_are_looked_up_in_the_run_and_nowhere_before(file: Path, tmp_path: Path) -> None:
     recipe = load_recipe(file)
-    job = stage_job(recipe, "dpo1", None, tmp_path / "run", tmp_path / "run" / "dpo1")  # pyright: ignore[reportArgumentType]
+    base = Base("random:llama", tmp_path, None, "")
+    job = stage_job(recipe, "dpo1", base, tmp_path / "run", tmp_path / "run" / "dpo1")
     assert job.folders[0] == tmp_path / "run"
     assert [source.path for source in job.data.sources] == [f"pairs1/{ROWS}"]
     assert data_spec(recipe.data["first"], 0).held_out == 0.1
-    sft = stage_job(recipe, "sft", None, tmp_path / "run", tmp_path / "run" / "sft")  # pyright: ignore[reportArgumentType]
+    sft = stage_job(recipe, "sft", base, tmp_path / "run", tmp_path / "run" / "sft")
     assert sft.folders == (tmp_path,)
 
 

@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from preftune.errors import UserError
 from preftune.models.adapters import AdapterSet
+from preftune.models.added_tokens import spec_with
 from preftune.models.base import Base
 from preftune.models.lineage import adapter_sha256
 from preftune.models.loading import load_model, resolve_base
-from preftune.models.lora import LoraSpec
+from preftune.models.lora import LoraSpec, read_tensors
 from preftune.models.tokens import load_tokenizer, prepare_model
 from preftune.stages.check import stage_problems
 from preftune.stages.dpo import build_dpo
@@ -36,6 +37,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "fast PiSSA": {"init_lora_weights": "pissa_niter_4"},
     "OLoRA": {"init_lora_weights": "olora"},
     "patterns": {"rank_pattern": {"q_proj": 2, "down_proj": 8}, "alpha_pattern": {"q_proj": 5}},
+    "rows of tokens": {"trainable_token_indices": [9, 61, 263]},
     "some layers": {"layers_to_transform": [0, 1], "exclude_modules": ["k_proj"]},
     "a regular expression": {"target_modules": r".*\.(self_attn\.[qv]_proj|mlp\.up_proj)"},
     "DoRA from PiSSA with patterns": {"use_dora": True, "init_lora_weights": "pissa", "rank_pattern": {"q_proj": 2}},
@@ -43,11 +45,11 @@ KINDS: dict[str, dict[str, Any]] = {
 PPO = {"rollout_batch_size": 4, "total_episodes": 8, "num_mini_batches": 2, "num_ppo_epochs": 1, "max_new_tokens": 6}
 
 
-def chain(make_job: Make, lora: LoraSpec) -> dict[str, Path]:
+def chain(make_job: Make, lora: LoraSpec, **given: Any) -> dict[str, Path]:
     """SFT -> DPO and SFT -> reward -> PPO; their folders."""
-    sft = make_job("sft", lora=lora, train={"max_steps": 3, "learning_rate": 1e-2})
+    sft = make_job("sft", lora=lora, train={"max_steps": 3, "learning_rate": 1e-2}, **given)
     run_stage(sft)
-    more: dict[str, Any] = {"lora": lora, "parent": sft.output_dir}
+    more: dict[str, Any] = {"lora": lora, "parent": sft.output_dir, **given}
     dpo = make_job("dpo", **more)
     assert build_copy(dpo) == {adapter_sha256(sft.output_dir)}
     reward = make_job("reward", **more)
@@ -87,7 +89,7 @@ def check_chain(base: Base, folders: dict[str, Path]) -> None:
         if name == "reward":
             said[name] = adapters.heads[name](hidden)[:, -1:].detach()
         else:
-            said[name] = adapters.lm_head(hidden).log_softmax(-1).detach()
+            said[name] = adapters.head_under(name).logits(hidden).log_softmax(-1).detach()
         wanted = in_plain_peft(base, folder, "reward" if name == "reward" else "causal")
         torch.testing.assert_close(said[name], wanted, rtol=0, atol=1e-4)
         assert json.loads((folder / "adapter_config.json").read_text())["init_lora_weights"] is True
@@ -104,6 +106,32 @@ def test_l06_a_chain_of_it_agrees_with_plain_peft_at_every_stage(base: Base, mak
     before = base.sha256
     check_chain(base, chain(make_job, LoraSpec(**{"r": 4, "alpha": 8, **KINDS[kind]})))
     assert resolve_base("random:llama").sha256 == before
+
+
+@pytest.mark.checklist("L7")
+def test_l07_the_reference_of_dpo_has_its_parent_s_rows(base: Base, make_job: Make):
+    lora = LoraSpec(r=4, alpha=8, trainable_token_indices=[9, 61])
+    sft = make_job("sft", lora=lora, train={"learning_rate": 1e-2})
+    run_stage(sft)
+    assert build_copy(make_job("dpo", lora=lora, parent=sft.output_dir)) == {adapter_sha256(sft.output_dir)}
+    for kind in ("dpo", "kto"):  # and its first margin is 0, with log-probs that are made before the first step
+        run_stage(make_job(kind, lora=lora, parent=sft.output_dir, train={"precompute_ref_log_probs": True}))
+
+
+@pytest.mark.checklist("L8")
+def test_l08_a_chain_on_a_base_with_tokens_agrees_with_plain_peft(base: Base, make_job: Make):
+    grown = resolve_base(spec_with(base.spec, ["<|think|>"], 0))
+    folders = chain(make_job, LoraSpec(r=4, alpha=8), base=grown)
+    check_chain(grown, folders)
+    held = {name: read_tensors(folder / "adapter_model.safetensors") for name, folder in folders.items()}
+    (row,) = [name for name in held["sft"] if name.endswith("trainable_tokens_delta")]
+    for name in ("dpo", "ppo"):  # no pair holds the token, and a reward model has no head
+        assert held[name][row].dtype == torch.float32 and not torch.equal(held[name][row], held["sft"][row])
+    other = resolve_base(spec_with(base.spec, ["<|other|>"], 0))
+    with pytest.raises(UserError, match=r"base\.sha256 differs.*<\|think\|>.*there"):
+        run_stage(make_job("dpo", name="odd", base=other, parent=folders["sft"]))
+    with pytest.raises(UserError, match=r"base\.sha256 differs"):
+        run_stage(make_job("dpo", name="plain", parent=folders["sft"]))
 
 
 @pytest.mark.checklist("L5")

@@ -125,7 +125,11 @@ def test_q06_a_quantised_base_is_quantised_alike_when_a_stage_goes_on(
     assert left(cut) == left(whole)
 
 
-@pytest.mark.parametrize("settings", [{"use_dora": True}, {"init_lora_weights": "pissa"}], ids=["DoRA", "PiSSA"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"use_dora": True}, {"init_lora_weights": "pissa"}, {"trainable_token_indices": [9, 61]}],
+    ids=["DoRA", "PiSSA", "rows of tokens"],
+)
 def test_another_kind_of_lora_goes_on_exactly(
     make_job: Any, sft_folder: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:
