@@ -1,0 +1,61 @@
+"""Policies that are finished, on a server: a stage that samples and the evaluation draw their replies there.
+
+Nothing trains here, so an adapter goes over once, under a name that says its content, from the folder in which it lies.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ...errors import UserError
+from ...models.generate import Generation
+from ...models.lineage import adapter_sha256
+from .engines import Draw
+from .server import RolloutServer
+
+
+class FinishedPolicies:
+    """Replies of the base and of finished adapters on it, one adapter on the server at a time.
+
+    Args:
+        server: held against our base already (`checked.check_served`).
+    """
+
+    def __init__(self, server: RolloutServer) -> None:
+        self.server = server
+        self.base = server.listing().base
+
+    def sample(
+        self,
+        folder: Path | None,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        draw: Draw,
+        on_batch: Callable[[int], None] | None = None,
+    ) -> Generation:
+        """One reply to each prompt, in their order.
+
+        Args:
+            folder: of the adapter that speaks; None: the base.
+
+        Raises:
+            UserError: as `RolloutServer.load` and `sample`.
+        """
+        if folder is None:
+            return self.server.sample(self.base, prompts, seeds, draw, on_batch=on_batch)
+        name, place = served_name(folder), folder.resolve()
+
+        def load() -> None:
+            self.server.load(name, place)
+
+        load()
+        try:
+            return self.server.sample(name, prompts, seeds, draw, again=load, on_batch=on_batch)
+        finally:
+            self.server.unload(name)
+
+
+def served_name(folder: Path) -> str:
+    """What a server calls a finished adapter: by its content, so that what it said for another one is never taken for
+    it."""
+    return f"preftune-{adapter_sha256(folder)[:16]}"
