@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError, nearest
 from ..files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LINEAGE, RECIPE
 from ..intact import check_intact
+from ..models.served_lora import RANKS, not_served, served_rank
 from ..printed import printable
 from .folder import holds_adapter
 from .merge import beside, check_new, cost_in_words, merge_stage, stage_rows, unpacked_in_words
@@ -26,8 +27,6 @@ _SAME = 1e-3
 """What logits of a GGUF, read by transformers, may differ by from the merged model's, both computed in float32."""
 _CONTEXT = 8192
 """Tokens that Ollama is asked to keep, where the model can: its own default cuts a conversation at 4096, unsaid."""
-_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What `vllm serve --max-lora-rank` takes (vLLM 0.27)."""
 _MODELFILE, _BASE = "Modelfile", "base"
 
 
@@ -273,20 +272,11 @@ def _vllm_rank(folder: Path, config: dict[str, Any]) -> int:
         UserError: an adapter that vLLM refuses, or reads otherwise than PEFT.
     """
     remedy = "export it with --to merged, which vLLM serves as any model"
-    refused = {
-        f"is no LoRA but {config.get('peft_type')}": config.get("peft_type") != "LORA",
-        "is a DoRA": config.get("use_dora"),
-        f"trains whole modules ({', '.join(config.get('modules_to_save') or ())})": config.get("modules_to_save"),
-        "trains biases": config.get("bias", "none") != "none" or config.get("lora_bias"),
-        "has ranks or scalings of its own by layer": config.get("rank_pattern") or config.get("alpha_pattern"),
-        "trains stacked weights (target_parameters)": config.get("target_parameters"),
-    }
-    for said, found in refused.items():
-        if found:
-            raise UserError(str(folder), f"{said}, which vLLM does not take", remedy)
-    rank = next((each for each in _RANKS if each >= config["r"]), None)
+    if (said := not_served({"peft_type": None} | config)) is not None:
+        raise UserError(str(folder), f"{said}, which vLLM does not take", remedy)
+    rank = served_rank(config["r"])
     if rank is None:
-        raise UserError(str(folder), f"has rank {config['r']}, and vLLM ends at {_RANKS[-1]}", remedy)
+        raise UserError(str(folder), f"has rank {config['r']}, and vLLM ends at {RANKS[-1]}", remedy)
     return rank
 
 

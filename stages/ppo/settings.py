@@ -9,13 +9,15 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Interval
 
+from ..serving.settings import SampledSettings
+
 Positive = Annotated[int, Ge(1)]
 Above0 = Annotated[float, Gt(0)]
 Share = Annotated[float, Interval(ge=0, le=1)]
 
 
 @dataclass(kw_only=True)
-class OnPolicySettings:
+class OnPolicySettings(SampledSettings):
     """Of every method that learns from what its policy says: sampling, the length of the run, the brakes.
 
     One iteration: `rollout_batch_size` episodes over all processes, and passes over them, each in `num_mini_batches`

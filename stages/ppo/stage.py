@@ -59,6 +59,7 @@ def run_on_policy(
         logging_steps=1,
         samples_file=str(job.output_dir / "rollouts.jsonl"),
         policies_dir=str(job.output_dir / POLICIES),
+        rollout_place=f"stages.{job.name}.rollout",
     )
     settle_checkpointing(job, args, data.train)
     # 2. the base with policy, reference, reward, and a value where there is one
