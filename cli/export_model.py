@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError, nearest
 from ..files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LINEAGE, RECIPE
 from ..intact import check_intact
-from ..models.served_lora import RANKS, not_served, served_rank
 from ..printed import printable
+from ..stages.serving.command import asked_rank
 from .folder import holds_adapter
 from .merge import beside, check_new, cost_in_words, merge_stage, stage_rows, unpacked_in_words
 
@@ -239,7 +239,7 @@ def _export_vllm(stage: _Stage, config: dict[str, Any], out: Path) -> None:
     from ..models.cache import cache_dir
     from ..models.lineage import load_adapter_base, read_lineage
 
-    rank = _vllm_rank(stage.folder, config)
+    rank = asked_rank(str(stage.folder), config)
     base = load_adapter_base(stage.folder)
     made = base.path.parent == cache_dir()  # from a wheel, a GGUF or a seed: no other machine has such a folder
     with beside(out) as folder:
@@ -263,21 +263,6 @@ def _export_vllm(stage: _Stage, config: dict[str, Any], out: Path) -> None:
     if (bits := trained.get("quantization")) is not None:
         said = f"it was trained beside the base's {bits} copy, and beside the base as it is it says something else"
         print(f"{said}; --to merged has the weights of that copy")
-
-
-def _vllm_rank(folder: Path, config: dict[str, Any]) -> int:
-    """What `--max-lora-rank` is to say.
-
-    Raises:
-        UserError: an adapter that vLLM refuses, or reads otherwise than PEFT.
-    """
-    remedy = "export it with --to merged, which vLLM serves as any model"
-    if (said := not_served({"peft_type": None} | config)) is not None:
-        raise UserError(str(folder), f"{said}, which vLLM does not take", remedy)
-    rank = served_rank(config["r"])
-    if rank is None:
-        raise UserError(str(folder), f"has rank {config['r']}, and vLLM ends at {RANKS[-1]}", remedy)
-    return rank
 
 
 def _copy_base(source: Path, target: Path) -> None:

@@ -169,6 +169,9 @@ class Keys:
         values = part.model_dump(exclude={"prompts", "batch_size", "over_optimisation", "benchmarks"})
         if values["beams"] in (None, 1):
             del values["beams"]
+        # who draws changes the draws; where it is asked does not
+        rollout = values.pop("rollout")
+        values |= {} if rollout is None else {"rollout.engine": rollout["engine"]}
         over = part.over_optimisation
         parts = {
             **self._model(),

@@ -25,7 +25,7 @@ from ..stages.serving.command import (
     server_environment,
     start_of,
 )
-from ..stages.serving.process import ServerProcess, check_free
+from ..stages.serving.process import ServerProcess, check_free, check_program
 from ..stopping import Stopped
 from .export_model import stage_folder
 from .folder import holds_adapter
@@ -70,6 +70,7 @@ def serve_stage(given: str, stage: str | None, options: ServeOptions, run: bool)
     if not run:
         print(printable(shlex.join(["env", *(f"{key}={value}" for key, value in environment.items()), *command])))
         return 0
+    check_program(command[0], "--python")
     check_free(options.host, options.port, "--port")
     return _run(command, serving, environment)
 
@@ -122,18 +123,29 @@ def _for_stage(folder: Path, options: ServeOptions) -> Serving:
 
 
 def _for_rollouts(recipe: Recipe, options: ServeOptions) -> Serving:
-    """The base for a recipe's rollouts: of the largest rank that its policies have, which go over as they are trained.
+    """The base for a recipe's rollouts: of the largest rank of the policies that speak by a server.
 
     Raises:
         UserError: one of them is no adapter that the server takes.
     """
     from ..recipes.build import base_dtype
-    from ..recipes.graph import policies
     from .policies import recipe_base
 
-    ranks = [_rank_of(recipe, name, options.engine) for name in policies(recipe)]
+    ranks = [_rank_of(recipe, name, options.engine) for name in _speakers(recipe)]
     base = recipe_base(recipe)
     return _filled(base, base.path, max(ranks, default=8), base_dtype(recipe), {}, options)
+
+
+def _speakers(recipe: Recipe) -> list[str]:
+    """The policies that the recipe has speak by a server; all where it does not say so of any."""
+    from ..recipes.graph import policies
+
+    served = {name: each for name, each in recipe.stages.items() if each.method().get("rollout_engine") is not None}
+    named = {name if each.record.trains else each.parent for name, each in served.items()}
+    if recipe.eval is not None and recipe.eval.rollout is not None:
+        named |= set(recipe.eval.policies)
+    known = policies(recipe)
+    return [name for name in known if name in named] or known
 
 
 def _rank_of(recipe: Recipe, name: str, engine: Engine) -> int:

@@ -75,6 +75,7 @@ def evaluate(spec: EvalSpec, run_dir: Path | None = None, drawn: DrawnReplies | 
     kls = {policy: measure_kl(bench, replies) if spec.kl else None for policy, replies in samples.items()}
     rewards = measured_in_evaluation(bench)
     over = over_optimisation(bench, prompts, judges) if spec.over_optimisation is not None else None
+    bench.close()
     benchmarks = _benchmarks(bench)
     rows: list[ResultRow] = []
     for policy, replies in samples.items():
@@ -84,6 +85,7 @@ def evaluate(spec: EvalSpec, run_dir: Path | None = None, drawn: DrawnReplies | 
             said = judged[judge][policy] if judge else dict.fromkeys(COLUMNS) | {"n": len(prompts)}
             how = {"temperature": spec.temperature, "seed": spec.seed}
             how |= {"beams": spec.beams} if spec.beams > 1 else {}
+            how |= {} if spec.rollout is None else {"server": spec.rollout.rollout_engine}
             row = plain({**names, **said, **_reply_columns(replies, kls[policy]), **how, **extras.get(judge, {})})
             rows.append(row)
     return Evaluation(rows, samples, scores, outcomes, rewards, over, benchmarks, over_seeds(rows, spec.seed_groups))

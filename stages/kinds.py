@@ -24,7 +24,7 @@ from ..errors import UserError, nearest, user_code
 from ..own_code import FILE_MODULE, import_named, look_in
 from .ppo.settings import DistillSettings, GRPOSettings, PPOSettings, RLOOSettings
 from .sample.settings import SampleSettings, gives_rows
-from .serving.settings import ROLLOUT_GROUP
+from .serving.settings import PLACE_GROUP, ROLLOUT_GROUP
 
 
 class Panel(NamedTuple):
@@ -402,6 +402,7 @@ SAMPLE = StageKind(
     run="preftune.stages.sample.stage:run_sample",
     check="preftune.stages.method_problems:sample_problems",
     parameters=parameters_of(SampleSettings, of_config=False),
+    groups=MappingProxyType({"rollout": PLACE_GROUP}),
     produces="rows",
     needs_reward=True,
     variants=MappingProxyType(

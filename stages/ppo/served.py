@@ -27,6 +27,7 @@ from ...models.tokens import end_token_ids
 from ..processes import Processes
 from ..serving.engines import Draw
 from ..serving.kinds import check_kind
+from ..serving.own import own_server, rank_of
 from ..serving.place import Place
 from ..serving.server import RolloutServer
 from .network import Trunk
@@ -143,6 +144,8 @@ class ServedPolicy:
             except UserError as error:  # the run is over, with its server or without
                 logger.warning("%s is left on the server: %s", known.name, error.problem)
             shutil.rmtree(known.folder, ignore_errors=True)
+        if self.server.own is not None:
+            self.server.own.stop()
 
     def _name(self, step: int, digest: str) -> str:
         return f"preftune-{self.run}-{digest[:8]}-step-{step}"
@@ -196,13 +199,16 @@ class Probe:
             raise UserError(self.where, f"{said}, expected {tolerance:g} at most: it serves another base", remedy)
         return gap
 
-    def adapter_is_ours(self, server: RolloutServer, name: str, these: Processes) -> bool:
+    def adapter_is_ours(self, server: RolloutServer, name: str, these: Processes, role: str = DEFAULT) -> bool:
         """Whether the adapter changes the server's base as it changes ours; False where it changes too little to tell.
+
+        Args:
+            role: what it is called here.
 
         Raises:
             UserError: it does not.
         """
-        own_N = prompt_logprobs(self.trunk, self.rows, DEFAULT) - self.own_N
+        own_N = prompt_logprobs(self.trunk, self.rows, role) - self.own_N
         change, noise = float(own_N.abs().mean()), float((self.served_N - self.own_N).abs().mean())
         if change <= max(3 * noise, 1e-4):
             return False
@@ -245,6 +251,7 @@ def open_served(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     folder: Path,
+    log: Path,
     these: Processes,
 ) -> ServedPolicy:
     """A server, held against this stage's base. All processes of the stage call it.
@@ -253,32 +260,63 @@ def open_served(
         trunk: at temperature 1.
         prompts: all that it will be asked to answer, in tokens.
         folder: where the policy's adapter is written for it.
+        log: a file for what a server says that is started here.
 
     Raises:
         UserError: it is not there, serves another base, or cannot do what it will be asked for.
     """
     adapters = trunk.adapters
-    server = RolloutServer(place, adapters.causal.config.get_text_config().vocab_size)
-    these.by_first(lambda: check_served(server, adapters, prompts, max_new_tokens))
-    probe = Probe(trunk, probe_rows(prompts), place.where) if probe_rows(prompts) else None
-    if probe is not None:
-        gap = probe.base_is_ours(server, these)
-        said = "%s at %s draws the rollouts; its base is %.2g nats a token from this one's"
-        logger.info(said, place.engine, place.url, gap)
+    server, probe = open_server(place, trunk, [DEFAULT], prompts, max_new_tokens, log, these)
     return ServedPolicy(server, adapters, tokenizer, folder, run_name(folder), these, probe)
 
 
-def check_served(
-    server: RolloutServer, adapters: AdapterSet, prompts: Sequence[Sequence[int]], max_new_tokens: int
-) -> None:
-    """What can be known of a server without asking it for a token: its base, its context, the kind of the adapter.
+def open_server(
+    place: Place,
+    trunk: Trunk,
+    roles: Sequence[str],
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    log: Path,
+    these: Processes,
+) -> "tuple[RolloutServer, Probe | None]":
+    """The server, started where the place says how, and held against our base; and what adapters are held against.
+
+    Args:
+        trunk, prompts, log: as in `open_served`.
+        roles: the adapters that it will be given, by their names here.
+
+    Raises:
+        UserError: as in `open_served`.
+    """
+    adapters = trunk.adapters
+    configs = [adapters.model.peft_config[role].to_dict() for role in roles]
+    for config in configs:
+        check_kind(config, place.where)
+    longest = max(map(len, prompts)) + max_new_tokens
+    rank = max((rank_of(place, config) for config in configs), default=1)
+    own = own_server(place, adapters, longest, rank, log)
+    if own is not None:
+        these.by_first(own.start)
+    server = RolloutServer(place, adapters.causal.config.get_text_config().vocab_size, own)
+    these.by_first(lambda: check_served(server, adapters, longest))
+    probe = Probe(trunk, probe_rows(prompts), place.where) if probe_rows(prompts) else None
+    if probe is not None:
+        gap = probe.base_is_ours(server, these)
+        said = "%s at %s draws the replies; its base is %.2g nats a token from this one's"
+        logger.info(said, place.engine, place.url, gap)
+    return server, probe
+
+
+def check_served(server: RolloutServer, adapters: AdapterSet, longest: int) -> None:
+    """What can be known of a server without asking it for a token: its base and its context.
+
+    Args:
+        longest: tokens of a prompt and its reply.
 
     Raises:
         UserError: one of them will not do.
     """
     where, found = server.place.where, server.listing()
-    check_kind(adapters.model.peft_config[DEFAULT].to_dict(), where)
-    longest = max(map(len, prompts)) + max_new_tokens
     if found.longest is not None and longest > found.longest:
         said = f"{server.place.url} takes {found.longest} tokens, and prompt and reply have up to {longest}"
         raise UserError(where, said, f"start it with --max-model-len {longest} or more")

@@ -51,6 +51,7 @@ from ..losses import token_rewards
 from ..options import one_device
 from ..processes import Processes
 from ..scorers.asked_once import SERVERS
+from ..serving.own import LOG
 from ..serving.place import place_of
 from .config import OnPolicyConfig, PPOConfig, RewardedConfig
 from .evaluation import HeldOut
@@ -268,8 +269,9 @@ class OnPolicyTrainer(Resumable):
             return None
         these = Processes.all() if args.world_size > 1 else Processes()
         trunk = Trunk(self.adapters, 1.0, self._autocast)
-        folder = Path(args.rollout_folder or Path(str(args.output_dir)) / SERVED)
-        return open_served(place, trunk, self.tokenizer, prompts, args.max_new_tokens, folder, these)
+        output = Path(str(args.output_dir))
+        folder = Path(args.rollout_folder or output / SERVED)
+        return open_served(place, trunk, self.tokenizer, prompts, args.max_new_tokens, folder, output / LOG, these)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train, from the start or exactly where a checkpoint left off (True: the newest complete one)."""

@@ -25,7 +25,7 @@ _CPU_CACHE_GB = "2"
 """Of keys and values that vLLM keeps on a CPU; by itself it would take the larger part of the memory."""
 _OURS = (
     *("--model", "--model-path", "--tokenizer", "--tokenizer-path", "--served-model-name", "--host", "--port"),
-    *("--enable-lora", "--max-lora-rank", "--lora-modules", "--lora-paths", "--logprobs-mode", "--generation-config"),
+    *("--enable-lora", "--max-lora-rank", "--lora-modules", "--lora-paths", "--generation-config"),
 )
 """Options without which a server would not be the one that is asked; the others may be said otherwise."""
 

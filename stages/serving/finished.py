@@ -4,10 +4,8 @@ Nothing trains here, so an adapter goes over once, under a name that says its co
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
-from ...errors import UserError
 from ...models.generate import Generation
 from ...models.lineage import adapter_sha256
 from .engines import Draw
@@ -18,12 +16,14 @@ class FinishedPolicies:
     """Replies of the base and of finished adapters on it, one adapter on the server at a time.
 
     Args:
-        server: held against our base already (`checked.check_served`).
+        server: held against our base already.
+        check: is told an adapter's folder and its name on the server, once it is loaded for the first time.
     """
 
-    def __init__(self, server: RolloutServer) -> None:
-        self.server = server
+    def __init__(self, server: RolloutServer, check: Callable[[Path, str], None] = lambda folder, name: None) -> None:
+        self.server, self.check = server, check
         self.base = server.listing().base
+        self._checked: set[str] = set()
 
     def sample(
         self,
@@ -37,22 +37,31 @@ class FinishedPolicies:
 
         Args:
             folder: of the adapter that speaks; None: the base.
+            seeds: one for each prompt.
 
         Raises:
             UserError: as `RolloutServer.load` and `sample`.
         """
         if folder is None:
-            return self.server.sample(self.base, prompts, seeds, draw, on_batch=on_batch)
-        name, place = served_name(folder), folder.resolve()
+            return self.server.sample(self.base, prompts, seeds, draw, on_batch=on_batch, learns=False)
+        name = served_name(folder)
 
         def load() -> None:
-            self.server.load(name, place)
+            self.server.load(name, folder.resolve())
 
         load()
         try:
-            return self.server.sample(name, prompts, seeds, draw, again=load, on_batch=on_batch)
+            if name not in self._checked:
+                self.check(folder, name)
+                self._checked.add(name)
+            return self.server.sample(name, prompts, seeds, draw, again=load, on_batch=on_batch, learns=False)
         finally:
             self.server.unload(name)
+
+    def close(self) -> None:
+        """End the server, where it was started for this."""
+        if self.server.own is not None:
+            self.server.own.stop()
 
 
 def served_name(folder: Path) -> str:

@@ -1,12 +1,14 @@
 """A server that draws replies, as the settings name it."""
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from ...errors import UserError
 from ..scorers.servers import address, key_of, number
-from .settings import SERVER_GROUP, EngineName, ServerSettings
+from .process import free_port
+from .settings import SERVER_GROUP, EngineName, PlaceSettings, ServerSettings
 
 _DEFAULTS = {each.name: each.default for each in fields(ServerSettings)}
 
@@ -19,6 +21,7 @@ class Place:
         where: its place in the recipe, for errors.
         url: what comes before the endpoints' paths. path: of the endpoint that is asked.
         wait: seconds for which it is waited for where it went away.
+        command: how it is started; empty: it runs already.
     """
 
     where: str
@@ -31,6 +34,7 @@ class Place:
     concurrency: int = 64
     timeout: float = 600.0
     wait: float = 600.0
+    command: str = ""
 
     @property
     def address(self) -> str:
@@ -41,7 +45,7 @@ class Place:
         return replace(self, path=path, **changes)
 
 
-def place_of(settings: ServerSettings | Mapping[str, Any], where: str, *, key_needed: bool = True) -> Place | None:
+def place_of(settings: PlaceSettings | Mapping[str, Any], where: str, *, key_needed: bool = True) -> Place | None:
     """The server that settings name, its key read from the environment; no request is sent. None where they name none.
 
     Args:
@@ -60,7 +64,10 @@ def place_of(settings: ServerSettings | Mapping[str, Any], where: str, *, key_ne
             raise UserError(f"{where}.{other}", "has no effect without engine", "write engine: vllm, or leave it out")
         return None
     entry = {key: value for key, value in found.items() if value is not None}
-    url = address(entry, where, "write url: http://127.0.0.1:8000, say")
+    command = _command(entry, where)
+    if command and "url" not in entry:
+        entry["url"] = f"http://127.0.0.1:{free_port()}"
+    url = address(entry, where, "write url: http://127.0.0.1:8000, say, or command: vllm serve")
     if url.endswith("/v1"):
         raise UserError(f"{where}.url", f"is {url!r}, whose end we add", "leave out /v1")
     key_env, key = key_of(entry, where, None, needed=key_needed)
@@ -74,4 +81,26 @@ def place_of(settings: ServerSettings | Mapping[str, Any], where: str, *, key_ne
         concurrency=int(number(entry, "concurrency", 64, where, low=1, whole=True)),
         timeout=number(entry, "timeout", 600.0, where, low=0.001),
         wait=number(entry, "wait", 600.0, where, low=0),
+        command=command,
     )
+
+
+def _command(entry: Mapping[str, Any], where: str) -> str:
+    """How the server is started; empty where it runs already.
+
+    Raises:
+        UserError: it is no command, or the url is none that a server can be started at.
+    """
+    command = entry.get("command")
+    if command is None:
+        return ""
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise UserError(f"{where}.command", f"cannot be read ({error})", "close the quotes") from None
+    if not words:
+        raise UserError(f"{where}.command", "is empty", "write vllm serve, say, or leave it out")
+    if (url := entry.get("url")) is not None and not str(url).startswith("http://"):
+        said = f"is {url!r}, and a server that is started here answers at http://"
+        raise UserError(f"{where}.url", said, "leave it out: a free port is taken")
+    return command

@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
+from shutil import which
 
 from ... import stopping
 from ...errors import UserError
@@ -41,7 +42,7 @@ class ServerProcess:
     def __init__(self, command: Sequence[str], url: str, log: Path, environment: Mapping[str, str], where: str) -> None:
         self.command, self.url, self.log, self.where = list(command), url, log, where
         watchman = [sys.executable, str(Path(__file__).with_name("watchman.py")), str(os.getpid())]
-        _check_program(self.command[0], where)
+        check_program(self.command[0], where)
         # a terminal's Ctrl-C is for us alone: who started it ends it
         with log.open("ab") as said:
             self._process = subprocess.Popen(
@@ -139,9 +140,8 @@ def free_port(host: str = "127.0.0.1") -> int:
         return int(tried.getsockname()[1])
 
 
-def _check_program(program: str, where: str) -> None:
-    from shutil import which
-
+def check_program(program: str, where: str) -> None:
+    """Raises UserError where there is none of that name."""
     if which(program) is None:
         remedy = "give the interpreter of the environment that has it, or its whole path"
         raise UserError(where, f"there is no program {program!r}", remedy)

@@ -18,6 +18,7 @@ from ...errors import Lost, UserError
 from ...models.generate import Generation
 from ..scorers.posting import NotThere, Poster, Unanswered
 from .engines import ENGINES, Draw, Drawn, Engine, Listing, adapter_body, listing
+from .own import OwnServer
 from .place import Place
 
 logger = logging.getLogger(__name__)
@@ -47,10 +48,11 @@ class RolloutServer:
     Args:
         place: where it is, and how it is asked.
         vocabulary: ids of tokens lie below this; None: nothing is known of them.
+        own: the server itself, where it was started for this.
     """
 
-    def __init__(self, place: Place, vocabulary: int | None = None) -> None:
-        self.place, self.vocabulary = place, vocabulary
+    def __init__(self, place: Place, vocabulary: int | None = None, own: OwnServer | None = None) -> None:
+        self.place, self.vocabulary, self.own = place, vocabulary, own
         self.engine: Engine = ENGINES[place.engine]
         self._scaled: bool | None = None
         self.restarts = 0
@@ -104,6 +106,7 @@ class RolloutServer:
         *,
         again: Callable[[], None] | None = None,
         on_batch: Callable[[int], None] | None = None,
+        learns: bool = True,
     ) -> Generation:
         """One reply to each prompt, in their order.
 
@@ -112,11 +115,12 @@ class RolloutServer:
             seeds: one for each prompt, which with the prompt fixes its reply, as far as the server's rounding does.
             again: called once a server that went away is back, before it is asked again: what it is to load.
             on_batch: called with the number of replies so far.
+            learns: the log-probs are used, and so have to be of the meaning that they have in training.
 
         Raises:
             UserError: an answer that is not what was asked for, or none within the place's patience.
         """
-        if (wrong := self.engine.not_ours(draw, self._is_scaled(draw, prompts[0]))) is not None:
+        if learns and (wrong := self.engine.not_ours(draw, self._is_scaled(draw, prompts[0]))) is not None:
             raise self._not_ours(wrong, draw)
         bodies = {
             row: self.engine.draw(name, prompt, draw, seed)
@@ -204,6 +208,8 @@ class RolloutServer:
         until = time.monotonic() + self.place.wait
         logger.warning("%s: %s; waiting up to %g s for it", self.place.where, error.problem, self.place.wait)
         poster = Poster(self.place.at(self.engine.says["models"], retries=0), _REMEDIES)
+        if self.own is not None:
+            self.own.revive()
         while True:
             try:
                 poster.send_all({"": None}, lambda _, response, __: None, lambda _, __: None)

@@ -17,18 +17,18 @@ CORRECTIONS = (
 
 
 @dataclass(kw_only=True)
-class ServerSettings:
+class PlaceSettings:
     """Who draws the replies, where it is no process of ours."""
 
     rollout_engine: EngineName | None = field(
         default=None, metadata={"help": "A server draws the replies: vllm or sglang. None: the policy's own base."}
     )
     rollout_url: str | None = field(default=None, metadata={"help": "Its address, such as http://127.0.0.1:8000."})
-    rollout_folder: str | None = field(
+    rollout_command: str | None = field(
         default=None,
         metadata={
-            "help": "Where the policy's adapter is written for the server, which sees that folder under the same path. "
-            "None: in the stage's folder."
+            "help": "How the stage starts the server itself, such as /opt/vllm/bin/vllm serve; what it is to serve is "
+            "filled in, and it ends with the stage. None: it runs already."
         },
     )
     rollout_api_key_env: str | None = field(
@@ -41,6 +41,19 @@ class ServerSettings:
     )
     rollout_wait: Annotated[float, Ge(0)] = field(
         default=600.0, metadata={"help": "Seconds for which a server that went away is waited for."}
+    )
+
+
+@dataclass(kw_only=True)
+class ServerSettings(PlaceSettings):
+    """The same, for a policy that changes while it trains."""
+
+    rollout_folder: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where the policy's adapter is written for the server, which sees that folder under the same path. "
+            "None: in the stage's folder."
+        },
     )
 
 
@@ -66,11 +79,11 @@ class SampledSettings(ServerSettings):
     )
 
 
-SERVER_GROUP: Mapping[str, str] = MappingProxyType(
+PLACE_GROUP: Mapping[str, str] = MappingProxyType(
     {
         "engine": "rollout_engine",
         "url": "rollout_url",
-        "folder": "rollout_folder",
+        "command": "rollout_command",
         "api_key_env": "rollout_api_key_env",
         "concurrency": "rollout_concurrency",
         "timeout": "rollout_timeout",
@@ -78,7 +91,10 @@ SERVER_GROUP: Mapping[str, str] = MappingProxyType(
         "wait": "rollout_wait",
     }
 )
-"""`rollout:` in a recipe: its keys, and the settings that they are."""
+"""`rollout:` of what draws with finished policies: its keys, and the settings that they are."""
+
+SERVER_GROUP: Mapping[str, str] = MappingProxyType({**PLACE_GROUP, "folder": "rollout_folder"})
+"""The same of a policy that changes."""
 
 ROLLOUT_GROUP: Mapping[str, str] = MappingProxyType({**SERVER_GROUP, **{name: name for name in CORRECTIONS}})
 """The same of a method that learns from the replies."""

@@ -51,7 +51,9 @@ def serving(run: Path, interpreter: Path) -> Iterator[Callable[..., tuple["subpr
 
     def start() -> tuple["subprocess.Popen[str]", str]:
         words = ["serve", str(run / "dpo"), "--run", "--python", str(interpreter), "--port", str(free_port())]
-        command = [sys.executable, "-m", "preftune.cli.main", *words]
+        # a background job's children ignore SIGINT, and a command keeps to that
+        heard = "import signal as s; s.signal(s.SIGINT, s.default_int_handler)"
+        command = [sys.executable, "-c", f"{heard}; from preftune.cli.main import main; main()", *words]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         begun.append(process)
         assert process.stdout is not None and process.stderr is not None
@@ -168,7 +170,7 @@ def test_v22_words_of_the_users_own_hold_unless_they_name_another_server() -> No
     words = server_command(SERVING, start, "rollout.command")
     assert words[: len(start)] == start and words.count("--dtype") == 1 and "--max-model-len" not in words
     assert options(words)["--model"] == "/b"
-    for taken in (["--port", "1"], ["--model=x"], ["--max-lora-rank", "8"], ["--logprobs-mode", "raw_logprobs"]):
+    for taken in (["--port", "1"], ["--model=x"], ["--max-lora-rank", "8"], ["--generation-config", "auto"]):
         with pytest.raises(UserError, match=f"rollout.command: says {taken[0].partition('=')[0]} itself"):
             server_command(SERVING, ["vllm", "serve", *taken], "rollout.command")
     assert server_command(SERVING, start_of("vllm", None), "x")[:3] == ["vllm", "serve", "/b"]

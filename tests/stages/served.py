@@ -210,6 +210,9 @@ def error(status: int, message: str, kind: str) -> tuple[int, Any]:
 def _handler(server: Served) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            if self.path == "/health":
+                self.answer((200, ""))
+                return
             self.answer(server.models() if self.path == "/v1/models" else (404, {"detail": "Not Found"}))
 
         def do_POST(self) -> None:

@@ -2,9 +2,10 @@
 
     python tests/vllm/through_server.py --python .venv-vllm/bin/python [--output FOLDER]
 
-vLLM is started by `preftune serve`, killed once while PPO trains, and started again. Printed, and written as JSON: how far
-its log-probabilities are from the trainer's, and each policy's win-rate with and without it. The exit code is 1 where
-something is wrong that has a right answer. Not among the tests: vLLM lives in an environment of its own.
+vLLM is started by `preftune serve`, killed once while PPO trains, and started again; GRPO's is started by its stage.
+Printed, and written as JSON: how far its log-probabilities are from the trainer's, and each policy's win-rate with and
+without it. The exit code is 1 where something is wrong that has a right answer. Not among the tests: vLLM lives in an
+environment of its own.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ AWAY = 3.0
 JUDGES = ("reward", "rubric")
 
 
-def recipe(url: str) -> dict[str, Any]:
+def recipe(url: str, python: Path) -> dict[str, Any]:
     """The smoke recipe's stages on a real model, long enough that a server can go away between two iterations."""
     found = yaml.safe_load((ROOT / "recipes" / "smoke.yaml").read_text(encoding="utf-8"))
     rollout = {"engine": "vllm", "url": url}
@@ -41,8 +43,9 @@ def recipe(url: str) -> dict[str, Any]:
     found["lora"] = {"r": 16, "alpha": 32}
     del found["data"]["pairs"]
     found["stages"] = {name: found["stages"][name] for name in STAGES}
-    for name in ("ppo", "grpo"):
-        found["stages"][name] |= {"rollout": rollout, "total_episodes": 32, "rollout_batch_size": 8}
+    own = {"engine": "vllm", "command": f"{python} -m vllm.entrypoints.openai.api_server"}
+    for name, asked in (("ppo", rollout), ("grpo", own)):
+        found["stages"][name] |= {"rollout": asked, "total_episodes": 32, "rollout_batch_size": 8}
     found["eval"] |= {"policies": ["base", *STAGES[:1], *STAGES[2:]], "rollout": rollout}
     found["eval"]["prompts"]["limit"] = 48
     return found
@@ -114,7 +117,7 @@ def measured(run: Path) -> dict[str, Any]:
         log = [row for row in rows(run / stage / "log.jsonl") if "rollout/logprob_mismatch_mean" in row]
         found[stage] = {
             "iterations": len(log),
-            "episodes": max(int(row.get("episode", 0)) for row in log),
+            "episodes": json.loads((run / stage / "metrics.json").read_text(encoding="utf-8"))["episodes"],
             **{key: [row.get(f"rollout/{key}") for row in log] for key in ("logprob_mismatch_mean", "sampler_kl")},
         }
     return found
@@ -133,7 +136,7 @@ def through(args: argparse.Namespace) -> dict[str, Any]:
     output.mkdir(parents=True, exist_ok=True)
     port = free_port()
     url, file, run, log = f"http://127.0.0.1:{port}", output / "served.yaml", output / "run", output / "server.log"
-    file.write_text(yaml.safe_dump(recipe(url), sort_keys=False), encoding="utf-8")
+    file.write_text(yaml.safe_dump(recipe(url, args.python), sort_keys=False), encoding="utf-8")
     times = {"began": time.monotonic()}
     with server(file, args.python, port, log) as first:
         times["server"] = time.monotonic()
@@ -152,7 +155,7 @@ def through(args: argparse.Namespace) -> dict[str, Any]:
     finish(preftune("eval", "run", run, "eval.rollout=null"))
     times["plain"] = time.monotonic()
     names = list(times)
-    seconds = {after: times[after] - times[before] for before, after in zip(names, names[1:], strict=False)}
+    seconds = {after: times[after] - times[before] for before, after in pairwise(names)}
     return {"stages": measured(run), "served": served, "plain": win_rates(run), "seconds": seconds}
 
 
@@ -163,8 +166,10 @@ def problems(found: dict[str, Any]) -> list[str]:
         worst = max(values["logprob_mismatch_mean"])
         if worst >= MISMATCH:
             said.append(f"{stage}: log-probs differ by {worst:.4f} nats a token, expected less than {MISMATCH}")
-        if values["iterations"] != 4:
-            said.append(f"{stage}: {values['iterations']} iterations, expected 4")
+        if (values["iterations"], values["episodes"]) != (4, 32):
+            said.append(
+                f"{stage}: {values['iterations']} iterations of {values['episodes']} episodes, expected 4 of 32"
+            )
     for name, (rate, low, high) in found["plain"].items():
         drawn = found["served"].get(name)
         if drawn is None or not (low <= drawn[0] <= high or drawn[1] <= rate <= drawn[2]):
