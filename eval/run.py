@@ -59,8 +59,14 @@ def evaluate(spec: EvalSpec, run_dir: Path | None = None, drawn: DrawnReplies | 
     plans = plan_judges(spec.judges, run_dir)
     check_over_optimisation(spec)
     bench = Workbench.open(spec, drawn or DrawnReplies(run_dir or spec.output_dir))
-    judges = [plan.open(bench.adapters, bench.tokenizer) for plan in plans]
-    prompts = bench.prompts()
+    try:
+        return _evaluate(bench, [plan.open(bench.adapters, bench.tokenizer) for plan in plans])
+    finally:
+        bench.close()
+
+
+def _evaluate(bench: Workbench, judges: Sequence[Judge | PairJudge]) -> Evaluation:
+    spec, prompts = bench.spec, bench.prompts()
     samples = {policy: bench.samples(policy, prompts) for policy in bench.roles}
     bench.drawn.forget(but=[bench.drawn_key(policy, prompts) for policy in bench.roles])
     lengths = {policy: [len(reply.tokens) for reply in replies] for policy, replies in samples.items()}
@@ -75,7 +81,6 @@ def evaluate(spec: EvalSpec, run_dir: Path | None = None, drawn: DrawnReplies | 
     kls = {policy: measure_kl(bench, replies) if spec.kl else None for policy, replies in samples.items()}
     rewards = measured_in_evaluation(bench)
     over = over_optimisation(bench, prompts, judges) if spec.over_optimisation is not None else None
-    bench.close()
     benchmarks = _benchmarks(bench)
     rows: list[ResultRow] = []
     for policy, replies in samples.items():

@@ -880,7 +880,7 @@ MUTATIONS += [
         "            self.own.revive()", "            pass",
     ),
     Mutation(
-        "V27", "an evaluation leaves its server behind", "eval/run.py", "    bench.close()\n", "",
+        "V27", "an evaluation leaves its server behind", "eval/run.py", "        bench.close()", "        pass",
     ),
     Mutation(
         "V28", "a server draws beside a quantised base", "eval/decoding.py",

@@ -144,6 +144,10 @@ class ServedPolicy:
             except UserError as error:  # the run is over, with its server or without
                 logger.warning("%s is left on the server: %s", known.name, error.problem)
             shutil.rmtree(known.folder, ignore_errors=True)
+        self.stop()
+
+    def stop(self) -> None:
+        """End a server that was started for this."""
         if self.server.own is not None:
             self.server.own.stop()
 

@@ -292,10 +292,14 @@ class OnPolicyTrainer(Resumable):
         self.samples.start(loop.iteration + (self.rollout is not None))
         if args.eval_on_start and args.eval_strategy != "no" and self.state.global_step == 0:
             self.evaluate()
-        while loop.iteration < iterations and not self.control.should_training_stop:
-            self._iteration()
-        if self.served is not None:
-            self.served.close()
+        try:
+            while loop.iteration < iterations and not self.control.should_training_stop:
+                self._iteration()
+            if self.served is not None:
+                self.served.close()
+        finally:
+            if self.served is not None:
+                self.served.stop()
         return self._end(began - before, loop.iteration * args.rollout_batch_size)
 
     def _iteration(self) -> None:

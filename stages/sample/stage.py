@@ -101,9 +101,11 @@ def run_sample(job: StageJob) -> dict[str, Any]:
             teller.tell(piece.end, _log_row(piece))
         if done < len(prompts):
             sampler = _Sampler(job, settings, tokenizer, these)
-            sampler.open_server(prompts)
-            pieces += _draw(job, sampler, prompts, pieces, teller)
-            sampler.close()
+            try:
+                sampler.open_server(prompts)
+                pieces += _draw(job, sampler, prompts, pieces, teller)
+            finally:
+                sampler.close()
             more = {"computed": computed(sampler.adapters.backbone)}
         # 3. what is kept of them
         replies = [each for piece in pieces for each in piece.replies]

@@ -167,9 +167,7 @@ def problems(found: dict[str, Any]) -> list[str]:
         if worst >= MISMATCH:
             said.append(f"{stage}: log-probs differ by {worst:.4f} nats a token, expected less than {MISMATCH}")
         if (values["iterations"], values["episodes"]) != (4, 32):
-            said.append(
-                f"{stage}: {values['iterations']} iterations of {values['episodes']} episodes, expected 4 of 32"
-            )
+            said.append(f"{stage}: {values['iterations']} iterations, {values['episodes']} episodes, expected 4, 32")
     for name, (rate, low, high) in found["plain"].items():
         drawn = found["served"].get(name)
         if drawn is None or not (low <= drawn[0] <= high or drawn[1] <= rate <= drawn[2]):
