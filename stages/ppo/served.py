@@ -57,9 +57,11 @@ class ServedPolicy:
     """The policy's replies, drawn by a server. All processes of a stage call it; the first one asks for all.
 
     Args:
-        probe: of the base; None: adapters are not held against ours.
         folder: where adapters are written, which the server sees under the same path.
         run: what tells this run's adapters from those of others on the same server.
+
+    Attributes:
+        probe: until an adapter has been held against ours.
     """
 
     def __init__(
@@ -70,7 +72,6 @@ class ServedPolicy:
         folder: Path,
         run: str,
         these: Processes | None = None,
-        probe: "Probe | None" = None,
     ) -> None:
         self.server, self.adapters, self.folder, self.run = server, adapters, folder.absolute(), run
         self.these = Processes() if these is None else these
@@ -78,7 +79,7 @@ class ServedPolicy:
         pad = tokenizer.pad_token_id
         self.pad = pad if isinstance(pad, int) else self.ends[0]
         self.known: _Known | None = None
-        self.probe = probe
+        self.probe: Probe | None = None
 
     def put(self, step: int) -> str:
         """Have the server speak as the policy does now; the adapter that it had goes.
@@ -114,8 +115,7 @@ class ServedPolicy:
         Args:
             step: the optimiser's, after which the policy is what it is.
         """
-        name = self.put(step)
-        draw = Draw(config.max_new_tokens, self.ends, config.temperature, config.top_k, config.top_p)
+        name, draw = self.put(step), _draw(config, self.ends)
         own = [(ids, seed_of(seed, "reply", first + place)) for place, ids in enumerate(prompts.ids)]
         parts = self.these.gathered([own])
         rows = [row for part in parts for row in part]
@@ -150,9 +150,8 @@ class ServedPolicy:
     def _replace(self, step: int, digest: str) -> None:
         """In the first process: write the adapter, and exchange it for the one that the server has."""
         name = self._name(step, digest)
-        for left in self.folder.glob(f"preftune-{self.run}-*"):
-            if left.name != name and (self.known is None or left != self.known.folder):
-                shutil.rmtree(left)  # of a run that was cut off
+        if self.known is None:
+            self._forget_others(name)
         self.folder.mkdir(parents=True, exist_ok=True)
         with whole_folder(self.folder / name, lambda there: (there / ADAPTER_CONFIG).is_file()) as beside:
             self.adapters.save(DEFAULT, beside)
@@ -162,6 +161,14 @@ class ServedPolicy:
             self.server.unload(old.name)
             shutil.rmtree(old.folder, ignore_errors=True)
         self._load()
+
+    def _forget_others(self, name: str) -> None:
+        """What this run left before it was cut off, here and on the server."""
+        ours = f"preftune-{self.run}-"
+        for left in (each for each in self.server.listing().adapters if each.startswith(ours) and each != name):
+            self.server.unload(left)
+        for folder in self.folder.glob(f"{ours}*"):
+            shutil.rmtree(folder)
 
     def _load(self) -> None:
         assert self.known is not None
@@ -243,7 +250,7 @@ def open_served(
     trunk: Trunk,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
+    config: Sampling,
     folder: Path,
     these: Processes,
 ) -> ServedPolicy:
@@ -251,7 +258,7 @@ def open_served(
 
     Args:
         trunk: at temperature 1.
-        prompts: all that it will be asked to answer, in tokens.
+        prompts: all that it will be asked to answer, in tokens. config: how.
         folder: where the policy's adapter is written for it.
 
     Raises:
@@ -259,13 +266,24 @@ def open_served(
     """
     adapters = trunk.adapters
     server = RolloutServer(place, adapters.causal.config.get_text_config().vocab_size)
-    these.by_first(lambda: check_served(server, adapters, prompts, max_new_tokens))
+    policy = ServedPolicy(server, adapters, tokenizer, folder, run_name(folder), these)
+
+    def check() -> None:
+        check_served(server, adapters, prompts, config.max_new_tokens)
+        server.check_draw(_draw(config, policy.ends), prompts[0])
+
+    these.by_first(check)
     probe = Probe(trunk, probe_rows(prompts), place.where) if probe_rows(prompts) else None
     if probe is not None:
         gap = probe.base_is_ours(server, these)
         said = "%s at %s draws the rollouts; its base is %.2g nats a token from this one's"
         logger.info(said, place.engine, place.url, gap)
-    return ServedPolicy(server, adapters, tokenizer, folder, run_name(folder), these, probe)
+    policy.probe = probe
+    return policy
+
+
+def _draw(config: Sampling, ends: tuple[int, ...]) -> Draw:
+    return Draw(config.max_new_tokens, ends, config.temperature, config.top_k, config.top_p)
 
 
 def check_served(

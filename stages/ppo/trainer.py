@@ -269,7 +269,7 @@ class OnPolicyTrainer(Resumable):
         these = Processes.all() if args.world_size > 1 else Processes()
         trunk = Trunk(self.adapters, 1.0, self._autocast)
         folder = Path(args.rollout_folder or Path(str(args.output_dir)) / SERVED)
-        return open_served(place, trunk, self.tokenizer, prompts, args.max_new_tokens, folder, these)
+        return open_served(place, trunk, self.tokenizer, prompts, args, folder, these)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train, from the start or exactly where a checkpoint left off (True: the newest complete one)."""

@@ -7,6 +7,7 @@ be told to do what servers do: go away, forget, answer for another adapter, serv
 import json
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -230,8 +231,9 @@ def _handler(server: Served) -> type[BaseHTTPRequestHandler]:
             self.send_header("Content-Length", str(len(content)))
             if not isinstance(payload, str):
                 self.send_header("Content-Type", "application/json")
-            self.end_headers()
-            self.wfile.write(content)
+            with suppress(BrokenPipeError, ConnectionResetError):  # who asked has gone
+                self.end_headers()
+                self.wfile.write(content)
 
         def log_message(self, format: str, *args: Any) -> None:
             del format, args
