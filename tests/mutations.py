@@ -893,6 +893,10 @@ MUTATIONS += [
         "                if again is not None:\n                    again()\n", "",
     ),
     Mutation(
+        "V6", "a server may come back with another base", "stages/ppo/served.py",
+        "            self.probe.base_is_ours(self.server)\n", "            pass\n",
+    ),
+    Mutation(
         "V6", "a server that is gone is not waited for", "stages/serving/server.py",
         "                if not self._may_come_back(error):", "                if True:",
     ),

@@ -61,7 +61,7 @@ class ServedPolicy:
         run: what tells this run's adapters from those of others on the same server.
 
     Attributes:
-        probe: until an adapter has been held against ours.
+        probe: what its base and an adapter are held against ours with; None: nothing is.
     """
 
     def __init__(
@@ -95,8 +95,8 @@ class ServedPolicy:
             self.these.by_first(lambda: self._replace(step, digest))
             name = self._name(step, digest)
             self.known = _Known(name, self.folder / name, digest)
-            if self.probe is not None and self.probe.adapter_is_ours(self.server, name, self.these):
-                self.probe = None  # seen once, it need not be looked at again
+            if self.probe is not None and not self.probe.seen:
+                self.probe.look_at(self.server, name, self.these)
         return self.known.name
 
     def generate(
@@ -127,7 +127,7 @@ class ServedPolicy:
 
         whole = self.these.by_first(
             lambda: self.server.sample(
-                name, [ids for ids, _ in rows], [each for _, each in rows], draw, again=self._load, on_batch=told
+                name, [ids for ids, _ in rows], [each for _, each in rows], draw, again=self._again, on_batch=told
             )
         )
         part = slice(before, before + len(own))
@@ -170,6 +170,12 @@ class ServedPolicy:
         for folder in self.folder.glob(f"{ours}*"):
             shutil.rmtree(folder)
 
+    def _again(self) -> None:
+        """What a server that was gone is held against, and given, before it is asked again."""
+        if self.probe is not None:
+            self.probe.base_is_ours(self.server)
+        self._load()
+
     def _load(self) -> None:
         assert self.known is not None
         self.server.load(self.known.name, self.known.folder)
@@ -182,20 +188,26 @@ class Probe:
         trunk: at temperature 1, as a server's log-probs of a prompt are.
         rows: token ids, of two tokens or more each.
         where: of the server in the recipe, for errors.
+
+    Attributes:
+        seen: an adapter that changes them has been found to change both alike.
     """
 
     def __init__(self, trunk: Trunk, rows: Sequence[Sequence[int]], where: str) -> None:
         self.trunk, self.rows, self.where = trunk, [list(row) for row in rows], where
         self.own_N = prompt_logprobs(trunk, self.rows, None)
         self.served_N = torch.zeros_like(self.own_N)
+        self.seen = False
 
-    def base_is_ours(self, server: RolloutServer, these: Processes, tolerance: float = BASE_TOLERANCE) -> float:
+    def base_is_ours(
+        self, server: RolloutServer, these: Processes | None = None, tolerance: float = BASE_TOLERANCE
+    ) -> float:
         """How far the server's base is from ours: nats a token, in the mean.
 
         Raises:
             UserError: further than the tolerance.
         """
-        self.served_N = self._served(server, None, these)
+        self.served_N = self._served(server, None, Processes() if these is None else these)
         gap = float((self.served_N - self.own_N).abs().mean())
         if not gap <= tolerance:
             said = f"the base of {server.place.url} is {gap:.2g} nats a token from this stage's on its own prompts"
@@ -203,8 +215,8 @@ class Probe:
             raise UserError(self.where, f"{said}, expected {tolerance:g} at most: it serves another base", remedy)
         return gap
 
-    def adapter_is_ours(self, server: RolloutServer, name: str, these: Processes) -> bool:
-        """Whether the adapter changes the server's base as it changes ours; False where it changes too little to tell.
+    def look_at(self, server: RolloutServer, name: str, these: Processes) -> None:
+        """See that the policy's adapter changes the server's base as it changes ours, where it changes enough to tell.
 
         Raises:
             UserError: it does not.
@@ -212,14 +224,14 @@ class Probe:
         own_N = prompt_logprobs(self.trunk, self.rows, DEFAULT) - self.own_N
         change, noise = float(own_N.abs().mean()), float((self.served_N - self.own_N).abs().mean())
         if change <= max(3 * noise, 1e-4):
-            return False
+            return
         served_N = self._served(server, name, these) - self.served_N
         missed = float((served_N - own_N).abs().mean())
         if not missed <= _WITHIN * change:
             said = f"{name} changes the base of {server.place.url} otherwise than ours: {missed:.2g} nats a token"
             remedy = "see that the server computes with every layer that the adapter has, and with its scaling"
             raise UserError(self.where, f"{said} of {change:.2g} are missed", remedy)
-        return True
+        self.seen = True
 
     def _served(self, server: RolloutServer, name: str | None, these: Processes) -> torch.Tensor:
         found = these.by_first(lambda: server.scores(name, self.rows))

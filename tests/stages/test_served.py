@@ -445,6 +445,8 @@ def test_v05_advantages_are_weighed_by_the_trainers_log_probs_over_the_servers(t
     assert metrics["sampling/importance_sampling_ratio/min"] == pytest.approx(float(weight_B1.min()), abs=1e-5)
     assert metrics["sampling/importance_sampling_ratio/mean"] == pytest.approx(float(weight_B1.mean()), abs=1e-5)
     assert metrics["sampling/masked"] == 0
+    assert metrics["sampling/sampling_logp_difference/mean"] == pytest.approx(0.01, abs=1e-4)
+    assert metrics["sampling/sampling_logp_difference/max"] == pytest.approx(0.01, abs=1e-4)
     made.args.importance_sampling_clip_max = 1.01
     found, metrics = corrected(moved, made.args, made.reduce)
     assert metrics["sampling/masked"] == pytest.approx(float((weight_B1 > 1.01).float().mean()))
@@ -508,6 +510,16 @@ def test_v06_a_server_that_dies_in_the_middle_and_comes_back_changes_nothing(tmp
         assert len(loads) == 3 and loads[1] == loads[2], "it had forgotten the adapter"
         assert {body["seed"]: body["prompt"] for body in server.completions} == asked
     assert same(found, whole)
+
+
+@pytest.mark.checklist("V6")
+def test_v06_a_server_that_comes_back_with_another_base_is_refused(tmp_path: Path, tiny_base: Path):
+    tiny_model(seed=5).save_pretrained(tmp_path / "other")
+    with Served(tiny_base, faults=Faults(dies_after=11, back=0.1, another=tmp_path / "other")) as server:
+        made = served(tmp_path, server)
+        with pytest.raises(UserError, match="it serves another base"):
+            made.train()
+        assert made.state.global_step == 4
 
 
 @pytest.mark.checklist("V6")
