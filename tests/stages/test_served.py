@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from preftune.cli.keys import counted
 from preftune.errors import Lost, UserError
 from preftune.models.lineage import adapter_sha256
 from preftune.models.loading import resolve_base
@@ -31,9 +32,11 @@ from preftune.stages.serving import server as serving
 from preftune.stages.serving.engines import ENGINES, Draw, listing
 from preftune.stages.serving.place import Place, place_of
 from preftune.stages.serving.server import RolloutServer
+from preftune.stages.serving.settings import SERVER_GROUP
 
 from .collecting import collect
 from .served import Faults, Served
+from .test_on_policy_method import make as own_method
 from .tiny_ppo import PROMPTS, TOKENIZER, Steps, letters, tiny, tiny_model, trainer
 
 MISMATCH = "rollout/logprob_mismatch_mean"
@@ -480,6 +483,19 @@ def test_v05_grpos_first_step_does_not_measure_what_the_weights_need(tmp_path: P
 
 
 @pytest.mark.checklist("V5")
+def test_v05_a_method_of_ones_own_is_weighed_as_those_that_come_with_it(tmp_path: Path, server: Served):
+    """Every reply is beyond the bound, so nothing is learned, whatever the method's loss is."""
+    options = {"rollout_engine": "vllm", "rollout_url": server.url, "mismatch_tolerance": 9.0}
+    masked = own_method(tmp_path / "masked", importance_sampling_clip_max=1e-9, **options)
+    before = masked.adapters.digest("default")
+    masked.train()
+    assert masked.adapters.digest("default") == before
+    plain = own_method(tmp_path / "plain", **options)
+    plain.train()
+    assert plain.adapters.digest("default") != before
+
+
+@pytest.mark.checklist("V5")
 def test_v05_one_weight_a_token_is_refused_where_a_reply_is_one_action(tmp_path: Path):
     with pytest.raises(ValueError, match="importance_sampling_mode is 'token_mask', expected sequence_mask"):
         RLOOConfig(str(tmp_path), rollout_engine="vllm", rollout_url="http://x", importance_sampling_mode="token_mask")
@@ -584,6 +600,11 @@ def test_nobody_listens(tmp_path: Path):
 def test_settings_of_a_server_that_cannot_be(settings: dict[str, Any], said: str):
     with pytest.raises(UserError, match=said):
         place_of(settings, "rollout")
+
+
+def test_where_a_server_is_changes_no_result_and_who_draws_does():
+    said = {name: "x" for name in SERVER_GROUP.values()}
+    assert counted(said | {"importance_sampling_mode": "x"}).keys() == {"rollout_engine", "importance_sampling_mode"}
 
 
 def test_the_evaluation_of_held_out_prompts_is_the_servers_too(tmp_path: Path, server: Served):
