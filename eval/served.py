@@ -74,7 +74,7 @@ class ServedReplies:
 
             def check(folder: Path, name: str) -> None:
                 if probe is not None and self._role is not None:
-                    probe.adapter_is_ours(server, name, Processes(), self._role)
+                    probe.look_at(server, name, Processes(), self._role)
 
             self._policies = FinishedPolicies(server, check)
             say(f"eval: {self.place.engine} at {self.place.url} draws the replies")

@@ -118,6 +118,7 @@ MEANINGS: Meanings = {
         "reward": "Where scores come from: a reward stage's name, one source, or a list of sources.",
         "teacher": "Whom it learns from: a hub id, a folder, or {stage: NAME}. Its tokens have the ids of the base's.",
         "kl": "The KL penalty. A number stands for {coef: NUMBER}.",
+        "rollout": "A server that draws the replies, vLLM or SGLang: {engine: vllm, url: ...}.",
     },
     "Eval": {
         "prompts": "A data entry, or the name of one.",

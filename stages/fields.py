@@ -348,7 +348,7 @@ FIELDS: Mapping[str, Mapping[str, Field]] = {
         **_rewarded("GRPO", "num_iterations"),
         **_each(_OF_GROUPS, PARAMETER),
         **_each("loss_type scale_rewards importance_sampling_level delta top_entropy_quantile", PARAMETER),
-        **_each("multi_objective_aggregation use_bias_correction_kl", PARAMETER),
+        **_each("multi_objective_aggregation use_bias_correction_kl off_policy_mask_threshold", PARAMETER),
         "reward_weights": _WEIGHTS,
     },
     "RLOOConfig": {

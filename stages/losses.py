@@ -213,6 +213,31 @@ def sampling_weights(
     return weights_BX.masked_fill((weights_BX < low) | (weights_BX > high), 0.0)
 
 
+def on_policy_rows(
+    logps_BR: torch.Tensor,
+    drawn_logps_BR: torch.Tensor,
+    advantages_BR: torch.Tensor,
+    mask_BR: torch.Tensor,
+    *,
+    threshold: float,
+) -> torch.Tensor:
+    """Which rows train [B, 1], 1 or 0: not those that are to become less likely and are far from the policy already.
+
+    A row with a negative advantage is left out where log-prob when drawn - log pi, the mean over its tokens, is above
+    the threshold (DeepSeek-V3.2, arXiv 2512.02556 eq. 9; TRL's `off_policy_mask_threshold`).
+
+    Args:
+        logps_BR: under the policy that is trained, nats.
+        drawn_logps_BR: of whoever drew them.
+        advantages_BR: of one sign in a row.
+        mask_BR: tokens that count.
+    """
+    gap_BR = torch.where(mask_BR, drawn_logps_BR - logps_BR.detach(), 0.0)
+    mean_B1 = gap_BR.sum(1, keepdim=True) / mask_BR.sum(1, keepdim=True).clamp(min=1)
+    falls_B1 = (torch.where(mask_BR, advantages_BR, 0.0) < 0).any(1, keepdim=True)
+    return (~falls_B1 | (mean_B1 <= threshold)).to(logps_BR.dtype)
+
+
 class GroupTerms(NamedTuple):
     """The surrogate's terms before they are summed, with gradients, and what the clip did to them."""
 

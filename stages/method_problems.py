@@ -181,8 +181,11 @@ def _server_problems(job: StageJob, args: "OnPolicyConfig") -> Iterator[UserErro
     with gathering(found):
         place = place_of(args, here)
         if place is not None:
-            check_kind({"r": job.lora.rank, **dataclasses.asdict(job.lora)}, here)
+            check_kind(dataclasses.asdict(job.lora) | {"r": job.lora.rank}, here)
     yield from found
+    if args.rollout_engine is not None and job.says("rollout_micro_batch_size") is not None:
+        said = f"has no effect: {args.rollout_engine} says itself how many replies it draws at once"
+        yield UserError(f"stages.{job.name}.rollout_micro_batch_size", said, "leave it out")
     low, high = args.importance_sampling_clip_min, args.importance_sampling_clip_max
     if low is not None and high is not None and low >= high:
         said = f"is {low:g}, expected less than importance_sampling_clip_max = {high:g}"

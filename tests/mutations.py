@@ -823,6 +823,87 @@ MUTATIONS += [
     Mutation(
         "Q6", "a packed layer is not divided", "models/sharded.py", " or id(each) in packed)", ")",
     ),
+    Mutation(
+        "V1", "the first policy answers for all", "stages/ppo/served.py",
+        "if self.known is None or self.known.digest != digest:", "if self.known is None:",
+    ),
+    Mutation(
+        "V1", "the adapter that is replaced stays", "stages/ppo/served.py",
+        "            self.server.unload(old.name)\n", "",
+    ),
+    Mutation(
+        "V1", "a name says nothing of the content", "stages/ppo/served.py", "-{digest[:8]}-step-", "-step-",
+    ),
+    Mutation(
+        "V1", "another adapter of that name will do", "stages/serving/server.py",
+        "if held is None or Path(held) != Path(wanted):", "if held is None:",
+    ),
+    Mutation(
+        "V2", "a stale answer is taken", "stages/serving/server.py",
+        "whose: drawn.model not in (None, name),", "whose: False,",
+    ),
+    Mutation(
+        "V2", "a reply may end as the server likes", "stages/serving/server.py",
+        "drawn.ended and not ends,", "False,",
+    ),
+    Mutation(
+        "V2", "a log-prob may be missing", "stages/serving/server.py",
+        "len(drawn.logprobs) != len(tokens),", "False,",
+    ),
+    Mutation(
+        "V3", "any base will do", "stages/ppo/served.py", "        if not gap <= tolerance:", "        if False:",
+    ),
+    Mutation(
+        "V3", "a base's content is not looked at", "stages/ppo/served.py",
+        "        if held.sha256 != base.sha256:", "        if False:",
+    ),
+    Mutation(
+        "V3", "an adapter may be loaded and not used", "stages/ppo/served.py",
+        "        if not missed <= _WITHIN * change:", "        if False:",
+    ),
+    Mutation(
+        "V4", "every reply has the first one's seed", "stages/ppo/served.py",
+        'seed_of(seed, "reply", first + place)', 'seed_of(seed, "reply", first)',
+    ),
+    Mutation(
+        "V4", "log-probs at temperature 1 are taken for any", "stages/serving/server.py",
+        "self._scaled = scaled * _SCALED**0.5 < plain", "self._scaled = True",
+    ),
+    Mutation(
+        "V4", "replies end where the server's base does as well", "stages/serving/engines.py",
+        '            "ignore_eos": True,\n', "",
+    ),
+    Mutation(
+        "V5", "what a server drew counts as the policy's", "stages/ppo/off_policy.py",
+        "advantages_BR=rollout.advantages_BR * weights_BX", "advantages_BR=rollout.advantages_BR",
+    ),
+    Mutation(
+        "V5", "the weight is upside down", "stages/ppo/off_policy.py",
+        "rollout.logps_BR - episodes.sampler_logps_BR", "episodes.sampler_logps_BR - rollout.logps_BR",
+    ),
+    Mutation(
+        "V5", "a masked weight is cut to its bound", "stages/losses.py",
+        'if beyond == "truncate":', 'if True:',
+    ),
+    Mutation(
+        "V5", "what becomes likelier is left out", "stages/losses.py", "(~falls_B1 | (mean", "(falls_B1 | (mean",
+    ),
+    Mutation(
+        "V6", "a server that is back is not given the adapter", "stages/serving/server.py",
+        "                if again is not None:\n                    again()\n", "",
+    ),
+    Mutation(
+        "V6", "a server may come back with another base", "stages/ppo/served.py",
+        "            self.probe.base_is_ours(self.server)\n", "            pass\n",
+    ),
+    Mutation(
+        "V6", "a server that is gone is not waited for", "stages/serving/server.py",
+        "                if not self._may_come_back(error):", "                if True:",
+    ),
+    Mutation(
+        "V7", "a run without its server keeps nothing", "stages/ppo/trainer.py",
+        "if own.plan is not None and self.state.global_step > 0:", "if False:",
+    ),
 ]  # fmt: skip
 
 MUTATIONS += [

@@ -38,7 +38,11 @@ def corrected(rollout: Rollout, settings: SampledSettings, reduce: Reduce) -> tu
     total, count, left_out = reduce(
         torch.stack([counted_N.sum(), counted_N.new_tensor(len(counted_N)), (counted_N == 0).double().sum()]), "sum"
     ).tolist()
+    gap_BR = log_ratio_BR.abs()
+    apart, tokens = reduce(torch.stack([gap_BR.double().sum(), mask_BR.double().sum()]), "sum").tolist()
     metrics = {
+        "sampling/sampling_logp_difference/mean": apart / tokens,
+        "sampling/sampling_logp_difference/max": float(reduce(gap_BR.max(), "max")),
         "sampling/importance_sampling_ratio/min": -float(reduce(-counted_N.min(), "max")),
         "sampling/importance_sampling_ratio/mean": total / count,
         "sampling/importance_sampling_ratio/max": float(reduce(counted_N.max(), "max")),

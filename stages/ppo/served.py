@@ -58,9 +58,11 @@ class ServedPolicy:
     """The policy's replies, drawn by a server. All processes of a stage call it; the first one asks for all.
 
     Args:
-        probe: of the base; None: adapters are not held against ours.
         folder: where adapters are written, which the server sees under the same path.
         run: what tells this run's adapters from those of others on the same server.
+
+    Attributes:
+        probe: what its base and an adapter are held against ours with; None: nothing is.
     """
 
     def __init__(
@@ -71,7 +73,6 @@ class ServedPolicy:
         folder: Path,
         run: str,
         these: Processes | None = None,
-        probe: "Probe | None" = None,
     ) -> None:
         self.server, self.adapters, self.folder, self.run = server, adapters, folder.absolute(), run
         self.these = Processes() if these is None else these
@@ -79,7 +80,7 @@ class ServedPolicy:
         pad = tokenizer.pad_token_id
         self.pad = pad if isinstance(pad, int) else self.ends[0]
         self.known: _Known | None = None
-        self.probe = probe
+        self.probe: Probe | None = None
 
     def put(self, step: int) -> str:
         """Have the server speak as the policy does now; the adapter that it had goes.
@@ -95,8 +96,8 @@ class ServedPolicy:
             self.these.by_first(lambda: self._replace(step, digest))
             name = self._name(step, digest)
             self.known = _Known(name, self.folder / name, digest)
-            if self.probe is not None and self.probe.adapter_is_ours(self.server, name, self.these):
-                self.probe = None  # seen once, it need not be looked at again
+            if self.probe is not None and not self.probe.seen:
+                self.probe.look_at(self.server, name, self.these)
         return self.known.name
 
     def generate(
@@ -115,8 +116,7 @@ class ServedPolicy:
         Args:
             step: the optimiser's, after which the policy is what it is.
         """
-        name = self.put(step)
-        draw = Draw(config.max_new_tokens, self.ends, config.temperature, config.top_k, config.top_p)
+        name, draw = self.put(step), _draw(config, self.ends)
         own = [(ids, seed_of(seed, "reply", first + place)) for place, ids in enumerate(prompts.ids)]
         parts = self.these.gathered([own])
         rows = [row for part in parts for row in part]
@@ -128,7 +128,7 @@ class ServedPolicy:
 
         whole = self.these.by_first(
             lambda: self.server.sample(
-                name, [ids for ids, _ in rows], [each for _, each in rows], draw, again=self._load, on_batch=told
+                name, [ids for ids, _ in rows], [each for _, each in rows], draw, again=self._again, on_batch=told
             )
         )
         part = slice(before, before + len(own))
@@ -157,9 +157,8 @@ class ServedPolicy:
     def _replace(self, step: int, digest: str) -> None:
         """In the first process: write the adapter, and exchange it for the one that the server has."""
         name = self._name(step, digest)
-        for left in self.folder.glob(f"preftune-{self.run}-*"):
-            if left.name != name and (self.known is None or left != self.known.folder):
-                shutil.rmtree(left)  # of a run that was cut off
+        if self.known is None:
+            self._forget_others(name)
         self.folder.mkdir(parents=True, exist_ok=True)
         with whole_folder(self.folder / name, lambda there: (there / ADAPTER_CONFIG).is_file()) as beside:
             self.adapters.save(DEFAULT, beside)
@@ -168,6 +167,20 @@ class ServedPolicy:
             # first, as a server has room for few: one more might push it out by itself
             self.server.unload(old.name)
             shutil.rmtree(old.folder, ignore_errors=True)
+        self._load()
+
+    def _forget_others(self, name: str) -> None:
+        """What this run left before it was cut off, here and on the server."""
+        ours = f"preftune-{self.run}-"
+        for left in (each for each in self.server.listing().adapters if each.startswith(ours) and each != name):
+            self.server.unload(left)
+        for folder in self.folder.glob(f"{ours}*"):
+            shutil.rmtree(folder)
+
+    def _again(self) -> None:
+        """What a server that was gone is held against, and given, before it is asked again."""
+        if self.probe is not None:
+            self.probe.base_is_ours(self.server)
         self._load()
 
     def _load(self) -> None:
@@ -182,20 +195,26 @@ class Probe:
         trunk: at temperature 1, as a server's log-probs of a prompt are.
         rows: token ids, of two tokens or more each.
         where: of the server in the recipe, for errors.
+
+    Attributes:
+        seen: an adapter that changes them has been found to change both alike.
     """
 
     def __init__(self, trunk: Trunk, rows: Sequence[Sequence[int]], where: str) -> None:
         self.trunk, self.rows, self.where = trunk, [list(row) for row in rows], where
         self.own_N = prompt_logprobs(trunk, self.rows, None)
         self.served_N = torch.zeros_like(self.own_N)
+        self.seen = False
 
-    def base_is_ours(self, server: RolloutServer, these: Processes, tolerance: float = BASE_TOLERANCE) -> float:
+    def base_is_ours(
+        self, server: RolloutServer, these: Processes | None = None, tolerance: float = BASE_TOLERANCE
+    ) -> float:
         """How far the server's base is from ours: nats a token, in the mean.
 
         Raises:
             UserError: further than the tolerance.
         """
-        self.served_N = self._served(server, None, these)
+        self.served_N = self._served(server, None, Processes() if these is None else these)
         gap = float((self.served_N - self.own_N).abs().mean())
         if not gap <= tolerance:
             said = f"the base of {server.place.url} is {gap:.2g} nats a token from this stage's on its own prompts"
@@ -203,8 +222,8 @@ class Probe:
             raise UserError(self.where, f"{said}, expected {tolerance:g} at most: it serves another base", remedy)
         return gap
 
-    def adapter_is_ours(self, server: RolloutServer, name: str, these: Processes, role: str = DEFAULT) -> bool:
-        """Whether the adapter changes the server's base as it changes ours; False where it changes too little to tell.
+    def look_at(self, server: RolloutServer, name: str, these: Processes, role: str = DEFAULT) -> None:
+        """See that an adapter changes the server's base as it changes ours, where it changes enough to tell.
 
         Args:
             role: what it is called here.
@@ -215,14 +234,14 @@ class Probe:
         own_N = prompt_logprobs(self.trunk, self.rows, role) - self.own_N
         change, noise = float(own_N.abs().mean()), float((self.served_N - self.own_N).abs().mean())
         if change <= max(3 * noise, 1e-4):
-            return False
+            return
         served_N = self._served(server, name, these) - self.served_N
         missed = float((served_N - own_N).abs().mean())
         if not missed <= _WITHIN * change:
             said = f"{name} changes the base of {server.place.url} otherwise than ours: {missed:.2g} nats a token"
             remedy = "see that the server computes with every layer that the adapter has, and with its scaling"
             raise UserError(self.where, f"{said} of {change:.2g} are missed", remedy)
-        return True
+        self.seen = True
 
     def _served(self, server: RolloutServer, name: str | None, these: Processes) -> torch.Tensor:
         found = these.by_first(lambda: server.scores(name, self.rows))
@@ -253,7 +272,7 @@ def open_served(
     trunk: Trunk,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
+    config: Sampling,
     folder: Path,
     log: Path,
     these: Processes,
@@ -262,7 +281,7 @@ def open_served(
 
     Args:
         trunk: at temperature 1.
-        prompts: all that it will be asked to answer, in tokens.
+        prompts: all that it will be asked to answer, in tokens. config: how.
         folder: where the policy's adapter is written for it.
         log: a file for what a server says that is started here.
 
@@ -270,8 +289,14 @@ def open_served(
         UserError: it is not there, serves another base, or cannot do what it will be asked for.
     """
     adapters = trunk.adapters
-    server, probe = open_server(place, trunk, [DEFAULT], prompts, max_new_tokens, log, these)
-    return ServedPolicy(server, adapters, tokenizer, folder, run_name(folder), these, probe)
+    server, probe = open_server(place, trunk, [DEFAULT], prompts, config.max_new_tokens, log, these)
+    policy = ServedPolicy(server, adapters, tokenizer, folder, run_name(folder), these, probe)
+    these.by_first(lambda: server.check_draw(_draw(config, policy.ends), prompts[0]))
+    return policy
+
+
+def _draw(config: Sampling, ends: tuple[int, ...]) -> Draw:
+    return Draw(config.max_new_tokens, ends, config.temperature, config.top_k, config.top_p)
 
 
 def open_server(
@@ -302,12 +327,17 @@ def open_server(
     if own is not None:
         these.by_first(own.start)
     server = RolloutServer(place, adapters.causal.config.get_text_config().vocab_size, own)
-    these.by_first(lambda: check_served(server, adapters, longest))
-    probe = Probe(trunk, probe_rows(prompts), place.where) if probe_rows(prompts) else None
-    if probe is not None:
-        gap = probe.base_is_ours(server, these)
-        said = "%s at %s draws the replies; its base is %.2g nats a token from this one's"
-        logger.info(said, place.engine, place.url, gap)
+    try:
+        these.by_first(lambda: check_served(server, adapters, longest))
+        probe = Probe(trunk, probe_rows(prompts), place.where) if probe_rows(prompts) else None
+        if probe is not None:
+            gap = probe.base_is_ours(server, these)
+            said = "%s at %s draws the replies; its base is %.2g nats a token from this one's"
+            logger.info(said, place.engine, place.url, gap)
+    except BaseException:
+        if own is not None:
+            own.stop()
+        raise
     return server, probe
 
 

@@ -169,6 +169,13 @@ class GRPOSettings(GroupSettings):
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = field(
         default="sum_then_normalize", metadata={"help": "Of several rewards; the second is GDPO."}
     )
+    off_policy_mask_threshold: Above0 | None = field(
+        default=None,
+        metadata={
+            "help": "Leave out replies with a negative advantage whose tokens have become less likely than when they "
+            "were drawn, by more nats a token; None: none."
+        },
+    )
     use_bias_correction_kl: bool = field(
         default=True, metadata={"help": "Multiply the KL's terms by the ratio, so that it is that of the policy now."}
     )

@@ -271,7 +271,7 @@ class OnPolicyTrainer(Resumable):
         trunk = Trunk(self.adapters, 1.0, self._autocast)
         output = Path(str(args.output_dir))
         folder = Path(args.rollout_folder or output / SERVED)
-        return open_served(place, trunk, self.tokenizer, prompts, args.max_new_tokens, folder, output / LOG, these)
+        return open_served(place, trunk, self.tokenizer, prompts, args, folder, output / LOG, these)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train, from the start or exactly where a checkpoint left off (True: the newest complete one)."""

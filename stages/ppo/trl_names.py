@@ -202,7 +202,6 @@ GROUP: dict[str, str] = {
     "shuffle_dataset": "leave it out: prompts are shuffled in each pass over them",
     **dict.fromkeys(("sapo_temperature_neg", "sapo_temperature_pos"), _NO_LOSS),
     **dict.fromkeys(("vespo_k_pos", "vespo_k_neg", "vespo_lambda_pos", "vespo_lambda_neg"), _NO_LOSS),
-    "off_policy_mask_threshold": "leave it out: target_approx_kl stops an iteration's epochs",
     **{f"vllm_{name}": f"write {name}" for name in CORRECTIONS},
     **dict.fromkeys(("vllm_mode", "vllm_server_base_url", "vllm_server_host", "vllm_server_port"), _SERVER),
     "use_transformers_continuous_batching": "leave it out: rollouts run on the policy's own base, or on a server",

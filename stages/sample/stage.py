@@ -194,7 +194,7 @@ class _Sampler:
 
         def check(folder: Path, name: str) -> None:
             if probe is not None:
-                probe.adapter_is_ours(server, name, Processes(), POLICY)
+                probe.look_at(server, name, Processes(), POLICY)
 
         self.served = FinishedPolicies(server, check)
 

@@ -97,6 +97,26 @@ class RolloutServer:
 
     # --- what it says
 
+    def check_draw(self, draw: Draw, ids: Sequence[int]) -> None:
+        """That its log-probs of such a draw are those of softmax(logits / temperature) before any cut.
+
+        Args:
+            ids: a prompt, after which it is asked for its likeliest tokens where that has to be found out.
+
+        Raises:
+            UserError: they are not.
+        """
+        if (wrong := self.engine.not_ours(draw, self._is_scaled(draw, ids))) is None:
+            return
+        said = f"the server's log-probs are not those of the policy at temperature {draw.temperature:g} before any cut"
+        starts = self.engine.starts
+        remedy = "leave top_k and top_p out, or set temperature: 1"
+        if not draw.cuts:
+            remedy = f"start it with {starts[0]}, or set temperature: 1"
+        elif not draw.scales:
+            remedy = f"start it with {starts[1]}, or leave top_k and top_p out"
+        raise UserError(self.place.where, f"{said}: {wrong}", remedy)
+
     def sample(
         self,
         name: str,
@@ -120,8 +140,8 @@ class RolloutServer:
         Raises:
             UserError: an answer that is not what was asked for, or none within the place's patience.
         """
-        if learns and (wrong := self.engine.not_ours(draw, self._is_scaled(draw, prompts[0]))) is not None:
-            raise self._not_ours(wrong, draw)
+        if learns:
+            self.check_draw(draw, prompts[0])
         bodies = {
             row: self.engine.draw(name, prompt, draw, seed)
             for row, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
@@ -264,16 +284,6 @@ class RolloutServer:
             plain, scaled = (found[each][0] - found[each][-1] for each in (1.0, _SCALED))
             self._scaled = scaled * _SCALED**0.5 < plain
         return self._scaled
-
-    def _not_ours(self, wrong: str, draw: Draw) -> UserError:
-        said = f"the server's log-probs are not those of the policy at temperature {draw.temperature:g} before any cut"
-        starts = self.engine.starts
-        remedy = "leave top_k and top_p out, or set temperature: 1"
-        if not draw.cuts:
-            remedy = f"start it with {starts[0]}, or set temperature: 1"
-        elif not draw.scales:
-            remedy = f"start it with {starts[1]}, or leave top_k and top_p out"
-        return UserError(self.place.where, f"{said}: {wrong}", remedy)
 
     def _may_come_back(self, error: UserError) -> bool:
         """Whether the server is gone for a while, or has forgotten what it had loaded."""

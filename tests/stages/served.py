@@ -7,6 +7,7 @@ be told to do what servers do: go away, forget, answer for another adapter, serv
 import json
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,13 +22,15 @@ from transformers import AutoModelForCausalLM
 class Faults:
     """What it does wrong.
 
-    dies_after: completions, after which it goes away; back: seconds after which it is there again, with no adapters.
+    dies_after: completions, after which it goes away; back: seconds after which it is there again, with no adapters,
+    and with the base `another` where one is named.
     stale: the name that its answers carry. short: log-probs that are missing. slow: seconds for each completion.
     deaf: adapters are loaded, and not used. ends: a token at which it ends replies by itself.
     """
 
     dies_after: int | None = None
     back: float | None = None
+    another: Path | None = None
     stale: str | None = None
     short: int = 0
     slow: float = 0.0
@@ -52,6 +55,7 @@ class Served:
     port: int = 0
     done: int = 0
     deaths: int = 0
+    dead: bool = False
 
     def __enter__(self) -> "Served":
         self.start()
@@ -72,7 +76,7 @@ class Served:
 
     def start(self) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32).eval()
-        self.adapters = {}
+        self.adapters, self.dead = {}, False
         ThreadingHTTPServer.allow_reuse_address = True
         self.http = ThreadingHTTPServer(("127.0.0.1", self.port), _handler(self))
         self.http.daemon_threads = True
@@ -85,14 +89,14 @@ class Served:
 
     def die(self) -> None:
         """Go away, and come back without adapters where that is asked for."""
-        self.deaths += 1
-        self.faults.dies_after = None
+        self.deaths, self.dead, self.faults.dies_after = self.deaths + 1, True, None
         back = self.faults.back
 
         def go() -> None:
             self.stop()
             if back is not None:
                 time.sleep(back)
+                self.base = self.faults.another or self.base
                 self.start()
 
         threading.Thread(target=go, daemon=True).start()
@@ -223,6 +227,7 @@ def _handler(server: Served) -> type[BaseHTTPRequestHandler]:
             with server.lock:
                 server.heard.append((self.path, body))
                 found = paths[self.path](body) if self.path in paths else (404, {"detail": "Not Found"})
+                found = None if server.dead else found
             if found is not None:
                 self.answer(found)
 
@@ -233,8 +238,9 @@ def _handler(server: Served) -> type[BaseHTTPRequestHandler]:
             self.send_header("Content-Length", str(len(content)))
             if not isinstance(payload, str):
                 self.send_header("Content-Type", "application/json")
-            self.end_headers()
-            self.wfile.write(content)
+            with suppress(BrokenPipeError, ConnectionResetError):  # who asked has gone
+                self.end_headers()
+                self.wfile.write(content)
 
         def log_message(self, format: str, *args: Any) -> None:
             del format, args

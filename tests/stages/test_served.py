@@ -1,8 +1,11 @@
 """Rollouts by a server: what goes over, what comes back and is looked at, what is made up for, where it goes away."""
 
+import copy
 import dataclasses
+import json
 import math
 import re
+import threading
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from preftune.cli.keys import counted
 from preftune.errors import Lost, UserError
 from preftune.models.lineage import adapter_sha256
 from preftune.models.loading import resolve_base
@@ -17,7 +21,7 @@ from preftune.models.lora import LoraSpec
 from preftune.stages.check import stage_problems
 from preftune.stages.grpo import GRPOConfig, GRPOTrainer
 from preftune.stages.job import CheckpointPlan, StageJob
-from preftune.stages.losses import sampling_weights
+from preftune.stages.losses import on_policy_rows, sampling_weights
 from preftune.stages.ppo.off_policy import corrected
 from preftune.stages.ppo.rewards import RewardSource
 from preftune.stages.ppo.rollout import seed_of
@@ -25,12 +29,14 @@ from preftune.stages.rloo import RLOOConfig
 from preftune.stages.run import run_stage
 from preftune.stages.scorers import posting
 from preftune.stages.serving import server as serving
-from preftune.stages.serving.engines import ENGINES, Draw
+from preftune.stages.serving.engines import ENGINES, Draw, listing
 from preftune.stages.serving.place import Place, place_of
 from preftune.stages.serving.server import RolloutServer
+from preftune.stages.serving.settings import SERVER_GROUP
 
 from .collecting import collect
 from .served import Faults, Served
+from .test_on_policy_method import make as own_method
 from .tiny_ppo import PROMPTS, TOKENIZER, Steps, letters, tiny, tiny_model, trainer
 
 MISMATCH = "rollout/logprob_mismatch_mean"
@@ -111,6 +117,66 @@ def test_v01_the_name_that_an_adapter_has_is_anothers(tmp_path: Path, server: Se
     )
     with pytest.raises(UserError, match=r"says that preftune-.* is .*/other, expected"):
         made.served.put(0)
+
+
+@pytest.mark.checklist("V1")
+def test_v01_what_a_run_that_was_cut_off_left_goes(tmp_path: Path, server: Served):
+    made = served(tmp_path, server)
+    left = made.served.put(0)
+    again = served(tmp_path, server)
+    with torch.no_grad():
+        again.method.policy[0].add_(0.1)
+    name = again.served.put(4)
+    assert list(server.adapters) == [name] and left != name
+    assert [each.name for each in made.served.folder.iterdir()] == [name]
+
+
+class Ranks:
+    """Two processes as two threads, which wait for each other as processes do."""
+
+    def __init__(self, rank: int, shared: dict[str, Any]) -> None:
+        self.rank, self.count, self.shared = rank, 2, shared
+
+    def gathered(self, found: list[Any]) -> list[Any]:
+        self.shared[f"part {self.rank}"] = found
+        self.shared["wait"].wait(20)
+        both = [*self.shared["part 0"], *self.shared["part 1"]]
+        self.shared["wait"].wait(20)
+        return both
+
+    def by_first(self, work: Any) -> Any:
+        if self.rank == 0:
+            self.shared["done"] = work()
+        self.shared["wait"].wait(20)
+        found = self.shared["done"]
+        self.shared["wait"].wait(20)
+        return found
+
+
+@pytest.mark.checklist("V4")
+def test_v04_the_number_of_processes_changes_no_reply(tmp_path: Path, server: Served):
+    one = served(tmp_path, server)
+    prompts = one.prompts.take([0, 1, 2, 3])
+    asked = {"step": 0, "seed": 5, "device": torch.device("cpu")}
+    whole = one.served.generate(prompts, one.args, **asked).responses()
+    shared: dict[str, Any] = {"wait": threading.Barrier(2)}
+    found: dict[int, Any] = {}
+
+    def work(rank: int) -> None:
+        policy = one.served if rank == 0 else served_copy
+        policy.these = Ranks(rank, shared)
+        part = one.prompts.take([0, 1, 2] if rank == 0 else [3])
+        found[rank] = policy.generate(part, one.args, first=3 * rank, **asked).responses()
+
+    served_copy = copy.copy(one.served)
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in (0, 1)]
+    before = len(server.completions)
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join(60)
+    assert found[0] + found[1] == whole
+    assert len(server.completions) == before + 4, "one process asks for all"
 
 
 # --- what comes back
@@ -227,7 +293,7 @@ def test_v03_prompts_that_do_not_fit_the_servers_context_are_refused(tmp_path: P
 )
 def test_v03_an_adapter_that_servers_do_not_take_is_refused_by_its_settings(make_job, lora: dict[str, Any], said: str):
     method = {"rollout_engine": "vllm", "rollout_url": "http://127.0.0.1:1"}
-    job = make_job("ppo", lora=LoraSpec(r=4, alpha=8, **lora), method=method)
+    job = make_job("ppo", lora=LoraSpec(r=4, alpha=8, **lora), method=method, train={"max_steps": None})
     assert any(said in each.problem and each.where == "stages.ppo.rollout" for each in stage_problems(job))
 
 
@@ -356,6 +422,17 @@ def test_v05_weights_by_hand(mode: str, low: float | None, high: float | None, w
 
 
 @pytest.mark.checklist("V5")
+def test_v05_rows_that_are_far_from_the_policy_are_left_out_where_they_are_to_become_less_likely():
+    """Three tokens of 0.3 nats each, one of which does not count, on both sides of a threshold of 0.25 and of 0.35."""
+    now = torch.tensor([[-1.3, -1.3, -9.0]] * 3)
+    drawn, mask = torch.full_like(now, -1.0), torch.tensor([[True, True, False]] * 3)
+    advantages = torch.tensor([[-1.0] * 3, [1.0] * 3, [0.0, -1.0, 5.0]])
+    for threshold, wanted in ((0.25, [0.0, 1.0, 0.0]), (0.35, [1.0, 1.0, 1.0])):
+        found = on_policy_rows(now, drawn, advantages, mask, threshold=threshold)
+        assert found.squeeze(1).tolist() == wanted
+
+
+@pytest.mark.checklist("V5")
 def test_v05_advantages_are_weighed_by_the_trainers_log_probs_over_the_servers(tmp_path: Path, server: Served):
     made = served(tmp_path, server)
     rollout = collect(made).rollout
@@ -371,6 +448,8 @@ def test_v05_advantages_are_weighed_by_the_trainers_log_probs_over_the_servers(t
     assert metrics["sampling/importance_sampling_ratio/min"] == pytest.approx(float(weight_B1.min()), abs=1e-5)
     assert metrics["sampling/importance_sampling_ratio/mean"] == pytest.approx(float(weight_B1.mean()), abs=1e-5)
     assert metrics["sampling/masked"] == 0
+    assert metrics["sampling/sampling_logp_difference/mean"] == pytest.approx(0.01, abs=1e-4)
+    assert metrics["sampling/sampling_logp_difference/max"] == pytest.approx(0.01, abs=1e-4)
     made.args.importance_sampling_clip_max = 1.01
     found, metrics = corrected(moved, made.args, made.reduce)
     assert metrics["sampling/masked"] == pytest.approx(float((weight_B1 > 1.01).float().mean()))
@@ -404,6 +483,19 @@ def test_v05_grpos_first_step_does_not_measure_what_the_weights_need(tmp_path: P
 
 
 @pytest.mark.checklist("V5")
+def test_v05_a_method_of_ones_own_is_weighed_as_those_that_come_with_it(tmp_path: Path, server: Served):
+    """Every reply is beyond the bound, so nothing is learned, whatever the method's loss is."""
+    options = {"rollout_engine": "vllm", "rollout_url": server.url, "mismatch_tolerance": 9.0}
+    masked = own_method(tmp_path / "masked", importance_sampling_clip_max=1e-9, **options)
+    before = masked.adapters.digest("default")
+    masked.train()
+    assert masked.adapters.digest("default") == before
+    plain = own_method(tmp_path / "plain", **options)
+    plain.train()
+    assert plain.adapters.digest("default") != before
+
+
+@pytest.mark.checklist("V5")
 def test_v05_one_weight_a_token_is_refused_where_a_reply_is_one_action(tmp_path: Path):
     with pytest.raises(ValueError, match="importance_sampling_mode is 'token_mask', expected sequence_mask"):
         RLOOConfig(str(tmp_path), rollout_engine="vllm", rollout_url="http://x", importance_sampling_mode="token_mask")
@@ -434,6 +526,16 @@ def test_v06_a_server_that_dies_in_the_middle_and_comes_back_changes_nothing(tmp
         assert len(loads) == 3 and loads[1] == loads[2], "it had forgotten the adapter"
         assert {body["seed"]: body["prompt"] for body in server.completions} == asked
     assert same(found, whole)
+
+
+@pytest.mark.checklist("V6")
+def test_v06_a_server_that_comes_back_with_another_base_is_refused(tmp_path: Path, tiny_base: Path):
+    tiny_model(seed=5).save_pretrained(tmp_path / "other")
+    with Served(tiny_base, faults=Faults(dies_after=11, back=0.1, another=tmp_path / "other")) as server:
+        made = served(tmp_path, server)
+        with pytest.raises(UserError, match="it serves another base"):
+            made.train()
+        assert made.state.global_step == 4
 
 
 @pytest.mark.checklist("V6")
@@ -500,6 +602,11 @@ def test_settings_of_a_server_that_cannot_be(settings: dict[str, Any], said: str
         place_of(settings, "rollout")
 
 
+def test_where_a_server_is_changes_no_result_and_who_draws_does():
+    said = {name: "x" for name in SERVER_GROUP.values()}
+    assert counted(said | {"importance_sampling_mode": "x"}).keys() == {"rollout_engine", "importance_sampling_mode"}
+
+
 def test_the_evaluation_of_held_out_prompts_is_the_servers_too(tmp_path: Path, server: Served):
     own = trainer(tmp_path / "own", eval_dataset=PROMPTS, eval_strategy="steps", eval_steps=4)
     made = served(tmp_path / "served", server, eval_dataset=PROMPTS, eval_strategy="steps", eval_steps=4)
@@ -535,3 +642,71 @@ def test_v07_a_stage_that_loses_its_server_writes_a_checkpoint_where_it_stands(m
         assert len(server.completions) == 4, "only the iteration that was lost is drawn"
     assert adapter_sha256(cut.output_dir) == adapter_sha256(whole.output_dir)
     assert not list(cut.output_dir.rglob("served"))
+
+
+def shape(given: Any) -> Any:
+    """The keys and types of an answer: of lists the first entry's, of tables by token one entry's."""
+    if isinstance(given, dict):
+        if given and all(re.fullmatch(r"(token_id:)?\d+", key) for key in given):
+            return {"a token": shape(next(iter(given.values())))}
+        return {key: shape(each) for key, each in given.items()}
+    if isinstance(given, list):
+        told = [each for each in given if each is not None]
+        return [shape(told[0])] if told else []
+    return "number" if isinstance(given, int | float) else type(given).__name__
+
+
+def missing(wanted: Any, found: Any, place: str = "") -> list[str]:
+    """What the real answer has and the stand-in's has not, or as something else."""
+    if isinstance(wanted, dict) and isinstance(found, dict):
+        return [
+            line
+            for key in wanted
+            for line in (missing(wanted[key], found[key], f"{place}.{key}") if key in found else [f"{place}.{key}"])
+        ]
+    if isinstance(wanted, list) and isinstance(found, list):
+        return missing(wanted[0], found[0], f"{place}[]") if wanted and found else []
+    return [] if wanted == found else [f"{place}: {wanted}, not {found}"]
+
+
+@pytest.mark.parametrize("what", ["models", "draw", "ended", "score", "spread", "load", "unload"])
+def test_the_stand_ins_answers_have_the_shape_of_vllms(server: Served, tmp_path: Path, what: str):
+    recorded = json.loads((Path(__file__).parent / "recorded_vllm.json").read_text(encoding="utf-8"))
+    tiny().save("default", tmp_path)
+    engine, ids = ENGINES["vllm"], [1, 2, 3]
+    answers: dict[str, tuple[int, Any] | None] = {
+        "load": server.load({"lora_name": "a", "lora_path": str(tmp_path)}),
+        "models": server.models(),
+        "draw": server.complete(engine.draw("a", ids, Draw(3, (258,)), 7)),
+        "score": server.complete(engine.score("a", ids)),
+        "spread": server.complete(engine.spread(ids, 1.0)),
+    }
+    drawn = answers["draw"]
+    assert drawn is not None
+    second = drawn[1]["choices"][0]["token_ids"][1]
+    answers["ended"] = server.complete(engine.draw("a", ids, Draw(3, (second,)), 7))
+    answers["unload"] = server.unload({"lora_name": "a"})
+    found, real = answers[what], recorded[what]
+    assert found is not None and found[0] == real["status"]
+    # what nobody reads may be missing
+    unread = {".usage.prompt_tokens_details", ".choices[].routed_experts"}
+    assert not {*missing(shape(real["body"]), shape(found[1]))} - unread
+
+
+def test_what_vllm_really_answers_is_read():
+    """Its own answers (SmolLM2-135M in bf16), as they were recorded."""
+    recorded = json.loads((Path(__file__).parent / "recorded_vllm.json").read_text(encoding="utf-8"))
+    engine, ids = ENGINES["vllm"], recorded["ids"]
+    drawn = engine.drawn(recorded["draw"]["body"])
+    server = RolloutServer(Place("rollout", "vllm", "http://x"), vocabulary=49152)
+    server._check(drawn, "a", ids, Draw(3, (2,)))
+    assert len(drawn.tokens) == 3 and recorded["draw_same"] == drawn.tokens
+    ended = engine.drawn(recorded["ended"]["body"])
+    server._check(ended, "a", ids, Draw(3, (drawn.tokens[1],)))
+    assert ended.tokens == drawn.tokens[:2] and ended.ended
+    assert len(engine.scores(recorded["score"]["body"], ids)) == len(ids) - 1
+    one, two = (engine.spreads(recorded[each]["body"]) for each in ("spread", "spread2"))
+    assert len(one) == 5 and one == pytest.approx(two), "as it starts its log-probs do not know of the temperature"
+    assert recorded["unknown"]["status"] == 404 and engine.forgotten in str(recorded["unknown"]["body"])
+    assert recorded["too_long"]["status"] == 400
+    assert listing(recorded["models"]["body"]).adapters == {"a": "ADAPTER"}
