@@ -908,75 +908,75 @@ MUTATIONS += [
 
 MUTATIONS += [
     Mutation(
-        "V20", "log-probs of a server are those of temperature 1", "stages/serving/command.py",
+        "V8", "log-probs of a server are those of temperature 1", "stages/serving/command.py",
         '["--logprobs-mode", "processed_logprobs"],', '["--logprobs-mode", "raw_logprobs"],',
     ),
     Mutation(
-        "V20", "a policy is served with the base's tokenizer", "cli/serve.py",
+        "V8", "a policy is served with the base's tokenizer", "cli/serve.py",
         'tokenizer = folder if any(folder.glob("tokenizer*")) else base.path', "tokenizer = base.path",
     ),
-    Mutation("V20", "the last policy's rank will do", "cli/serve.py", "max(ranks, default=8)", "ranks[0]"),
+    Mutation("V8", "the last policy's rank will do", "cli/serve.py", "max(ranks, default=8)", "ranks[0]"),
     Mutation(
-        "V21", "a reward model is served as a policy", "cli/serve.py",
+        "V9", "a reward model is served as a policy", "cli/serve.py",
         'if config.get("task_type") == "SEQ_CLS":', "if False:",
     ),
     Mutation(
-        "V21", "any kind of adapter is served", "stages/serving/command.py",
+        "V9", "any kind of adapter is served", "stages/serving/command.py",
         'if (said := not_served({"peft_type": None} | dict(config))) is not None:', "if (said := None) is not None:",
     ),
     Mutation(
-        "V22", "a command may name another base or port", "stages/serving/command.py",
+        "V10", "a command may name another base or port", "stages/serving/command.py",
         "if taken := [option for option in _OURS if option in given]:", "if taken := list[str]():",
     ),
     Mutation(
-        "V22", "ours hold before the user's own words", "stages/serving/command.py",
+        "V10", "ours hold before the user's own words", "stages/serving/command.py",
         "options = [words for words in build(serving) if words[0] not in given]", "options = build(serving)",
     ),
     Mutation(
-        "V23", "a server outlives who started it", "stages/serving/watchman.py",
+        "V11", "a server outlives who started it", "stages/serving/watchman.py",
         "not asked and os.getppid() == parent", "not asked",
     ),
     Mutation(
-        "V23", "what a server started outlives it", "stages/serving/watchman.py",
+        "V11", "what a server started outlives it", "stages/serving/watchman.py",
         "        os.killpg(0, signal.SIGTERM)", "        child.terminate()",
     ),
     Mutation(
-        "V24", "the base speaks for every policy", "stages/serving/finished.py",
+        "V12", "the base speaks for every policy", "stages/serving/finished.py",
         "return self.server.sample(name, prompts,", "return self.server.sample(self.base, prompts,",
     ),
     Mutation(
-        "V24", "a finished adapter is not held against ours", "stages/serving/finished.py",
+        "V12", "a finished adapter is not held against ours", "stages/serving/finished.py",
         "                self.check(folder, name)\n", "",
     ),
     Mutation(
-        "V25", "every prompt has the first one's seed", "eval/served.py",
+        "V13", "every prompt has the first one's seed", "eval/served.py",
         'seed_of(spec.seed, "evaluation reply", place)', 'seed_of(spec.seed, "evaluation reply", 0)',
     ),
     Mutation(
-        "V26", "replies of a server pass for those drawn here", "eval/workbench.py",
+        "V14", "replies of a server pass for those drawn here", "eval/workbench.py",
         '{} if spec.rollout is None else {"server": spec.rollout.rollout_engine}', "{}",
     ),
     Mutation(
-        "V27", "a server that has ended is waited for", "stages/serving/server.py",
+        "V15", "a server that has ended is waited for", "stages/serving/server.py",
         "            self.own.revive()", "            pass",
     ),
     Mutation(
-        "V27", "an evaluation leaves its server behind", "eval/run.py", "        bench.close()", "        pass",
+        "V15", "an evaluation leaves its server behind", "eval/run.py", "        bench.close()", "        pass",
     ),
     Mutation(
-        "V28", "a server draws beside a quantised base", "eval/decoding.py",
+        "V16", "a server draws beside a quantised base", "eval/decoding.py",
         "    if quantization is not None:\n        said = f\"a server", "    if False:\n        said = f\"a server",
     ),
     Mutation(
-        "V28", "a policy that servers do not take is found when it is to speak", "recipes/served.py",
+        "V16", "a policy that servers do not take is found when it is to speak", "recipes/served.py",
         "        check_kind(values,", "        check_kind({},",
     ),
     Mutation(
-        "V29", "every reply to a prompt has one seed", "stages/sample/stage.py",
+        "V17", "every reply to a prompt has one seed", "stages/sample/stage.py",
         'seed_of(self.job.seed, "sample", first + i // n, i % n)', 'seed_of(self.job.seed, "sample", first + i // n)',
     ),
     Mutation(
-        "V29", "the base samples for the parent", "stages/sample/stage.py",
+        "V17", "the base samples for the parent", "stages/sample/stage.py",
         "policies.sample(self.job.parent, *asked", "policies.sample(None, *asked",
     ),
 ]  # fmt: skip

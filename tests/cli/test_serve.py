@@ -84,8 +84,8 @@ def _state(pid: int) -> str:
         return "Z"
 
 
-@pytest.mark.checklist("V20")
-def test_v20_the_printed_command_serves_the_stage_on_its_base(run: Path, shell) -> None:
+@pytest.mark.checklist("V8")
+def test_v08_the_printed_command_serves_the_stage_on_its_base(run: Path, shell) -> None:
     (run / "dpo" / "tokenizer.json").write_text("{}")
     (run / "dpo" / "chat_template.jinja").write_text("x")
     code, said, _ = shell("serve", run / "dpo", "--port", 8123)
@@ -110,8 +110,8 @@ def test_v20_the_printed_command_serves_the_stage_on_its_base(run: Path, shell) 
     assert {name: found[name] for name in wanted} == wanted
 
 
-@pytest.mark.checklist("V20")
-def test_v20_a_recipe_is_served_for_the_largest_of_its_policies(run: Path, shell) -> None:
+@pytest.mark.checklist("V8")
+def test_v08_a_recipe_is_served_for_the_largest_of_its_policies(run: Path, shell) -> None:
     file = run / "recipe.yaml"
     said = file.read_text().replace("ipo: {kind: dpo,", "ipo: {kind: dpo, lora: {r: 20, alpha: 40},")
     said = said.replace("lora: {r: 2, alpha: 4}", "lora: {r: 4, alpha: 8}")
@@ -126,7 +126,7 @@ def test_v20_a_recipe_is_served_for_the_largest_of_its_policies(run: Path, shell
     assert options(shlex.split(shell("serve", run)[1]))["--max-lora-rank"] == "64"
 
 
-@pytest.mark.checklist("V21")
+@pytest.mark.checklist("V9")
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
@@ -137,7 +137,7 @@ def test_v20_a_recipe_is_served_for_the_largest_of_its_policies(run: Path, shell
         ({"task_type": "SEQ_CLS"}, "is a reward model, and a policy is served"),
     ],
 )
-def test_v21_what_a_server_does_not_take_is_refused(run: Path, changed: dict[str, Any], said: str, shell) -> None:
+def test_v09_what_a_server_does_not_take_is_refused(run: Path, changed: dict[str, Any], said: str, shell) -> None:
     file = run / "dpo" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changed))
     shell.refused("serve", run / "dpo", said=said)
@@ -164,8 +164,8 @@ def test_sglang_is_told_the_same_in_its_own_words(run: Path, shell) -> None:
     assert not any("VLLM" in word for word in words)
 
 
-@pytest.mark.checklist("V22")
-def test_v22_words_of_the_users_own_hold_unless_they_name_another_server() -> None:
+@pytest.mark.checklist("V10")
+def test_v10_words_of_the_users_own_hold_unless_they_name_another_server() -> None:
     start = ["/p", "-m", "x", "--dtype", "float32", "--max-model-len=64"]
     words = server_command(SERVING, start, "rollout.command")
     assert words[: len(start)] == start and words.count("--dtype") == 1 and "--max-model-len" not in words
@@ -185,9 +185,9 @@ def test_memory_that_the_environment_says_holds() -> None:
     assert "VLLM_CPU_KVCACHE_SPACE" not in server_environment(SERVING, {})
 
 
-@pytest.mark.checklist("V23")
+@pytest.mark.checklist("V11")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_v23_a_signal_ends_the_server_and_all_that_it_started(serving, notes, number: int) -> None:
+def test_v11_a_signal_ends_the_server_and_all_that_it_started(serving, notes, number: int) -> None:
     process, url = serving()
     assert answers(url)
     seen = notes()
@@ -200,8 +200,8 @@ def test_v23_a_signal_ends_the_server_and_all_that_it_started(serving, notes, nu
     assert are_gone(seen["pids"]) and not answers(url)
 
 
-@pytest.mark.checklist("V23")
-def test_v23_a_killed_command_leaves_no_server_behind(serving, notes) -> None:
+@pytest.mark.checklist("V11")
+def test_v11_a_killed_command_leaves_no_server_behind(serving, notes) -> None:
     process, _ = serving()
     process.kill()
     process.wait()

@@ -79,8 +79,8 @@ def name_of(folder: Path) -> str:
     return f"preftune-{adapter_sha256(folder)[:16]}"
 
 
-@pytest.mark.checklist("V24")
-def test_v24_each_policy_speaks_as_itself_and_leaves(spec, server: Served, made: Path) -> None:
+@pytest.mark.checklist("V12")
+def test_v12_each_policy_speaks_as_itself_and_leaves(spec, server: Served, made: Path) -> None:
     # the likeliest tokens are those that are drawn here, whoever draws them
     greedy = {"temperature": 0.0, "kl": False}
     rows = run_eval(spec(**greedy))
@@ -99,8 +99,8 @@ def _named(policy: str, made: Path) -> str:
     return "base" if policy == "base" else name_of(made / policy)
 
 
-@pytest.mark.checklist("V25")
-def test_v25_seeds_go_by_the_prompt_and_are_those_of_every_policy(spec, server: Served) -> None:
+@pytest.mark.checklist("V13")
+def test_v13_seeds_go_by_the_prompt_and_are_those_of_every_policy(spec, server: Served) -> None:
     run_eval(spec(seed=3))
     seeds = [body["seed"] for body in server.completions]
     assert len(set(seeds[:6])) == 6 and seeds == seeds[:6] * 4
@@ -109,8 +109,8 @@ def test_v25_seeds_go_by_the_prompt_and_are_those_of_every_policy(spec, server: 
     assert not {body["seed"] for body in server.completions[24:]} & set(seeds)
 
 
-@pytest.mark.checklist("V26")
-def test_v26_replies_of_a_server_are_kept_apart_from_those_drawn_here(spec, server: Served) -> None:
+@pytest.mark.checklist("V14")
+def test_v14_replies_of_a_server_are_kept_apart_from_those_drawn_here(spec, server: Served) -> None:
     run_eval(spec())
     asked = len(server.heard)
     run_eval(spec())  # from what was kept
@@ -123,8 +123,8 @@ def test_v26_replies_of_a_server_are_kept_apart_from_those_drawn_here(spec, serv
     assert len(server.heard) > asked
 
 
-@pytest.mark.checklist("V24")
-def test_v24_a_server_of_another_base_or_one_that_ignores_adapters_is_refused(
+@pytest.mark.checklist("V12")
+def test_v12_a_server_of_another_base_or_one_that_ignores_adapters_is_refused(
     spec, server: Served, tmp_path: Path
 ) -> None:
     other = load_model(resolve_base("random:llama?seed=5"))
@@ -143,8 +143,8 @@ def test_a_server_that_goes_away_is_waited_for(spec, server: Served) -> None:
     assert server.deaths == 1 and again == whole
 
 
-@pytest.mark.checklist("V27")
-def test_v27_an_evaluation_starts_and_ends_its_own_server(
+@pytest.mark.checklist("V15")
+def test_v15_an_evaluation_starts_and_ends_its_own_server(
     spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     notes = tmp_path / "notes.jsonl"
@@ -169,7 +169,7 @@ eval: {prompts: {path: prompts.jsonl}, policies: [sft], judges: []}
 """
 
 
-@pytest.mark.checklist("V28")
+@pytest.mark.checklist("V16")
 @pytest.mark.parametrize(
     ("said", "wanted"),
     [
@@ -189,7 +189,7 @@ eval: {prompts: {path: prompts.jsonl}, policies: [sft], judges: []}
         ),
     ],
 )
-def test_v28_what_no_server_does_is_refused_before_anything_trains(
+def test_v16_what_no_server_does_is_refused_before_anything_trains(
     tmp_path: Path, said: tuple[str, str], wanted: str
 ) -> None:
     assert said[0] in RECIPE
@@ -198,8 +198,8 @@ def test_v28_what_no_server_does_is_refused_before_anything_trains(
         load_recipe(tmp_path / "t.yaml")
 
 
-@pytest.mark.checklist("V28")
-def test_v28_policies_that_servers_do_not_take_are_refused_before_anything_trains(tmp_path: Path) -> None:
+@pytest.mark.checklist("V16")
+def test_v16_policies_that_servers_do_not_take_are_refused_before_anything_trains(tmp_path: Path) -> None:
     server = "rollout: {engine: vllm, url: http://x}"
     said = RECIPE.replace("keep: best", f"keep: best, {server}").replace("judges: []", f"judges: [], {server}")
     for changed, wanted in (

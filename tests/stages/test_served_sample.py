@@ -72,8 +72,8 @@ def own(**environment: Any) -> dict[str, Any]:
     return {"engine": "vllm", "command": shlex.join([sys.executable, str(PROGRAM)]), "wait": 60.0, "retries": 0}
 
 
-@pytest.mark.checklist("V29")
-def test_v29_a_sampling_stage_asks_the_server_as_its_parents_policy(
+@pytest.mark.checklist("V17")
+def test_v17_a_sampling_stage_asks_the_server_as_its_parents_policy(
     job: Make, server: Served, sft_folder: Path
 ) -> None:
     kept = {"keep": "all", "unfinished": "keep", "n": 2, "top_k": 5}
@@ -94,8 +94,8 @@ def test_v29_a_sampling_stage_asks_the_server_as_its_parents_policy(
     assert rows_of(again) == rows_of(made)
 
 
-@pytest.mark.checklist("V29")
-def test_v29_the_base_samples_under_its_own_name(job: Make, server: Served) -> None:
+@pytest.mark.checklist("V17")
+def test_v17_the_base_samples_under_its_own_name(job: Make, server: Served) -> None:
     run_stage(job(parent=None, keep="all", unfinished="keep", n=2, rollout={"engine": "vllm", "url": server.url}))
     assert {body["model"] for body in server.completions} == {"base"}
     assert not [path for path, _ in server.heard if path.endswith("_lora_adapter")]
@@ -107,8 +107,8 @@ def test_a_server_that_does_not_load_the_policy_is_refused(job: Make, server: Se
         run_stage(job(rollout={"engine": "vllm", "url": server.url, "retries": 0}))
 
 
-@pytest.mark.checklist("V27")
-def test_v27_a_stage_starts_its_own_server_again_where_it_dies(job: Make, notes, monkeypatch) -> None:
+@pytest.mark.checklist("V15")
+def test_v15_a_stage_starts_its_own_server_again_where_it_dies(job: Make, notes, monkeypatch) -> None:
     monkeypatch.setenv("SERVED_DIES", "5")
     method = {"rollout_batch_size": 4, "total_episodes": 8, "num_ppo_epochs": 1}
     metrics = run_stage(job("ppo", "ppo", rollout=own(), **method))
@@ -123,8 +123,8 @@ def test_v27_a_stage_starts_its_own_server_again_where_it_dies(job: Make, notes,
     assert started[0]["options"]["--port"] == started[1]["options"]["--port"]
 
 
-@pytest.mark.checklist("V27")
-def test_v27_an_error_of_the_stage_ends_its_server(job: Make, notes, monkeypatch) -> None:
+@pytest.mark.checklist("V15")
+def test_v15_an_error_of_the_stage_ends_its_server(job: Make, notes, monkeypatch) -> None:
     made = job(rollout=own(), n=2)
     monkeypatch.setattr("preftune.stages.sample.stage._Sampler._scores", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
