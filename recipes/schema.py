@@ -286,7 +286,10 @@ def stage_model(kind: StageKind) -> type[Stage]:
     if kind.needs_teacher:
         added["teacher"] = (Annotated[Teacher, BeforeValidator(_as_teacher)], Field())
     for group, keys in kind.groups.items():
-        model = create_model(group, __base__=Part, **{key: _optional(kind, name) for key, name in keys.items()})
+        # kinds have groups of one name with other keys
+        model = create_model(
+            f"{kind.name}_{group}", __base__=Part, **{key: _optional(kind, name) for key, name in keys.items()}
+        )
         first = next(iter(keys))
         added[group] = (
             Annotated[model, BeforeValidator(functools.partial(_grouped, first))],

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import socket
@@ -153,7 +154,8 @@ def test_other_mistakes_are_one_line(run: Path, tmp_path: Path, shell) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        shell.refused("serve", run / "dpo", "--run", "--port", port, said=f"port {port} of 127.0.0.1 cannot be had")
+        at = ("--python", sys.executable, "--port", port)
+        shell.refused("serve", run / "dpo", "--run", *at, said=f"port {port} of 127.0.0.1 cannot be had")
 
 
 def test_sglang_is_told_the_same_in_its_own_words(run: Path, shell) -> None:
@@ -213,7 +215,8 @@ def test_a_server_that_ends_at_once_is_said_with_its_last_words(
 ) -> None:
     monkeypatch.setenv("FAKE_VLLM_ENDS", "3")
     said = r"the server ended before it answered \(ValueError: no room for the keys and values\); look at /\S+\.log"
-    shell.refused("serve", run / "dpo", "--run", "--python", interpreter, "--port", free_port(), said=said)
+    code, _, err = shell("serve", run / "dpo", "--run", "--python", interpreter, "--port", free_port())
+    assert code == 2 and re.search(said, err.strip().splitlines()[-1]), err
     assert are_gone(notes()["pids"])
 
 
