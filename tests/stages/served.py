@@ -151,10 +151,11 @@ class Served:
                 choice["prompt_logprobs"] = self._scores(body["prompt"], name)
         self.done += drawn
         usage = {"prompt_tokens": len(body["prompt"]), "total_tokens": 0, "completion_tokens": 0}
+        usage |= dict.fromkeys(("prompt_tokens_details", "completion_tokens_details"))
         return 200, {
             "id": "cmpl-0", "object": "text_completion", "created": 1, "model": self.faults.stale or name,
-            "choices": [choice], "service_tier": None, "system_fingerprint": None, "usage": usage,
-            "kv_transfer_params": None,
+            "choices": [choice], "service_tier": None, "system_fingerprint": "vllm", "usage": usage,
+            "kv_transfer_params": None, "ec_transfer_params": None, "metrics": None,
         }  # fmt: skip
 
     def logits(self, ids: list[int], name: str) -> torch.Tensor:
@@ -201,7 +202,8 @@ class Served:
         told = told[: len(told) - self.faults.short]
         logprobs = {"text_offset": [0] * len(told), "token_logprobs": told, "tokens": [f"token_id:{t}" for t in tokens]}
         return {
-            "index": 0, "text": "", "logprobs": {**logprobs, "top_logprobs": likeliest},
+            "index": 0, "text": "", "routed_experts": None,
+            "logprobs": {**logprobs, "top_logprobs": likeliest} if "logprobs" in body else None,
             "finish_reason": "stop" if stopped else "length", "stop_reason": tokens[-1] if stopped else None,
             "token_ids": tokens, "prompt_logprobs": None, "prompt_token_ids": list(body["prompt"]),
         }  # fmt: skip
