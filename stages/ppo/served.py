@@ -290,7 +290,8 @@ def open_served(
     """
     adapters = trunk.adapters
     server, probe = open_server(place, trunk, [DEFAULT], prompts, config.max_new_tokens, log, these)
-    policy = ServedPolicy(server, adapters, tokenizer, folder, run_name(folder), these, probe)
+    policy = ServedPolicy(server, adapters, tokenizer, folder, run_name(folder), these)
+    policy.probe = probe
     these.by_first(lambda: server.check_draw(_draw(config, policy.ends), prompts[0]))
     return policy
 

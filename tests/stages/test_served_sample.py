@@ -110,7 +110,7 @@ def test_a_server_that_does_not_load_the_policy_is_refused(job: Make, server: Se
 @pytest.mark.checklist("V15")
 def test_v15_a_stage_starts_its_own_server_again_where_it_dies(job: Make, notes, monkeypatch) -> None:
     monkeypatch.setenv("SERVED_DIES", "5")
-    method = {"rollout_batch_size": 4, "total_episodes": 8, "num_ppo_epochs": 1}
+    method = {"rollout_batch_size": 4, "num_ppo_epochs": 1}
     metrics = run_stage(job("ppo", "ppo", rollout=own(), **method))
     assert metrics["steps"] == 2
     started = notes()
