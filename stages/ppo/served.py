@@ -92,6 +92,8 @@ class ServedPolicy:
             The adapter's name on the server.
         """
         digest = self.adapters.digest(DEFAULT)
+        if self.known is None and self.server.own is not None:
+            self.these.by_first(self.server.own.revive)
         if self.known is None or self.known.digest != digest:
             self.these.by_first(lambda: self._replace(step, digest))
             name = self._name(step, digest)

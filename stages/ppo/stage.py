@@ -84,15 +84,9 @@ def run_on_policy(
     adapters.save("default", job.output_dir, write=trainer.is_world_process_zero())
     parents = tuple(folder for folder in (job.parent, *stages, *trainer.sources) if folder is not None)
     return finish(
-        job,
-        tokenizer,
-        data,
-        args,
-        _metrics(trainer),
-        backbone=adapters.backbone,
-        parents=parents,
-        made_of=trainer.made_of,
-    )
+        job, tokenizer, data, args, _metrics(trainer),
+        backbone=adapters.backbone, parents=parents, made_of=trainer.made_of,
+    )  # fmt: skip
 
 
 def _metrics(trainer: OnPolicyTrainer) -> dict[str, float | None]:

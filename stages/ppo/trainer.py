@@ -235,7 +235,7 @@ class OnPolicyTrainer(Resumable):
         args, adapters = self.args, self.adapters
         self.trunk = Trunk(adapters, args.temperature, self._autocast)
         logger.info("forwards without gradients hold up to %d tokens", self.trunk.forward_tokens)
-        self.served = self._open_server()
+        self.served, self.under_way = self._open_server(), False
         self.own_reference = args.measures_kl() and add_reference(adapters)
         scorers = build_scorers(
             sources,
@@ -292,12 +292,14 @@ class OnPolicyTrainer(Resumable):
         self.samples.start(loop.iteration + (self.rollout is not None))
         if args.eval_on_start and args.eval_strategy != "no" and self.state.global_step == 0:
             self.evaluate()
+        self.under_way = True
         try:
             while loop.iteration < iterations and not self.control.should_training_stop:
                 self._iteration()
             if self.served is not None:
                 self.served.close()
         finally:
+            self.under_way = False
             if self.served is not None:
                 self.served.stop()
         return self._end(began - before, loop.iteration * args.rollout_batch_size)
@@ -566,6 +568,8 @@ class OnPolicyTrainer(Resumable):
             prompts, self.adapters, self.tokenizer, self.scoring, self.method, self.reduce, self.measured, self._answer
         )
         found = held.measure(self.args, self.loop.kl_coef)
+        if self.served is not None and not self.under_way:
+            self.served.close()  # nobody asks it for more
         release_free_memory()
         seconds = time.perf_counter() - began
         self.evaluate_seconds += seconds

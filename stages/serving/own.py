@@ -60,12 +60,14 @@ class OwnServer:
             raise
 
     def revive(self) -> None:
-        """Start it again if it has ended."""
-        if self._process is not None and not self._process.alive:
+        """Start it if it does not run."""
+        if self._process is not None and self._process.alive:
+            return
+        if self._process is not None:
             last = " | ".join(self._process.last_words())
             logger.warning("%s: the server has ended (%s), and is started again", self.where, last)
             self._end()
-            self.start()
+        self.start()
 
     def stop(self) -> None:
         """End it. A second call does nothing."""

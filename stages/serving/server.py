@@ -228,8 +228,6 @@ class RolloutServer:
         until = time.monotonic() + self.place.wait
         logger.warning("%s: %s; waiting up to %g s for it", self.place.where, error.problem, self.place.wait)
         poster = Poster(self.place.at(self.engine.says["models"], retries=0), _REMEDIES)
-        if self.own is not None:
-            self.own.revive()
         while True:
             try:
                 poster.send_all({"": None}, lambda _, response, __: None, lambda _, __: None)
@@ -238,6 +236,8 @@ class RolloutServer:
                 if time.monotonic() >= until:
                     raise Lost(error.where, error.problem, error.remedy) from None
             stopping.poll()
+            if self.own is not None:
+                self.own.revive()
             time.sleep(min(_PAUSE, max(until - time.monotonic(), 0.0)))
 
     def _read(self, poster: Poster, response: httpx.Response, read: Callable[[Any], _T]) -> _T:
