@@ -164,7 +164,8 @@ class RolloutServer:
             name: of the adapter; None: of the base.
         """
         bodies = {place: self.engine.score(name, ids) for place, ids in enumerate(rows)}
-        found = self._all(bodies, lambda place, given: self.engine.scores(given, rows[place]))
+        # one at a time: vLLM's engine (0.32, on a CPU) ends where it has several of them and adapters
+        found = self._all(bodies, lambda place, given: self.engine.scores(given, rows[place]), most=1)
         return [found[place] for place in range(len(rows))]
 
     # --- how it is asked
@@ -188,10 +189,12 @@ class RolloutServer:
         read: Callable[[_K, Any], _T],
         again: Callable[[], None] | None = None,
         on_batch: Callable[[int], None] | None = None,
+        most: int | None = None,
     ) -> dict[_K, _T]:
-        """What each answer says; where the server goes away, the missing ones once it is back."""
+        """What each answer says; where the server goes away, the missing ones once it is back. most: so many at a time."""
         found: dict[_K, _T] = {}
-        poster = Poster(self.place.at(self.engine.says["draw"]), _REMEDIES)
+        place = self.place.at(self.engine.says["draw"], concurrency=min(self.place.concurrency, most or 2**31))
+        poster = Poster(place, _REMEDIES)
         idle = 0
 
         def heard(key: _K, response: httpx.Response, retries: int) -> None:
