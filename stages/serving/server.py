@@ -191,7 +191,10 @@ class RolloutServer:
         on_batch: Callable[[int], None] | None = None,
         most: int | None = None,
     ) -> dict[_K, _T]:
-        """What each answer says; where the server goes away, the missing ones once it is back. most: so many at a time."""
+        """What each answer says; where the server goes away, the missing ones once it is back.
+
+        most: so many requests at a time, where the place allows more.
+        """
         found: dict[_K, _T] = {}
         place = self.place.at(self.engine.says["draw"], concurrency=min(self.place.concurrency, most or 2**31))
         poster = Poster(place, _REMEDIES)
