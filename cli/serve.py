@@ -95,7 +95,7 @@ def _serving(given: str, stage: str | None, options: ServeOptions) -> Serving:
 
 def _draws(recipe: Recipe, name: str) -> bool:
     """Whether that is a stage of the recipe whose replies a server can draw."""
-    return name in recipe.stages and (recipe.stages[name].record.on_policy or not recipe.stages[name].record.trains)
+    return name in recipe.stages and recipe.stages[name].record.draws
 
 
 def _for_stage(folder: Path, options: ServeOptions) -> Serving:

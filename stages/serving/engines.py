@@ -143,7 +143,7 @@ class VLLM:
         "load": "/v1/load_lora_adapter",
         "unload": "/v1/unload_lora_adapter",
     }
-    starts = ("--logprobs-mode processed_logprobs", "--logprobs-mode raw_logprobs (the default)")
+    starts: tuple[str, str] = ("--logprobs-mode processed_logprobs", "--logprobs-mode raw_logprobs (the default)")
     forgotten = "does not exist"
 
     def draw(self, model: str, prompt: Sequence[int], draw: Draw, seed: int) -> dict[str, Any]:
@@ -219,7 +219,7 @@ class SGLang:
         "load": "/load_lora_adapter",
         "unload": "/unload_lora_adapter",
     }
-    starts = ("SGLANG_RETURN_ORIGINAL_LOGPROB unset", "SGLANG_RETURN_ORIGINAL_LOGPROB set")
+    starts: tuple[str, str] = ("SGLANG_RETURN_ORIGINAL_LOGPROB unset", "SGLANG_RETURN_ORIGINAL_LOGPROB set")
     forgotten = "not loaded"
 
     def draw(self, model: str, prompt: Sequence[int], draw: Draw, seed: int) -> dict[str, Any]:

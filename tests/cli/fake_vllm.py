@@ -18,8 +18,8 @@ class Well(BaseHTTPRequestHandler):
         self.send_response(200 if self.path == "/health" else 404)
         self.end_headers()
 
-    def log_message(self, *said: object) -> None:
-        pass
+    def log_message(self, format: str, *args: object) -> None:
+        del format, args
 
 
 def main() -> None:
