@@ -35,7 +35,7 @@ from .rollout import Episodes, Prompts, Sampling, make_episodes, seed_of
 
 logger = logging.getLogger(__name__)
 
-BASE_TOLERANCE = 0.05
+BASE_TOLERANCE = 0.15
 """Nats a token, in the mean, that a server's base may be from ours on the run's own prompts."""
 SERVED = "served"
 """In a stage's folder while it trains: the adapter that a server has."""
