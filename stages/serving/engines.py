@@ -143,8 +143,8 @@ class VLLM:
         "load": "/v1/load_lora_adapter",
         "unload": "/v1/unload_lora_adapter",
     }
-    starts = ("--logprobs-mode processed_logprobs", "--logprobs-mode raw_logprobs (the default)")
-    forgotten = "does not exist"
+    starts: tuple[str, str] = ("--logprobs-mode processed_logprobs", "--logprobs-mode raw_logprobs (the default)")
+    forgotten: str = "does not exist"
 
     def draw(self, model: str, prompt: Sequence[int], draw: Draw, seed: int) -> dict[str, Any]:
         return self._body(model, prompt, draw.temperature) | {
@@ -219,8 +219,8 @@ class SGLang:
         "load": "/load_lora_adapter",
         "unload": "/unload_lora_adapter",
     }
-    starts = ("SGLANG_RETURN_ORIGINAL_LOGPROB unset", "SGLANG_RETURN_ORIGINAL_LOGPROB set")
-    forgotten = "not loaded"
+    starts: tuple[str, str] = ("SGLANG_RETURN_ORIGINAL_LOGPROB unset", "SGLANG_RETURN_ORIGINAL_LOGPROB set")
+    forgotten: str = "not loaded"
 
     def draw(self, model: str, prompt: Sequence[int], draw: Draw, seed: int) -> dict[str, Any]:
         sampling = self._sampling(draw.temperature) | {

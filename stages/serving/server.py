@@ -276,7 +276,7 @@ class RolloutServer:
             found = self._all(bodies, lambda _, given: self.engine.spreads(given))
             plain, scaled = (found[each][0] - found[each][-1] for each in (1.0, _SCALED))
             self._scaled = scaled * _SCALED**0.5 < plain
-        return self._scaled
+        return self._scaled is True
 
     def _may_come_back(self, error: UserError) -> bool:
         """Whether the server is gone for a while, or has forgotten what it had loaded."""
