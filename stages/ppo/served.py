@@ -11,6 +11,7 @@ import hashlib
 import logging
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -146,6 +147,9 @@ class ServedPolicy:
             except UserError as error:  # the run is over, with its server or without
                 logger.warning("%s is left on the server: %s", known.name, error.problem)
             shutil.rmtree(known.folder, ignore_errors=True)
+            if self.folder.name == SERVED:  # one that the user named stays
+                with suppress(OSError):
+                    self.folder.rmdir()
         self.stop()
 
     def stop(self) -> None:

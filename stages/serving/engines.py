@@ -144,7 +144,7 @@ class VLLM:
         "unload": "/v1/unload_lora_adapter",
     }
     starts: tuple[str, str] = ("--logprobs-mode processed_logprobs", "--logprobs-mode raw_logprobs (the default)")
-    forgotten = "does not exist"
+    forgotten: str = "does not exist"
 
     def draw(self, model: str, prompt: Sequence[int], draw: Draw, seed: int) -> dict[str, Any]:
         return self._body(model, prompt, draw.temperature) | {
@@ -220,7 +220,7 @@ class SGLang:
         "unload": "/unload_lora_adapter",
     }
     starts: tuple[str, str] = ("SGLANG_RETURN_ORIGINAL_LOGPROB unset", "SGLANG_RETURN_ORIGINAL_LOGPROB set")
-    forgotten = "not loaded"
+    forgotten: str = "not loaded"
 
     def draw(self, model: str, prompt: Sequence[int], draw: Draw, seed: int) -> dict[str, Any]:
         sampling = self._sampling(draw.temperature) | {

@@ -288,8 +288,8 @@ class RolloutServer:
             bodies = {each: self.engine.spread(ids, each) for each in (1.0, _SCALED)}
             found = self._all(bodies, lambda _, given: self.engine.spreads(given))
             plain, scaled = (found[each][0] - found[each][-1] for each in (1.0, _SCALED))
-            self._scaled = bool(scaled * _SCALED**0.5 < plain)
-        return self._scaled
+            self._scaled = scaled * _SCALED**0.5 < plain
+        return self._scaled is True
 
     def _may_come_back(self, error: UserError) -> bool:
         """Whether the server is gone for a while, or has forgotten what it had loaded."""
