@@ -63,9 +63,8 @@ def run_on_policy(
     )
     settle_checkpointing(job, args, data.train)
     # 2. the base with policy, reference, reward, and a value where there is one
-    adapters = open_adapters(job, tokenizer)
     trainer = trainer_class(
-        adapters,
+        adapters := open_adapters(job, tokenizer),
         args=args,
         train_dataset=data.train,
         eval_dataset=data.held,

@@ -158,7 +158,7 @@ CONFIG: dict[str, str] = {
     "sync_ref_model": "leave it out: the reference is what the policy starts from, frozen",
     "num_generations": "leave it out: PPO draws one response a prompt; kind: grpo and kind: rloo draw several",
     "kl_loss_coef": "write kl_coef and kl_in='loss'",
-    "use_vllm": "write rollout_engine='vllm' and rollout_url='http://HOST:PORT'",
+    "use_vllm": "write rollout: {engine: vllm, url: ...} in a recipe, rollout_engine and rollout_url in Python",
     "disable_dropout": "leave it out: nothing is dropped in PPO",
     "dataset_num_proc": "leave it out: prompts are encoded once, in one process",
     "missing_eos_reward": "write missing_eos_penalty (subtracted) or missing_eos_score (in the score's place)",
