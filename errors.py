@@ -32,6 +32,10 @@ class UserError(Exception):
         super().__init__(f"{where}: {problem}; {remedy}")
 
 
+class Lost(UserError):
+    """What the work needs went away, a server say, and did not come back in time: what is done so far is kept."""
+
+
 class Summary(UserError):
     """How many mistakes there are of each kind, said above those that are said one by one.
 

@@ -37,6 +37,9 @@ DataOption = Annotated[str | None, typer.Option("--data", help="A data entry of 
 ExportTarget = Literal["merged", "gguf", "ollama", "vllm", "verl"]
 """What `preftune export` writes: a policy as one model, for llama.cpp, Ollama, vLLM; a PPO stage for verl to train."""
 
+EngineName = Literal["vllm", "sglang"]
+"""Whose server `preftune serve` starts."""
+
 
 def apart(overrides: list[str] | None) -> tuple[list[str], list[str]]:
     """(the overrides, the options for accelerate's launcher, which stand behind `--`)."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .. import stopping
-from ..errors import UserError, gathering, in_brief, nearest, raise_found
+from ..errors import Lost, UserError, gathering, in_brief, nearest, raise_found
 from ..files import EVALUATION, LINEAGE, RECIPE, STAMP, write_whole
 from ..printed import printable
 from ..progress import ahead, duration
@@ -104,6 +104,9 @@ class Chain:
             except Stopped as stopped:
                 stopped.kept = self._kept()
                 raise
+            except Lost as lost:
+                remedy = f"see that it runs, then: preftune run {self.path / RECIPE}"
+                raise UserError(lost.where, f"{lost.problem}; {self._kept()}", remedy) from None
 
     def _run(self) -> list[Done]:
         # 1. what is to be done, before anything heavy is imported

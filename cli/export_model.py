@@ -12,6 +12,7 @@ from ..errors import UserError, nearest
 from ..files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LINEAGE, RECIPE
 from ..intact import check_intact
 from ..printed import printable
+from ..stages.serving.command import asked_rank
 from .folder import holds_adapter
 from .merge import beside, check_new, cost_in_words, merge_stage, stage_rows, unpacked_in_words
 
@@ -26,8 +27,6 @@ _SAME = 1e-3
 """What logits of a GGUF, read by transformers, may differ by from the merged model's, both computed in float32."""
 _CONTEXT = 8192
 """Tokens that Ollama is asked to keep, where the model can: its own default cuts a conversation at 4096, unsaid."""
-_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What `vllm serve --max-lora-rank` takes (vLLM 0.27)."""
 _MODELFILE, _BASE = "Modelfile", "base"
 
 
@@ -240,7 +239,7 @@ def _export_vllm(stage: _Stage, config: dict[str, Any], out: Path) -> None:
     from ..models.cache import cache_dir
     from ..models.lineage import load_adapter_base, read_lineage
 
-    rank = _vllm_rank(stage.folder, config)
+    rank = asked_rank(str(stage.folder), config)
     base = load_adapter_base(stage.folder)
     made = base.path.parent == cache_dir()  # from a wheel, a GGUF or a seed: no other machine has such a folder
     with beside(out) as folder:
@@ -264,31 +263,6 @@ def _export_vllm(stage: _Stage, config: dict[str, Any], out: Path) -> None:
     if (bits := trained.get("quantization")) is not None:
         said = f"it was trained beside the base's {bits} copy, and beside the base as it is it says something else"
         print(f"{said}; --to merged has the weights of that copy")
-
-
-def _vllm_rank(folder: Path, config: dict[str, Any]) -> int:
-    """What `--max-lora-rank` is to say.
-
-    Raises:
-        UserError: an adapter that vLLM refuses, or reads otherwise than PEFT.
-    """
-    remedy = "export it with --to merged, which vLLM serves as any model"
-    refused = {
-        f"is no LoRA but {config.get('peft_type')}": config.get("peft_type") != "LORA",
-        "is a DoRA": config.get("use_dora"),
-        f"trains whole modules ({', '.join(config.get('modules_to_save') or ())})": config.get("modules_to_save"),
-        "trains biases": config.get("bias", "none") != "none" or config.get("lora_bias"),
-        "has ranks or scalings of its own by layer": config.get("rank_pattern") or config.get("alpha_pattern"),
-        "trains stacked weights (target_parameters)": config.get("target_parameters"),
-        "trains rows of single tokens (trainable_token_indices)": config.get("trainable_token_indices"),
-    }
-    for said, found in refused.items():
-        if found:
-            raise UserError(str(folder), f"{said}, which vLLM does not take", remedy)
-    rank = next((each for each in _RANKS if each >= config["r"]), None)
-    if rank is None:
-        raise UserError(str(folder), f"has rank {config['r']}, and vLLM ends at {_RANKS[-1]}", remedy)
-    return rank
 
 
 def _copy_base(source: Path, target: Path) -> None:

@@ -16,6 +16,7 @@ from ..recipes.graph import parents
 from ..recipes.schema import BASE, Benchmarks, Lora, Recipe, Reward, Teacher
 from ..stages.kinds import source_file
 from ..stages.scorers.kinds import KINDS as SCORERS
+from ..stages.serving.settings import IDLE as SERVER
 
 if TYPE_CHECKING:
     from ..models.base import Base
@@ -36,7 +37,7 @@ _IDLE = frozenset(
         *("trackio_bucket_id", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
         *("dataloader_prefetch_factor", "dataloader_multiprocessing_context"),
     )
-) | {"log_samples_every", "num_log_samples", "batch_size"}
+) | {"log_samples_every", "num_log_samples", "batch_size", *SERVER}
 """What says how a stage is shown or fed, and changes no number that comes out of it."""
 
 _SAVING = frozenset({"train.save_strategy", "train.save_steps", "train.save_total_limit"})
@@ -168,6 +169,9 @@ class Keys:
         values = part.model_dump(exclude={"prompts", "batch_size", "over_optimisation", "benchmarks"})
         if values["beams"] in (None, 1):
             del values["beams"]
+        # who draws changes the draws; where it is asked does not
+        rollout = values.pop("rollout")
+        values |= {} if rollout is None else {"rollout.engine": rollout["engine"]}
         over = part.over_optimisation
         parts = {
             **self._model(),

@@ -17,6 +17,7 @@ from ..version import __version__
 from . import evaluate
 from .arguments import (
     AsJson,
+    EngineName,
     ExportTarget,
     Force,
     Launch,
@@ -314,6 +315,37 @@ def export(
     from .export import export_to
 
     export_to(source, to, stage, out, output_dir, dtype)
+
+
+@app.command()
+def serve(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="RUN/STAGE", help="A finished stage's folder; or a run or recipe, for its rollouts."),
+    ],
+    stage: Annotated[str | None, typer.Option(help="Which, where a run is given.")] = None,
+    engine: Annotated[EngineName, typer.Option(help="Whose server.")] = "vllm",
+    host: Annotated[str, typer.Option(help="Where it is served; 0.0.0.0: to other machines too.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    python: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="The interpreter of the environment that has the server.")
+    ] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a prompt and its reply. Default: 8192, or the model's if less.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: the training's.")] = None,
+    run: Annotated[
+        bool, typer.Option("--run/--print", help="Run the server until Ctrl-C, or print the command that does.")
+    ] = False,
+) -> int:
+    """A server (vLLM, SGLang) of a policy, or for a recipe's rollouts: prints its command, or runs it.
+
+    The server lives in an environment of its own. It takes adapters from whoever reaches it: mind --host.
+    """
+    from .serve import ServeOptions, serve_stage
+
+    options = ServeOptions(engine, host, port, python, max_model_len, dtype)
+    return serve_stage(source, stage, options, run)
 
 
 @app.command()

@@ -169,6 +169,8 @@ class _Plan:
                 f"{name}: {gpu.paged / 1e9:.1f} GB of optimiser are paged: not counted, because they leave for the "
                 "machine's memory when a GPU has no room for them"
             )
+        if (engine := job.method_value("rollout_engine")) is not None:
+            self._note(f"{name}: {engine} draws its replies, in memory and time of its own that are not counted")
         spent = self._time(job, here)
         return {
             "stage": name,

@@ -65,6 +65,10 @@ def validate_recipe(recipe: str, overrides: Sequence[str], output: Output) -> No
                 from ..models.devices import device_name
 
                 output.say(f"model.dtype: auto is {base_dtype(loaded)} on {device_name()}")
+            for name, stage in loaded.stages.items():
+                said = stage.method()
+                if (engine := said.get("rollout_engine")) is not None:
+                    output.say(f"stages.{name}.rollout: {engine} at {said.get('rollout_url')} is not asked yet")
             output.say(f"stages: the config of each of {len(loaded.stages)} stages can be built")
         raise_found(found)
     output.say("nothing wrong found")

@@ -20,3 +20,13 @@ def beam_problem(beams: int, *, temperature: float, kl: bool, over_optimisation:
     said, remedies = zip(*found, strict=True)
     problem = f"{beams} beams search and draw nothing, so that {' and '.join(said)} would mean nothing"
     return problem, f"set {', '.join(remedies)}, or leave beams out"
+
+
+def server_problem(beams: int, quantization: str | None) -> tuple[str, str] | None:
+    """(what is wrong, what to do) where a server that draws replies stands beside what it does not do; else None."""
+    if beams > 1:
+        return f"a server draws, and {beams} beams search", "leave out beams, or rollout"
+    if quantization is not None:
+        said = f"a server has the base as it is, and the policies stand beside its {quantization} copy"
+        return said, "leave out rollout: the replies would be another policy's"
+    return None

@@ -55,7 +55,8 @@ class VerdictColumns(TypedDict):
 ResultRow = dict[str, Any]
 """A row of results.json, one policy under one judge: policy, reference and judge (None without any), `VerdictColumns`,
 `replies.REPLY_COLUMNS` (lengths in tokens, KL in nats), temperature and seed; None where something was not measured.
-`beams` is there only with beam search, `usage` only with a judge that costs something: what judging all policies took
+`beams` is there only with beam search, `server` (vllm, sglang) where one drew the replies, `usage` only with a judge
+that costs something: what judging all policies took
 this time, answers kept from before being free (see `endpoint_client.Usage`); `first_place` and `first_place_n` only
 with one that reads two replies at once: how often the reply shown first won, of so many verdicts."""
 

@@ -59,8 +59,14 @@ def evaluate(spec: EvalSpec, run_dir: Path | None = None, drawn: DrawnReplies | 
     plans = plan_judges(spec.judges, run_dir)
     check_over_optimisation(spec)
     bench = Workbench.open(spec, drawn or DrawnReplies(run_dir or spec.output_dir))
-    judges = [plan.open(bench.adapters, bench.tokenizer) for plan in plans]
-    prompts = bench.prompts()
+    try:
+        return _evaluate(bench, [plan.open(bench.adapters, bench.tokenizer) for plan in plans])
+    finally:
+        bench.close()
+
+
+def _evaluate(bench: Workbench, judges: Sequence[Judge | PairJudge]) -> Evaluation:
+    spec, prompts = bench.spec, bench.prompts()
     samples = {policy: bench.samples(policy, prompts) for policy in bench.roles}
     bench.drawn.forget(but=[bench.drawn_key(policy, prompts) for policy in bench.roles])
     lengths = {policy: [len(reply.tokens) for reply in replies] for policy, replies in samples.items()}
@@ -84,6 +90,7 @@ def evaluate(spec: EvalSpec, run_dir: Path | None = None, drawn: DrawnReplies | 
             said = judged[judge][policy] if judge else dict.fromkeys(COLUMNS) | {"n": len(prompts)}
             how = {"temperature": spec.temperature, "seed": spec.seed}
             how |= {"beams": spec.beams} if spec.beams > 1 else {}
+            how |= {} if spec.rollout is None else {"server": spec.rollout.rollout_engine}
             row = plain({**names, **said, **_reply_columns(replies, kls[policy]), **how, **extras.get(judge, {})})
             rows.append(row)
     return Evaluation(rows, samples, scores, outcomes, rewards, over, benchmarks, over_seeds(rows, spec.seed_groups))

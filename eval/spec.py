@@ -13,7 +13,8 @@ from ..models.base import Base
 from ..models.lineage import check_lineage
 from ..models.loading import Quantization
 from ..stages.job import Trackers
-from .decoding import beam_problem
+from ..stages.serving.settings import PlaceSettings
+from .decoding import beam_problem, server_problem
 
 BASE = "base"
 
@@ -101,6 +102,7 @@ class EvalSpec:
         over_optimisation, benchmarks: measured besides where they are given.
         seed_groups: policies that differ in their seeds alone, whose results are put together.
         trackers: who is told of the results.
+        rollout: a server that draws the replies; None: they are drawn here.
     """
 
     base: Base
@@ -126,6 +128,7 @@ class EvalSpec:
     benchmarks: Benchmarks | None = None
     seed_groups: tuple[tuple[str, ...], ...] = ()
     trackers: Trackers = field(default_factory=Trackers)
+    rollout: PlaceSettings | None = None
 
     def __post_init__(self) -> None:
         if self.reference not in self.policies and self.reference != BASE:
@@ -143,6 +146,8 @@ class EvalSpec:
         found = beam_problem(self.beams, temperature=self.temperature, kl=self.kl, over_optimisation=asks_for_curve)
         if found is not None:
             raise UserError("eval.beams", *found)
+        if self.rollout is not None and (found := server_problem(self.beams, self.quantization)) is not None:
+            raise UserError("eval.rollout", *found)
         if self.kl and self.temperature == 0:
             raise UserError(
                 "eval.kl", "greedy decoding (temperature 0) has no KL", "set eval.kl to false or a temperature above 0"

@@ -27,6 +27,7 @@ from ..progress import say
 from .drawn import Drawn, DrawnReplies, drawn_key
 from .kl import KL, sequence_kls, summarise
 from .samples import EncodedPrompt, Sample, generate_samples, read_prompts
+from .served import ServedReplies
 from .shared import by_first, shared_rows
 from .spec import EvalSpec, check_adapter
 
@@ -42,6 +43,7 @@ class Workbench:
         roles: policy name -> adapter name, None for the base.
         loaded: folder -> adapter name, of the policies and of what `load` put beside them.
         drawn: replies that were drawn before.
+        served: the server that draws them; None: they are drawn here.
     """
 
     spec: EvalSpec
@@ -50,6 +52,7 @@ class Workbench:
     roles: dict[str, str | None]
     loaded: dict[Path, str] = field(default_factory=dict)
     drawn: DrawnReplies = field(default_factory=lambda: DrawnReplies(None))
+    served: ServedReplies | None = None
 
     @classmethod
     def open(cls, spec: EvalSpec, drawn: DrawnReplies | None = None) -> "Workbench":
@@ -81,7 +84,14 @@ class Workbench:
             check_adapter(folder, spec.base, tokenizer)
             role = roles[name] = loaded[folder.resolve()] = f"policy_{module_name(name)}"
             adapters.load(role, folder)
-        return cls(spec, adapters, tokenizer, roles, loaded, drawn or DrawnReplies(spec.output_dir))
+        those = [role for role in roles.values() if role is not None]
+        served = None if spec.rollout is None else ServedReplies(spec, adapters, tokenizer, those)
+        return cls(spec, adapters, tokenizer, roles, loaded, drawn or DrawnReplies(spec.output_dir), served)
+
+    def close(self) -> None:
+        """End a server that was started for this."""
+        if self.served is not None:
+            self.served.close()
 
     def load(self, folder: Path | None) -> str | None:
         """The adapter name of a folder's adapter, loaded where it is not there yet; None is the base.
@@ -143,6 +153,7 @@ class Workbench:
             "ends": [end_token_ids(tokenizer, self.adapters.model), tokenizer.pad_token_id],
             "tokenizer": tokenizer_info(tokenizer),
             "sampling": [spec.max_new_tokens, spec.temperature, spec.seed, spec.beams],
+            **({} if spec.rollout is None else {"server": spec.rollout.rollout_engine}),
         }
         return drawn_key(parts)
 
@@ -185,6 +196,9 @@ class Workbench:
             what: they are for, in the progress.
         """
         spec = self.spec
+        if (served := self.served) is not None:
+            folder = next((place for place, loaded in self.loaded.items() if loaded == role), None)
+            return by_first(lambda: served.replies(role, folder, policy, prompts, f"eval {policy}: {what}"))
 
         def draw(places: Sequence[int], done: Callable[[int], None]) -> list[Sample]:
             return generate_samples(

@@ -257,6 +257,7 @@ def eval_spec(recipe: Recipe, base: "Base", run_dir: Path, policies: list[str] |
         packed=recipe.model.packed,
         reward_models=tuple(reward_model(recipe, name, run_dir) for name in reward_stages(recipe, left_out=True)),
         over_optimisation=None if part.over_optimisation is None else over_optimisation(recipe, run_dir),
+        rollout=None if part.rollout is None else part.rollout.settings(),
         seed_groups=tuple(map(tuple, seed_groups(recipe.resolved()["stages"]))),
         trackers=trackers(recipe, run_dir),
         benchmarks=None if part.benchmarks is None else benchmarks(part.benchmarks),

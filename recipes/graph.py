@@ -15,6 +15,7 @@ from ..stages.scorers.kinds import KINDS as SCORERS
 from .growth import growth_problems, start_problems
 from .problems import problem
 from .schema import BASE, Data, Recipe, Reward, Stage
+from .served import served_problems
 from .text import Path_, Text
 
 # Names that mean something else in a run folder, or in `from`.
@@ -376,6 +377,7 @@ def _said_twice(text: Text, here: Path_, stage: Stage) -> Iterator[UserError]:
 
 
 def _eval_problems(recipe: Recipe, text: Text) -> Iterator[UserError]:
+    yield from served_problems(recipe, text)
     if recipe.eval is None:
         return
     part = recipe.eval

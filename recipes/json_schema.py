@@ -119,11 +119,11 @@ def _stage(kind: StageKind, definitions: Schema) -> Schema:
     if kind.needs_teacher:
         keys["teacher"] = {"anyOf": [_TEXT, {"$ref": "#/$defs/Teacher"}]}
     for group, names in kind.groups.items():
-        own = definitions[group]
+        own = definitions[f"{kind.name}_{group}"]
         for key, name in names.items():
             own["properties"][key] |= _described(kind.parameter(name))
         # a number stands for the first key
-        keys[group] = {"anyOf": [{"type": "number"}, {"$ref": f"#/$defs/{group}"}]}
+        keys[group] = {"anyOf": [{"type": "number"}, {"$ref": f"#/$defs/{kind.name}_{group}"}]}
     for parameter in kind.alone():
         keys[parameter.name] |= _described(parameter)
     if not kind.trains:

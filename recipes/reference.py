@@ -92,7 +92,7 @@ def _kind(kind: StageKind, definitions: dict[str, Any]) -> Iterator[str]:
         else:
             key = next(key for key, name in kind.groups[group].items() if name == parameter.name)
             place = parameter_place(kind, parameter.name).replace("...", "N").removesuffix(": N}") + "}"
-            own[place] = definitions[group]["properties"][key]
+            own[place] = definitions[f"{kind.name}_{group}"]["properties"][key]
     yield from _table(own, sources)
 
 

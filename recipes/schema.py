@@ -15,6 +15,7 @@ from ..errors import Summary, UserError, UserErrors
 from ..models.added_tokens import spec_with
 from ..stages.kinds import StageKind, stage_kind
 from ..stages.scorers.kinds import entry_kind, reward_name
+from ..stages.serving.settings import PLACE_GROUP, EngineName, PlaceSettings
 from ..values import is_number
 
 BASE = "base"
@@ -294,7 +295,10 @@ def stage_model(kind: StageKind) -> type[Stage]:
     if kind.needs_teacher:
         added["teacher"] = (Annotated[Teacher, BeforeValidator(_as_teacher)], Field())
     for group, keys in kind.groups.items():
-        model = create_model(group, __base__=Part, **{key: _optional(kind, name) for key, name in keys.items()})
+        # kinds have groups of one name with other keys
+        model = create_model(
+            f"{kind.name}_{group}", __base__=Part, **{key: _optional(kind, name) for key, name in keys.items()}
+        )
         first = next(iter(keys))
         added[group] = (
             Annotated[model, BeforeValidator(functools.partial(_grouped, first))],
@@ -348,6 +352,23 @@ class Benchmarks(Part):
     apply_chat_template: bool = False
 
 
+class Rollout(Part):
+    """A server that draws an evaluation's replies, as that of stages (`stages/serving/settings.py`)."""
+
+    engine: EngineName
+    url: str | None = None
+    command: str | None = None
+    api_key_env: str | None = None
+    concurrency: Positive = 64
+    timeout: Annotated[float, Field(gt=0)] = 600.0
+    retries: Annotated[int, Field(ge=0)] = 4
+    wait: Annotated[float, Field(ge=0)] = 600.0
+
+    def settings(self) -> PlaceSettings:
+        """The same, as it is handed on."""
+        return PlaceSettings(**{name: getattr(self, key) for key, name in PLACE_GROUP.items()})
+
+
 class Eval(Part):
     """Samples of every policy on the same prompts, judged against the reference; judges as in `eval/judges/`."""
 
@@ -361,6 +382,7 @@ class Eval(Part):
     kl: bool = True
     batch_size: Positive = 32
     beams: Positive | None = None
+    rollout: Rollout | None = None
     over_optimisation: OverOptimisation | None = None
     benchmarks: Benchmarks | None = None
 

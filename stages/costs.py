@@ -347,6 +347,7 @@ class _Stage:
         self.batch: int = self.args.per_device_train_batch_size
         self.checkpointing = self._checkpoints_layers()
         self.shared = job.method_value("value") == "shared"
+        self.served = job.method_value("rollout_engine") is not None
         optim = self.args.optim
         self.optim = str(getattr(optim, "value", optim))  # the name of an enumeration's member says its class too
         self.paged = place.device == "cuda" and is_paged(self.optim)
@@ -397,7 +398,9 @@ class _Stage:
         return 1 if policy is None or policy.epochs is None else self._value(policy.epochs)
 
     def sampled_share(self) -> float:
-        """Of the rollouts that are sampled: the others' replies are the data's."""
+        """Of the rollouts that are sampled here: the others' replies are the data's, or all are a server's."""
+        if self.served:
+            return 0.0
         return 1.0 if (said := self._value("lmbda")) is None else said
 
     def refers(self) -> bool:
@@ -499,7 +502,7 @@ class _Stage:
                 BUCKETS: trained * ADAPTER_BYTES if several else 0,
                 LIBRARIES: place.libraries,
                 TEACHER: 0 if self.teacher is None else self.teacher.weight_bytes,
-                MERGED: self._merged() if place.device == "cuda" and job.record.draws else 0,
+                MERGED: self._merged() if place.device == "cuda" and job.record.draws and not self.served else 0,
             }
         )
 
@@ -607,7 +610,7 @@ class _Stage:
         updates = times(self.epochs() * self._value(policy.mini_batches) * math.ceil(mini / size))
         passes = math.ceil(mini / size)
         work = [
-            self._rollout(rollout, lambda each: times(each * self.sampled_share())),
+            *([] if self.served else [self._rollout(rollout, lambda each: times(each * self.sampled_share()))]),
             *self._forwards(rollout, times),
             self._update("policy", size, updates, passes),
         ]

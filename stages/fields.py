@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ..values import is_finite
+from .serving.settings import ROLLOUT_GROUP
 
 State = Literal["works", "elsewhere", "meaningless"]
 
@@ -273,10 +274,11 @@ def _on_policy(method: str, epochs: str | None, held_out: str = "score, KL and l
             "ddp_find_unused_parameters ddp_broadcast_buffers ddp_static_graph ddp_bucket_cap_mb",
             _meaningless("processes add up their gradients without DistributedDataParallel: leave it out"),
         ),
-        **_each("samples_file policies_dir", _STAGE_OWN),
+        **_each("samples_file policies_dir rollout_place", _STAGE_OWN),
         **_each("rollout_batch_size num_mini_batches total_episodes max_new_tokens temperature", PARAMETER),
         **_each("top_k top_p rollout_micro_batch_size mismatch_tolerance target_approx_kl max_ratio", PARAMETER),
         **_each("log_samples_every num_log_samples keep_every", PARAMETER),
+        **_each(" ".join(ROLLOUT_GROUP.values()), PARAMETER),
     }
 
 
@@ -346,7 +348,7 @@ FIELDS: Mapping[str, Mapping[str, Field]] = {
         **_rewarded("GRPO", "num_iterations"),
         **_each(_OF_GROUPS, PARAMETER),
         **_each("loss_type scale_rewards importance_sampling_level delta top_entropy_quantile", PARAMETER),
-        **_each("multi_objective_aggregation use_bias_correction_kl", PARAMETER),
+        **_each("multi_objective_aggregation use_bias_correction_kl off_policy_mask_threshold", PARAMETER),
         "reward_weights": _WEIGHTS,
     },
     "RLOOConfig": {

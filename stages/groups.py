@@ -49,9 +49,10 @@ class GroupConfig(GroupSettings, RewardedConfig):
         return self.kl_factor() != 0
 
     def first_step_measures(self) -> bool:
-        """One step takes the whole rollout, and no reward has a KL in it: nothing needs the old policy's log-probs
-        before that step's own forward gives them."""
-        return self.num_mini_batches == 1 and not (self.kl_in_reward and self.measures_kl())
+        """One step takes the whole rollout, no reward has a KL in it and no server drew it: nothing needs the old
+        policy's log-probs before that step's own forward gives them."""
+        needed = (self.kl_in_reward and self.measures_kl()) or self.rollout_engine is not None
+        return self.num_mini_batches == 1 and not needed
 
     def samples_per_prompt(self) -> int:
         return self.num_generations

@@ -17,7 +17,7 @@ from ..models.masked import masked_moments, masked_sum
 from .advantages import decoupled_scores, group_advantages, group_moments, sample_std, standardised
 from .groups import Counted, GroupConfig, GroupMethod, GroupTrainer, clip_metrics
 from .job import StageJob
-from .losses import group_kl, group_terms, importance_weights, row_factors
+from .losses import group_kl, group_terms, importance_weights, on_policy_rows, row_factors
 from .ppo.method import Forwards, Method, Step
 from .ppo.rewards import RewardSource, Scorer, Scores
 from .ppo.rollout import Episodes, Rollout
@@ -100,6 +100,11 @@ class GRPO(GroupMethod):
             cispo=config.loss_type == "cispo",
         )
         terms_BR, kl = found.terms_BR, torch.zeros((), device=logps_BR.device)
+        if config.off_policy_mask_threshold is not None:
+            drawn_BR = part.logps_BR if config.rollout_engine is None else part.episodes.sampler_logps_BR
+            threshold = config.off_policy_mask_threshold
+            rows_B1 = on_policy_rows(logps_BR, drawn_BR, part.advantages_BR, counted_BR, threshold=threshold)
+            terms_BR = terms_BR * rows_B1
         if config.top_entropy_quantile < 1 and part.entropy_BR is not None:
             terms_BR = torch.where(part.entropy_BR >= self._threshold(step.rollout), terms_BR, 0.0)
         if part.ref_logps_BR is not None:

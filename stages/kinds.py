@@ -24,6 +24,7 @@ from ..errors import UserError, nearest, user_code
 from ..own_code import FILE_MODULE, import_named, look_in
 from .ppo.settings import DistillSettings, GRPOSettings, PPOSettings, RLOOSettings
 from .sample.settings import SampleSettings, gives_rows
+from .serving.settings import PLACE_GROUP, ROLLOUT_GROUP
 
 
 class Panel(NamedTuple):
@@ -361,6 +362,7 @@ PPO = StageKind(
     parameters=parameters_of(PPOSettings),
     groups=MappingProxyType(
         {
+            "rollout": ROLLOUT_GROUP,
             "kl": MappingProxyType(
                 {
                     "coef": "kl_coef",
@@ -369,7 +371,7 @@ PPO = StageKind(
                     "estimator": "kl_estimator",
                     "in": "kl_in",
                 }
-            )
+            ),
         }
     ),
     defaults=MappingProxyType({"learning_rate": 1e-4, "per_device_train_batch_size": 8}),
@@ -400,6 +402,7 @@ SAMPLE = StageKind(
     run="preftune.stages.sample.stage:run_sample",
     check="preftune.stages.method_problems:sample_problems",
     parameters=parameters_of(SampleSettings, of_config=False),
+    groups=MappingProxyType({"rollout": PLACE_GROUP}),
     produces="rows",
     needs_reward=True,
     variants=MappingProxyType(
@@ -443,6 +446,7 @@ GRPO = StageKind(
     run="preftune.stages.grpo:run_grpo",
     check="preftune.stages.method_problems:grpo_problems",
     parameters=parameters_of(GRPOSettings),
+    groups=MappingProxyType({"rollout": ROLLOUT_GROUP}),
     defaults=MappingProxyType({"learning_rate": 1e-4, "per_device_train_batch_size": 8}),
     needs_reference=True,
     needs_reward=True,
@@ -469,6 +473,7 @@ RLOO = StageKind(
     run="preftune.stages.rloo:run_rloo",
     check="preftune.stages.method_problems:on_policy_problems",
     parameters=parameters_of(RLOOSettings),
+    groups=MappingProxyType({"rollout": ROLLOUT_GROUP}),
     defaults=MappingProxyType({"learning_rate": 1e-4, "per_device_train_batch_size": 8}),
     needs_reference=True,
     needs_reward=True,
@@ -493,6 +498,7 @@ DISTILL = StageKind(
     run="preftune.stages.distill:run_distill",
     check="preftune.stages.method_problems:distill_problems",
     parameters=parameters_of(DistillSettings),
+    groups=MappingProxyType({"rollout": ROLLOUT_GROUP}),
     defaults=MappingProxyType({"learning_rate": 1e-4, "per_device_train_batch_size": 8}),
     needs_teacher=True,
     # generation and the student's log-probs; then its forward and backward. The teacher's forward comes on top.

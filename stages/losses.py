@@ -181,6 +181,63 @@ def importance_weights(log_ratio_BR: torch.Tensor, mask_BR: torch.Tensor, level:
     return (log_ratio_BR.sum(1, keepdim=True) / mask_BR.sum(1, keepdim=True).clamp(min=1)).exp()
 
 
+def sampling_weights(
+    log_ratio_BR: torch.Tensor,
+    mask_BR: torch.Tensor,
+    *,
+    mode: str,
+    clip_min: float | None = None,
+    clip_max: float | None = None,
+) -> torch.Tensor:
+    """By how much a token counts that another engine drew: pi_old / its own probability there, within bounds.
+
+    Truncated importance sampling (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL
+    training"), with the modes of TRL's `vllm_importance_sampling_mode` (1.16). "token_": one a token [B, R];
+    "sequence_": one a reply [B, 1], the product of its tokens'. "_truncate": what is beyond a bound becomes the bound.
+    "_mask": it becomes 0.
+
+    Args:
+        log_ratio_BR: log pi_old - log-prob of the engine that drew, at the same temperature and before any cut.
+        mask_BR: valid tokens.
+
+    Returns:
+        Weights [B, R] or [B, 1], of 0 or more.
+    """
+    log_ratio_BR = torch.where(mask_BR, log_ratio_BR, 0.0)
+    level, _, beyond = mode.partition("_")
+    weights_BX = (log_ratio_BR if level == "token" else log_ratio_BR.sum(1, keepdim=True)).exp()
+    if beyond == "truncate":
+        return weights_BX.clamp(clip_min, clip_max) if (clip_min, clip_max) != (None, None) else weights_BX
+    low = -torch.inf if clip_min is None else clip_min
+    high = torch.inf if clip_max is None else clip_max
+    return weights_BX.masked_fill((weights_BX < low) | (weights_BX > high), 0.0)
+
+
+def on_policy_rows(
+    logps_BR: torch.Tensor,
+    drawn_logps_BR: torch.Tensor,
+    advantages_BR: torch.Tensor,
+    mask_BR: torch.Tensor,
+    *,
+    threshold: float,
+) -> torch.Tensor:
+    """Which rows train [B, 1], 1 or 0: not those that are to become less likely and are far from the policy already.
+
+    A row with a negative advantage is left out where log-prob when drawn - log pi, the mean over its tokens, is above
+    the threshold (DeepSeek-V3.2, arXiv 2512.02556 eq. 9; TRL's `off_policy_mask_threshold`).
+
+    Args:
+        logps_BR: under the policy that is trained, nats.
+        drawn_logps_BR: of whoever drew them.
+        advantages_BR: of one sign in a row.
+        mask_BR: tokens that count.
+    """
+    gap_BR = torch.where(mask_BR, drawn_logps_BR - logps_BR.detach(), 0.0)
+    mean_B1 = gap_BR.sum(1, keepdim=True) / mask_BR.sum(1, keepdim=True).clamp(min=1)
+    falls_B1 = (torch.where(mask_BR, advantages_BR, 0.0) < 0).any(1, keepdim=True)
+    return (~falls_B1 | (mean_B1 <= threshold)).to(logps_BR.dtype)
+
+
 class GroupTerms(NamedTuple):
     """The surrogate's terms before they are summed, with gradients, and what the clip did to them."""
 
@@ -211,20 +268,20 @@ def group_terms(
     Args:
         logps_BR: log-probs under the policy that is trained.
         weights_BX: of `importance_weights`.
-        advantages_BR: the same at every token of a row.
+        advantages_BR: of one sign at every token of a row, but for tokens that do not count and have 0.
     """
-    advantage_B1 = advantages_BR[:, :1]
+    advantages_BX = advantages_BR[:, : weights_BX.shape[1]]
     if cispo:
         with torch.no_grad():
-            high_BX = (weights_BX > epsilon_high) & (advantage_B1 > 0)
+            high_BX = (weights_BX > epsilon_high) & (advantages_BX > 0)
         terms_BR = -weights_BX.clamp(max=epsilon_high).detach() * advantages_BR * logps_BR
         return GroupTerms(terms_BR, torch.zeros_like(high_BX), high_BX)
     near_BX = weights_BX.clamp(1 - epsilon, 1 + epsilon_high)
     bounded_BX = weights_BX if delta is None else weights_BX.clamp(max=delta)
     terms_BR = -torch.minimum(bounded_BX * advantages_BR, near_BX * advantages_BR)
     with torch.no_grad():
-        low_BX = (bounded_BX < 1 - epsilon) & (advantage_B1 < 0)
-        high_BX = (bounded_BX > 1 + epsilon_high) & (advantage_B1 > 0)
+        low_BX = (bounded_BX < 1 - epsilon) & (advantages_BX < 0)
+        high_BX = (bounded_BX > 1 + epsilon_high) & (advantages_BX > 0)
     return GroupTerms(terms_BR, low_BX, high_BX)
 
 

@@ -3,6 +3,7 @@
 They stand here and not beside their trainers, because they must be known without what only training needs.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,9 @@ from ..errors import UserError, gathering
 from ..models.tokens import load_tokenizer
 from .job import StageJob, no_reward
 from .sample.settings import ALL, BEST_WORST, THRESHOLD
+from .serving.kinds import check_kind
+from .serving.place import place_of
+from .serving.settings import CORRECTIONS
 from .teachers import check_teacher
 
 if TYPE_CHECKING:
@@ -138,6 +142,9 @@ def on_policy_problems(job: StageJob, args: "RewardedConfig", **idle: tuple[bool
 def distill_problems(job: StageJob, args: "DistillationConfig") -> list[UserError]:
     """What the config takes and a run would refuse: no teacher, or one with another vocabulary."""
     found = _loop_problems(job, args)
+    said = "there are no advantages to weigh in a distillation"
+    asked = (key for key in CORRECTIONS if job.says(key) is not None)
+    found += [UserError(f"stages.{job.name}.rollout.{key}", said, "leave it out") for key in asked]
     if job.teacher is None:
         remedy = "name a stage, a folder or a hub id"
         return [*found, UserError(f"stages.{job.name}.teacher", "no teacher is given", remedy)]
@@ -162,9 +169,34 @@ def _loop_problems(job: StageJob, args: "OnPolicyConfig", **idle: tuple[bool, st
     if args.total_episodes is not None and "num_train_epochs" in job.train:
         said = f"has no effect beside total_episodes, which is {args.total_episodes}"
         found.append(UserError(f"stages.{job.name}.train.num_train_epochs", said, "keep one of them"))
+    found += _server_problems(job, args)
     idle |= {"num_log_samples": (args.log_samples_every > 0, "log_samples_every")}
     found += [_idle(job, key, needs) for key, (used, needs) in idle.items() if not used and job.says(key) is not None]
     return found
+
+
+def _server_problems(job: StageJob, args: "OnPolicyConfig") -> Iterator[UserError]:
+    """What of a server that draws could not be; it is not asked for anything yet."""
+    here, found = f"stages.{job.name}.rollout", list[UserError]()
+    with gathering(found):
+        place = place_of(args, here)
+        if place is not None:
+            check_kind(dataclasses.asdict(job.lora) | {"r": job.lora.rank}, here)
+    yield from found
+    if args.rollout_engine is not None and job.says("rollout_micro_batch_size") is not None:
+        said = f"has no effect: {args.rollout_engine} says itself how many replies it draws at once"
+        yield UserError(f"stages.{job.name}.rollout_micro_batch_size", said, "leave it out")
+    low, high = args.importance_sampling_clip_min, args.importance_sampling_clip_max
+    if low is not None and high is not None and low >= high:
+        said = f"is {low:g}, expected less than importance_sampling_clip_max = {high:g}"
+        yield UserError(f"{here}.importance_sampling_clip_min", said, "correct one of them")
+    if low is None and high is None and args.importance_sampling_mode.endswith("truncate"):
+        said = "truncates, and importance_sampling_clip_max and _min are none"
+        yield UserError(f"{here}.importance_sampling_mode", said, "set one of them")
+    given = [key for key in CORRECTIONS if job.says(key) is not None]
+    if given and args.rollout_engine is None:
+        said = "has no effect without engine: the policy draws its replies itself"
+        yield UserError(f"{here}.{given[0]}", said, "leave it out, or write engine: vllm")
 
 
 def _weight_problems(job: StageJob, combination: str) -> Iterator[UserError]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from .fields import FIELDS, TRAINING
 from .kinds import KINDS, StageKind
 from .ppo.trl_names import CONFIG, DISTILLATION, GROUP, SAME
+from .serving.settings import CORRECTIONS
 
 ALIASES: Mapping[str, Mapping[str, str]] = {
     "model": {
@@ -167,7 +168,11 @@ SAID: Mapping[str, str] = {
         ("attn_implementation", "flash_attn", "flash_attention"), "leave it out: the attention is chosen by the device"
     ),
     "trust_remote_code": "leave it out: code that comes with a model is never run",
-    **dict.fromkeys(("use_vllm", "vllm_mode"), "leave it out: rollouts run on the policy's own base"),
+    **dict.fromkeys(
+        ("use_vllm", "vllm_mode", "vllm_server_base_url", "vllm_server_host", "vllm_server_port"),
+        "write rollout: {engine: vllm, url: http://HOST:PORT} in the stage",
+    ),
+    **{f"vllm_{name}": f"write rollout: {{{name}: ...}} in the stage" for name in CORRECTIONS},
     **dict.fromkeys(
         ("n_samples_per_prompt", "rloo_k"), "write num_generations in a stage of kind grpo or rloo; PPO draws one"
     ),

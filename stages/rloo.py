@@ -38,6 +38,13 @@ class RLOOConfig(RLOOSettings, GroupConfig):
     def kl_factor(self) -> float:
         return self.beta
 
+    def _check_method(self) -> None:
+        if self.rollout_engine is not None and self.importance_sampling_mode.startswith("token"):
+            raise ValueError(
+                f"importance_sampling_mode is {self.importance_sampling_mode!r}, expected sequence_mask or "
+                "sequence_truncate: a whole reply is one action in RLOO, and has one weight"
+            )
+
 
 class RLOO(GroupMethod):
     """The others' mean as the baseline, one clipped ratio a reply, the KL to the reference in the reward."""

@@ -350,7 +350,7 @@ def _resolved(job: StageJob, args: TrainingArguments) -> dict[str, Any]:
     defaults = {each.name: each.default for each in dataclasses.fields(args)}
     used = {key: value for key, value in args.to_dict().items() if key in defaults and defaults[key] != value}
     places = (
-        *("output_dir", "logging_dir", "samples_file", "policies_dir"),
+        *("output_dir", "logging_dir", "samples_file", "policies_dir", "rollout_place"),
         *("run_name", "hub_token", "push_to_hub_token"),
     )
     return plain(

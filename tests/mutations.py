@@ -857,6 +857,162 @@ MUTATIONS += [
     Mutation(
         "Q6", "a packed layer is not divided", "models/sharded.py", " or id(each) in packed)", ")",
     ),
+    Mutation(
+        "V1", "the first policy answers for all", "stages/ppo/served.py",
+        "if self.known is None or self.known.digest != digest:", "if self.known is None:",
+    ),
+    Mutation(
+        "V1", "the adapter that is replaced stays", "stages/ppo/served.py",
+        "            self.server.unload(old.name)\n", "",
+    ),
+    Mutation(
+        "V1", "a name says nothing of the content", "stages/ppo/served.py", "-{digest[:8]}-step-", "-step-",
+    ),
+    Mutation(
+        "V1", "another adapter of that name will do", "stages/serving/server.py",
+        "if held is None or Path(held) != Path(wanted):", "if held is None:",
+    ),
+    Mutation(
+        "V2", "a stale answer is taken", "stages/serving/server.py",
+        "whose: drawn.model not in (None, name),", "whose: False,",
+    ),
+    Mutation(
+        "V2", "a reply may end as the server likes", "stages/serving/server.py",
+        "drawn.ended and not ends,", "False,",
+    ),
+    Mutation(
+        "V2", "a log-prob may be missing", "stages/serving/server.py",
+        "len(drawn.logprobs) != len(tokens),", "False,",
+    ),
+    Mutation(
+        "V3", "any base will do", "stages/ppo/served.py", "        if not gap <= tolerance:", "        if False:",
+    ),
+    Mutation(
+        "V3", "a base's content is not looked at", "stages/ppo/served.py",
+        "        if held.sha256 != base.sha256:", "        if False:",
+    ),
+    Mutation(
+        "V3", "an adapter may be loaded and not used", "stages/ppo/served.py",
+        "        if not missed <= _WITHIN * change:", "        if False:",
+    ),
+    Mutation(
+        "V4", "every reply has the first one's seed", "stages/ppo/served.py",
+        'seed_of(seed, "reply", first + place)', 'seed_of(seed, "reply", first)',
+    ),
+    Mutation(
+        "V4", "log-probs at temperature 1 are taken for any", "stages/serving/server.py",
+        "self._scaled = scaled * _SCALED**0.5 < plain", "self._scaled = True",
+    ),
+    Mutation(
+        "V4", "replies end where the server's base does as well", "stages/serving/engines.py",
+        '            "ignore_eos": True,\n', "",
+    ),
+    Mutation(
+        "V5", "what a server drew counts as the policy's", "stages/ppo/off_policy.py",
+        "advantages_BR=rollout.advantages_BR * weights_BX", "advantages_BR=rollout.advantages_BR",
+    ),
+    Mutation(
+        "V5", "the weight is upside down", "stages/ppo/off_policy.py",
+        "rollout.logps_BR - episodes.sampler_logps_BR", "episodes.sampler_logps_BR - rollout.logps_BR",
+    ),
+    Mutation(
+        "V5", "a masked weight is cut to its bound", "stages/losses.py",
+        'if beyond == "truncate":', 'if True:',
+    ),
+    Mutation(
+        "V5", "what becomes likelier is left out", "stages/losses.py", "(~falls_B1 | (mean", "(falls_B1 | (mean",
+    ),
+    Mutation(
+        "V6", "a server that is back is not given the adapter", "stages/serving/server.py",
+        "                if again is not None:\n                    again()\n", "",
+    ),
+    Mutation(
+        "V6", "a server may come back with another base", "stages/ppo/served.py",
+        "            self.probe.base_is_ours(self.server)\n", "            pass\n",
+    ),
+    Mutation(
+        "V6", "a server that is gone is not waited for", "stages/serving/server.py",
+        "                if not self._may_come_back(error):", "                if True:",
+    ),
+    Mutation(
+        "V7", "a run without its server keeps nothing", "stages/ppo/trainer.py",
+        "if own.plan is not None and self.state.global_step > 0:", "if False:",
+    ),
+]  # fmt: skip
+
+MUTATIONS += [
+    Mutation(
+        "V8", "log-probs of a server are those of temperature 1", "stages/serving/command.py",
+        '["--logprobs-mode", "processed_logprobs"],', '["--logprobs-mode", "raw_logprobs"],',
+    ),
+    Mutation(
+        "V8", "a policy is served with the base's tokenizer", "cli/serve.py",
+        'tokenizer = folder if any(folder.glob("tokenizer*")) else base.path', "tokenizer = base.path",
+    ),
+    Mutation("V8", "the last policy's rank will do", "cli/serve.py", "max(ranks, default=8)", "ranks[0]"),
+    Mutation(
+        "V9", "a reward model is served as a policy", "cli/serve.py",
+        'if config.get("task_type") == "SEQ_CLS":', "if False:",
+    ),
+    Mutation(
+        "V9", "any kind of adapter is served", "stages/serving/command.py",
+        'if (said := not_served({"peft_type": None} | dict(config))) is not None:', "if (said := None) is not None:",
+    ),
+    Mutation(
+        "V10", "a command may name another base or port", "stages/serving/command.py",
+        "if taken := [option for option in _OURS if option in given]:", "if taken := list[str]():",
+    ),
+    Mutation(
+        "V10", "ours hold before the user's own words", "stages/serving/command.py",
+        "options = [words for words in build(serving) if words[0] not in given]", "options = build(serving)",
+    ),
+    Mutation(
+        "V11", "a server outlives who started it", "stages/serving/watchman.py",
+        "not asked and os.getppid() == parent", "not asked",
+    ),
+    Mutation(
+        "V11", "what a server started outlives it", "stages/serving/watchman.py",
+        "        os.killpg(0, signal.SIGTERM)", "        child.terminate()",
+    ),
+    Mutation(
+        "V12", "the base speaks for every policy", "stages/serving/finished.py",
+        "return self.server.sample(name, prompts,", "return self.server.sample(self.base, prompts,",
+    ),
+    Mutation(
+        "V12", "a finished adapter is not held against ours", "stages/serving/finished.py",
+        "                self.check(folder, name)\n", "",
+    ),
+    Mutation(
+        "V13", "every prompt has the first one's seed", "eval/served.py",
+        'seed_of(spec.seed, "evaluation reply", place)', 'seed_of(spec.seed, "evaluation reply", 0)',
+    ),
+    Mutation(
+        "V14", "replies of a server pass for those drawn here", "eval/workbench.py",
+        '{} if spec.rollout is None else {"server": spec.rollout.rollout_engine}', "{}",
+    ),
+    Mutation(
+        "V15", "a server that has ended is waited for", "stages/serving/server.py",
+        "            self.own.revive()", "            pass",
+    ),
+    Mutation(
+        "V15", "an evaluation leaves its server behind", "eval/run.py", "        bench.close()", "        pass",
+    ),
+    Mutation(
+        "V16", "a server draws beside a quantised base", "eval/decoding.py",
+        "    if quantization is not None:\n        said = f\"a server", "    if False:\n        said = f\"a server",
+    ),
+    Mutation(
+        "V16", "a policy that servers do not take is found when it is to speak", "recipes/served.py",
+        "        check_kind(values,", "        check_kind({},",
+    ),
+    Mutation(
+        "V17", "every reply to a prompt has one seed", "stages/sample/stage.py",
+        'seed_of(self.job.seed, "sample", first + i // n, i % n)', 'seed_of(self.job.seed, "sample", first + i // n)',
+    ),
+    Mutation(
+        "V17", "the base samples for the parent", "stages/sample/stage.py",
+        "policies.sample(self.job.parent, *asked", "policies.sample(None, *asked",
+    ),
 ]  # fmt: skip
 
 MUTATIONS += [

@@ -40,6 +40,7 @@ class OnPolicyConfig(OnPolicySettings, TrainingArguments):
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient norm limit, policy and value each."})
     samples_file: str | None = field(default=None, metadata={"help": "None: rollouts.jsonl in output_dir."})
     policies_dir: str | None = field(default=None, metadata={"help": "Of kept policies. None: in output_dir."})
+    rollout_place: str = field(default="rollout", metadata={"help": "What messages call the server's settings."})
 
     def __new__(cls, *args: object, **given: object) -> Any:
         """Names of TRL's and other configs are refused with what says the same here.

@@ -8,6 +8,7 @@ Legend of shape suffixes: B episodes of this process, R response positions.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -19,6 +20,9 @@ from .method import Method
 from .rewards import Responses, Scoring
 from .rollout import Episodes, Prompts, Reduce, decode, generate, seed_of
 
+Answer = Callable[..., Episodes]
+"""As `rollout.generate` from its third argument on."""
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -26,6 +30,7 @@ class HeldOut:
 
     Attributes:
         measured: what is summed over each response's tokens besides.
+        answer: who answers; None: the policy, in this process.
     """
 
     prompts: Prompts
@@ -35,6 +40,7 @@ class HeldOut:
     method: Method
     reduce: Reduce
     measured: Callable[[Episodes], dict[str, torch.Tensor]] = lambda _: {}
+    answer: Answer | None = None
 
     @torch.no_grad()
     def measure(self, args: OnPolicyConfig, kl_coef: float) -> dict[str, float]:
@@ -50,9 +56,8 @@ class HeldOut:
         prompts = self.prompts.take([min(place, size - 1) for place in places])
         counts_B = torch.tensor([float(place < size) for place in places], dtype=torch.float64, device=args.device)
         seed = seed_of(args.seed, "evaluation")
-        episodes = generate(
-            self.adapters, self.tokenizer, prompts, args, seed=seed, first=places[0], device=args.device
-        )
+        answer = self.answer or partial(generate, self.adapters, self.tokenizer)
+        episodes = answer(prompts, args, seed=seed, first=places[0], device=args.device)
         found = self._scored(episodes, prompts, kl_coef) if self.scoring.scorers else {}
         found |= {"rollout/length": episodes.length_B, "rollout/eos_rate": episodes.finished_B}
         summed = self.measured(episodes)

@@ -9,13 +9,15 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Interval
 
+from ..serving.settings import SampledSettings
+
 Positive = Annotated[int, Ge(1)]
 Above0 = Annotated[float, Gt(0)]
 Share = Annotated[float, Interval(ge=0, le=1)]
 
 
 @dataclass(kw_only=True)
-class OnPolicySettings:
+class OnPolicySettings(SampledSettings):
     """Of every method that learns from what its policy says: sampling, the length of the run, the brakes.
 
     One iteration: `rollout_batch_size` episodes over all processes, and passes over them, each in `num_mini_batches`
@@ -166,6 +168,13 @@ class GRPOSettings(GroupSettings):
     )
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = field(
         default="sum_then_normalize", metadata={"help": "Of several rewards; the second is GDPO."}
+    )
+    off_policy_mask_threshold: Above0 | None = field(
+        default=None,
+        metadata={
+            "help": "Leave out replies with a negative advantage whose tokens have become less likely than when they "
+            "were drawn, by more nats a token; None: none."
+        },
     )
     use_bias_correction_kl: bool = field(
         default=True, metadata={"help": "Multiply the KL's terms by the ratio, so that it is that of the policy now."}

@@ -59,12 +59,12 @@ def run_on_policy(
         logging_steps=1,
         samples_file=str(job.output_dir / "rollouts.jsonl"),
         policies_dir=str(job.output_dir / POLICIES),
+        rollout_place=f"stages.{job.name}.rollout",
     )
     settle_checkpointing(job, args, data.train)
     # 2. the base with policy, reference, reward, and a value where there is one
-    adapters = open_adapters(job, tokenizer)
     trainer = trainer_class(
-        adapters,
+        adapters := open_adapters(job, tokenizer),
         args=args,
         train_dataset=data.train,
         eval_dataset=data.held,
@@ -83,15 +83,9 @@ def run_on_policy(
     adapters.save("default", job.output_dir, write=trainer.is_world_process_zero())
     parents = tuple(folder for folder in (job.parent, *stages, *trainer.sources) if folder is not None)
     return finish(
-        job,
-        tokenizer,
-        data,
-        args,
-        _metrics(trainer),
-        backbone=adapters.backbone,
-        parents=parents,
-        made_of=trainer.made_of,
-    )
+        job, tokenizer, data, args, _metrics(trainer),
+        backbone=adapters.backbone, parents=parents, made_of=trainer.made_of,
+    )  # fmt: skip
 
 
 def _metrics(trainer: OnPolicyTrainer) -> dict[str, float | None]:

@@ -33,7 +33,7 @@ from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import IntervalStrategy, TrainOutput, speed_metrics
 
 from ... import stopping
-from ...errors import UserError
+from ...errors import Lost, UserError
 from ...models import seams
 from ...models.adapters import DEFAULT, REF, AdapterSet
 from ...models.devices import say_unused_gpus
@@ -51,6 +51,8 @@ from ..losses import token_rewards
 from ..options import one_device
 from ..processes import Processes
 from ..scorers.asked_once import SERVERS
+from ..serving.own import LOG
+from ..serving.place import place_of
 from .config import OnPolicyConfig, PPOConfig, RewardedConfig
 from .evaluation import HeldOut
 from .files import (
@@ -67,6 +69,7 @@ from .files import (
 )
 from .method import PPO, Forwards, Method, value_start
 from .network import Trunk, add_reference
+from .off_policy import corrected
 from .opening import open_policy, reward_sources
 from .reply_scores import ScoreRules
 from .rewards import Responses, RewardFunc, RewardSource, RunningScale, Scorer, Scoring, build_scorers
@@ -83,6 +86,7 @@ from .rollout import (
     seed_of,
     stream_rows,
 )
+from .served import SERVED, ServedPolicy, open_served
 from .shared import gathered, own_share
 from .trl_names import refuse_names, trainer_names
 from .update import (
@@ -106,12 +110,14 @@ class Fresh:
     """What is logged of a fresh rollout of this process besides itself: B replies of at most R tokens.
 
     texts: of the replies. non_score_BR: the KL's part of the rewards, a token each. seconds: by what they went to.
+    weights: of what a server drew.
     """
 
     prompts: Prompts
     texts: list[str]
     non_score_BR: torch.Tensor
     seconds: dict[str, float]
+    weights: dict[str, float]
 
 
 class OnPolicyTrainer(Resumable):
@@ -229,6 +235,7 @@ class OnPolicyTrainer(Resumable):
         args, adapters = self.args, self.adapters
         self.trunk = Trunk(adapters, args.temperature, self._autocast)
         logger.info("forwards without gradients hold up to %d tokens", self.trunk.forward_tokens)
+        self.served, self.under_way = self._open_server(), False
         self.own_reference = args.measures_kl() and add_reference(adapters)
         scorers = build_scorers(
             sources,
@@ -254,6 +261,18 @@ class OnPolicyTrainer(Resumable):
             every=args.log_samples_every if self.is_world_process_zero() else 0,
         )
 
+    def _open_server(self) -> ServedPolicy | None:
+        """The server that draws, held against this stage's base before anything trains; None where none is asked."""
+        args, prompts = self.args, [*self.prompts.ids, *(() if self.held_out is None else self.held_out.ids)]
+        place = place_of(args, args.rollout_place)
+        if place is None:
+            return None
+        these = Processes.all() if args.world_size > 1 else Processes()
+        trunk = Trunk(self.adapters, 1.0, self._autocast)
+        output = Path(str(args.output_dir))
+        folder = Path(args.rollout_folder or output / SERVED)
+        return open_served(place, trunk, self.tokenizer, prompts, args, folder, output / LOG, these)
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train, from the start or exactly where a checkpoint left off (True: the newest complete one)."""
         if resume_from_checkpoint is True:
@@ -273,8 +292,16 @@ class OnPolicyTrainer(Resumable):
         self.samples.start(loop.iteration + (self.rollout is not None))
         if args.eval_on_start and args.eval_strategy != "no" and self.state.global_step == 0:
             self.evaluate()
-        while loop.iteration < iterations and not self.control.should_training_stop:
-            self._iteration()
+        self.under_way = True
+        try:
+            while loop.iteration < iterations and not self.control.should_training_stop:
+                self._iteration()
+            if self.served is not None:
+                self.served.close()
+        finally:
+            self.under_way = False
+            if self.served is not None:
+                self.served.stop()
         return self._end(began - before, loop.iteration * args.rollout_batch_size)
 
     def _iteration(self) -> None:
@@ -286,7 +313,8 @@ class OnPolicyTrainer(Resumable):
 
     @contextmanager
     def _left_off(self) -> Generator[None]:
-        """Generation takes long and leaves nothing behind: asked to stop, one process does not wait for its end."""
+        """Generation takes long and leaves nothing behind: asked to stop, one process does not wait for its end. A run
+        that loses the server which draws goes on from here."""
         own = continuing(self)
         if self.args.world_size > 1 or own is None:
             yield
@@ -295,10 +323,14 @@ class OnPolicyTrainer(Resumable):
         try:
             with stopping.interruptible():
                 yield
-        except stopping.Stopped as stopped:
+        except (stopping.Stopped, Lost) as stopped:
             torch.set_rng_state(torch_state)
             random.setstate(python_state)
             numpy.random.set_state(numpy_state)
+            if isinstance(stopped, Lost):
+                if own.plan is not None and self.state.global_step > 0:
+                    self._save_checkpoint(self.adapters.model, None)
+                raise
             own.stop, own.own = stopped.number, True
             if own.plan is None or self.state.global_step == 0:
                 raise own.stopped(self.state, "without a checkpoint: it starts anew") from None
@@ -335,12 +367,15 @@ class OnPolicyTrainer(Resumable):
         coef = loop.kl_coef if args.kl_in_reward else 0.0
         rewards_BR, non_score_BR = token_rewards(delta_BR, scores.total_B, episodes.mask_BR, coef)
 
-        # 5. Advantages.
+        # 5. Advantages; where a server drew, weighed by how far its log-probs are from these.
         rollout = self.method.rollout(episodes, forwards, rewards_BR, scores)
+        weights: dict[str, float] = {}
+        if self.served is not None and self.speaks():
+            rollout, weights = corrected(rollout, args, self.reduce)
 
         times = {"rollout": generated - began, "score": scored - generated, "forward": time.perf_counter() - scored}
         loop.totals, loop.slot, loop.stopped, loop.log_due, loop.eval_due = {}, 0, False, False, False
-        fresh = Fresh(prompts, texts, non_score_BR, times)
+        fresh = Fresh(prompts, texts, non_score_BR, times, weights)
         if later:
             self.fresh = fresh
         else:
@@ -356,9 +391,7 @@ class OnPolicyTrainer(Resumable):
         whichever process draws it."""
         args = self.args
         with self._left_off():
-            return generate(
-                self.adapters,
-                self.tokenizer,
+            return self._answer(
                 prompts,
                 args,
                 seed=seed_of(args.seed, "rollout", self.loop.iteration, 0),
@@ -366,6 +399,12 @@ class OnPolicyTrainer(Resumable):
                 device=args.device,
                 on_batch=self._drawn,
             )
+
+    def _answer(self, prompts: Prompts, config: OnPolicyConfig, **asked: Any) -> Episodes:
+        """A response to each prompt: by this process, or by a server. See `rollout.generate`."""
+        if self.served is None:
+            return generate(self.adapters, self.tokenizer, prompts, config, **asked)
+        return self.served.generate(prompts, config, step=self.state.global_step, **asked)
 
     def _forwards(self, episodes: Episodes) -> Forwards:
         """Those of a fresh rollout, without what its first step measures."""
@@ -381,7 +420,7 @@ class OnPolicyTrainer(Resumable):
         """Measure this process' fresh rollout and write some of it, before anything is learned from it."""
         args, loop = self.args, self.loop
         metrics = rollout_metrics(rollout, fresh.non_score_BR, entropy_BR, self.reduce, args.rollout_batch_size)
-        metrics |= self.method.rollout_metrics(rollout)
+        metrics |= self.method.rollout_metrics(rollout) | fresh.weights
         if self.scoring.scorers:
             metrics["objective/kl_coef"] = loop.kl_coef
         tokens = metrics["rollout/length"] * args.rollout_batch_size
@@ -395,7 +434,8 @@ class OnPolicyTrainer(Resumable):
         loop.metrics = metrics
         self.episodes += args.rollout_batch_size
         self.tokens += tokens
-        asked, low = args.mismatch_tolerance, self._tolerance() != FULL_TOLERANCE
+        # a server computes in 16 bits, whatever the training does
+        asked, low = args.mismatch_tolerance, self._tolerance() != FULL_TOLERANCE or self.served is not None
         if self.speaks():
             check_sampler(metrics, loop.iteration, sampler_tolerance(asked, low_precision=low))
         if loop.iteration == 0 and self.own_reference:
@@ -524,8 +564,12 @@ class OnPolicyTrainer(Resumable):
         if prompts is None:
             raise UserError(f"{type(self).__name__}.evaluate", "no eval_dataset is given", "give prompts to answer")
         began = time.perf_counter()
-        held = HeldOut(prompts, self.adapters, self.tokenizer, self.scoring, self.method, self.reduce, self.measured)
+        held = HeldOut(
+            prompts, self.adapters, self.tokenizer, self.scoring, self.method, self.reduce, self.measured, self._answer
+        )
         found = held.measure(self.args, self.loop.kl_coef)
+        if self.served is not None and not self.under_way:
+            self.served.close()  # nobody asks it for more
         release_free_memory()
         seconds = time.perf_counter() - began
         self.evaluate_seconds += seconds

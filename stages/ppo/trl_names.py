@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import fields
 
 from ...errors import UserError, nearest
+from ..serving.settings import CORRECTIONS
 from .settings import OnPolicySettings, PPOSettings, RewardedSettings
 
 _ONE_BASE = "leave it out: it is a frozen adapter on the policy's own base"
@@ -157,7 +158,7 @@ CONFIG: dict[str, str] = {
     "sync_ref_model": "leave it out: the reference is what the policy starts from, frozen",
     "num_generations": "leave it out: PPO draws one response a prompt; kind: grpo and kind: rloo draw several",
     "kl_loss_coef": "write kl_coef and kl_in='loss'",
-    "use_vllm": "leave it out: rollouts run on the policy's own base",
+    "use_vllm": "write rollout: {engine: vllm, url: ...} in a recipe, rollout_engine and rollout_url in Python",
     "disable_dropout": "leave it out: nothing is dropped in PPO",
     "dataset_num_proc": "leave it out: prompts are encoded once, in one process",
     "missing_eos_reward": "write missing_eos_penalty (subtracted) or missing_eos_score (in the score's place)",
@@ -166,7 +167,7 @@ CONFIG: dict[str, str] = {
 
 _NO_LOSS = "leave it out: loss_type is grpo, bnpo, dr_grpo, dapo or cispo here"
 _ONE_BETA = "leave it out: the KL's coefficient is beta, and stays"
-_OWN_BASE = CONFIG["use_vllm"]
+_SERVER = CONFIG["use_vllm"]
 
 GROUP: dict[str, str] = {
     **{word: f"write {name}" for word, name in SAME.items() if name in _SHARED and word != "scale_rewards"},
@@ -201,9 +202,9 @@ GROUP: dict[str, str] = {
     "shuffle_dataset": "leave it out: prompts are shuffled in each pass over them",
     **dict.fromkeys(("sapo_temperature_neg", "sapo_temperature_pos"), _NO_LOSS),
     **dict.fromkeys(("vespo_k_pos", "vespo_k_neg", "vespo_lambda_pos", "vespo_lambda_neg"), _NO_LOSS),
-    "off_policy_mask_threshold": "leave it out: target_approx_kl stops an iteration's epochs",
-    "vllm_importance_sampling_correction": _OWN_BASE,
-    "use_transformers_continuous_batching": _OWN_BASE,
+    **{f"vllm_{name}": f"write {name}" for name in CORRECTIONS},
+    **dict.fromkeys(("vllm_mode", "vllm_server_base_url", "vllm_server_host", "vllm_server_port"), _SERVER),
+    "use_transformers_continuous_batching": "leave it out: rollouts run on the policy's own base, or on a server",
     **dict.fromkeys(("ref_model_mixup_alpha", "ref_model_sync_steps"), CONFIG["sync_ref_model"]),
     "max_tool_calling_iterations": _NO_TOOLS,
     "log_unique_prompts": CONFIG["log_completions"],

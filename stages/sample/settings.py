@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Interval
 
 from ...data.spec import RowKind
+from ..serving.settings import PlaceSettings
 
 Positive = Annotated[int, Ge(1)]
 Keep = Literal["best_worst", "best", "all", "threshold"]
@@ -14,8 +15,8 @@ Keep = Literal["best_worst", "best", "all", "threshold"]
 BEST_WORST, BEST, ALL, THRESHOLD = "best_worst", "best", "all", "threshold"
 
 
-@dataclass(kw_only=True, frozen=True)
-class SampleSettings:
+@dataclass(kw_only=True)
+class SampleSettings(PlaceSettings):
     """`n` replies to each prompt, scored, and which of them become rows.
 
     Best of n: Stiennon et al. 2020 (arXiv 2009.01325, appendix G.3); pairs of the best and the worst: Yuan et al. 2024

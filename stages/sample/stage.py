@@ -25,7 +25,7 @@ from ...files import CHECKPOINTS, LOG, METRICS, PROGRESS, ROWS, sha256_of, write
 from ...models.adapters import AdapterSet
 from ...models.devices import own_gpu
 from ...models.fingerprints import code_sha256, folder_sha256
-from ...models.generate import sample
+from ...models.generate import Generation, sample
 from ...models.lineage import (
     Lineage,
     adapter_sha256,
@@ -45,12 +45,18 @@ from ...progress import Meter, say, silent
 from ...values import plain
 from ..callbacks import write_step
 from ..job import StageJob, no_reward
+from ..ppo.network import Trunk
 from ..ppo.reply_scores import ReplyScorer, ScoreRules
 from ..ppo.rewards import RewardSource
 from ..ppo.rollout import Prompts, decode, seed_of
+from ..ppo.served import open_server
 from ..processes import Processes
 from ..run import StageData, clear_checkpoints, computed, load_data, open_tokenizer
 from ..scorers.replies import Replies
+from ..serving.engines import Draw
+from ..serving.finished import FinishedPolicies
+from ..serving.own import LOG as SERVER_LOG
+from ..serving.place import place_of
 from ..trackers import Teller, telling
 from .drawn import Piece, keep_piece, kept_pieces
 from .keep import Kept, Reply, check_read_back, keep, mean
@@ -95,7 +101,11 @@ def run_sample(job: StageJob) -> dict[str, Any]:
             teller.tell(piece.end, _log_row(piece))
         if done < len(prompts):
             sampler = _Sampler(job, settings, tokenizer, these)
-            pieces += _draw(job, sampler, prompts, pieces, teller)
+            try:
+                sampler.open_server(prompts)
+                pieces += _draw(job, sampler, prompts, pieces, teller)
+            finally:
+                sampler.close()
             more = {"computed": computed(sampler.adapters.backbone)}
         # 3. what is kept of them
         replies = [each for piece in pieces for each in piece.replies]
@@ -167,6 +177,31 @@ class _Sampler:
             ensemble_penalty=settings.ensemble_penalty,
         )
         self.scorer = ReplyScorer(job.rewards, self.adapters, tokenizer, rules, self._autocast, these)
+        self.served: FinishedPolicies | None = None
+        self.place = place_of(settings, f"stages.{job.name}.rollout")
+
+    def open_server(self, prompts: Prompts) -> None:
+        """Where a server draws: it is held against the base of this stage, and its policy against ours.
+
+        Raises:
+            UserError: it is not there, or another one.
+        """
+        if self.place is None:
+            return
+        trunk, log = Trunk(self.adapters, 1.0, self._autocast), self.job.output_dir / SERVER_LOG
+        roles, most = [] if self.role is None else [self.role], self.settings.max_new_tokens
+        server, probe = open_server(self.place, trunk, roles, prompts.ids, most, log, self.these)
+
+        def check(folder: Path, name: str) -> None:
+            if probe is not None:
+                probe.look_at(server, name, Processes(), POLICY)
+
+        self.served = FinishedPolicies(server, check)
+
+    def close(self) -> None:
+        """End a server that was started for this."""
+        if self.served is not None:
+            self.served.close()
 
     def _autocast(self) -> Any:
         """Of the forwards that score: as in training, and as the evaluation scores."""
@@ -179,20 +214,47 @@ class _Sampler:
         Args:
             first: the place of the first of them among all prompts.
         """
-        settings, n = self.settings, self.settings.n
-        if not len(prompts):
-            self.scorer.score_none()
-            return []
-        ends = end_token_ids(self.tokenizer, self.adapters.model)
-        pad = ends[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
-        assert isinstance(pad, int)
+        n = self.settings.n
         each = prompts.take([place for place in range(len(prompts)) for _ in range(n)])
         seeds = [seed_of(self.job.seed, "sample", first + i // n, i % n) for i in range(len(each))]
         release_free_memory()
-        generation = sample(
+        generation = self._drawn(each.ids, seeds, on_batch)
+        release_free_memory()
+        if not len(prompts):
+            self.scorer.score_none()
+            return []
+        texts = decode(self.tokenizer, generation.tokens)
+        scores = self._scores(Replies(each.prompts, texts, each.column_lists(), each.ids, generation.tokens, each.rows))
+        drawn = [
+            Reply(i % n, texts[i], scores[i], len(generation.tokens[i]), generation.finished[i])
+            for i in range(len(each))
+        ]
+        return [drawn[start : start + n] for start in range(0, len(drawn), n)]
+
+    def _drawn(self, ids: Sequence[list[int]], seeds: Sequence[int], on_batch: Callable[[int], None]) -> Generation:
+        """A reply to each prompt, by this process or by a server; all processes ask it, and the first one for all."""
+        settings, ends = self.settings, end_token_ids(self.tokenizer, self.adapters.model)
+        if self.served is not None:
+            draw = Draw(settings.max_new_tokens, tuple(ends), settings.temperature, settings.top_k, settings.top_p)
+            parts = self.these.gathered([list(zip(ids, seeds, strict=True))])
+            rows, before = [row for part in parts for row in part], sum(map(len, parts[: self.these.rank]))
+            asked = [list(row) for row, _ in rows], [seed for _, seed in rows]
+            policies = self.served
+
+            def heard(done: int) -> None:
+                on_batch(done // self.these.count)
+
+            whole = self.these.by_first(lambda: policies.sample(self.job.parent, *asked, draw, heard))
+            part = slice(before, before + len(ids))
+            return Generation(whole.tokens[part], whole.logprobs[part], whole.finished[part])
+        if not ids:
+            return Generation([], [], [])
+        pad = ends[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+        assert isinstance(pad, int)
+        return sample(
             self.adapters,
             self.role,
-            each.ids,
+            ids,
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
             top_k=settings.top_k,
@@ -204,14 +266,6 @@ class _Sampler:
             recompute=True,
             on_batch=on_batch,
         )
-        release_free_memory()
-        texts = decode(self.tokenizer, generation.tokens)
-        scores = self._scores(Replies(each.prompts, texts, each.column_lists(), each.ids, generation.tokens, each.rows))
-        drawn = [
-            Reply(i % n, texts[i], scores[i], len(generation.tokens[i]), generation.finished[i])
-            for i in range(len(each))
-        ]
-        return [drawn[start : start + n] for start in range(0, len(drawn), n)]
 
     def _scores(self, replies: Replies) -> list[float | None]:
         """Of the sources together; None where none has one."""

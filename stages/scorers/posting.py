@@ -1,4 +1,4 @@
-"""Requests to a server of scores: several at once, sent again after passing failures.
+"""Requests to a server, of scores or of replies: several at once, sent again after passing failures.
 
 The key comes from the environment, goes into one header and nowhere else: what the server says is cleared of it before
 anybody reads it.
@@ -7,12 +7,13 @@ anybody reads it.
 import json
 import random
 import threading
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Generator, Iterable, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, Protocol, TypeVar
 
 import httpx2 as httpx
 
+from ... import stopping
 from ...errors import UserError
 
 _T = TypeVar("_T")
@@ -23,6 +24,8 @@ LONGEST_WAIT = 60.0
 LONGEST_RETRY_AFTER = 300.0
 _SHOWN = 200
 _SHORTEST_SECRET = 8
+_LOOKS = 0.5
+"""Seconds after which who waits for answers looks whether it was asked to stop."""
 
 
 class Server(Protocol):
@@ -49,11 +52,18 @@ class Unanswered(UserError):
 
     Args:
         reached: False: there is no server at that address.
+        status: what it answered; None: nothing.
     """
 
-    def __init__(self, where: str, problem: str, remedy: str, *, reached: bool = True) -> None:
-        self.reached = reached
+    def __init__(
+        self, where: str, problem: str, remedy: str, *, reached: bool = True, status: int | None = None
+    ) -> None:
+        self.reached, self.status = reached, status
         super().__init__(where, problem, remedy)
+
+
+class NotThere(UserError):
+    """The server answers, and has nothing at that address, or of the name that was asked for."""
 
 
 class _Stopped(Exception):
@@ -79,12 +89,12 @@ class Poster:
 
     def send_all(
         self,
-        jobs: Mapping[_T, dict[str, Any]],
+        jobs: Mapping[_T, dict[str, Any] | None],
         read: Callable[[_T, httpx.Response, int], _R],
         take: Callable[[_T, _R], None],
         on_unanswered: Callable[[_T, Unanswered], None] | None = None,
     ) -> None:
-        """Post every body, as many at a time as the server allows.
+        """Post every body, as many at a time as the server allows; what has none is asked for with GET.
 
         Args:
             read: what a good answer to a job says; also given is how often the request was sent again. It runs in the
@@ -110,7 +120,7 @@ class Poster:
 
             futures = {pool.submit(work, job): job for job in jobs}
             try:
-                for future in as_completed(futures):
+                for future in _as_completed(futures):
                     error = future.exception()
                     if isinstance(error, Unanswered) and on_unanswered is not None:
                         on_unanswered(futures[future], error)
@@ -122,15 +132,16 @@ class Poster:
                 raise
 
     def _ask_until_answered(
-        self, http: httpx.Client, body: dict[str, Any], stop: threading.Event
+        self, http: httpx.Client, body: dict[str, Any] | None, stop: threading.Event
     ) -> tuple[httpx.Response, int]:
         server = self.server
-        problem, reached = "", True
+        problem, reached, last = "", True, None
         for attempt in range(server.retries + 1):
             asked_to_wait = 0.0
             try:
-                response = http.post(server.address, json=body)
+                response = http.get(server.address) if body is None else http.post(server.address, json=body)
             except httpx.RequestError as error:
+                last = None
                 reached = not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
                 problem = f"cannot be reached ({type(error).__name__}: {self.hide(str(error))})"
             else:
@@ -141,13 +152,13 @@ class Poster:
                 status = status if inside is None else inside
                 if status not in (408, 429) and status < 500:
                     raise self._refused(response, status)
-                problem = f"answered {status}{self.said(response)}"
+                problem, last = f"answered {status}{self.said(response)}", status
                 asked_to_wait = _retry_after(response)
             if attempt < server.retries:
                 own = min(2.0**attempt, LONGEST_WAIT) * self._jitter.uniform(0.75, 1.25)
                 pause(max(own, asked_to_wait), stop)
         said = f"{server.address} {problem}, after {server.retries} retries"
-        raise Unanswered(server.where, said, self.remedies[0], reached=reached)
+        raise Unanswered(server.where, said, self.remedies[0], reached=reached, status=last)
 
     def _refused(self, response: httpx.Response, status: int) -> UserError:
         server = self.server
@@ -158,8 +169,8 @@ class Poster:
             return UserError(server.where, said, f"put a key that it takes into ${server.key_env}{lacking}")
         said = f"{server.address} answered {status}{self.said(response)}"
         if status < 400 or status == 404:
-            return UserError(server.where, said, self.remedies[1])
-        return Unanswered(server.where, said, self.remedies[2])
+            return NotThere(server.where, said, self.remedies[1])
+        return Unanswered(server.where, said, self.remedies[2], status=status)
 
     def said(self, response: httpx.Response) -> str:
         """The server's own words, in one line and without the key, to stand in an error."""
@@ -178,6 +189,15 @@ class Poster:
         key = self.server.key
         # Servers at home take any word for a key; such a word is no secret, and may stand in an answer.
         return text if key is None or len(key) < _SHORTEST_SECRET else text.replace(key, "***")
+
+
+def _as_completed(futures: Iterable[Future[_R]]) -> Generator[Future[_R]]:
+    """Each of them when it is done. Raises Stopped where this process was asked to stop and may leave off."""
+    left = set(futures)
+    while left:
+        done, left = wait(left, _LOOKS, FIRST_COMPLETED)
+        stopping.poll()
+        yield from done
 
 
 def pause(seconds: float, stop: threading.Event) -> None:

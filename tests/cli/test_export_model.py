@@ -9,9 +9,10 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
-from preftune.cli.export_model import _ollama_template, _vllm_rank
+from preftune.cli.export_model import _ollama_template
 from preftune.errors import UserError
 from preftune.models.tiny import byte_tokenizer
+from preftune.stages.serving.command import asked_rank
 
 IDS = torch.tensor([[5, 9, 17, 4, 31, 8]])
 
@@ -55,12 +56,12 @@ def test_vllm_gets_the_adapter_its_base_and_a_command(run: Path, tmp_path: Path,
 )
 def test_what_vllm_does_not_take_is_refused(changed: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        _vllm_rank(Path("x"), {"peft_type": "LORA", "r": 8, **changed})
+        asked_rank("x", {"peft_type": "LORA", "r": 8, **changed})
 
 
 @pytest.mark.parametrize(("rank", "asked"), [(1, 1), (2, 8), (16, 16), (24, 32), (256, 256), (300, 320), (512, 512)])
 def test_the_rank_that_vllm_is_asked_for_is_one_that_it_takes(rank: int, asked: int) -> None:
-    assert _vllm_rank(Path("x"), {"peft_type": "LORA", "r": rank}) == asked
+    assert asked_rank("x", {"peft_type": "LORA", "r": rank}) == asked
 
 
 def test_ollama_is_given_no_bos_that_llama_cpp_puts_there_itself() -> None:

@@ -174,7 +174,9 @@ def test_every_key_of_a_stage_is_there_with_what_it_means(kind):
         assert stage["properties"][parameter.name]["description"] == parameter.help
     for group, names in kind.groups.items():
         for key, name in names.items():
-            assert SCHEMA["$defs"][group]["properties"][key]["description"] == kind.parameter(name).help
+            assert (
+                SCHEMA["$defs"][f"{kind.name}_{group}"]["properties"][key]["description"] == kind.parameter(name).help
+            )
     if not kind.trains:
         return
     train = stage["properties"]["train"]["properties"]

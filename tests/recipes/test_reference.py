@@ -28,7 +28,7 @@ def test_the_reference_is_up_to_date():
 
 def test_every_part_and_key_has_its_meaning_and_no_other():
     ours = {name: keys(part) for name, part in parts().items() if part is not Part}
-    ours["Stage"] |= {"reward", "teacher", "kl"}
+    ours["Stage"] |= {"reward", "teacher", "kl", "rollout"}
     assert {name: set(meanings) for name, meanings in MEANINGS.items()} == ours
     assert PARTS.keys() == MEANINGS.keys()
     assert {name: set(fields) for name, fields in JUDGES.items()} == {k: set(v.fields) for k, v in JUDGE_KINDS.items()}

@@ -156,7 +156,7 @@ def test_a_kind_in_capitals_is_named():
         ("reward_weights", "write weight in each entry of reward"),
         ("gamma", "there is no value"),
         ("value", "there is no value"),
-        ("use_vllm", "rollouts run on the policy's own base"),
+        ("use_vllm", "write rollout: {engine: vllm"),
         ("max_prompt_length", "write max_prompt_length in the data entry"),
     ],
 )

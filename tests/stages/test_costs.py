@@ -186,6 +186,9 @@ def test_what_ppo_holds_by_phase(tmp_path: Path):
     assert shared.trained == found.trained // 2 and (shared.flops or 0) < (found.flops or 0)
     quantised = cost("ppo", tmp_path, SMALL, rows, method=method, quantization="4bit")
     assert "merged weights" not in quantised.phases["rollout"]
+    served = cost("ppo", tmp_path, SMALL, rows, method={**method, "rollout_engine": "vllm", "rollout_url": "http://x"})
+    assert "rollout" not in served.phases and "merged weights" not in served.phases["update"]
+    assert 0 < (served.flops or 0) < (found.flops or 0)
 
 
 def test_a_paged_optimiser_is_the_machines_memory_where_there_is_a_gpu(tmp_path: Path):

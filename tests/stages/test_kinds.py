@@ -51,7 +51,7 @@ def test_parameters_are_fields_of_the_config_with_its_defaults(kind: StageKind) 
 
 def test_every_setting_of_ppo_is_a_parameter_but_for_its_places() -> None:
     own = names(PPOConfig) - names(TrainingArguments)
-    assert own == {each.name for each in PPO.parameters} | {"samples_file", "policies_dir"}
+    assert own == {each.name for each in PPO.parameters} | {"samples_file", "policies_dir", "rollout_place"}
 
 
 @pytest.mark.parametrize(("config", "kind"), [(GRPOConfig, GRPO), (RLOOConfig, RLOO)])
@@ -60,7 +60,7 @@ def test_groups_have_nothing_of_ppos_and_their_defaults_are_trls(config: type, k
     own = {each.name: each.default for each in kind.parameters}
     assert not own.keys() & (names(PPOSettings) - names(RewardedSettings))
     fields = names(config) - names(TrainingArguments)
-    assert fields == own.keys() | {"samples_file", "policies_dir", "reward_weights"}
+    assert fields == own.keys() | {"samples_file", "policies_dir", "rollout_place", "reward_weights"}
     shared = own.keys() & theirs.keys() - {"beta"}
     assert {"num_generations", "num_iterations", "epsilon", "epsilon_high", "mask_truncated_completions"} <= shared
     assert {name: own[name] for name in shared} == {name: theirs[name] for name in shared}
