@@ -158,9 +158,12 @@ class RolloutServer:
         Args:
             name: of the adapter; None: of the base.
         """
-        bodies = {place: self.engine.score(name, ids) for place, ids in enumerate(rows)}
-        found = self._all(bodies, lambda place, given: self.engine.scores(given, rows[place]))
-        return [found[place] for place in range(len(rows))]
+        found: list[list[float]] = []
+        for ids in rows:
+            # one at a time: vLLM 0.32 with --enable-lora ends where several prompts' log-probs are asked for at once
+            body = self.engine.score(name, ids)
+            found.append(self._all({0: body}, lambda _, given, ids=ids: self.engine.scores(given, ids))[0])
+        return found
 
     # --- how it is asked
 
