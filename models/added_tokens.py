@@ -139,9 +139,9 @@ def grow_tokenizer(tokenizer: Any, tokens: Sequence[str]) -> list[int]:
         remedy = f"leave it out; its row trains with lora: {{trainable_token_indices: [{known[had[0]]}]}}"
         raise UserError(_PLACE, f"{had[0]!r} is a token of the base already", remedy)
     tokenizer.add_tokens(list(tokens), special_tokens=True)
-    ids: list[int] = tokenizer.convert_tokens_to_ids(list(tokens))
+    ids: list[int | None] = tokenizer.convert_tokens_to_ids(list(tokens))
     for token, number in zip(tokens, ids, strict=True):
         read = tokenizer(f"a{token}b", add_special_tokens=False)["input_ids"]
         if number is None or read.count(number) != 1:
             raise UserError(_PLACE, f"the tokenizer does not keep {token!r} whole", "choose another word")
-    return ids
+    return [each for each in ids if each is not None]

@@ -69,7 +69,8 @@ class LmHead:
         scale = float(getattr(text, "logit_scale", None) or 1.0)
         if divisor := getattr(text, "logits_scaling", None):
             scale /= float(divisor)
-        (weight, rows), bias = weight_of(lm_head), getattr(plain_table(lm_head), "bias", None)
+        found: tuple[Any, Any] = weight_of(lm_head)
+        (weight, rows), bias = found, getattr(plain_table(lm_head), "bias", None)
         if not isinstance(weight, torch.Tensor):
             raise TypeError(f"lm_head.weight is {type(weight).__name__}, expected a tensor")
         return cls(in_full(weight), bias, getattr(text, "final_logit_softcapping", None), scale, rows=rows)

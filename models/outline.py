@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -62,7 +63,8 @@ def outline(
         text.vocab_size += len(asked.tokens)
         return Outline(config, None, tuple(ids))
     tokenizer = load_tokenizer(base, chat_template, template_date, asked.tokens)
-    ids = tuple(map(int, tokenizer.convert_tokens_to_ids(list(asked.tokens))))
+    found: Any = tokenizer.convert_tokens_to_ids(list(asked.tokens))
+    ids = tuple(int(each) for each in found)
     text.vocab_size = max(text.vocab_size, *(each + 1 for each in ids), 0)
     return Outline(config, tokenizer, ids)
 

@@ -80,7 +80,7 @@ def rows_for(model: PreTrainedModel, asked: Asked, added: Sequence[int] = ()) ->
     paths = {path: each for path, each in model.named_modules() if each is table or (each is head and head is not None)}
     embedding = next(path for path, each in paths.items() if each is table)
     output = next((path for path, each in paths.items() if each is head), None)
-    tied = output is not None and head.weight is table.weight
+    tied = output is not None and head is not None and head.weight is table.weight
     found: dict[str, set[int]] = {embedding: set(added)} | ({output: set(added)} if output and not tied else {})
     said = asked if isinstance(asked, Mapping) else {embedding: asked or ()}
     for name, ids in said.items():

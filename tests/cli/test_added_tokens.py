@@ -60,7 +60,8 @@ def test_what_is_made_of_it_has_the_token_or_is_refused(run: Path, tmp_path: Pat
     code, out, _ = shell("merge", run / "dpo", tmp_path / "merged")
     assert code == 0, out
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").convert_tokens_to_ids(TOKEN) == 264
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").get_input_embeddings().weight.shape[0] == 265
+    merged: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert len(merged.get_input_embeddings().weight) == 265
     code, _, err = shell("export", run / "dpo", tmp_path / "served", "--to", "vllm")
     assert code == 2 and "trains rows of single tokens" in err and not (tmp_path / "served").exists()
     assert "1: their rows are in the adapter" in (run / "sft" / "README.md").read_text(encoding="utf-8")
