@@ -127,6 +127,8 @@ def _vllm_options(serving: Serving) -> list[list[str]]:
         ["--max-lora-rank", str(serving.rank)],
         ["--logprobs-mode", "processed_logprobs"],
         ["--generation-config", "vllm"],
+        # the output head in 32 bits: logits near 20 are 0.125 apart in bfloat16, and log-probs as far off
+        ["--hf-overrides", '{"head_dtype": "float32"}'],
     ]
     found += [["--enforce-eager"]] if serving.on_cpu else []
     named = [f"{name}={folder}" for name, folder in serving.adapters.items()]

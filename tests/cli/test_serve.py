@@ -107,6 +107,7 @@ def test_v08_the_printed_command_serves_the_stage_on_its_base(run: Path, shell) 
         "--host": "127.0.0.1",
         "--logprobs-mode": "processed_logprobs",
         "--generation-config": "vllm",
+        "--hf-overrides": '{"head_dtype": "float32"}',
     }
     assert {name: found[name] for name in wanted} == wanted
 
