@@ -972,7 +972,7 @@ MUTATIONS += [
     ),
     Mutation(
         "V11", "what a server started outlives it", "stages/serving/watchman.py",
-        "        os.killpg(0, signal.SIGTERM)", "        child.terminate()",
+        "        os.killpg(0, signal.SIGTERM)", "        child.terminate()\n        return 0",
     ),
     Mutation(
         "V12", "the base speaks for every policy", "stages/serving/finished.py",

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from preftune.models.base import Base
 from preftune.models.devices import auto_dtype, device_name
 from preftune.recipes.build import base_dtype, stage_job
 from preftune.recipes.load import load_recipe
@@ -51,5 +52,5 @@ def test_auto_reaches_the_stage_and_fp16_means_a_float32_base(fp16: str, expecte
     monkeypatch.setattr("preftune.models.devices.auto_dtype", lambda: "bfloat16")
     (tmp_path / "r.yaml").write_text(RECIPE % fp16)
     recipe = load_recipe(str(tmp_path / "r.yaml"), [])
-    job = stage_job(recipe, "sft", None, tmp_path, tmp_path)  # pyright: ignore[reportArgumentType]: not looked at
+    job = stage_job(recipe, "sft", Base("x", tmp_path, None, ""), tmp_path, tmp_path)
     assert base_dtype(recipe) == job.dtype == expected

@@ -105,7 +105,11 @@ def test_v01_an_adapters_name_says_run_content_and_step(tmp_path: Path, server: 
         made.method.policy[0].add_(0.1)
     second = made.served.put(3)
     assert second != first and second.endswith("-step-3")
-    assert sorted(server.adapters) == sorted([second, same])
+    with torch.no_grad():
+        made.method.policy[0].add_(0.1)
+    third = made.served.put(3)
+    assert third != second and third.endswith("-step-3"), "another content has another name, at the same step too"
+    assert sorted(server.adapters) == sorted([third, same])
 
 
 @pytest.mark.checklist("V1")
