@@ -17,22 +17,16 @@ from preftune.models.lineage import adapter_sha256
 from preftune.models.loading import load_model, resolve_base
 from preftune.models.lora import LoraSpec
 from preftune.recipes.load import load_recipe
-from preftune.stages.scorers import posting
-from preftune.stages.serving import server as serving
 from preftune.stages.serving.settings import PlaceSettings
 
-from ..stages.served import Faults, Served
+from ..stages.served import Faults, Served, ask_at_once
 from .conftest import shake
 from .test_run import RUBRIC, source
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody waits longer than a moment; proxies of the machine are not asked."""
-    for name in ("http_proxy", "all_proxy", "HTTP_PROXY", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(posting, "pause", lambda seconds, stop: None)
-    monkeypatch.setattr(serving, "_PAUSE", 0.05)
+    ask_at_once(monkeypatch)
 
 
 @pytest.fixture(scope="module")

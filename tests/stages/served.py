@@ -13,9 +13,21 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
+
+from preftune.stages.scorers import posting
+from preftune.stages.serving import server as serving
+
+
+def ask_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits longer than a moment; proxies of the machine are not asked."""
+    for name in ("http_proxy", "all_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(posting, "pause", lambda seconds, stop: None)
+    monkeypatch.setattr(serving, "_PAUSE", 0.05)
 
 
 @dataclass

@@ -27,15 +27,13 @@ from preftune.stages.ppo.rewards import RewardSource
 from preftune.stages.ppo.rollout import seed_of
 from preftune.stages.rloo import RLOOConfig
 from preftune.stages.run import run_stage
-from preftune.stages.scorers import posting
-from preftune.stages.serving import server as serving
 from preftune.stages.serving.engines import ENGINES, Draw, listing
 from preftune.stages.serving.place import Place, place_of
 from preftune.stages.serving.server import RolloutServer
 from preftune.stages.serving.settings import SERVER_GROUP
 
 from .collecting import collect
-from .served import Faults, Served
+from .served import Faults, Served, ask_at_once
 from .test_on_policy_method import make as own_method
 from .tiny_ppo import PROMPTS, TOKENIZER, Steps, letters, tiny, tiny_model, trainer
 
@@ -44,11 +42,7 @@ MISMATCH = "rollout/logprob_mismatch_mean"
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody waits longer than a moment; proxies of the machine are not asked."""
-    for name in ("http_proxy", "all_proxy", "HTTP_PROXY", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(posting, "pause", lambda seconds, stop: None)
-    monkeypatch.setattr(serving, "_PAUSE", 0.05)
+    ask_at_once(monkeypatch)
 
 
 @pytest.fixture(scope="module")

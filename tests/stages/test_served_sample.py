@@ -17,10 +17,8 @@ from preftune.stages.job import StageJob
 from preftune.stages.ppo.rewards import RewardSource
 from preftune.stages.ppo.rollout import seed_of
 from preftune.stages.run import run_stage
-from preftune.stages.scorers import posting
-from preftune.stages.serving import server as serving
 
-from .served import Faults, Served
+from .served import Faults, Served, ask_at_once
 
 Make = Callable[..., StageJob]
 PROGRAM = Path(__file__).with_name("served_program.py")
@@ -28,11 +26,7 @@ PROGRAM = Path(__file__).with_name("served_program.py")
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody waits longer than a moment; proxies of the machine are not asked."""
-    for name in ("http_proxy", "all_proxy", "HTTP_PROXY", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(posting, "pause", lambda seconds, stop: None)
-    monkeypatch.setattr(serving, "_PAUSE", 0.05)
+    ask_at_once(monkeypatch)
 
 
 @pytest.fixture
