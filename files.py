@@ -36,6 +36,7 @@ PROGRESS = "progress.json"
 """In the folder of a stage that trains: how far it is. No part of a finished one."""
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+MODEL_CONFIG = "config.json"
 """PEFT's own names: an adapter lies directly in its stage's folder."""
 
 EVALUATION, RESULTS, SAMPLES, REWARDS, OVER_OPTIMISATION, AGGREGATE, BENCHMARKS = (

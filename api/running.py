@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..cli.chain import Chain, Done, Options
-from ..cli.folder import holds_adapter
+from ..cli.folder import holds_adapter, no_adapter
 from ..cli.output import Output
 from ..errors import UserError, closest, nearest
 from ..files import EVALUATION, METRICS
@@ -93,7 +93,7 @@ def train_stage(
     values = _overrides(overrides, more)
     adapter = None if from_adapter is None else Path(from_adapter).expanduser().resolve()
     if adapter is not None and not holds_adapter(adapter):
-        raise UserError("from_adapter", f"{str(from_adapter)!r} holds no adapter", "give a finished stage's folder")
+        raise no_adapter(adapter, "give a finished stage's folder", "from_adapter")
     with session(quiet):
         checked = checked_recipe(recipe, values)
         if stage not in checked.stages:

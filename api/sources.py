@@ -11,6 +11,7 @@ from ..data.spec import DataSpec, SourceSpec
 from ..errors import UserError, nearest
 from ..files import LINEAGE, RECIPE, ROWS
 from ..recipes.build import base_dtype, policy_folder
+from ..recipes.graph import reward_models
 from ..recipes.schema import BASE, Recipe
 from ..stages.kinds import KINDS
 
@@ -119,7 +120,7 @@ def _of_run(run: Path, name: str | None, reward: bool) -> Source:
 
 
 def _reward_stage(recipe: Recipe, run: Path, name: str | None) -> str:
-    known = [each for each, stage in recipe.stages.items() if stage.record.produces == "reward"]
+    known = reward_models(recipe)
     if not known:
         raise UserError(str(run), "its recipe has no reward stage", "give the folder of one")
     if name is None and len(known) > 1:

@@ -119,7 +119,12 @@ class Chain:
         if self.options.launch is not None:
             from .launch import check_launch, machines_of
 
-            check_launch(self.options.launch, [name for name in selected if self.recipe.stages[name].record.on_policy])
+            stages = {name: self.recipe.stages[name] for name in selected}
+            check_launch(
+                self.options.launch,
+                [name for name, stage in stages.items() if stage.record.on_policy],
+                [name for name, stage in stages.items() if stage.full],
+            )
             machines = machines_of(self.options.launch, joins=False)
         self.folder = RunFolder(self.path)
         with self.folder.lock(), self._leading(machines) as self.lead:

@@ -12,7 +12,7 @@ from ..recipes.load import load_recipe, shipped_recipes
 from ..recipes.schema import Recipe
 from ..version import __version__
 from .chain import Chain, Done, Options
-from .folder import holds_adapter
+from .folder import holds_adapter, no_adapter
 from .output import Output
 
 
@@ -38,7 +38,7 @@ def run_alone(
     _greet(recipe, json)
     loaded = load_recipe(recipe, overrides or ())
     if from_adapter is not None and not holds_adapter(from_adapter):
-        raise UserError("--from-adapter", f"{str(from_adapter)!r} holds no adapter", "give a finished stage's folder")
+        raise no_adapter(from_adapter, "give a finished stage's folder", "--from-adapter")
     adapter = from_adapter.resolve() if from_adapter is not None else None
     options = Options(output_dir, the_stage(loaded, kind, stage), None, force, adapter, launch)
     return _run(loaded, options, Output(json))

@@ -13,7 +13,7 @@ from ..files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LINEAGE, RECIPE
 from ..intact import check_intact
 from ..printed import printable
 from ..stages.serving.command import asked_rank
-from .folder import holds_adapter
+from .folder import holds_adapter, no_adapter
 from .merge import beside, check_new, cost_in_words, merge_stage, stage_rows, unpacked_in_words
 
 if TYPE_CHECKING:
@@ -56,10 +56,10 @@ def stage_folder(given: Path, stage: str | None) -> Path:
     run = given if stage is not None or (given / RECIPE).is_file() else given.parent
     finished = sorted(each.name for each in run.iterdir() if holds_adapter(each)) if run.is_dir() else []
     if not finished:
-        raise UserError(str(folder), "holds no adapter", "give a finished stage's folder, such as runs/NAME/dpo")
+        raise no_adapter(folder, "give a finished stage's folder, such as runs/NAME/dpo")
     if folder == run:
         raise UserError(str(run), "is a run, and one stage of it is exported", f"give {run / finished[-1]}")
-    raise UserError(str(folder), "holds no adapter", nearest(folder.name, finished))
+    raise no_adapter(folder, nearest(folder.name, finished))
 
 
 def export_model(given: Path, to: str, stage: str | None, out: Path, dtype: str | None) -> None:

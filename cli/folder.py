@@ -23,8 +23,10 @@ from ..files import (
     DOCTOR,
     EVAL_CACHE,
     EVALUATION,
+    LINEAGE,
     LOG,
     MANIFEST,
+    MODEL_CONFIG,
     PROGRESS,
     RECIPE,
     REPORT,
@@ -308,6 +310,21 @@ def finished_entry(stamp: Stamp) -> dict[str, Any]:
 def holds_adapter(folder: Path) -> bool:
     """Whether a PEFT adapter lies in the folder, as in that of every finished stage."""
     return (folder / ADAPTER_CONFIG).is_file()
+
+
+def no_adapter(folder: Path, remedy: str, where: str = "") -> UserError:
+    """What to say of a folder that holds none; a stage with `full: true` has left a whole model there.
+
+    Args:
+        remedy: of a folder with neither.
+        where: what named the folder; default: the folder.
+    """
+    if (folder / LINEAGE).is_file() and (folder / MODEL_CONFIG).is_file():
+        said = "holds a whole model (full: true), which needs no base"
+        remedy = f"use it as it lies: model.base: {folder} in a recipe, from_pretrained elsewhere"
+    else:
+        said = "holds no adapter"
+    return UserError(where or str(folder), f"{str(folder)!r} {said}" if where else said, remedy)
 
 
 def write_stamp(folder: Path, stamp: Stamp) -> None:

@@ -42,11 +42,11 @@ _OF_ONE = {"machine_rank", "gpu_ids", "main_process_ip", "same_network", "debug"
 """What the machines of a run need not have alike in their configs."""
 
 
-def check_launch(config: Path, on_policy: Sequence[str] = ()) -> None:
+def check_launch(config: Path, on_policy: Sequence[str] = (), full: Sequence[str] = ()) -> None:
     """Whether accelerate can read the config, and the stages that are to run can run under it.
 
     Args:
-        on_policy: the names of those that sample.
+        on_policy: the names of those that sample. full: of those that train all weights.
 
     Raises:
         UserError: no such file, or none that `accelerate config` wrote; something in it that a stage cannot have.
@@ -68,6 +68,9 @@ def check_launch(config: Path, on_policy: Sequence[str] = ()) -> None:
     if kind_of(found) == "DEEPSPEED" and on_policy:
         said = f"{config}: {', '.join(on_policy)} cannot run under DeepSpeed, which would own the optimiser"
         raise UserError("--launch", said, "use --launch ddp or fsdp2, or run the other stages with --until")
+    if full and kind_of(found) in ("DEEPSPEED", "FSDP"):
+        said = f"{config}: an engine that divides weights or optimiser, and {', '.join(full)} trains all of them"
+        raise UserError("--launch", said, "use --launch ddp for stages with full: true")
 
 
 def _read(config: Path) -> Any:

@@ -11,7 +11,7 @@ from ..errors import UserError
 from ..files import RECIPE, is_running
 from ..intact import check_intact
 from ..printed import printable
-from .folder import holds_adapter
+from .folder import holds_adapter, no_adapter
 
 if TYPE_CHECKING:
     from ..models.merging import Merged, Rows
@@ -39,7 +39,7 @@ def merge_stage(adapter: Path, out: Path, dtype: str | None = None) -> None:
         UserError: there is no adapter, it is damaged, its base has changed, or `out` is not empty.
     """
     if not holds_adapter(adapter):
-        raise UserError(str(adapter), "holds no adapter", "give a finished stage's folder, such as runs/NAME/dpo")
+        raise no_adapter(adapter, "give a finished stage's folder, such as runs/NAME/dpo")
     check_new(out)
     if dtype is not None and dtype not in _DTYPES:
         raise UserError("--dtype", f"{dtype!r} is unknown", f"use one of {', '.join(_DTYPES)}")

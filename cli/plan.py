@@ -377,8 +377,10 @@ class _Plan:
         if not self.seconds or (job.quantization is not None and find_spec("bitsandbytes") is None):
             return None
         device = torch.device("cuda" if self.has_gpu else "cpu")
-        machine = Machine(self.outline.config, job.lora, job.torch_dtype(), device, job.packed, job.quantization)
-        key = repr(job.lora)
+        machine = Machine(
+            self.outline.config, job.lora, job.torch_dtype(), device, job.packed, job.quantization, job.full
+        )
+        key = "all weights" if job.full else repr(job.lora)
         if key not in self._machines:
             try:
                 self._machines[key] = Timed(machine)
@@ -449,7 +451,7 @@ def _changes(job: "StageJob") -> "Iterator[tuple[str, StageJob]]":
             if size:
                 method = {**job.method, "rollout_micro_batch_size": size}
                 yield f"{here}.rollout_micro_batch_size={size}", replace(job, method=method)
-    if job.quantization is None:
+    if job.quantization is None and not job.full:
         yield "model.quantization=4bit", replace(job, quantization="4bit")
     if job.method_value("value") == "separate":
         yield f"{here}.value=shared", replace(job, method={**job.method, "value": "shared"})

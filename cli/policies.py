@@ -13,7 +13,7 @@ from ..recipes.graph import policies
 from ..recipes.load import load_recipe
 from ..recipes.schema import BASE, Recipe
 from .commands import run_folder
-from .folder import holds_adapter
+from .folder import holds_adapter, no_adapter
 
 if TYPE_CHECKING:
     from ..eval.spec import EvalSpec
@@ -131,8 +131,7 @@ def with_reference(
             raise UserError("--reference", f"no policy and no folder {reference!r}", nearest(reference, known))
         tokenizer = load_tokenizer(spec.base, recipe.model.chat_template, recipe.model.template_date)
         if not holds_adapter(folder):
-            remedy = "give a folder that a stage or PEFT's save_pretrained wrote"
-            raise UserError(str(folder), "holds no adapter", remedy)
+            raise no_adapter(folder, "give a folder that a stage or PEFT's save_pretrained wrote")
         check_parent(folder, spec.base, tokenizer)
         if read_json_object(folder / ADAPTER_CONFIG).get("task_type") == "SEQ_CLS":
             raise UserError(str(folder), "is a reward model, expected a policy", "name a stage that speaks")

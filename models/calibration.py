@@ -42,6 +42,7 @@ class Machine:
         dtype: of the base.
         packed: whether the forward leaves out padding and what rows share.
         quantization: of the base; None: none.
+        full: whether all weights train, in fp32.
         most_bytes: of the largest model that may be made.
     """
 
@@ -51,6 +52,7 @@ class Machine:
     device: torch.device
     packed: bool = True
     quantization: str | None = None
+    full: bool = False
     most_bytes: int = 4 << 30
 
 
@@ -82,7 +84,7 @@ class Timed:
 
 
 class Few:
-    """A model of a few layers with a trained adapter."""
+    """A model of a few layers with a trained adapter; where all of it trains, one of rank 1 is beside."""
 
     def __init__(self, machine: Machine, adapters: AdapterSet) -> None:
         self.machine, self.adapters, self.head = machine, adapters, adapters.head
@@ -195,17 +197,21 @@ def _random_model(machine: Machine, layers: int) -> Few:
     text.num_hidden_layers = min(layers, text.num_hidden_layers)
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:layers]
+    dtype = torch.float32 if machine.full else machine.dtype
     with torch.device("meta"), quiet_transformers():
-        bare = AutoModelForCausalLM.from_config(config, dtype=machine.dtype)
+        bare = AutoModelForCausalLM.from_config(config, dtype=dtype)
     size = sum(each.numel() * each.element_size() for each in bare.parameters())
     if size > machine.most_bytes:
         raise MemoryError(f"{layers} of its layers alone take {size / 1e9:.1f} GB")
     with torch.random.fork_rng(devices=[]), quiet_transformers():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=machine.dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model = model.requires_grad_(False).eval().to(machine.device)
     if machine.quantization is not None:
         pack(model, machine.quantization)
     base = Base("calibration", Path(), None, "")
     use_packed_forward(model.base_model, machine.packed)
-    return Few(machine, AdapterSet.create(model, base, machine.lora))
+    adapters = AdapterSet.create(model, base, LoraSpec(r=1, alpha=1) if machine.full else machine.lora)
+    if machine.full:
+        adapters.model.requires_grad_(True)
+    return Few(machine, adapters)

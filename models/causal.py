@@ -29,6 +29,12 @@ _TRIED = "_preftune_heads"
 """The attribute of a causal model under which the outcome of `head_of`'s trials is found."""
 
 
+def inner_model(model: torch.nn.Module) -> Any:
+    """The model itself, without what PEFT puts around it where there is an adapter."""
+    whole: Any = model
+    return whole.get_base_model() if hasattr(whole, "get_base_model") else whole
+
+
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     """The decoder of a causal model or a classifier: what its head reads.
 

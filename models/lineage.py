@@ -105,8 +105,11 @@ def _check_types(lineage: Lineage) -> None:
 
 
 def base_info(base: Base) -> dict[str, Any]:
-    """The `base` entry of a lineage."""
-    return {"spec": base.spec, "revision": base.revision, "sha256": base.sha256}
+    """The `base` entry of a lineage; of a base that a stage made (`full: true`) also what it was made from."""
+    entry: dict[str, Any] = {"spec": base.spec, "revision": base.revision, "sha256": base.sha256}
+    if (base.path / LINEAGE).is_file() and (made := read_lineage(base.path)).config.get("full"):
+        entry["made_from"] = {"stage": made.stage, "kind": made.kind, "data": made.data, "base": made.base}
+    return entry
 
 
 def tokenizer_info(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -53,11 +53,13 @@ def card(folder: Path, results: Sequence[Mapping[str, Any]] = ()) -> str:
     (base, added), name = without_tokens(str(lineage.base["spec"])), lineage.stage
     libraries = ", ".join(f"{each} {lineage.versions[each]}" for each in _LIBRARIES if each in lineage.versions)
     shown = base if _portable(base) else Path(base).name
-    rows = bool(config.get("trainable_token_indices"))
+    rows, full = bool(config.get("trainable_token_indices")), bool(lineage.config.get("full"))
+    what = f"`{shown}` with all its weights" if full else f"A LoRA adapter for `{shown}`,"
+    how = "all weights, in fp32 while they trained" if full else _adapter(config)
     body = [
         f"# {name}",
         "",
-        f"A LoRA adapter for `{shown}`, trained with {_kind(lineage.kind)} by preftune.",
+        f"{what} trained with {_kind(lineage.kind)} by preftune.",
         "",
         "| what | |",
         "|---|---|",
@@ -65,18 +67,25 @@ def card(folder: Path, results: Sequence[Mapping[str, Any]] = ()) -> str:
         *([f"| new tokens | {added}: their rows are in the adapter, the tokenizer lies beside it |"] if added else []),
         *(f"| from | stage `{each['stage']}`, sha256 `{each['sha256'][:12]}` |" for each in lineage.parents),
         f"| data | {_data(lineage.data)} |",
-        f"| {'DoRA' if config.get('use_dora') else 'LoRA'} | r {config.get('r')}, alpha {config.get('lora_alpha')}, "
-        f"on {_targets(config)} |",
+        f"| {'weights' if full else 'DoRA' if config.get('use_dora') else 'LoRA'} | {how} |",
         *_settings(lineage.config, lineage.seed),
         f"| trained | {lineage.created}, {lineage.seconds:.0f} s, in {lineage.config.get('dtype')} |",
         f"| with | {libraries} |",
         "",
         *_measured(_object(folder / METRICS)),
         *_evaluated(name, results),
-        *_loading(name, base, lineage.kind == "reward", int(config.get("r") or 0), rows=rows),
+        *(
+            _loading_whole(lineage.kind == "reward")
+            if full
+            else _loading(name, base, lineage.kind == "reward", int(config.get("r") or 0), rows=rows)
+        ),
     ]
     text = "\n".join(body).rstrip() + "\n"
-    return _front(lineage.kind, base, lineage.data) + f"<!-- written by preftune {_hash(text)}: {_KEPT} -->\n" + text
+    return (
+        _front(lineage.kind, base, lineage.data, full=full)
+        + f"<!-- written by preftune {_hash(text)}: {_KEPT} -->\n"
+        + text
+    )
 
 
 _KEPT = "what you change in here is kept"
@@ -91,9 +100,10 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _front(kind: str, base: str, data: Mapping[str, Any]) -> str:
+def _front(kind: str, base: str, data: Mapping[str, Any], *, full: bool) -> str:
     """YAML, each value as JSON, which is YAML too."""
-    keys: dict[str, Any] = {"library_name": "peft", "tags": ["preftune", "lora", kind]}
+    keys: dict[str, Any] = {"library_name": "transformers" if full else "peft"}
+    keys["tags"] = ["preftune", *([] if full else ["lora"]), kind]
     keys["pipeline_tag"] = "text-classification" if kind == "reward" else "text-generation"
     if HUB_ID.fullmatch(base):
         keys["base_model"] = base
@@ -124,6 +134,10 @@ def _data(data: Mapping[str, Any]) -> str:
 def _kind(kind: str) -> str:
     words = {"sft": "supervised fine-tuning", "reward": "a Bradley-Terry loss (a reward model)"}
     return words.get(kind, kind.upper())
+
+
+def _adapter(config: Mapping[str, Any]) -> str:
+    return f"r {config.get('r')}, alpha {config.get('lora_alpha')}, on {_targets(config)}"
 
 
 def _targets(config: Mapping[str, Any]) -> str:
@@ -160,6 +174,14 @@ def _evaluated(name: str, results: Sequence[Mapping[str, Any]]) -> list[str]:
         return []
     head = ["| judge | against | win-rate [95% interval] | n | KL, nats |", "|---|---|---|---|---|"]
     return ["## Evaluation", "", *head, *rows, ""]
+
+
+def _loading_whole(reward: bool) -> list[str]:
+    """How to open a model of its own."""
+    auto = "AutoModelForSequenceClassification" if reward else "AutoModelForCausalLM"
+    code = [f"from transformers import {auto}", "", f'model = {auto}.from_pretrained("FOLDER")']
+    use = "`reward: {model: FOLDER}` in a stage" if reward else "`model: {base: FOLDER}`"
+    return ["## How to load it", "", "```python", *code, "```", "", f"In a recipe of preftune: {use}."]
 
 
 def _loading(name: str, base: str, reward: bool, rank: int, *, rows: bool) -> list[str]:

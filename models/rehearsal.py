@@ -173,6 +173,7 @@ class Build:
         quantization: "4bit", "8bit" or None.
         device: "cpu" or "cuda": whose attention and head run.
         checkpointing: whether layers are computed a second time in the backward.
+        full: whether all weights train, in fp32, and no adapter.
     """
 
     config: PreTrainedConfig
@@ -181,6 +182,7 @@ class Build:
     quantization: str | None = None
     device: str = "cpu"
     checkpointing: bool = False
+    full: bool = False
 
 
 class Stage:
@@ -188,22 +190,20 @@ class Stage:
 
     def __init__(self, build: Build, layers: int, ledger: Ledger) -> None:
         self.build, self.ledger = build, ledger
-        model = skeleton(_shortened(build.config, layers), build.dtype, build.quantization)
-        with torch.device("meta"), quiet_transformers():
-            peft = PeftModelForCausalLM(model, build.lora.config(model, "CAUSAL_LM", continued=True))
-        use_token_rows(peft)
-        use_fused_lora(peft)
+        held = torch.float32 if build.full else build.dtype
+        model = skeleton(_shortened(build.config, layers), held, build.quantization)
+        trains: nn.Module = model.requires_grad_(True) if build.full else _adapted(model, build.lora)
         if build.checkpointing:
             # recomputed layers draw nothing here, so there is no random state to put back
             again = {"use_reentrant": False, "preserve_rng_state": False}
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=again)
-        _made_fake(peft)
-        for each in (*peft.parameters(), *peft.buffers()):
+        _made_fake(trains)
+        for each in (*trains.parameters(), *trains.buffers()):
             ledger.leave_out(each)
-        peft.train()
+        trains.train()
         self.causal = model
         self.decoder = decoder_of(model)
-        self.trained = [each for each in peft.parameters() if each.requires_grad]
+        self.trained = [each for each in trains.parameters() if each.requires_grad]
         for each in self.trained:
             each.register_post_accumulate_grad_hook(self._gradient)
 
@@ -255,6 +255,14 @@ class Stage:
     def forget_gradients(self) -> None:
         for each in self.trained:
             each.grad = None
+
+
+def _adapted(model: Any, lora: LoraSpec) -> nn.Module:
+    with torch.device("meta"), quiet_transformers():
+        peft = PeftModelForCausalLM(model, lora.config(model, "CAUSAL_LM", continued=True))
+    use_token_rows(peft)
+    use_fused_lora(peft)
+    return peft
 
 
 Program = Callable[[Stage], None]

@@ -179,6 +179,7 @@ def stage_job(
         dtype=base_dtype(recipe),
         quantization=recipe.model.quantization,
         lora=lora_spec(recipe, name).on(base),
+        full=stage.full,
         parent=parent,
         data=data_spec(recipe.data[stage.data], recipe.seed),
         folders=data_folders(recipe, stage.data, run_dir),

@@ -94,7 +94,7 @@ def policies(recipe: Recipe) -> list[str]:
 
 def speaking(recipe: Recipe) -> list[str]:
     """The same in the order of the file, whether one can run after another or not."""
-    return [name for name, stage in recipe.stages.items() if stage.record.produces == "policy"]
+    return [name for name, stage in recipe.stages.items() if stage.record.speaks]
 
 
 def lines_of_descent(recipe: Recipe) -> list[str]:
@@ -127,13 +127,14 @@ def unused_stages(recipe: Recipe) -> list[str]:
         for name, stage in recipe.stages.items()
         if many
         and name not in used
+        and not stage.full
         and (stage.record.first or stage.record.produces == "reward" or stage.record.row_kinds(stage.method()))
     ]
 
 
 def reward_models(recipe: Recipe) -> list[str]:
-    """The stages that train a reward model."""
-    return [name for name, stage in recipe.stages.items() if stage.record.produces == "reward"]
+    """The stages that train a reward model as an adapter of the base."""
+    return [name for name, stage in recipe.stages.items() if stage.record.adapts and stage.record.produces == "reward"]
 
 
 def graph_problems(recipe: Recipe, text: Text) -> Iterator[UserError]:
@@ -170,6 +171,7 @@ def graph_problems(recipe: Recipe, text: Text) -> Iterator[UserError]:
             remedy = f"start from {above.parent}, say, and read the rows with data: {{stage: {stage.parent}}}"
             yield problem(text, (*here, "from"), said, remedy)
         yield from _idle_problems(text, here, stage)
+        yield from _full_problems(recipe, text, name, stage)
         yield from _said_twice(text, here, stage)
         yield from growth_problems(recipe, text, name, stage)
     for name, each in recipe.expanded.items():
@@ -223,6 +225,7 @@ def _sampled_problems(recipe: Recipe, text: Text, name: str, stage: Stage) -> It
         yield problem(text, there, said, f"set stages.{source}.keep: {fitting}, or read other data")
 
 
+_OF_ITS_OWN = " (full: true, which makes a model of its own)"
 _ROWS = {"demo": "demonstrations", "pair": "pairs", "label": "labelled replies", "prompt": "prompts"}
 
 
@@ -239,6 +242,36 @@ def _idle_problems(text: Text, here: Path_, stage: Stage) -> Iterator[UserError]
         if value:
             words = f"has no effect: a {stage.record.name} stage trains nothing"
             yield problem(text, (*here, key), words, "leave it out")
+
+
+def _is_full(recipe: Recipe, name: object) -> bool:
+    return isinstance(name, str) and name in recipe.stages and recipe.stages[name].full
+
+
+def _full_problems(recipe: Recipe, text: Text, name: str, stage: Stage) -> Iterator[UserError]:
+    """A stage that trains the whole model stands alone in its run, where all else is adapters of one base."""
+    here: Path_ = ("stages", name)
+    if _is_full(recipe, stage.parent):
+        said = f"{stage.parent!r} trains a whole model, and a stage of this run starts from an adapter of its base"
+        remedy = f"write a recipe of its own, with model.base: RUN/{stage.parent} and from: base"
+        yield problem(text, (*here, "from"), said, remedy)
+    if not stage.full:
+        return
+    if not stage.record.trains:
+        yield problem(text, (*here, "full"), f"has no effect: a {stage.kind} stage trains nothing", "leave it out")
+        return
+    if stage.record.full_learning_rate is None:
+        said = f"all weights train in stages of kind sft, reward, dpo and kto, and this one is of kind {stage.kind}"
+        yield problem(text, (*here, "full"), said, "leave it out, and start from a base whose weights were trained so")
+    if stage.parent != BASE:
+        said = f"is {stage.parent!r}, and a whole model starts from the base"
+        remedy = "merge the adapter (preftune merge ADAPTER OUT) and start from the result: model.base: OUT"
+        yield problem(text, (*here, "from"), said, remedy)
+    if stage.lora.model_dump(exclude_none=True):
+        yield problem(text, (*here, "lora"), "has no effect: the stage trains the whole model", "leave it out")
+    if recipe.model.quantization is not None:
+        said = "the weights that it trains are packed by model.quantization"
+        yield problem(text, (*here, "full"), said, "leave one of them out")
 
 
 def _circle(recipe: Recipe, text: Text) -> Iterator[UserError]:
@@ -314,6 +347,7 @@ def _reward_problems(recipe: Recipe, text: Text, name: str, stage: Stage, reward
         if source.stage is not None and kind == "reward" and source.stage not in rewards:
             known = recipe.stages.get(source.stage)
             said = f"no stage {source.stage!r}" if known is None else f"stage {source.stage!r} is of kind {known.kind}"
+            said += _OF_ITS_OWN if known is not None and known.full else ""
             remedy = nearest(source.stage, rewards) if rewards else "add a stage of kind reward"
             yield problem(text, path, f"{said}, expected a reward stage", remedy)
         if kind == "function" and ":" not in str(source.function or ""):
@@ -345,8 +379,8 @@ def _teacher_problems(recipe: Recipe, text: Text, name: str, stage: Stage) -> It
         yield problem(text, path, said, f"write teacher: {{stage: {teacher.model}}}")
     if teacher.stage is not None:
         known, others = recipe.stages.get(teacher.stage), [each for each in speaking(recipe) if each != name]
-        if known is None or known.record.produces != "policy":
-            kind = "" if known is None else f" is of kind {known.kind}"
+        if known is None or not known.record.speaks:
+            kind = "" if known is None else f" is of kind {known.kind}{_OF_ITS_OWN if known.full else ''}"
             said = f"{'no stage' if known is None else 'stage'} {teacher.stage!r}{kind}, expected one that speaks"
             yield problem(text, path, said, nearest(teacher.stage, others))
 
@@ -381,7 +415,7 @@ def _eval_problems(recipe: Recipe, text: Text) -> Iterator[UserError]:
     if recipe.eval is None:
         return
     part = recipe.eval
-    known = [BASE, *(name for name, stage in recipe.stages.items() if stage.record.produces == "policy")]
+    known = [BASE, *speaking(recipe)]
     curve = part.over_optimisation is not None
     if found := beam_problem(part.beams or 1, temperature=part.temperature, kl=part.kl, over_optimisation=curve):
         yield problem(text, ("eval", "beams"), *found)
@@ -389,9 +423,15 @@ def _eval_problems(recipe: Recipe, text: Text) -> Iterator[UserError]:
     for index, policy in enumerate(part.policies):
         if policy in unknown:
             stage = recipe.stages.get(policy)
-            what = {"reward": " (a reward model)", "rows": " (it samples rows)"}
+            what = {"reward": " (a reward model)", "rows": " (it samples rows)", "policy": " of this run's base"}
             said = f"{policy!r} is no policy{'' if stage is None else what[stage.record.produces]}"
-            yield problem(text, ("eval", "policies", index), said, nearest(policy, known))
+            remedy = nearest(policy, known)
+            if stage is not None and stage.full:
+                said, remedy = (
+                    said + _OF_ITS_OWN,
+                    f"evaluate it as the base of another recipe: model.base: RUN/{policy}",
+                )
+            yield problem(text, ("eval", "policies", index), said, remedy)
     if part.reference not in (*part.policies, BASE) and part.policies and not unknown:
         said = f"{part.reference!r} is not among the policies"
         yield problem(text, ("eval", "reference"), said, nearest(part.reference, part.policies))
@@ -399,6 +439,6 @@ def _eval_problems(recipe: Recipe, text: Text) -> Iterator[UserError]:
         named = judge.get("stage")
         rewards = reward_models(recipe)
         if named is not None and named not in rewards:
-            said = f"no reward stage {named!r}"
+            said = f"no reward stage {named!r}" + (_OF_ITS_OWN if _is_full(recipe, named) else "")
             remedy = nearest(str(named), rewards) if rewards else "add a stage of kind reward"
             yield problem(text, ("eval", "judges", index, "stage"), said, remedy)

@@ -22,7 +22,7 @@ def start_problems(recipe: Recipe, text: Text) -> Iterator[UserError]:
     """Adapters start in a way that there is; what holds for all stages is said once."""
     said = set[Path_]()
     for name, stage in recipe.stages.items():
-        if not stage.record.trains:
+        if not stage.record.adapts:
             continue
         values, own = lora_values(recipe, name), stage.lora.init_lora_weights is not None
         try:
@@ -57,11 +57,11 @@ def growth_problems(recipe: Recipe, text: Text, name: str, stage: Stage) -> Iter
 
 def _parents(recipe: Recipe, name: str, stage: Stage) -> dict[str, Any] | None:
     """What its parent's adapter is; None where there is none, or none that its files say enough of."""
-    if not stage.record.trains:
+    if not stage.record.adapts:
         return None
     if stage.imports is not None:
         return _imported(stage.imports, lora_values(recipe, name))
-    if stage.parent not in recipe.stages or stage.parent == name or not recipe.stages[stage.parent].record.trains:
+    if stage.parent not in recipe.stages or stage.parent == name or not recipe.stages[stage.parent].record.adapts:
         return None
     return lora_values(recipe, stage.parent)
 

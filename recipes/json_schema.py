@@ -126,6 +126,8 @@ def _stage(kind: StageKind, definitions: Schema) -> Schema:
         keys[group] = {"anyOf": [{"type": "number"}, {"$ref": f"#/$defs/{kind.name}_{group}"}]}
     for parameter in kind.alone():
         keys[parameter.name] |= _described(parameter)
+    if kind.full_learning_rate is None:
+        keys["full"] = {"enum": [False], "doNotSuggest": True}
     if not kind.trains:
         for key in ("train", "lora", "on_nonfinite"):
             del keys[key]

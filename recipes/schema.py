@@ -235,6 +235,7 @@ class Stage(Part):
     parent: Annotated[str, PlainValidator(_as_parent)] = Field(default=BASE, alias="from")
     data: str
     lora: LoraChange = Field(default_factory=LoraChange)
+    full: bool = False
     seed: Seed | None = None
     seeds: list[Seed] | None = None
     grid: dict[str, Any] | None = None
@@ -249,7 +250,8 @@ class Stage(Part):
     @property
     def record(self) -> StageKind:
         """The record of its kind."""
-        return stage_kind(self.kind)
+        kind = stage_kind(self.kind)
+        return kind.of_all_weights() if self.full else kind
 
     @property
     def rewards(self) -> list[Reward]:

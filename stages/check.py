@@ -46,7 +46,7 @@ def stage_problems(job: StageJob) -> list[UserError]:
         found += _expert_problems(job, args)
         found += [] if kind.check is None else kind.checker()(job, args)
         found += _start_problems(job, args)
-    found += _adapter_problems(job)
+    found += [] if job.full else _adapter_problems(job)
     for index, source in enumerate(job.rewards):
         here = f"stages.{job.name}.reward.{index}"
         with gathering(found):

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 Device = Literal["cpu", "cuda"]
 WEIGHTS, MERGED, CACHE, ADAPTERS = "weights", "merged weights", "key-value cache", "adapters"
 OPTIMISER, BUCKETS, LIBRARIES, HOLES = "optimiser", "gradient buckets", "libraries", "allocator"
-TEACHER = "teacher"
+TEACHER, REFERENCE = "teacher", "reference"
 PRODUCTS = "compiled products"
 _REWARD = "reward"
 
@@ -310,6 +310,7 @@ def _peaks(stage: "_Stage", config: PreTrainedConfig, work: Sequence[Work]) -> t
         job.quantization,
         stage.place.device,
         stage.checkpointing,
+        job.full,
     )
     try:
         return rehearsed(build, [each.program() for each in work]), None
@@ -339,7 +340,8 @@ class _Stage:
         teacher: PreTrainedConfig | None = None,
     ) -> None:
         self.job, self.config, self.rows, self.held, self.place = job, config, rows, held, place
-        self.size = sizes(config, job.lora, job.dtype, job.quantization)
+        # all weights that train are held in fp32
+        self.size = sizes(config, job.lora, "float32" if job.full else job.dtype, job.quantization)
         kind = job.record
         self.teacher = None if teacher is None else sizes(teacher, LoraSpec(r=1, alpha=1), job.dtype, job.quantization)
         # what the config says of this machine's devices is not read from it
@@ -468,9 +470,11 @@ class _Stage:
     # --- what is held all the time ------------------------------------------------------------------------------------
 
     def trained_parameters(self) -> int:
-        """Of the adapters that train, their heads left out."""
+        """Of the adapters that train, or of the model where all of it does; their heads for scores left out."""
         if not self.job.record.trains:
             return 0
+        if self.job.full:
+            return self.size.parameters
         separate = self.job.record.on_policy is not None and self._value("value") == "separate"
         return self.size.adapter * (2 if separate else 1)
 
@@ -497,7 +501,8 @@ class _Stage:
         return Counter(
             {
                 WEIGHTS: weights,
-                ADAPTERS: (trained + frozen) * ADAPTER_BYTES,
+                ADAPTERS: 0 if job.full else (trained + frozen) * ADAPTER_BYTES,
+                REFERENCE: weights if job.full and refers else 0,
                 OPTIMISER: 0 if self.paged else self.optimiser(),
                 BUCKETS: trained * ADAPTER_BYTES if several else 0,
                 LIBRARIES: place.libraries,
@@ -514,7 +519,7 @@ class _Stage:
         return self.size.linear_bytes if laid_out_anew else self.size.adapted_bytes
 
     def disk_bytes(self) -> int:
-        """The adapter, two checkpoints with the optimiser (a new one is written beside the old), and kept policies.
+        """What comes out, two checkpoints with the optimiser (a new one is written beside the old), and kept policies.
 
         Of a stage that samples: replies as text, until the rows are written beside them.
         """
@@ -524,6 +529,8 @@ class _Stage:
         checkpoint = self.trained_parameters() * ADAPTER_BYTES + self.optimiser()
         every = self.job.method_value("keep_every")
         kept = (self.iterations() or 0) // every if every else 0
+        if self.job.full:
+            return self.size.parameters * BYTES[self.job.dtype] + 2 * checkpoint
         return adapter * (1 + kept) + 2 * checkpoint
 
     def growth(self) -> float:

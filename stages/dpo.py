@@ -13,8 +13,8 @@ from .activations import settle_checkpointing
 from .global_batch import say_own_batches
 from .job import StageJob
 from .options import refusals_in_words, stage_config
-from .reference_trainer import ReferenceTrainer
-from .run import PolicyStage, load_data, open_adapters, open_tokenizer, train_policy
+from .reference_trainer import ReferenceTrainer, reference_of
+from .run import PolicyStage, load_data, open_policy, open_tokenizer, train_policy
 from .trainers import NO_AUX, settle_dropout, stage_callbacks
 
 
@@ -53,12 +53,13 @@ def build_dpo(job: StageJob) -> PolicyStage[DPOStageTrainer]:
     args = stage_config(DPOConfig, job, held_out=data.held is not None, max_length=job.data.max_length, **NO_AUX)
     settle_checkpointing(job, args, data.train)
     # 2. the base, the adapter that trains, its frozen copy as the reference
-    adapters = open_adapters(job, tokenizer)
+    adapters = open_policy(job, tokenizer)
     settle_dropout(job, args, adapters.model, reference=True)
     say_own_batches(job.name, args, [each for each in args.loss_type if each in _OF_A_BATCH])
     with refusals_in_words(job):
         trainer = DPOStageTrainer(
             model=adapters.model,
+            ref_model=reference_of(job, adapters, tokenizer),
             args=args,
             train_dataset=data.train,
             eval_dataset=data.held,

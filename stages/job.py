@@ -52,6 +52,7 @@ class StageJob:
 
     Attributes:
         name: the stage's name in the recipe; kind: as the recipe says it (see `kinds.stage_kind`).
+        full: all weights train, and no adapter.
         parent: folder of the adapter that it starts from; None for the base.
         folders: where relative data paths are looked up, in order.
         method: the parameters that stand beside `train:` (beta, loss_type, kl_coef, early_stopping_patience, ...).
@@ -73,6 +74,7 @@ class StageJob:
     dtype: str = "float32"
     quantization: Quantization | None = None
     lora: LoraSpec = field(default_factory=LoraSpec)
+    full: bool = False
     parent: Path | None = None
     data: DataSpec
     folders: tuple[Path, ...] = ()
@@ -94,7 +96,8 @@ class StageJob:
     @property
     def record(self) -> StageKind:
         """The record of its kind. Raises UserError where there is none."""
-        return stage_kind(self.kind, f"stages.{self.name}.kind")
+        kind = stage_kind(self.kind, f"stages.{self.name}.kind")
+        return kind.of_all_weights() if self.full else kind
 
     @property
     def rows(self) -> RowKind:

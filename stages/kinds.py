@@ -12,7 +12,7 @@ import inspect
 import pkgutil
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
@@ -82,6 +82,8 @@ class StageKind:
         parameters: of the method.
         groups: recipe words that are written as a group, `kl: {coef: 0.1}`: group -> its key -> the parameter.
         produces: a policy, which samples and can be evaluated, a reward model, or rows, which later stages read.
+        full_learning_rate: where all weights train (`full: true`) and the recipe says none; None: it cannot.
+        full: all weights train, and what comes out is a model of its own: no adapter of the run's base.
         needs_reference: it measures its policy against the frozen adapter that it started from.
         needs_reward: the recipe says where its scores come from. needs_teacher: and whom it learns from.
         reads_by: of a kind that does not always read `rows`: what it reads, by the values of its parameters.
@@ -106,6 +108,8 @@ class StageKind:
     parameters: tuple[Parameter, ...] = ()
     groups: Mapping[str, Mapping[str, str]] = field(default_factory=lambda: MappingProxyType({}))
     produces: Literal["policy", "reward", "rows"] = "policy"
+    full_learning_rate: float | None = None
+    full: bool = False
     needs_reference: bool = False
     needs_reward: bool = False
     needs_teacher: bool = False
@@ -122,8 +126,29 @@ class StageKind:
 
     @property
     def trains(self) -> bool:
-        """Whether an adapter comes out of it."""
+        """Whether weights come out of it."""
         return self.produces != "rows"
+
+    @property
+    def adapts(self) -> bool:
+        """Whether they are an adapter's, which stands beside those of other stages on the run's base."""
+        return self.trains and not self.full
+
+    @property
+    def speaks(self) -> bool:
+        """Whether they are an adapter's that samples and can be evaluated."""
+        return self.adapts and self.produces == "policy"
+
+    def of_all_weights(self) -> "StageKind":
+        """The same where all weights train: a backward makes their gradients as well."""
+        rate = {} if self.full_learning_rate is None else {"learning_rate": self.full_learning_rate}
+        return replace(
+            self,
+            full=True,
+            orders_pairs=False,
+            passes=self.passes + 1,
+            defaults=MappingProxyType({**self.defaults, **rate}),
+        )
 
     @property
     def draws(self) -> bool:
@@ -240,6 +265,7 @@ SFT = StageKind(
     passes=2,
     panels=(_LOSS, _ENTROPY, _TOKEN_ACCURACY),
     first=True,
+    full_learning_rate=2e-5,
 )
 
 REWARD = StageKind(
@@ -261,6 +287,7 @@ REWARD = StageKind(
     defaults=_lora_defaults(1e-4),
     produces="reward",
     orders_pairs=True,
+    full_learning_rate=1e-5,
     passes=2,
     panels=(
         _LOSS,
@@ -311,6 +338,7 @@ DPO = StageKind(
     defaults=_lora_defaults(1e-5),
     needs_reference=True,
     orders_pairs=True,
+    full_learning_rate=1e-6,
     # the reference's forward comes on top
     passes=3,
     panels=(_LOSS, _PAIR_ACCURACY, _MARGIN, _IMPLICIT, _ENTROPY, _TOKEN_ACCURACY),
@@ -334,6 +362,7 @@ KTO = StageKind(
     defaults=_lora_defaults(1e-5),
     needs_reference=True,
     orders_pairs=True,
+    full_learning_rate=1e-6,
     passes=3,
     panels=(_LOSS, _MARGIN, _IMPLICIT, _ENTROPY),
     variants=MappingProxyType({"apo": "write kind: kto and loss_type: apo_zero_unpaired"}),

@@ -1,6 +1,7 @@
 """Kahneman-Tversky optimisation (arXiv 2402.01306): single responses labelled good or bad."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -21,8 +22,8 @@ from .global_batch import ROWS, Counts, Metrics, MicroBatch
 from .job import StageJob
 from .method_problems import check_batch
 from .options import refusals_in_words, stage_config
-from .reference_trainer import ReferenceTrainer
-from .run import PolicyStage, load_data, open_adapters, open_tokenizer, train_policy
+from .reference_trainer import ReferenceTrainer, reference_of
+from .run import PolicyStage, load_data, open_policy, open_tokenizer, train_policy
 from .trainers import NO_AUX, settle_dropout, stage_callbacks
 
 
@@ -87,8 +88,9 @@ class KTOStageTrainer(ReferenceTrainer, KTOTrainer):
                 if self.precompute_ref_logps:
                     reference = batch["ref_KL_logps"]
                 else:
-                    with use_adapter(self.accelerator.unwrap_model(self.model), adapter_name="ref"):
-                        reference = trl._compute_kl_logps(self.model, batch)
+                    whole, own = self.ref_model, self.accelerator.unwrap_model(self.model)
+                    with nullcontext() if whole is not None else use_adapter(own, adapter_name="ref"):
+                        reference = trl._compute_kl_logps(self.model if whole is None else whole, batch)
             found.append(self.of_all_rows(logps - reference, now))
         return torch.cat(found).mean().clamp(min=0)[None]
 
@@ -102,7 +104,8 @@ class KTOStageTrainer(ReferenceTrainer, KTOTrainer):
         if self._z0 is None:
             return super()._compute_kl_logps(model, batch)
         own: Any = self.model
-        return torch.zeros_like(self._z0) if "ref" in own.active_adapters else self._z0
+        refers = model is self.ref_model if self.ref_model is not None else "ref" in own.active_adapters
+        return torch.zeros_like(self._z0) if refers else self._z0
 
 
 def with_kl_completions(rows: Dataset, batch_size: int) -> Dataset:
@@ -166,11 +169,12 @@ def build_kto(job: StageJob) -> PolicyStage[KTOStageTrainer]:
         if held_rows is not None:
             held_rows = with_kl_completions(held_rows.shuffle(seed=job.seed), len(held_rows))
     # 2. the base, the adapter that trains, its frozen copy as the reference
-    adapters = open_adapters(job, tokenizer)
+    adapters = open_policy(job, tokenizer)
     settle_dropout(job, args, adapters.model, reference=True)
     with refusals_in_words(job):
         trainer = KTOStageTrainer(
             model=adapters.model,
+            ref_model=reference_of(job, adapters, tokenizer),
             args=args,
             train_dataset=train_rows,
             eval_dataset=held_rows,

@@ -158,12 +158,11 @@ REFUSED: Mapping[str, str] = {
 
 SAID: Mapping[str, str] = {
     **REFUSED,
+    "full_finetune": "write full: true in the stage (sft, reward, dpo, kto), beside its kind",
     **dict.fromkeys(
-        ("full", "full_finetune"),
-        "leave it out: every stage trains an adapter beside one frozen base, which all roles share; a model that was "
-        "trained whole elsewhere is such a base (model.base: FOLDER)",
+        ("use_peft", "finetuning_type"),
+        "leave it out: a stage trains a LoRA adapter (lora: {...}), or with full: true all weights",
     ),
-    **dict.fromkeys(("use_peft", "finetuning_type"), "leave it out: every stage trains a LoRA adapter (lora: {...})"),
     **dict.fromkeys(
         ("attn_implementation", "flash_attn", "flash_attention"), "leave it out: the attention is chosen by the device"
     ),

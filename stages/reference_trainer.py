@@ -4,11 +4,14 @@ import json
 from typing import Any
 
 from datasets.fingerprint import Hasher
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models import seams
-from ..models.adapters import DEFAULT, REF
+from ..models.adapters import DEFAULT, REF, AdapterSet
 from ..models.lineage import tokenizer_info
 from ..models.token_rows import copy_rows
+from ..models.whole_model import WholeModel
+from .job import StageJob
 from .trainers import StageTrainer, check_identity
 
 
@@ -17,10 +20,12 @@ class ReferenceTrainer(StageTrainer):
 
     The reference is the frozen copy `ref` that TRL makes of the adapter `default` it is given: the parent's copy, or,
     started from the base, a fresh adapter that changes nothing. TRL passes over rows of single tokens, which have other
-    names: they are copied here. The first batch is checked against that.
+    names: they are copied here. Where all weights train it is a frozen copy of the model (`reference_of`). The first
+    batch is checked against that.
     """
 
     beta: float
+    ref_model: Any
     mean_logits = True
     overridden = (*StageTrainer.overridden, seams.COMPUTE_LOSS, seams.REFERENCE_LOGPS)
     _identity_checked = False
@@ -43,7 +48,21 @@ class ReferenceTrainer(StageTrainer):
             self._reference_whole = True
             assert self.model is not None
             copy_rows(self.model, DEFAULT, REF)
+            if self.ref_model is not None:
+                self._put_head(self.ref_model)
+                self._in_training_precision(self.ref_model)
         super()._use_compact_head()
+
+    def _in_training_precision(self, model: Any) -> None:
+        """Have its forward run under autocast, as the policy's does: TRL calls it outside, and what accelerate put
+        around it for that stands no longer outermost."""
+        inner = model.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with self.accelerator.autocast():
+                return inner(*args, **kwargs)
+
+        model.forward = forward
 
     def _precompute_ref_logps(self, *args: object, **kwargs: object) -> Any:
         # the first call runs inside TRL's __init__, before ours puts the head in place
@@ -56,6 +75,13 @@ class ReferenceTrainer(StageTrainer):
         return trl._precompute_ref_logps(*args, **kwargs)
 
 
+def reference_of(
+    job: StageJob, policy: AdapterSet | WholeModel, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel | None:
+    """The model that the policy is measured against where it is no adapter of the policy's own base."""
+    return policy.reference(tokenizer, packed=job.packed) if isinstance(policy, WholeModel) else None
+
+
 def reference_key(trainer: Any) -> str:
     """Everything but the rows that the reference's log-probs depend on (D2), as a hash.
 
@@ -63,6 +89,7 @@ def reference_key(trainer: Any) -> str:
     (LoRA's alpha is no weight), that computes in another precision or cuts its rows elsewhere.
     """
     args, model = trainer.args, trainer.model
+    adapters = getattr(model, "peft_config", {})
     seams.require(seams.COLLATOR, trainer)
     seams.require(seams.TRL_SETTINGS, args)
     cut = {name: getattr(trainer.data_collator, name, None) for name in ("max_length", "truncation_mode")}
@@ -70,7 +97,7 @@ def reference_key(trainer: Any) -> str:
         json.dumps(
             {
                 "weights": trainer._precompute_model_hash,
-                "adapters": {name: _json(config.to_dict()) for name, config in model.peft_config.items()},
+                "adapters": {name: _json(config.to_dict()) for name, config in adapters.items()},
                 "dtype": [str(model.dtype), bool(args.bf16), bool(args.fp16)],
                 "tokenizer": tokenizer_info(trainer.processing_class),
                 "truncation": cut,

@@ -15,8 +15,9 @@ from trl.trainer.reward_trainer import RewardTrainer
 from ..data.encode import encode_pairs
 from ..data.store import derived
 from ..models.batching import right_pad, row_batches
-from ..models.causal import decoder_of
+from ..models.causal import decoder_of, inner_model
 from ..models.reward_model import create_reward_model, save_reward_model
+from ..models.whole_model import WholeModel
 from .activations import settle_checkpointing
 from .job import StageJob
 from .metrics import length_baselines, mean_std, pair_accuracy
@@ -82,12 +83,14 @@ def _joined(first: pa.ChunkedArray, second: pa.ChunkedArray) -> pa.ListArray:
 
 @dataclass(frozen=True)
 class RewardStage:
-    """A reward stage, built and ready for its first step; `held` is the held-out rows as the classifier reads them."""
+    """A reward stage, built and ready for its first step; `held` is the held-out rows as the classifier reads them,
+    `whole` the model where all of it trains."""
 
     trainer: RewardStageTrainer
     tokenizer: PreTrainedTokenizerBase
     data: StageData
     held: Dataset | None
+    whole: WholeModel | None = None
 
 
 def build_reward(job: StageJob) -> RewardStage:
@@ -99,17 +102,10 @@ def build_reward(job: StageJob) -> RewardStage:
     held_rows = None if data.held is None else with_prompts(data.held)
     args = stage_config(RewardConfig, job, held_out=held_rows is not None, max_length=job.data.max_length)
     settle_checkpointing(job, args, data.train)
-    # 2. the classifier: the parent's adapter and a fresh fp32 score head
-    model = create_reward_model(
-        job.base,
-        tokenizer,
-        job.lora,
-        job.parent,
-        job.torch_dtype(),
-        seed=job.seed,
-        quantization=job.quantization,
-        packed=job.packed,
-    )
+    # 2. the classifier: the parent's adapter, or all of it, and a fresh fp32 score head
+    options: Any = {"task": "reward", "packed": job.packed, "seed": job.seed}
+    whole = WholeModel.open(job.base, tokenizer, job.torch_dtype(), **options) if job.full else None
+    model: Any = whole.model if whole is not None else _with_adapter(job, tokenizer)
     settle_dropout(job, args, model, reference=False)
     with refusals_in_words(job):
         trainer = RewardStageTrainer(
@@ -120,7 +116,20 @@ def build_reward(job: StageJob) -> RewardStage:
             processing_class=tokenizer,
             callbacks=stage_callbacks(job),
         )
-    return RewardStage(trainer, tokenizer, data, held_rows)
+    return RewardStage(trainer, tokenizer, data, held_rows, whole)
+
+
+def _with_adapter(job: StageJob, tokenizer: PreTrainedTokenizerBase) -> torch.nn.Module:
+    return create_reward_model(
+        job.base,
+        tokenizer,
+        job.lora,
+        job.parent,
+        job.torch_dtype(),
+        seed=job.seed,
+        quantization=job.quantization,
+        packed=job.packed,
+    )
 
 
 def run_reward(job: StageJob) -> dict[str, Any]:
@@ -139,8 +148,12 @@ def run_reward(job: StageJob) -> dict[str, Any]:
     metrics |= {f"reference_reward_{key}": value for key, value in reference.items()}
     if data.held is not None and stage.held is not None:
         metrics |= _held_out(model, stage.held, data.held, pad, batch_size)
-    save_reward_model(model, job.base, job.output_dir, write=trainer.is_world_process_zero())
-    backbone = decoder_of(model.get_base_model())
+    write = trainer.is_world_process_zero()
+    if stage.whole is not None:
+        stage.whole.save(job.name, job.output_dir, write=write)
+    else:
+        save_reward_model(model, job.base, job.output_dir, write=write)
+    backbone = decoder_of(inner_model(model))
     return finish(job, stage.tokenizer, data, trainer.args, metrics, backbone=backbone, reward=reference)
 
 

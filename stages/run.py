@@ -25,7 +25,7 @@ from ..data.split import check_sides, prompt_position
 from ..errors import UserError, user_code
 from ..files import CHECKPOINTS, LINEAGE, LOGS, METRICS, ROWS
 from ..models.adapters import AdapterSet
-from ..models.base import Base
+from ..models.base import Base, content_sha256
 from ..models.batching import forward_tokens
 from ..models.cache import file_sha256
 from ..models.context import check_context
@@ -46,7 +46,9 @@ from ..models.loading import load_model
 from ..models.model_card import write_card
 from ..models.older import save_tokenizer
 from ..models.packing import attention_used
+from ..models.sound import weight_files
 from ..models.tokens import check_vocabulary, load_tokenizer, prepare_model, vocabulary_size
+from ..models.whole_model import WholeModel
 from ..values import plain
 from .checkpoints import SAVING, checkpoints, is_asked
 from .encoded import SHAPES, encoded_rows
@@ -101,10 +103,10 @@ def deterministic_kernels(name: str) -> None:
 
 @dataclass(frozen=True)
 class PolicyStage(Generic[TrainerT]):
-    """A stage that trains the adapter `default` on the causal base, built and ready for its first step."""
+    """A stage that trains the adapter `default` on the causal base, or all of the base, ready for its first step."""
 
     trainer: TrainerT
-    adapters: AdapterSet
+    adapters: AdapterSet | WholeModel
     tokenizer: PreTrainedTokenizerBase
     data: "StageData"
 
@@ -224,6 +226,14 @@ def open_tokenizer(job: StageJob) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def open_policy(job: StageJob, tokenizer: PreTrainedTokenizerBase) -> AdapterSet | WholeModel:
+    """What the stage trains: an adapter on the causal base (`open_adapters`), or the base as a whole."""
+    if not job.full:
+        return open_adapters(job, tokenizer)
+    with stopping.interruptible():
+        return WholeModel.open(job.base, tokenizer, job.torch_dtype(), packed=job.packed)
+
+
 def open_adapters(job: StageJob, tokenizer: PreTrainedTokenizerBase) -> AdapterSet:
     """The causal base with a trainable `default` adapter: a copy of the parent, or a fresh one on the base."""
     with stopping.interruptible():
@@ -302,7 +312,9 @@ def finished(job: StageJob) -> dict[str, Any] | None:
     if not (job.output_dir / LINEAGE).is_file():
         return None
     try:
-        if job.record.trains:
+        if job.full:
+            content_sha256(job.output_dir, weight_files(job.output_dir, job.name), job.name)
+        elif job.record.trains:
             adapter_sha256(job.output_dir)
         elif file_sha256(job.output_dir / ROWS) != read_lineage(job.output_dir).config["rows"]["sha256"]:
             raise ValueError("the rows are not those that were written")
@@ -357,7 +369,7 @@ def _resolved(job: StageJob, args: TrainingArguments) -> dict[str, Any]:
         {
             "dtype": job.dtype,
             "quantization": job.quantization,
-            "lora": dataclasses.asdict(job.lora),
+            **({"full": True} if job.full else {"lora": dataclasses.asdict(job.lora)}),
             "method": job.method,
             "train": {key: value for key, value in used.items() if key not in places},
             **({"rewards": [each.as_dict() for each in job.rewards]} if job.rewards else {}),

@@ -12,7 +12,7 @@ from ..data.encode import encode_demos
 from .activations import settle_checkpointing
 from .job import StageJob
 from .options import refusals_in_words, stage_config
-from .run import PolicyStage, load_data, open_adapters, open_tokenizer, train_policy
+from .run import PolicyStage, load_data, open_policy, open_tokenizer, train_policy
 from .trainers import NO_AUX, StageTrainer, stage_callbacks
 
 
@@ -45,7 +45,7 @@ def build_sft(job: StageJob) -> PolicyStage[SFTStageTrainer]:
     args = stage_config(SFTConfig, job, held_out=data.held is not None, max_length=job.data.max_length, **NO_AUX)
     settle_checkpointing(job, args, data.train)
     # 2. the base with the adapter that trains
-    adapters = open_adapters(job, tokenizer)
+    adapters = open_policy(job, tokenizer)
     with refusals_in_words(job):
         trainer = SFTStageTrainer(
             model=adapters.model,

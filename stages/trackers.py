@@ -345,7 +345,8 @@ def _config(job: StageJob) -> dict[str, Any]:
         "dtype": job.dtype,
         "seed": job.seed,
         "data": job.data_name,
-        **({f"lora.{key}": value for key, value in vars(job.lora).items()} if job.record.trains else {}),
+        **({f"lora.{key}": value for key, value in vars(job.lora).items()} if job.record.adapts else {}),
+        **({"full": True} if job.full else {}),
         **{each.name: job.method_value(each.name) for each in job.record.parameters},
         **{f"train.{key}": value for key, value in {**job.record.defaults, **job.train}.items() if key not in own},
     }

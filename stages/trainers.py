@@ -17,7 +17,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallbac
 from ..errors import UserError
 from ..files import LOG, LOGS, PROGRESS
 from ..models import seams
-from ..models.causal import head_of
+from ..models.causal import head_of, inner_model
 from ..models.described import has_experts
 from ..models.dropout import dropout_rate, no_dropout
 from ..models.lm_head import use_compact_head
@@ -94,8 +94,15 @@ class StageTrainer(GlobalBatch, Resumable):
         """
         if not self.compact_head:
             return
-        model: Any = self.model
-        causal = model.get_base_model()
+        assert self.model is not None
+        self._put_head(self.model)
+
+    def _put_head(self, model: torch.nn.Module) -> None:
+        # tried as training runs it: within a forward that accelerate has wrapped, a trial would leave autocast on
+        with self.accelerator.autocast():
+            self._replace_head(inner_model(model))
+
+    def _replace_head(self, causal: Any) -> None:
         seams.require(seams.TRL_SETTINGS, self.args)
         asked = {
             "use_weighting": getattr(self.args, "use_weighting", False),

@@ -260,6 +260,43 @@ MUTATIONS = [
 
 MUTATIONS += [
     Mutation(
+        "F1", "the embedding stays as it is", "models/whole_model.py",
+        "        model.requires_grad_(True)\n",
+        "        model.requires_grad_(True)\n        model.get_input_embeddings().requires_grad_(False)\n",
+    ),
+    Mutation(
+        "F1", "the head's gradient is lost", "models/logprobs.py",
+        "head_trains = (weight_VH.requires_grad and rows is None)", "head_trains = (False and rows is None)",
+    ),
+    Mutation(
+        "F2", "the policy is its own reference", "stages/reference_trainer.py",
+        "policy.reference(tokenizer, packed=job.packed) if isinstance", "policy.model if isinstance",
+    ),
+    Mutation(
+        "F2", "the weights are held in 16 bits", "models/whole_model.py",
+        "load_model(base, dtype=torch.float32, task=task", "load_model(base, dtype=dtype, task=task",
+    ),
+    Mutation(
+        "F3", "what trained is left in 16 bits", "models/whole_model.py",
+        "                each.data = held[name]\n", "                pass\n",
+    ),
+    Mutation(
+        "F3", "a base forgets what it was made from", "models/lineage.py",
+        'entry["made_from"] = {', "ignored = {",
+    ),
+    Mutation(
+        "F4", "a child starts from the base that its parent left", "recipes/graph.py",
+        "    if _is_full(recipe, stage.parent):\n", "    if False:\n",
+    ),
+    Mutation(
+        "F4", "a packed base is trained", "recipes/graph.py",
+        "    if recipe.model.quantization is not None:\n        said = \"the weights",
+        "    if False:\n        said = \"the weights",
+    ),
+]  # fmt: skip
+
+MUTATIONS += [
+    Mutation(
         "R1", "the head that never trained is saved", "models/reward_model.py",
         "inner.score.modules_to_save[DEFAULT]", "inner.score.original_module",
     ),

@@ -139,8 +139,12 @@ class _Run:
             if record.is_policy:
                 replies = bench.samples(record.name, prompts)
                 yield from policy_findings(bench, record, replies, self._expected(bench, record), self.left_out)
-            elif record.job.record.trains:
+            elif record.job.record.adapts:
                 yield from self._rewards(bench, record)
+            elif record.job.full:
+                self.left_out.append(
+                    f"{record.name}: its weights are not measured, which are no adapter's (full: true)"
+                )
 
     def _data(self, record: Record) -> Iterator[Finding]:
         """Reads the stage's rows, and says whether they are still those that it was trained on."""

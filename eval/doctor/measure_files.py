@@ -54,7 +54,7 @@ def file_findings(
     yield check_base(record.name, record.lineage.base, base.sha256)
     yield from _tokenizers(record, tokenizer, left_out)
     yield from _parents(record, elsewhere, left_out)
-    if record.job.record.produces == "reward":
+    if record.job.record.adapts and record.job.record.produces == "reward":
         yield check_score_head(record.name, *score_weight(record))
 
 
@@ -174,7 +174,7 @@ def _parents(record: Record, elsewhere: Collection[str], left_out: list[str]) ->
     folders = _parent_folders(record)
     if name in elsewhere:
         left_out.append(f"{name}, parents: started with --from-adapter, outside this run")
-        if not job.record.trains:
+        if not job.record.adapts:
             return
         yield check_trained(name, lora_change(record.tensors(), None)[0], start=BASE)
         return
@@ -194,7 +194,7 @@ def _parents(record: Record, elsewhere: Collection[str], left_out: list[str]) ->
         found = check_parent(name, folder.name, recorded[folder.name], there)
         same &= found.level == "OK" or folder != job.parent
         yield found
-    if not job.record.trains:
+    if not job.record.adapts:
         return
     if job.parent is None:
         yield check_trained(name, lora_change(record.tensors(), None)[0], start=BASE)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...data.encode import TRUNCATED
 from ...data.spec import DataSpec, SourceSpec
 from ...errors import UserError
-from ...files import LINEAGE, LOG, METRICS, ROWS, partial_folder, read_json_lines
+from ...files import LINEAGE, LOG, METRICS, MODEL_CONFIG, ROWS, partial_folder, read_json_lines
 from ...intact import damage, read_json_object
 from ...models.fingerprints import content
 from ...models.heads import ScalarHead
@@ -50,7 +50,7 @@ class Record:
 
     @property
     def is_policy(self) -> bool:
-        return self.job.record.produces == "policy"
+        return self.job.record.speaks
 
     def start(self) -> str:
         """Name of what the stage starts from."""
@@ -89,7 +89,8 @@ class Record:
 def read_record(job: StageJob, run_dir: Path) -> Record:
     """The record of a stage, finished or not, sound or damaged."""
     folder = job.output_dir
-    names = (LINEAGE, CONFIG, WEIGHTS) if job.record.trains else (LINEAGE, ROWS)
+    written = (CONFIG, WEIGHTS) if job.record.adapts else (MODEL_CONFIG,) if job.full else (ROWS,)
+    names = (LINEAGE, *written)
     finished = all((folder / name).is_file() for name in names)
     # a stage at work, or one that was interrupted, lies beside its place
     lies = folder if finished else partial_folder(run_dir, job.name)
@@ -97,7 +98,8 @@ def read_record(job: StageJob, run_dir: Path) -> Record:
     try:
         metrics = read_json_object(lies / METRICS)
         if finished and broken is None:
-            content(folder)
+            if not job.full:
+                content(folder)
             lineage = read_lineage(folder)
     except UserError as error:
         broken = broken or f"{Path(error.where).name} {error.problem}"
