@@ -34,7 +34,7 @@ test-latest: $(LATEST)/.torch
 
 # Rollouts and an evaluation through a real vLLM, in an environment of its own (where there is a GPU: VLLM_PACKAGE=vllm).
 test-vllm: $(VENV)/.test $(VLLM)/.vllm
-	$(BIN)/python tests/vllm/through_server.py --python $(VLLM)/bin/python $(if $(OUTPUT),--output $(OUTPUT))
+	$(BIN)/python tests/vllm/through_server.py --python $(VLLM)/bin/python $(if $(DTYPE),--dtype $(DTYPE)) $(if $(OUTPUT),--output $(OUTPUT))
 
 # Breaks every rule of the checklist and says which tests notice; THIRD=N a third of them.
 mutations: $(VENV)/.test

@@ -69,8 +69,8 @@ def check_launch(config: Path, on_policy: Sequence[str] = (), full: Sequence[str
         said = f"{config}: {', '.join(on_policy)} cannot run under DeepSpeed, which would own the optimiser"
         raise UserError("--launch", said, "use --launch ddp or fsdp2, or run the other stages with --until")
     if full and kind_of(found) in ("DEEPSPEED", "FSDP"):
-        said = f"{config}: an engine that divides weights or optimiser, and {', '.join(full)} trains all of them"
-        raise UserError("--launch", said, "use --launch ddp for stages with full: true")
+        said = f"{config}: {', '.join(full)} cannot run under an engine that divides what trains (full: true)"
+        raise UserError("--launch", said, "use --launch ddp, or run the other stages with --until")
 
 
 def _read(config: Path) -> Any:

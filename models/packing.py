@@ -100,6 +100,9 @@ def _in_tree(
     query: Tensor, key: Tensor, value: Tensor, tree: Tree, window: int | None, *, dropout: float, scaling: float | None
 ) -> Tensor:
     """Each token attends to its ancestors: in one piece on a GPU, block by block elsewhere; [1, N, heads, D]."""
+    if query.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        # as SDPA does it; of fp32 weights the products alone come in 16 bits
+        query, key, value = (each.to(torch.get_autocast_dtype("cpu")) for each in (query, key, value))
     kind = kind_of(query, key, value)
     tree.attended.append(Attended(window, kind, scaling))
     if query.device.type != "cpu":

@@ -23,6 +23,7 @@ from ..models.dropout import dropout_rate, no_dropout
 from ..models.lm_head import use_compact_head
 from ..models.memory import peak_memory_bytes
 from ..models.pickles import check_pickles
+from ..models.quiet import quiet_transformers
 from ..models.sharded import is_sharded
 from ..progress import say
 from .callbacks import Clock, HandingBack, LogFile, ProgressBar, StepFile, clock_of, keep_event_files
@@ -120,6 +121,10 @@ class StageTrainer(GlobalBatch, Resumable):
             raise UserError(f"train.{more[0]}", said, "drop it")
         if odd or head.rows is not None or not (more or self.args.device.type in ("cuda", "xpu")):
             use_compact_head(causal, mean_logits=self.mean_logits)
+
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        with quiet_transformers():  # a bar for each file
+            super()._save(*args, **kwargs)
 
     def came_from(self, job: StageJob, dataset: Any, origins: Sequence[str]) -> None:
         """Say where the rows come from (their encoded form and their origins, for messages), and how many steps on

@@ -5,6 +5,7 @@ simplest and the exact thing. Every loss is a sum over tokens divided by the glo
 not depend on micro-batches or on the number of processes. The loss itself belongs to the method (`method.py`).
 """
 
+import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -216,12 +217,24 @@ def check_reference(rollout: Rollout, tolerance: float) -> None:
 def check_ratio(report: StepReport, iteration: int, tolerance: float) -> None:
     """ratio = 1 in the first minibatch of the first epoch.
 
+    Args:
+        tolerance: of a mean over many tokens; see `of_few`.
+
     Raises:
         RuntimeError: it is not.
     """
-    gap = report.mean("abs_log_ratio")
-    if not gap <= tolerance:
+    gap, most = report.mean("abs_log_ratio"), of_few(tolerance, report.tokens)
+    if not gap <= most:
         raise RuntimeError(
             f"iteration {iteration}: the first minibatch's |log ratio| is {gap:.2g} nats per token, expected 0 within "
-            f"{tolerance:g}: rollout and update do not see the same policy"
+            f"{most:.2g}: rollout and update do not see the same policy"
         )
+
+
+def of_few(tolerance: float, tokens: float) -> float:
+    """What a mean over so many tokens may be, where it may be `tolerance` over many: four standard errors more.
+
+    A token's difference between two forwards in 16 bits spreads about as widely as it is large: 0.038 nats around a
+    mean of 0.044, in minibatches of one reply up to 0.14 (SmolLM2-135M in bf16 on a CPU, 64 replies, 2,510 tokens).
+    """
+    return tolerance * (1 + 4 / math.sqrt(max(tokens, 1.0)))

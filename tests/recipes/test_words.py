@@ -45,7 +45,7 @@ def remedy(override: str) -> str:
         ("lora.dora", "did you mean 'use_dora'?"),
         ("lora.layer_replication", "leave it out: it makes another base, with layers said twice"),
         ("stages.dpo.lora.pissa", "write init_lora_weights: pissa"),
-        ("use_peft", "leave it out: every stage trains a LoRA adapter (lora: {...})"),
+        ("use_peft", "leave it out: a stage trains a LoRA adapter (lora: {...}), or with full: true all weights"),
         ("dataset_name", "write it in data.NAME: {path: ...}"),
         ("data.demos.dataset_name", "did you mean 'path'?"),
         ("stages.sft.dataset_name", "did you mean 'data'?"),

