@@ -7,7 +7,15 @@ import torch
 
 from preftune.stages.ppo.rollout import Rollout
 from preftune.stages.ppo.trainer import PPOTrainer
-from preftune.stages.ppo.update import add_report, check_ratio, check_reference, minibatches, update_metrics
+from preftune.stages.ppo.update import (
+    StepReport,
+    add_report,
+    check_ratio,
+    check_reference,
+    minibatches,
+    of_few,
+    update_metrics,
+)
 
 from .collecting import ppo_of
 from .tiny_ppo import UNEVEN, Steps, move_policy, rollout_of, tiny, trainer, with_reward
@@ -46,6 +54,19 @@ def test_p03_a_reference_or_an_old_policy_that_is_another_is_an_error(tmp_path: 
         check_reference(rollout_of(made), 1e-4)
     with pytest.raises(RuntimeError, match="the reference is not the adapter"):
         made.train()
+
+
+@pytest.mark.checklist("P3")
+@pytest.mark.parametrize(("tokens", "passes"), [(1, True), (48, True), (400, True), (4000, False), (1e6, False)])
+def test_p03_a_mean_over_few_tokens_may_be_further_off(tokens: float, passes: bool) -> None:
+    """0.059 nats over 48 tokens is what rounding to 16 bits gave; over 4,000 it would be another policy."""
+    report = StepReport(("abs_log_ratio",), torch.tensor([0.059 * tokens]), tokens, {})
+    if passes:
+        check_ratio(report, 0, 0.05)
+    else:
+        with pytest.raises(RuntimeError, match=r"expected 0 within 0\.05"):
+            check_ratio(report, 0, 0.05)
+    assert of_few(0.05, 1) == pytest.approx(0.25) and of_few(0.05, 48) < 0.08
 
 
 @pytest.mark.checklist("P4")
