@@ -37,8 +37,8 @@ from .rollout import Episodes, Prompts, Sampling, make_episodes, seed_of
 logger = logging.getLogger(__name__)
 
 BASE_TOLERANCE = 0.15
-"""Nats a token, in the mean, that a server's base may be from ours on the run's own prompts. Both in bf16 (SmolLM2-135M,
-vLLM 0.32): 0.044 for the same base, with an adapter on its own replies 0.038; the base in 8 bits 0.08, in 4 bits 0.63."""
+"""Nats a token, in the mean, that a server's base may be from ours on the run's own prompts. Both in bf16
+(SmolLM2-135M, vLLM 0.32): 0.044 for the same base, 0.08 for one in 8 bits, 0.63 for one in 4."""
 SERVED = "served"
 """In a stage's folder while it trains: the adapter that a server has."""
 _PROBED, _TOKENS = 8, 64
