@@ -130,7 +130,9 @@ def _vllm_options(serving: Serving) -> list[list[str]]:
         # the output head in 32 bits: logits near 20 are 0.125 apart in bfloat16, and log-probs as far off
         ["--hf-overrides", '{"head_dtype": "float32"}'],
     ]
-    found += [["--enforce-eager"]] if serving.on_cpu else []
+    if serving.on_cpu:
+        # a prompt read in two pieces sets its reply's random numbers back, which a CPU's cannot be: the engine ends
+        found += [["--enforce-eager"], ["--no-enable-chunked-prefill"]]
     named = [f"{name}={folder}" for name, folder in serving.adapters.items()]
     return found + ([["--lora-modules", *named]] if named else []) + _template(serving)
 

@@ -183,6 +183,8 @@ def test_memory_that_the_environment_says_holds() -> None:
     from dataclasses import replace
 
     on_cpu = replace(SERVING, on_cpu=True)
+    assert "--no-enable-chunked-prefill" in server_command(on_cpu, ["vllm", "serve"], "x")
+    assert "--no-enable-chunked-prefill" not in server_command(SERVING, ["vllm", "serve"], "x")
     assert server_environment(on_cpu, {})["VLLM_CPU_KVCACHE_SPACE"] == "2"
     assert "VLLM_CPU_KVCACHE_SPACE" not in server_environment(on_cpu, {"VLLM_CPU_KVCACHE_SPACE": "9"})
     assert "VLLM_CPU_KVCACHE_SPACE" not in server_environment(SERVING, {})

@@ -28,12 +28,12 @@ from preftune.stages.serving.process import answers, free_port
 
 ROOT = Path(__file__).parents[2]
 STAGES = ("sft", "reward", "ppo", "grpo")
-MISMATCH = {"bfloat16": 0.06, "float32": 1e-3}
+MISMATCH = {"bfloat16": 0.08, "float32": 1e-3}
 """Nats a token that log-probs of vLLM and of the trainer may differ by, in the mean of their absolute differences.
 
-In bfloat16 that is this model's own rounding: two of the trainer's forwards over other batches are 0.044 apart, and
-vLLM alone is 0.025 from the same weights computed in float32. In float32 all that differed would show: 9e-6 was
-measured."""
+In bfloat16 that is this model's own rounding: two of the trainer's forwards over other batches are 0.044 apart, vLLM
+alone is 0.025 from the same weights computed in float32, and a temperature of 0.7 divides both. In float32 all that
+differed would show: 9e-6 was measured."""
 AWAY = 3.0
 """Seconds for which nobody answers."""
 JUDGES = ("reward", "rubric")
