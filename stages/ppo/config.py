@@ -59,10 +59,6 @@ class OnPolicyConfig(OnPolicySettings, TrainingArguments):
         self._check_sizes()
 
     def _check_sizes(self) -> None:
-        if self.rollout_ahead and self.world_size > 1:
-            raise ValueError(
-                f"rollout_ahead is {self.rollout_ahead} in {self.world_size} processes, expected 0, or one process"
-            )
         parts = {"num_mini_batches": self.num_mini_batches, "processes": self.world_size}
         if self.samples_per_prompt() > 1:
             parts = {"num_generations": self.samples_per_prompt(), **parts}

@@ -71,8 +71,8 @@ class ServedPolicy:
 
     Attributes:
         probe: what its base and an adapter are held against ours with; None: nothing is.
-        ahead: the draw that is under way, or is over and not taken yet, of the iteration after the one that trains.
-        drawer: the adapter that speaks in it; it lies in its folder until another one draws ahead.
+        awaited: the replies of the iteration after the one that trains are being drawn, or wait to be taken.
+        drawer: the adapter that speaks in them; it lies in its folder until another one draws ahead.
         staleness, seconds: of the last replies: the optimiser's steps since their adapter was the policy, and what it
             took to draw them.
     """
@@ -93,8 +93,9 @@ class ServedPolicy:
         self.pad = pad if isinstance(pad, int) else self.ends[0]
         self.known: _Known | None = None
         self.probe: Probe | None = None
-        self.ahead: Ahead | None = None
+        self.awaited = False
         self.drawer: _Known | None = None
+        self._ahead: Ahead | None = None  # in the first process
         self.staleness, self.seconds = 0, 0.0
 
     def put(self, step: int) -> str:
@@ -134,38 +135,52 @@ class ServedPolicy:
         Args:
             step: the optimiser's, after which the policy is what it is.
         """
-        if self.ahead is not None:  # no adapter goes while it draws; what it has drawn stays
-            self.ahead.wait()
+        if self.awaited:  # no adapter goes while it draws; what it has drawn stays
+            self.these.by_first(lambda: self._draws().wait())
         began, name, draw = time.perf_counter(), self.put(step), _draw(config, self.ends)
-        parts = self.these.gathered([list(zip(prompts.ids, _seeds(seed, first, len(prompts)), strict=True))])
-        rows = [row for part in parts for row in part]
-        before = sum(map(len, parts[: self.these.rank]))
+        rows, before = self._rows(prompts, seed, first)
 
         def told(done: int) -> None:
             if on_batch is not None:
                 on_batch(done // self.these.count)
 
-        whole = self.these.by_first(
-            lambda: self.server.sample(
-                name, [ids for ids, _ in rows], [each for _, each in rows], draw, again=self._again, on_batch=told
-            )
-        )
+        whole = self.these.by_first(lambda: self._sample(name, rows, draw, told))
+        self.staleness, self.seconds = 0, time.perf_counter() - began
+        return self._own(whole, before, prompts, device)
+
+    def _rows(self, prompts: Prompts, seed: int, first: int) -> tuple[list[tuple[list[int], int]], int]:
+        """All processes' prompts with their seeds, and the place of this one's first among them."""
+        own = [(ids, seed_of(seed, "reply", first + place)) for place, ids in enumerate(prompts.ids)]
+        parts = self.these.gathered([own])
+        return [row for part in parts for row in part], sum(map(len, parts[: self.these.rank]))
+
+    def _sample(
+        self, name: str, rows: list[tuple[list[int], int]], draw: Draw, told: Callable[[int], None]
+    ) -> Generation:
+        prompts, seeds = [ids for ids, _ in rows], [seed for _, seed in rows]
+        return self.server.sample(name, prompts, seeds, draw, again=self._again, on_batch=told)
+
+    def _own(self, whole: Generation, before: int, prompts: Prompts, device: torch.device) -> Episodes:
+        """This process' part of the replies."""
         part = slice(before, before + len(prompts))
         drawn = Generation(whole.tokens[part], whole.logprobs[part], whole.finished[part])
-        self.staleness, self.seconds = 0, time.perf_counter() - began
         return make_episodes(prompts.ids, drawn, self.pad, device)
 
-    # --- one iteration ahead, where there is one process
+    # --- one iteration ahead
 
     def start(self, prompts: Prompts, config: Sampling, *, seed: int, first: int = 0) -> None:
-        """Have the adapter that the server has answer these prompts, and do not wait: `take` gets the replies."""
-        assert self.known is not None and self.ahead is None
+        """Have the adapter that the server has answer these prompts, and do not wait: `take` gets the replies.
+
+        Args:
+            the others: as of `generate`.
+        """
+        assert self.known is not None and not self.awaited
         self.rest()
-        self.drawer, draw = self.known, _draw(config, self.ends)
-        name, seeds = self.known.name, _seeds(seed, first, len(prompts))
-        self.ahead = Ahead(
-            lambda told: self.server.sample(name, prompts.ids, seeds, draw, again=self._again, on_batch=told)
-        )
+        self.drawer, self.awaited = self.known, True
+        name, draw = self.known.name, _draw(config, self.ends)
+        rows, _ = self._rows(prompts, seed, first)
+        if self.these.rank == 0:
+            self._ahead = Ahead(lambda told: self._sample(name, rows, draw, told))
 
     def take(
         self, prompts: Prompts, *, step: int, device: torch.device, on_batch: Callable[[int], None] | None = None
@@ -178,10 +193,16 @@ class ServedPolicy:
         Raises:
             UserError: what the draw has ended with. Stopped: as it is waited for.
         """
-        assert self.ahead is not None and self.drawer is not None
-        drawn = self.ahead.result(on_batch)
-        self.staleness, self.seconds, self.ahead = step - self.drawer.step, self.ahead.seconds, None
-        return make_episodes(prompts.ids, drawn, self.pad, device)
+
+        def told(done: int) -> None:
+            if on_batch is not None:
+                on_batch(done // self.these.count)
+
+        assert self.drawer is not None
+        sizes = self.these.gathered([len(prompts)])
+        whole, self.seconds = self.these.by_first(lambda: (self._draws().result(told), self._draws().seconds))
+        self.staleness, self.awaited, self._ahead = step - self.drawer.step, False, None
+        return self._own(whole, sum(sizes[: self.these.rank]), prompts, device)
 
     def rest(self) -> None:
         """Nothing is drawn ahead, and nothing that was is missing any more."""
@@ -224,16 +245,20 @@ class ServedPolicy:
 
     def stop(self) -> None:
         """End a draw that is under way, and a server that was started for this."""
+        if self._ahead is not None:
+            self._ahead.leave_off()
         if self.server.own is not None:
-            if self.ahead is not None:
-                self.ahead.leave_off()
             self.server.own.stop()
         self._leave_off()
         if self.server.own is not None:  # the draw may have started it again
             self.server.own.stop()
 
+    def _draws(self) -> Ahead:
+        assert self._ahead is not None
+        return self._ahead
+
     def _leave_off(self) -> None:
-        ahead, self.ahead = self.ahead, None
+        ahead, self._ahead, self.awaited = self._ahead, None, False
         if ahead is not None:
             ahead.leave_off()
             ahead.join()
@@ -386,10 +411,6 @@ def open_served(
     policy.probe = probe
     these.by_first(lambda: server.check_draw(_draw(config, policy.ends), prompts[0]))
     return policy
-
-
-def _seeds(seed: int, first: int, count: int) -> list[int]:
-    return [seed_of(seed, "reply", first + place) for place in range(count)]
 
 
 def _draw(config: Sampling, ends: tuple[int, ...]) -> Draw:

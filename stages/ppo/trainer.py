@@ -393,7 +393,7 @@ class OnPolicyTrainer(Resumable):
         args, served, iteration, step = self.args, self.served, self.loop.iteration, self.state.global_step
         further = self.under_way and args.rollout_ahead > 0 and iteration + 1 < args.num_rollouts(len(self.prompts))
         with self._left_off():
-            if served is None or served.ahead is None:
+            if served is None or not served.awaited:
                 given = {**self._draw_of(iteration), "device": args.device, "on_batch": self._drawn}
                 episodes = self._answer(prompts, args, **given)
             else:

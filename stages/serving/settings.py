@@ -68,8 +68,8 @@ class SampledSettings(ServerSettings):
     rollout_ahead: Annotated[int, Interval(ge=0, le=1)] = field(
         default=0,
         metadata={
-            "help": "Iterations by which the replies are drawn before their policy's last updates: 1 draws the next "
-            "rollout while this one trains."
+            "help": "Iterations by which the server is ahead: at 1 it draws the next rollout while this one trains, "
+            "by the policy that this one began with."
         },
     )
     importance_sampling_correction: bool = field(

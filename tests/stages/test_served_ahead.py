@@ -1,5 +1,6 @@
 """Rollouts that a server draws one iteration ahead: who draws what, what is weighed, and what a checkpoint keeps."""
 
+import copy
 import json
 import logging
 import os
@@ -13,7 +14,7 @@ import threading
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
-from unittest.mock import PropertyMock, patch
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from preftune.stages.distill import DistillationConfig
 from preftune.stages.grpo import GRPOConfig, GRPOTrainer
 from preftune.stages.job import CheckpointPlan, StageJob
 from preftune.stages.ppo import trainer as trainer_file
+from preftune.stages.ppo.ahead import Ahead
 from preftune.stages.ppo.config import PPOConfig
 from preftune.stages.ppo.rewards import RewardSource
 from preftune.stages.ppo.rollout import Episodes
@@ -39,6 +41,7 @@ from preftune.stopping import Stopped
 
 from .served import Faults, Served, ask_at_once
 from .test_ppo_resume import assert_same, timeless
+from .test_served import Ranks
 from .tiny_ppo import PROMPTS, TOKENIZER, Steps, letters, tiny, tiny_model, trainer
 
 WORKER = Path(__file__).with_name("served_ahead_worker.py")
@@ -190,6 +193,35 @@ def test_v18_the_thread_takes_no_random_number(tmp_path: Path, server: Served):
 
 
 @pytest.mark.checklist("V18")
+def test_v18_the_number_of_processes_changes_no_reply(tmp_path: Path, server: Served):
+    made = ahead(tmp_path, server)
+    made.served.put(0)
+    given = {"seed": 5}
+    prompts = made.prompts.take([0, 1, 2, 3])
+    made.served.start(prompts, made.args, **given)
+    whole = made.served.take(prompts, step=4, device=torch.device("cpu")).responses()
+    shared: dict[str, Any] = {"wait": threading.Barrier(2)}
+    found: dict[int, Any] = {}
+    policies = [made.served, copy.copy(made.served)]
+
+    def work(rank: int) -> None:
+        policy, part = policies[rank], made.prompts.take([0, 1, 2] if rank == 0 else [3])
+        policy.these = Ranks(rank, shared)
+        policy.start(part, made.args, first=3 * rank, **given)
+        found[rank] = policy.take(part, step=4, device=torch.device("cpu")).responses()
+        assert policy.staleness == 4 and not policy.awaited
+
+    both = [threading.Thread(target=work, args=(rank,)) for rank in (0, 1)]
+    before = len(server.completions)
+    for each in both:
+        each.start()
+    for each in both:
+        each.join(60)
+    assert found[0] + found[1] == whole
+    assert len(server.completions) == before + 4, "one process asks for all"
+
+
+@pytest.mark.checklist("V18")
 def test_v18_an_evaluation_waits_for_the_draw_and_loses_none_of_it(tmp_path: Path, tiny_base: Path):
     found = []
     for slow, options in ((0.0, {}), (0.02, {"eval_dataset": PROMPTS, "eval_strategy": "steps", "eval_steps": 4})):
@@ -325,39 +357,56 @@ def test_v18_a_server_that_is_lost_while_it_draws_ahead_stops_the_stage_where_it
 def test_v18_a_signal_ends_the_run_and_the_thread_and_it_goes_on_as_if_it_had_not(
     tmp_path: Path, tiny_base: Path, when: str
 ):
+    gate, leave_off = threading.Event(), Ahead.leave_off
+
     def train(server: Served, stop: bool = False) -> Any:
         folder = tmp_path / ("cut" if stop or (tmp_path / "cut").exists() else "whole")
         plan = Continuing("ppo", CheckpointPlan(share=None, minutes=None))
         made = ahead(folder, server, callbacks=[LogFile(folder / "log.jsonl"), plan], rollout_concurrency=1)
         found = newest(folder, "ppo", 1)
-        step, wait = made._minibatch, trainer_file.ServedPolicy.take
+        step, take = made._minibatch, made.served.take
 
         def minibatch(rollout: Any, slot: int) -> None:
             if stop and when == "it trains" and made.state.global_step == 5:
                 signal.raise_signal(signal.SIGTERM)
             step(rollout, slot)
 
-        def take(self: Any, *args: Any, **asked: Any) -> Any:
+        def taking(prompts: Any, **options: Any) -> Any:
             if stop and when == "it waits" and made.state.global_step == 8:
-                assert threads()
                 signal.raise_signal(signal.SIGTERM)
-            return wait(self, *args, **asked)
+            return take(prompts, **options)
 
-        with patch.object(made, "_minibatch", minibatch), patch.object(trainer_file.ServedPolicy, "take", take):
+        with patch.object(made, "_minibatch", minibatch), patch.object(made.served, "take", taking):
             made.train(None if found is None else str(found))
         return {name: each.detach().clone() for name, each in made.trainables.items()}
+
+    def left_off(self: Ahead) -> None:
+        leave_off(self)
+        gate.set()
 
     with Served(tiny_base) as server:
         whole = train(server)
     step = 6 if when == "it trains" else 8
     said = f"ppo: stopped by SIGTERM at step {step} of 16, with a checkpoint"
     with Served(tiny_base) as server:
-        server.faults.slow = 0.1  # much longer than four steps
-        with pytest.raises(Stopped, match=said), stopping.signals(), stopping.deferred():
+        complete = server.complete
+
+        def slowly(body: Any) -> Any:
+            if len(server.completions) > 18:  # in the middle of the third rollout
+                gate.wait(60)
+                server.faults.slow = 0.3
+            return complete(body)
+
+        with (
+            patch.object(server, "complete", slowly),
+            patch.object(Ahead, "leave_off", left_off),
+            pytest.raises(Stopped, match=said),
+            stopping.signals(),
+            stopping.deferred(),
+        ):
             train(server, stop=True)
-        heard = len(server.completions)
-        assert not threads()
-        assert heard < (18 if when == "it trains" else 20), "nothing more is asked for"
+        assert gate.is_set() and not threads()
+        assert 18 < len(server.completions) < 24, "nothing more is asked for"
     with Served(tiny_base) as server:
         assert_same(train(server), whole)
         assert drawn(server) == [{"4"}, {"8"}]
@@ -371,7 +420,7 @@ def test_v18_an_answer_that_is_refused_while_it_trains_is_refused_where_it_would
     step = made._minibatch
 
     def minibatch(rollout: Any, slot: int) -> None:
-        made.served.ahead.wait()  # it fails here, and nobody hears of it yet
+        made.served._draws().wait()  # it fails here, and nobody hears of it yet
         step(rollout, slot)
 
     def short(*_: Any) -> None:
@@ -391,7 +440,7 @@ def test_v18_an_answer_that_is_refused_while_it_trains_is_refused_where_it_would
 
 
 @pytest.mark.checklist("V18")
-def test_v18_it_needs_a_server_and_one_process_and_advantages_to_weigh(tmp_path: Path, make_job):
+def test_v18_it_needs_a_server_and_advantages_to_weigh(tmp_path: Path, make_job):
     with pytest.raises(UserError, match=r"rollout\.ahead: has no effect without engine"):
         trainer(tmp_path, rollout_ahead=1)
     found = stage_problems(make_job("ppo", method={"rollout_ahead": 1}, train={"max_steps": None}))
@@ -401,11 +450,6 @@ def test_v18_it_needs_a_server_and_one_process_and_advantages_to_weigh(tmp_path:
         PPOConfig(str(tmp_path), rollout_ahead=2, **said)
     with pytest.raises(ValueError, match="rollout_ahead is 1, expected 0: nothing in a distillation"):
         DistillationConfig(str(tmp_path), rollout_ahead=1, **said)
-    with (
-        patch.object(PPOConfig, "world_size", PropertyMock(return_value=2)),
-        pytest.raises(ValueError, match="rollout_ahead is 1 in 2 processes, expected 0, or one process"),
-    ):
-        PPOConfig(str(tmp_path), rollout_ahead=1, **said)
 
 
 def test_it_changes_what_is_learned_and_so_its_stages_key():
