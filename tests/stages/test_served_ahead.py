@@ -3,13 +3,9 @@
 import copy
 import json
 import logging
-import os
 import random
 import re
-import shutil
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Generator
 from pathlib import Path
@@ -22,7 +18,6 @@ import torch
 from preftune import stopping
 from preftune.cli.keys import counted
 from preftune.errors import Lost, UserError
-from preftune.models.base import Base
 from preftune.models.lineage import adapter_sha256
 from preftune.stages.callbacks import LogFile
 from preftune.stages.check import stage_problems
@@ -44,7 +39,6 @@ from .test_ppo_resume import assert_same, timeless
 from .test_served import Ranks
 from .tiny_ppo import PROMPTS, TOKENIZER, Steps, letters, tiny, tiny_model, trainer
 
-WORKER = Path(__file__).with_name("served_ahead_worker.py")
 FOUR: dict[str, Any] = {"total_episodes": 32, "max_new_tokens": 4}
 """Four iterations of 8 replies and 4 steps."""
 
@@ -106,6 +100,11 @@ def requests(server: Served, size: int = 8) -> list[list[tuple[int, list[int]]]]
     """Of each iteration, the seeds and prompts."""
     said = [(body["seed"], body["prompt"]) for body in server.completions]
     return [sorted(said[start : start + size]) for start in range(0, len(said), size)]
+
+
+def drawers(server: Served) -> dict[int, str]:
+    """Of each reply by its seed, the steps in its adapter's name."""
+    return {body["seed"]: body["model"].rpartition("-")[2] for body in server.completions}
 
 
 def threads() -> list[str]:
@@ -263,46 +262,35 @@ def test_v18_the_bound_on_log_probs_holds_where_the_policy_is_the_same(
 # --- where it ends in between
 
 
-def run(folder: Path, server: Served, save_steps: int, *kill: int) -> int:
-    """Exit code of a training process."""
-    command = [sys.executable, str(WORKER), str(folder), server.url, str(save_steps), *map(str, kill)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, check=False, env=environment, timeout=300).returncode
-
-
-@pytest.mark.slow
 @pytest.mark.checklist("V18")
 @pytest.mark.parametrize(
-    ("save_steps", "kill", "kept"),
+    ("save_steps", "step"),
     [
         # at an iteration's end, after an evaluation by the newest policy; the next one takes what is drawn
-        pytest.param(4, 10, "step-4", id="between"),
+        pytest.param(4, 8, id="between"),
         # between two minibatches, while the next replies are drawn
-        pytest.param(5, 7, "step-4", id="within"),
+        pytest.param(5, 5, id="within"),
     ],
 )
-def test_v18_killed_and_resumed_equals_never_killed(
-    base: Base, tmp_path: Path, save_steps: int, kill: int, kept: str
-) -> None:
-    with Served(base.path) as server:
-        assert run(tmp_path / "whole", server, save_steps) == 0
-        whole = {body["seed"]: body["model"].rpartition("-")[2] for body in server.completions}
-    with Served(base.path) as server:
-        assert run(tmp_path / "cut", server, save_steps, kill) == -signal.SIGKILL
-    found = newest(tmp_path / "cut", "worker", 1)
-    assert found is not None
-    said = json.loads((found / "ppo_ahead.json").read_text())
-    assert f"step-{said['step']}" == kept and (found / "ppo_ahead" / "adapter_model.safetensors").is_file()
-    shutil.rmtree(tmp_path / "cut" / "served")  # what the checkpoint holds is enough
-    with Served(base.path) as server:
-        assert run(tmp_path / "cut", server, save_steps) == 0
-        again = {body["seed"]: body["model"].rpartition("-")[2] for body in server.completions}
-    assert set(again) < set(whole) and again == {seed: whole[seed] for seed in again}
-    ends = [torch.load(tmp_path / name / "end.pt") for name in ("whole", "cut")]
-    assert [end.pop("from") for end in ends] == [None, found.name]
-    logs = [timeless(end.pop("logs")) for end in ends]
-    assert logs[0] == logs[1] and [log["rollout/staleness"] for log in logs[0]] == [0, 4, 4, 4]
-    assert_same(*ends)
+def test_v18_a_resumed_run_draws_with_the_policy_that_drew(tmp_path: Path, tiny_base: Path, save_steps: int, step: int):
+    options: dict[str, Any] = {
+        "save_strategy": "steps", "save_steps": save_steps, "eval_dataset": PROMPTS[:1], "eval_strategy": "steps",
+        "eval_steps": 4,
+    }  # fmt: skip
+    with Served(tiny_base) as server:
+        whole = ahead(tmp_path, server, **options)
+        logs = trained(whole)
+        by = drawers(server)
+    checkpoint = tmp_path / f"checkpoint-{step}"
+    assert json.loads((checkpoint / "ppo_ahead.json").read_text())["step"] == 4
+    assert adapter_sha256(checkpoint / "ppo_ahead") != adapter_sha256(checkpoint)
+    with Served(tiny_base) as server:
+        again = ahead(tmp_path, server, **options)
+        resumed = trained(again, resume_from_checkpoint=str(checkpoint))
+        found = drawers(server)
+    assert found == {seed: by[seed] for seed in found} and len(found) == 2 * 8 + 1, "two rollouts, and what is held out"
+    assert timeless(resumed) == timeless(logs)[-len(resumed) :]
+    assert_same(*[{name: each.detach() for name, each in made.trainables.items()} for made in (whole, again)])
 
 
 @pytest.mark.checklist("V18")
