@@ -1,6 +1,7 @@
 """Rollouts that a server draws one iteration ahead: who draws what, what is weighed, and what a checkpoint keeps."""
 
 import copy
+import dataclasses
 import json
 import logging
 import random
@@ -222,23 +223,33 @@ def test_v18_the_number_of_processes_changes_no_reply(tmp_path: Path, server: Se
 
 @pytest.mark.checklist("V18")
 def test_v18_an_evaluation_waits_for_the_draw_and_loses_none_of_it(tmp_path: Path, tiny_base: Path):
-    found = []
-    for slow, options in ((0.0, {}), (0.02, {"eval_dataset": PROMPTS, "eval_strategy": "steps", "eval_steps": 4})):
-        with Served(tiny_base) as server:
-            made = ahead(tmp_path / str(slow), server, **options)
-            server.faults.slow = slow
+    with Served(tiny_base) as server:
+        plain = ahead(tmp_path / "plain", server)
+        plain.train()
+        by = drawers(server)
+    options: dict[str, Any] = {"eval_dataset": PROMPTS, "eval_strategy": "steps", "eval_steps": 4}
+    gate = threading.Event()
+    with Served(tiny_base) as server:
+        made = ahead(tmp_path / "evaluated", server, rollout_concurrency=1, **options)
+        evaluate, complete = made.evaluate, server.complete
+
+        def slowly(body: Any) -> Any:
+            if len(server.completions) > 8:  # the second rollout is still drawn when the first evaluation begins
+                gate.wait(60)
+            return complete(body)
+
+        def evaluating(*args: Any, **given: Any) -> Any:
+            threading.Timer(0.5, gate.set).start()
+            return evaluate(*args, **given)
+
+        with patch.object(server, "complete", slowly), patch.object(made, "evaluate", evaluating):
             made.train()
-            assert made.served.server.restarts == 0
-            evaluated = {body["seed"] for body in server.completions[-4:]} if options else set()
-            rows = [body for body in server.completions if body["seed"] not in evaluated]
-            loads = [path for path, _ in server.heard if path.endswith("/load_lora_adapter")]
-            by = [body["model"].rpartition("-")[2] for body in rows]
-            found.append(([set(by[start : start + 8]) for start in range(0, 32, 8)], len(rows)))
-            assert len(loads) == (5 if options else 3)
-            weights = {name: each.detach().clone() for name, each in made.trainables.items()}
-            found[-1] += (weights,)
-    assert found[0][:2] == found[1][:2] == ([{"0"}, {"0"}, {"4"}, {"8"}], 32)
-    assert_same(found[0][2], found[1][2])
+        found = drawers(server)
+        loads = [body["lora_name"] for path, body in server.heard if path.endswith("/load_lora_adapter")]
+    assert made.served.server.restarts == 0
+    assert [name.rpartition("-")[2] for name in loads] == ["0", "4", "8", "12", "16"]
+    assert {seed: found[seed] for seed in by} == by and len(found) == 32 + 4
+    assert_same(*[{name: each.detach() for name, each in one.trainables.items()} for one in (plain, made)])
 
 
 # --- what is bounded
@@ -436,6 +447,9 @@ def test_v18_it_needs_a_server_and_advantages_to_weigh(tmp_path: Path, make_job)
     said: dict[str, Any] = {"rollout_engine": "vllm", "rollout_url": "http://x", "use_cpu": True, "report_to": "none"}
     with pytest.raises(ValueError, match="rollout_ahead is 2, expected 0 to 1"):
         PPOConfig(str(tmp_path), rollout_ahead=2, **said)
+    method = {"rollout_ahead": 1, "rollout_engine": "vllm", "rollout_url": "http://x"}
+    student = dataclasses.replace(make_job("ppo", "student", method=method, train={"max_steps": None}), kind="distill")
+    assert any(each.where == "stages.student.rollout.ahead" for each in stage_problems(student))
     with pytest.raises(ValueError, match="rollout_ahead is 1, expected 0: nothing in a distillation"):
         DistillationConfig(str(tmp_path), rollout_ahead=1, **said)
 
