@@ -21,6 +21,8 @@ from typing import Any
 NUMBERS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
 _DEFAULTS = (signal.SIG_DFL, signal.default_int_handler)
+_here = threading.local()
+"""Of a thread: what tells it alone to leave its work off (`told_by`)."""
 _FOLLOWS = 2.0
 """Seconds after a signal to all processes within which the launcher's word is there."""
 
@@ -68,8 +70,10 @@ def poll() -> None:
     """For loops that may be part of such work.
 
     Raises:
-        Stopped: this process was asked to stop, within `interruptible`.
+        Stopped: this process was asked to stop, within `interruptible`; or this thread was, within `told_by`.
     """
+    if (told := getattr(_here, "told", None)) is not None and told.is_set():
+        raise Stopped(requested() or signal.SIGTERM)
     if _Asked.interruptible and (number := requested()) is not None:
         raise Stopped(number)
 
@@ -84,6 +88,16 @@ def interruptible() -> Generator[None]:
         poll()
     finally:
         _Asked.interruptible = before
+
+
+@contextmanager
+def told_by(told: threading.Event) -> Generator[None]:
+    """Work of a thread of its own that is left off at a `poll` once the event is set."""
+    _here.told = told
+    try:
+        yield
+    finally:
+        _here.told = None
 
 
 @contextmanager

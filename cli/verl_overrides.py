@@ -226,6 +226,7 @@ def _of_method(args: "PPOConfig", job: "StageJob", reward_stage: bool) -> dict[s
         f"target_approx_kl {args.target_approx_kl}: every epoch runs": args.target_approx_kl is not None,
         f"max_ratio {args.max_ratio}: no minibatch is skipped": args.max_ratio is not None,
         "mismatch_tolerance: verl does not stop where sampler and trainer differ": True,
+        f"rollout.ahead: {args.rollout_ahead}: verl draws each rollout with the policy of then": args.rollout_ahead > 0,
         f"keep_every {args.keep_every}: see trainer.save_freq": args.keep_every is not None,
         f"on_nonfinite: skip({job.nonfinite_skips})": job.nonfinite_skips > 0,
         "what is drawn and sampled: the seed is handed on, the draws are others": True,

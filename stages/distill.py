@@ -53,6 +53,13 @@ class DistillationConfig(DistillSettings, OnPolicyConfig):
     epochs_field = None
     names = DISTILLATION
 
+    def _check_method(self) -> None:
+        if self.rollout_ahead:
+            raise ValueError(
+                f"rollout_ahead is {self.rollout_ahead}, expected 0: nothing in a distillation makes up for replies of "
+                "an older student"
+            )
+
     @property
     def kl_in_reward(self) -> bool:
         return False

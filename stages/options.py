@@ -127,7 +127,8 @@ def refusals_in_words(job: StageJob) -> Generator[None]:
 
 def _blamed(job: StageJob, said: str) -> str:
     """The key that a library's message is about, by its name or its value in it; empty where that is unclear."""
-    places = {**{f".{key}": key for key in job.method}, **{f".train.{key}": key for key in job.train}}
+    grouped = {name: f"{group}.{key}" for group, keys in job.record.groups.items() for key, name in keys.items()}
+    places = {f".{grouped.get(key, key)}": key for key in job.method} | {f".train.{key}": key for key in job.train}
     values = {**job.method, **job.train}
     # the one that comes first: a message begins with what is wrong, and goes on with what it must fit
     found = {place: where.start() for place, key in places.items() if (where := re.search(rf"\b{key}\b", said))}

@@ -23,6 +23,7 @@ ROOMS = ("data", "models", "stages", "eval", "recipes", "cli", "api", "benchmark
 SEVERAL_PROCESSES = (
     *("test_ppo_distributed.py", "test_ppo_resume.py", "test_group_processes.py", "test_reward_processes.py"),
     "test_distill_processes.py",
+    "test_served_ahead_killed.py",
 )
 
 
@@ -154,7 +155,7 @@ MUTATIONS = [
     ),
     Mutation(
         "P21", "all processes sample from one stream", "stages/ppo/trainer.py",
-        "first=args.process_index * args.local_rollout_size(),", "first=0,",
+        "first = self.args.process_index * self.args.local_rollout_size()", "first = 0",
     ),
     Mutation(
         "P22", "the reference mean is not subtracted", "stages/ppo/rewards.py",
@@ -900,7 +901,7 @@ MUTATIONS += [
     ),
     Mutation(
         "V1", "the adapter that is replaced stays", "stages/ppo/served.py",
-        "            self.server.unload(old.name)\n", "",
+        "            self.server.unload(self.known.name)\n", "",
     ),
     Mutation(
         "V1", "a name says nothing of the content", "stages/ppo/served.py", "-{digest[:8]}-step-", "-step-",
@@ -1049,6 +1050,37 @@ MUTATIONS += [
     Mutation(
         "V17", "the base samples for the parent", "stages/sample/stage.py",
         "policies.sample(self.job.parent, *asked", "policies.sample(None, *asked",
+    ),
+    Mutation(
+        "V18", "what was drawn ahead is drawn again, by the newest policy", "stages/ppo/trainer.py",
+        "            if served is None or not served.awaited:\n", "            if True:\n",
+    ),
+    Mutation(
+        "V18", "the replies are two iterations old", "stages/ppo/trainer.py",
+        "                served.put(step)\n", "                pass\n",
+    ),
+    Mutation(
+        "V18", "the prompts of this iteration are drawn ahead once more", "stages/ppo/trainer.py",
+        "served.start(self._prompts_at(iteration + 1)", "served.start(self._prompts_at(iteration)",
+    ),
+    Mutation(
+        "V18", "a resumed run draws with the policy as it is", "stages/ppo/trainer.py",
+        "            found = served.restore(Path(checkpoint))", "            found = False",
+    ),
+    Mutation(
+        "V18", "a checkpoint keeps the policy that the server has, not the one that draws", "stages/ppo/served.py",
+        "shutil.copytree(self.drawer.folder, checkpoint", "shutil.copytree(self.known.folder, checkpoint",
+    ),
+    Mutation(
+        "V18", "an adapter goes while it draws", "stages/ppo/served.py",
+        "        if self.awaited:", "        if False:",
+    ),
+    Mutation(
+        "V18", "a draw goes on after its run", "stages/ppo/ahead.py", "        self._thread.join()\n", "        pass\n",
+    ),
+    Mutation(
+        "V18", "an older policy's replies are held to the bound", "stages/ppo/trainer.py",
+        "(asked is not None or not metrics.get(STALENESS))", "True",
     ),
 ]  # fmt: skip
 

@@ -5,22 +5,8 @@ import runpy
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-COUNTS = {
-    "P": 25,
-    "R": 7,
-    "D": 9,
-    "E": 6,
-    "S": 3,
-    "G": 19,
-    "W": 17,
-    "K": 11,
-    "T": 10,
-    "Q": 6,
-    "F": 4,
-    "L": 8,
-    "B": 7,
-    "V": 17,
-}
+COUNTS = {"P": 25, "R": 7, "D": 9, "E": 6, "S": 3, "G": 19, "W": 17, "K": 11, "T": 10, "Q": 6}
+COUNTS |= {"F": 4, "L": 8, "B": 7, "V": 18}
 ROWS = {f"{letter}{n}" for letter, count in COUNTS.items() for n in range(1, count + 1)}
 
 

@@ -13,6 +13,7 @@ from ...models.base import Base
 from ...models.lineage import adapter_sha256, read_lineage, tokenizer_info
 from ...models.lora import WEIGHTS, read_tensors
 from ...models.quiet import quiet_transformers
+from ...stages.ppo.off_policy import STALENESS
 from ...stages.ppo.update import sampler_tolerance
 from ..spec import BASE
 from .finding import Finding
@@ -106,11 +107,7 @@ def _ppo(record: Record, left_out: list[str]) -> Iterator[Finding]:
         yield check_ppo_start(name, kls[0], lengths[0], start=record.start(), low_precision=low)
     else:
         left_out.append(f"{name}, first step: its log does not begin at the first iteration")
-    means, sampler_kls = series(record.log, "rollout/logprob_mismatch_mean", "rollout/sampler_kl")
-    if means:
-        asked = record.setting("mismatch_tolerance", None)
-        tolerance = sampler_tolerance(asked, low_precision=record.low_precision())
-        yield check_sampler(name, means, sampler_kls, tolerance)
+    yield from _sampler(record)
     (entropies,) = series(record.log, "rollout/entropy_per_token")
     if len(lengths) < TREND_ITERATIONS or len(entropies) < TREND_ITERATIONS:
         left_out.append(f"{name}, trends of KL and entropy: {len(lengths)} iterations, fewer than {TREND_ITERATIONS}")
@@ -123,6 +120,19 @@ def _ppo(record: Record, left_out: list[str]) -> Iterator[Finding]:
     ):
         yield check_divergence(name, losses)
     yield check_entropy_trend(name, entropies)
+
+
+def _sampler(record: Record) -> Iterator[Finding]:
+    """The sampler's log-probs against the trainer's, where both are to be the same policy's."""
+    keys = ("rollout/logprob_mismatch_mean", "rollout/sampler_kl")
+    means, kls = series(record.log, *keys)
+    asked, served = record.setting("mismatch_tolerance", None), record.setting("rollout_engine", None)
+    if asked is None and record.setting("rollout_ahead", 0):
+        means, kls, ages = series(record.log, *keys, STALENESS)
+        means, kls = ([x for x, age in zip(each, ages, strict=True) if not age] for each in (means, kls))
+    if means:
+        low = record.low_precision() or served is not None
+        yield check_sampler(record.name, means, kls, sampler_tolerance(asked, low_precision=low))
 
 
 def _tokenizers(record: Record, tokenizer: Any, left_out: list[str]) -> Iterator[Finding]:

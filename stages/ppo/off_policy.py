@@ -4,6 +4,10 @@ A token's weight multiplies its advantage. Every loss here has one factor of the
 weights are never below 0, so that is the same as weighing the terms of the loss: for a method of a user's own as well.
 The KL in a loss and the value are not weighed, as in TRL.
 
+Of replies that are drawn ahead, by an older policy, the same weight makes up for the updates since as well: it is the
+policy of this iteration's start over who drew, and the loss's own ratio goes on from that policy (Hilton et al. 2022,
+"Batch size-invariance for policy optimization", arXiv 2110.00641: proximal and behaviour policy apart).
+
 Legend of shape suffixes: B episodes of this process, R response positions, X response positions or 1.
 """
 
@@ -15,12 +19,16 @@ from ..losses import sampling_weights
 from ..serving.settings import SampledSettings
 from .rollout import Reduce, Rollout
 
+STALENESS = "rollout/staleness"
+"""Logged of replies that are drawn ahead: the optimiser's steps since who drew them was the policy."""
+
 
 def corrected(rollout: Rollout, settings: SampledSettings, reduce: Reduce) -> tuple[Rollout, dict[str, float]]:
     """The rollout of a server with its advantages weighed, and what is logged: over all processes, by TRL's names.
 
     Args:
-        rollout: with the old policy's log-probs, by the training forward; the server's are the sampler's.
+        rollout: with the log-probs of the policy of the iteration's start, by the training forward; those of who drew
+            are the sampler's.
     """
     if not settings.importance_sampling_correction:
         return rollout, {}

@@ -8,8 +8,10 @@ Legend of shape suffixes: B rows, R response positions.
 """
 
 import hashlib
+import json
 import logging
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ...errors import UserError
-from ...files import ADAPTER_CONFIG, whole_folder
+from ...files import ADAPTER_CONFIG, whole_folder, write_whole
 from ...models.adapters import DEFAULT, AdapterSet
 from ...models.generate import Generation
 from ...models.loading import resolve_base
@@ -31,6 +33,7 @@ from ..serving.kinds import check_kind
 from ..serving.own import own_server, rank_of
 from ..serving.place import Place
 from ..serving.server import RolloutServer
+from .ahead import Ahead
 from .network import Trunk
 from .rollout import Episodes, Prompts, Sampling, make_episodes, seed_of
 
@@ -41,6 +44,8 @@ BASE_TOLERANCE = 0.15
 (SmolLM2-135M, vLLM 0.32): 0.044 for the same base, 0.08 for one in 8 bits, 0.63 for one in 4."""
 SERVED = "served"
 """In a stage's folder while it trains: the adapter that a server has."""
+DRAWS, DRAWS_WEIGHTS = "ppo_ahead.json", "ppo_ahead"
+"""In a checkpoint: what is known of the adapter that draws ahead, and the adapter."""
 _PROBED, _TOKENS = 8, 64
 """On so many rows of at most so many tokens they are compared."""
 _WITHIN = 0.5
@@ -49,11 +54,12 @@ _WITHIN = 0.5
 
 @dataclass(frozen=True)
 class _Known:
-    """An adapter that the server has: its name there, where it lies, the hash of its content."""
+    """An adapter that the server has: its name there, where it lies, the hash of its content, the optimiser's step."""
 
     name: str
     folder: Path
     digest: str
+    step: int
 
 
 class ServedPolicy:
@@ -65,6 +71,10 @@ class ServedPolicy:
 
     Attributes:
         probe: what its base and an adapter are held against ours with; None: nothing is.
+        awaited: the replies of the iteration after the one that trains are being drawn, or wait to be taken.
+        drawer: the adapter that speaks in them; it lies in its folder until another one draws ahead.
+        staleness, seconds: of the last replies: the optimiser's steps since their adapter was the policy, and what it
+            took to draw them.
     """
 
     def __init__(
@@ -83,9 +93,13 @@ class ServedPolicy:
         self.pad = pad if isinstance(pad, int) else self.ends[0]
         self.known: _Known | None = None
         self.probe: Probe | None = None
+        self.awaited = False
+        self.drawer: _Known | None = None
+        self._ahead: Ahead | None = None  # in the first process
+        self.staleness, self.seconds = 0, 0.0
 
     def put(self, step: int) -> str:
-        """Have the server speak as the policy does now; the adapter that it had goes.
+        """Have the server speak as the policy does now; the adapter that it had goes. Nothing is being drawn.
 
         Args:
             step: the optimiser's, for the adapter's name.
@@ -94,14 +108,15 @@ class ServedPolicy:
             The adapter's name on the server.
         """
         digest = self.adapters.digest(DEFAULT)
-        if self.known is None and self.server.own is not None:
-            self.these.by_first(self.server.own.revive)
         if self.known is None or self.known.digest != digest:
-            self.these.by_first(lambda: self._replace(step, digest))
-            name = self._name(step, digest)
-            self.known = _Known(name, self.folder / name, digest)
+            new = self._named(step, digest)
+            self._exchange(new, lambda folder: self.adapters.save(DEFAULT, folder))
             if self.probe is not None and not self.probe.seen:
-                self.probe.look_at(self.server, name, self.these)
+                self.probe.look_at(self.server, new.name, self.these)
+            # until here the older one is still what a checkpoint would keep
+            old, self.known = self.known, new
+            self._forget(old)
+        assert self.known is not None
         return self.known.name
 
     def generate(
@@ -120,28 +135,103 @@ class ServedPolicy:
         Args:
             step: the optimiser's, after which the policy is what it is.
         """
-        name, draw = self.put(step), _draw(config, self.ends)
-        own = [(ids, seed_of(seed, "reply", first + place)) for place, ids in enumerate(prompts.ids)]
-        parts = self.these.gathered([own])
-        rows = [row for part in parts for row in part]
-        before = sum(map(len, parts[: self.these.rank]))
+        if self.awaited:  # no adapter goes while it draws; what it has drawn stays
+            self.these.by_first(lambda: self._draws().wait())
+        began, name, draw = time.perf_counter(), self.put(step), _draw(config, self.ends)
+        rows, before = self._rows(prompts, seed, first)
 
         def told(done: int) -> None:
             if on_batch is not None:
                 on_batch(done // self.these.count)
 
-        whole = self.these.by_first(
-            lambda: self.server.sample(
-                name, [ids for ids, _ in rows], [each for _, each in rows], draw, again=self._again, on_batch=told
-            )
-        )
-        part = slice(before, before + len(own))
+        whole = self.these.by_first(lambda: self._sample(name, rows, draw, told))
+        self.staleness, self.seconds = 0, time.perf_counter() - began
+        return self._own(whole, before, prompts, device)
+
+    def _rows(self, prompts: Prompts, seed: int, first: int) -> tuple[list[tuple[list[int], int]], int]:
+        """All processes' prompts with their seeds, and the place of this one's first among them."""
+        own = [(ids, seed_of(seed, "reply", first + place)) for place, ids in enumerate(prompts.ids)]
+        parts = self.these.gathered([own])
+        return [row for part in parts for row in part], sum(map(len, parts[: self.these.rank]))
+
+    def _sample(
+        self, name: str, rows: list[tuple[list[int], int]], draw: Draw, told: Callable[[int], None]
+    ) -> Generation:
+        prompts, seeds = [ids for ids, _ in rows], [seed for _, seed in rows]
+        return self.server.sample(name, prompts, seeds, draw, again=self._again, on_batch=told)
+
+    def _own(self, whole: Generation, before: int, prompts: Prompts, device: torch.device) -> Episodes:
+        """This process' part of the replies."""
+        part = slice(before, before + len(prompts))
         drawn = Generation(whole.tokens[part], whole.logprobs[part], whole.finished[part])
         return make_episodes(prompts.ids, drawn, self.pad, device)
 
+    # --- one iteration ahead
+
+    def start(self, prompts: Prompts, config: Sampling, *, seed: int, first: int = 0) -> None:
+        """Have the adapter that the server has answer these prompts, and do not wait: `take` gets the replies.
+
+        Args:
+            the others: as of `generate`.
+        """
+        assert self.known is not None and not self.awaited
+        self.rest()
+        self.drawer, self.awaited = self.known, True
+        name, draw = self.known.name, _draw(config, self.ends)
+        rows, _ = self._rows(prompts, seed, first)
+        if self.these.rank == 0:
+            self._ahead = Ahead(lambda told: self._sample(name, rows, draw, told))
+
+    def take(
+        self, prompts: Prompts, *, step: int, device: torch.device, on_batch: Callable[[int], None] | None = None
+    ) -> Episodes:
+        """What was drawn ahead, once it is there.
+
+        Args:
+            prompts: those that it was asked for. step: the optimiser's now.
+
+        Raises:
+            UserError: what the draw has ended with. Stopped: as it is waited for.
+        """
+
+        def told(done: int) -> None:
+            if on_batch is not None:
+                on_batch(done // self.these.count)
+
+        assert self.drawer is not None
+        sizes = self.these.gathered([len(prompts)])
+        whole, self.seconds = self.these.by_first(lambda: (self._draws().result(told), self._draws().seconds))
+        self.staleness, self.awaited, self._ahead = step - self.drawer.step, False, None
+        return self._own(whole, sum(sizes[: self.these.rank]), prompts, device)
+
+    def rest(self) -> None:
+        """Nothing is drawn ahead, and nothing that was is missing any more."""
+        drawer, self.drawer = self.drawer, None
+        self._forget(drawer)
+
+    def keep(self, checkpoint: Path) -> None:
+        """Write the adapter that draws ahead into a checkpoint, where there is one."""
+        if self.drawer is None or self.these.rank != 0:
+            return
+        shutil.copytree(self.drawer.folder, checkpoint / DRAWS_WEIGHTS)
+        write_whole(checkpoint / DRAWS, json.dumps({"step": self.drawer.step, "digest": self.drawer.digest}))
+
+    def restore(self, checkpoint: Path) -> bool:
+        """Have the server speak as the adapter that `keep` wrote; False: the checkpoint has none."""
+        if not (checkpoint / DRAWS).is_file():
+            return False
+        said = json.loads((checkpoint / DRAWS).read_text(encoding="utf-8"))
+        self.drawer = new = self._named(said["step"], said["digest"])
+        self._exchange(new, lambda folder: shutil.copytree(checkpoint / DRAWS_WEIGHTS, folder, dirs_exist_ok=True))
+        old, self.known = self.known, new
+        self._forget(old)
+        return True
+
     def close(self) -> None:
         """Take the adapter off the server, and its folder away."""
+        self._leave_off()
         known, self.known = self.known, None
+        self.rest()
         if self.these.rank == 0 and known is not None:
             try:
                 self.server.unload(known.name)
@@ -154,27 +244,50 @@ class ServedPolicy:
         self.stop()
 
     def stop(self) -> None:
-        """End a server that was started for this."""
+        """End a draw that is under way, and a server that was started for this."""
+        if self._ahead is not None:
+            self._ahead.leave_off()
         if self.server.own is not None:
             self.server.own.stop()
+        self._leave_off()
+        if self.server.own is not None:  # the draw may have started it again
+            self.server.own.stop()
 
-    def _name(self, step: int, digest: str) -> str:
-        return f"preftune-{self.run}-{digest[:8]}-step-{step}"
+    def _draws(self) -> Ahead:
+        assert self._ahead is not None
+        return self._ahead
 
-    def _replace(self, step: int, digest: str) -> None:
-        """In the first process: write the adapter, and exchange it for the one that the server has."""
-        name = self._name(step, digest)
+    def _leave_off(self) -> None:
+        ahead, self._ahead, self.awaited = self._ahead, None, False
+        if ahead is not None:
+            ahead.leave_off()
+            ahead.join()
+
+    def _named(self, step: int, digest: str) -> _Known:
+        name = f"preftune-{self.run}-{digest[:8]}-step-{step}"
+        return _Known(name, self.folder / name, digest, step)
+
+    def _exchange(self, new: _Known, write: Callable[[Path], object]) -> None:
+        """Have the first process write an adapter, and exchange it for the one that the server has."""
+        if self.known is None and self.server.own is not None:
+            self.these.by_first(self.server.own.revive)
+        self.these.by_first(lambda: self._replace(new, write))
+
+    def _replace(self, new: _Known, write: Callable[[Path], object]) -> None:
         if self.known is None:
-            self._forget_others(name)
+            self._forget_others(new.name)
         self.folder.mkdir(parents=True, exist_ok=True)
-        with whole_folder(self.folder / name, lambda there: (there / ADAPTER_CONFIG).is_file()) as beside:
-            self.adapters.save(DEFAULT, beside)
-        old, self.known = self.known, _Known(name, self.folder / name, digest)
-        if old is not None:
+        with whole_folder(new.folder, lambda there: (there / ADAPTER_CONFIG).is_file()) as beside:
+            write(beside)
+        if self.known is not None:
             # first, as a server has room for few: one more might push it out by itself
-            self.server.unload(old.name)
-            shutil.rmtree(old.folder, ignore_errors=True)
-        self._load()
+            self.server.unload(self.known.name)
+        self.server.load(new.name, new.folder)
+
+    def _forget(self, adapter: _Known | None) -> None:
+        """Remove an adapter's folder, unless it is still needed."""
+        if adapter is not None and self.these.rank == 0 and adapter not in (self.known, self.drawer):
+            shutil.rmtree(adapter.folder, ignore_errors=True)
 
     def _forget_others(self, name: str) -> None:
         """What this run left before it was cut off, here and on the server."""
@@ -188,9 +301,6 @@ class ServedPolicy:
         """What a server that was gone is held against, and given, before it is asked again."""
         if self.probe is not None:
             self.probe.base_is_ours(self.server)
-        self._load()
-
-    def _load(self) -> None:
         assert self.known is not None
         self.server.load(self.known.name, self.known.folder)
 

@@ -69,7 +69,7 @@ from .files import (
 )
 from .method import PPO, Forwards, Method, value_start
 from .network import Trunk, add_reference
-from .off_policy import corrected
+from .off_policy import STALENESS, corrected
 from .opening import open_policy, reward_sources
 from .reply_scores import ScoreRules
 from .rewards import Responses, RewardFunc, RewardSource, RunningScale, Scorer, Scoring, build_scorers
@@ -110,13 +110,14 @@ class Fresh:
     """What is logged of a fresh rollout of this process besides itself: B replies of at most R tokens.
 
     texts: of the replies. non_score_BR: the KL's part of the rewards, a token each. seconds: by what they went to.
-    weights: of what a server drew.
+    drawing: seconds in which the replies were drawn. weights: of what a server drew.
     """
 
     prompts: Prompts
     texts: list[str]
     non_score_BR: torch.Tensor
     seconds: dict[str, float]
+    drawing: float
     weights: dict[str, float]
 
 
@@ -294,6 +295,7 @@ class OnPolicyTrainer(Resumable):
             self.evaluate()
         self.under_way = True
         try:
+            self._take_up_draw(kwargs.get("resume_from_checkpoint"))
             while loop.iteration < iterations and not self.control.should_training_stop:
                 self._iteration()
             if self.served is not None:
@@ -343,11 +345,7 @@ class OnPolicyTrainer(Resumable):
         began = time.perf_counter()
 
         # 1. Prompts: this process' slice of the iteration's part of the stream.
-        local = args.local_rollout_size()
-        start = loop.iteration * args.rollout_batch_size + args.process_index * local
-        group = self.method.samples_per_prompt
-        rows = stream_rows(len(self.prompts), args.seed, start // group, local // group)
-        prompts = self.prompts.take([row for row in rows for _ in range(group)])
+        prompts = self._prompts_at(loop.iteration)
 
         # 2. Generate.
         episodes = self._respond(prompts)
@@ -374,8 +372,11 @@ class OnPolicyTrainer(Resumable):
             rollout, weights = corrected(rollout, args, self.reduce)
 
         times = {"rollout": generated - began, "score": scored - generated, "forward": time.perf_counter() - scored}
+        drawing = times["rollout"]
+        if self.served is not None and args.rollout_ahead:
+            drawing, weights[STALENESS] = self.served.seconds, float(self.served.staleness)
         loop.totals, loop.slot, loop.stopped, loop.log_due, loop.eval_due = {}, 0, False, False, False
-        fresh = Fresh(prompts, texts, non_score_BR, times, weights)
+        fresh = Fresh(prompts, texts, non_score_BR, times, drawing, weights)
         if later:
             self.fresh = fresh
         else:
@@ -389,16 +390,51 @@ class OnPolicyTrainer(Resumable):
     def _respond(self, prompts: Prompts) -> Episodes:
         """A response to each prompt of this process. The seed names the iteration, and a row's place in it its stream,
         whichever process draws it."""
-        args = self.args
+        args, served, iteration, step = self.args, self.served, self.loop.iteration, self.state.global_step
+        further = self.under_way and args.rollout_ahead > 0 and iteration + 1 < args.num_rollouts(len(self.prompts))
         with self._left_off():
-            return self._answer(
-                prompts,
-                args,
-                seed=seed_of(args.seed, "rollout", self.loop.iteration, 0),
-                first=args.process_index * args.local_rollout_size(),
-                device=args.device,
-                on_batch=self._drawn,
-            )
+            if served is None or not served.awaited:
+                given = {**self._draw_of(iteration), "device": args.device, "on_batch": self._drawn}
+                episodes = self._answer(prompts, args, **given)
+            else:
+                episodes = served.take(prompts, step=step, device=args.device, on_batch=self._drawn)
+            if served is not None and further:
+                served.put(step)
+        # not before nothing can be left off any more: from here on a checkpoint keeps who draws the next replies
+        if served is not None and further:
+            served.start(self._prompts_at(iteration + 1), args, **self._draw_of(iteration + 1))
+        elif served is not None:
+            served.rest()
+        return episodes
+
+    def _prompts_at(self, iteration: int) -> Prompts:
+        """This process' prompts of an iteration."""
+        args, group = self.args, self.method.samples_per_prompt
+        local = args.local_rollout_size()
+        start = iteration * args.rollout_batch_size + args.process_index * local
+        rows = stream_rows(len(self.prompts), args.seed, start // group, local // group)
+        return self.prompts.take([row for row in rows for _ in range(group)])
+
+    def _draw_of(self, iteration: int) -> dict[str, int]:
+        """Which random streams its replies are drawn from."""
+        first = self.args.process_index * self.args.local_rollout_size()
+        return {"seed": seed_of(self.args.seed, "rollout", iteration, 0), "first": first}
+
+    def _take_up_draw(self, checkpoint: str | None) -> None:
+        """Have the replies drawn again that were drawn ahead when a checkpoint was written, by who drew them."""
+        args, served, iteration = self.args, self.served, self.loop.iteration + (self.rollout is not None)
+        if served is None:
+            return
+        served.rest()
+        if checkpoint is None or not args.rollout_ahead or not 0 < iteration < args.num_rollouts(len(self.prompts)):
+            return
+        with self._left_off():
+            found = served.restore(Path(checkpoint))
+        if found:
+            served.start(self._prompts_at(iteration), args, **self._draw_of(iteration))
+            return
+        said = "%s does not say which policy draws ahead: the replies of iteration %d are drawn by the policy as it is"
+        logger.warning(said, checkpoint, iteration)
 
     def _answer(self, prompts: Prompts, config: OnPolicyConfig, **asked: Any) -> Episodes:
         """A response to each prompt: by this process, or by a server. See `rollout.generate`."""
@@ -427,7 +463,7 @@ class OnPolicyTrainer(Resumable):
         read = self.reduce(rollout.episodes.start_B.sum().double(), "sum")
         self.state.num_input_tokens_seen += round(float(read) + tokens)
         metrics["num_tokens"] = float(self.state.num_input_tokens_seen)
-        metrics["rollout/tokens_per_second"] = tokens / fresh.seconds["rollout"]
+        metrics["rollout/tokens_per_second"] = tokens / fresh.drawing
         metrics |= {f"time/{name}": spent for name, spent in fresh.seconds.items()}
         for name in (*(() if self.scoring.scorers else SCORED), *(() if self.speaks() else SAMPLED)):
             metrics.pop(name, None)
@@ -436,7 +472,8 @@ class OnPolicyTrainer(Resumable):
         self.tokens += tokens
         # a server computes in 16 bits, whatever the training does
         asked, low = args.mismatch_tolerance, self._tolerance() != FULL_TOLERANCE or self.served is not None
-        if self.speaks():
+        # of an older policy the differences are its updates, which are for who trains to bound
+        if self.speaks() and (asked is not None or not metrics.get(STALENESS)):
             check_sampler(metrics, loop.iteration, sampler_tolerance(asked, low_precision=low))
         if loop.iteration == 0 and self.own_reference:
             check_reference(rollout, self._tolerance())
@@ -758,6 +795,8 @@ class OnPolicyTrainer(Resumable):
 
     def save_more(self, checkpoint: Path) -> None:
         save_tensors(checkpoint, self.trainables, self.rollout, self.args.process_index)
+        if self.served is not None:
+            self.served.keep(checkpoint)
         if self.args.should_save:
             self.loop.running = self.scoring.running.state()
             save_state(checkpoint, self.loop)

@@ -59,7 +59,8 @@ def place_of(settings: PlaceSettings | Mapping[str, Any], where: str, *, key_nee
     found = {key: said(name, _DEFAULTS[name]) for key, name in SERVER_GROUP.items()}
     engine = found["engine"]
     if engine is None:
-        other = next((key for key, name in SERVER_GROUP.items() if found[key] != _DEFAULTS[name]), None)
+        idle = (key for key, name in SERVER_GROUP.items() if found[key] != _DEFAULTS[name])
+        other = next(idle, "ahead" if said("rollout_ahead", 0) else None)
         if other is not None:
             raise UserError(f"{where}.{other}", "has no effect without engine", "write engine: vllm, or leave it out")
         return None

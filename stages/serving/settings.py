@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Interval
 
 EngineName = Literal["vllm", "sglang"]
 
@@ -61,9 +61,17 @@ class ServerSettings(PlaceSettings):
 class SampledSettings(ServerSettings):
     """The same, where something is learned from the replies: what makes up for log-probs that are not the trainer's.
 
-    Names, defaults and meanings are those of TRL's GRPOConfig (1.16), there with `vllm_` before them.
+    Names, defaults and meanings of the others than `rollout_ahead` are those of TRL's GRPOConfig (1.16), there with
+    `vllm_` before them.
     """
 
+    rollout_ahead: Annotated[int, Interval(ge=0, le=1)] = field(
+        default=0,
+        metadata={
+            "help": "Iterations by which the server is ahead: at 1 it draws the next rollout while this one trains, "
+            "by the policy that this one began with."
+        },
+    )
     importance_sampling_correction: bool = field(
         default=True, metadata={"help": "Weigh what a server drew by pi / its own probability."}
     )
@@ -96,7 +104,9 @@ PLACE_GROUP: Mapping[str, str] = MappingProxyType(
 SERVER_GROUP: Mapping[str, str] = MappingProxyType({**PLACE_GROUP, "folder": "rollout_folder"})
 """The same of a policy that changes."""
 
-ROLLOUT_GROUP: Mapping[str, str] = MappingProxyType({**SERVER_GROUP, **{name: name for name in CORRECTIONS}})
+ROLLOUT_GROUP: Mapping[str, str] = MappingProxyType(
+    {**SERVER_GROUP, "ahead": "rollout_ahead", **{name: name for name in CORRECTIONS}}
+)
 """The same of a method that learns from the replies."""
 
 IDLE = frozenset(set(SERVER_GROUP.values()) - {"rollout_engine"})

@@ -148,3 +148,20 @@ def test_a_student_that_leaves_its_teacher(losses: list[float], expected: str) -
     left_out: list[str] = []
     found = {each.check: level(each) for each in log_findings(record("distill", log), left_out)}
     assert found["divergence"] == expected and not any("KL" in each for each in left_out)
+
+
+@pytest.mark.checklist("V18")
+@pytest.mark.parametrize(
+    ("asked", "said", "measured"),
+    [({}, "OK", 0.02), ({"mismatch_tolerance": 0.1}, "broken", 0.5), ({"rollout_ahead": 0}, "broken", 0.5)],
+)
+def test_v18_the_doctor_bounds_the_replies_of_the_policy_that_trains(asked, said, measured):
+    """Those that were drawn ahead differ by the updates since; a server computes in 16 bits."""
+    rows = [
+        {"rollout/logprob_mismatch_mean": gap, "rollout/sampler_kl": gap / 9, "rollout/staleness": age,
+         "rollout/length": 5.0, "episode": 64.0 * (place + 1)}
+        for place, (gap, age) in enumerate([(0.02, 0.0), (0.5, 4.0), (0.4, 4.0)])
+    ]  # fmt: skip
+    made = record("ppo", rows, method={"rollout_engine": "vllm", "rollout_ahead": 1} | asked)
+    (found,) = [each for each in log_findings(made, []) if each.check == "ppo sampler"]
+    assert (level(found), found.measured) == (said, measured)

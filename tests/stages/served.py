@@ -67,7 +67,6 @@ class Served:
     port: int = 0
     done: int = 0
     deaths: int = 0
-    dead: bool = False
 
     def __enter__(self) -> "Served":
         self.start()
@@ -88,7 +87,7 @@ class Served:
 
     def start(self) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32).eval()
-        self.adapters, self.dead = {}, False
+        self.adapters = {}
         ThreadingHTTPServer.allow_reuse_address = True
         self.http = ThreadingHTTPServer(("127.0.0.1", self.port), _handler(self))
         self.http.daemon_threads = True
@@ -101,7 +100,7 @@ class Served:
 
     def die(self) -> None:
         """Go away, and come back without adapters where that is asked for."""
-        self.deaths, self.dead, self.faults.dies_after = self.deaths + 1, True, None
+        self.deaths, self.faults.dies_after = self.deaths + 1, None
         back = self.faults.back
 
         def go() -> None:
@@ -226,6 +225,8 @@ def error(status: int, message: str, kind: str) -> tuple[int, Any]:
 
 
 def _handler(server: Served) -> type[BaseHTTPRequestHandler]:
+    deaths = server.deaths  # who was asked before it died does not answer once it is back
+
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             if self.path == "/health":
@@ -240,8 +241,10 @@ def _handler(server: Served) -> type[BaseHTTPRequestHandler]:
                 paths |= {"/v1/load_lora_adapter": server.load, "/v1/unload_lora_adapter": server.unload}
             with server.lock:
                 server.heard.append((self.path, body))
-                found = paths[self.path](body) if self.path in paths else (404, {"detail": "Not Found"})
-                found = None if server.dead else found
+                found = None
+                if server.deaths == deaths:
+                    found = paths[self.path](body) if self.path in paths else (404, {"detail": "Not Found"})
+                found = found if server.deaths == deaths else None
             if found is not None:
                 self.answer(found)
 

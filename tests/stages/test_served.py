@@ -111,7 +111,7 @@ def test_v01_the_name_that_an_adapter_has_is_anothers(tmp_path: Path, server: Se
     made = served(tmp_path, server)
     made.adapters.save("default", tmp_path / "other")
     server.load(
-        {"lora_name": made.served._name(0, made.adapters.digest("default")), "lora_path": str(tmp_path / "other")}
+        {"lora_name": made.served._named(0, made.adapters.digest("default")).name, "lora_path": str(tmp_path / "other")}
     )
     with pytest.raises(UserError, match=r"says that preftune-.* is .*/other, expected"):
         made.served.put(0)
