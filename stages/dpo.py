@@ -53,17 +53,17 @@ def build_dpo(job: StageJob) -> PolicyStage[DPOStageTrainer]:
     args = stage_config(DPOConfig, job, held_out=data.held is not None, max_length=job.data.max_length, **NO_AUX)
     settle_checkpointing(job, args, data.train)
     # 2. the base, the adapter that trains, its frozen copy as the reference
-    adapters = open_policy(job, tokenizer)
-    settle_dropout(job, args, adapters.model, reference=True)
+    policy = open_policy(job, tokenizer)
+    settle_dropout(job, args, policy.model, reference=True)
     say_own_batches(job.name, args, [each for each in args.loss_type if each in _OF_A_BATCH])
     with refusals_in_words(job):
         trainer = DPOStageTrainer(
-            model=adapters.model,
-            ref_model=reference_of(job, adapters, tokenizer),
+            model=policy.model,
+            ref_model=reference_of(job, policy, tokenizer),
             args=args,
             train_dataset=data.train,
             eval_dataset=data.held,
             processing_class=tokenizer,
             callbacks=stage_callbacks(job),
         )
-    return PolicyStage(trainer, adapters, tokenizer, data)
+    return PolicyStage(trainer, policy, tokenizer, data)

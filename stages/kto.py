@@ -169,16 +169,16 @@ def build_kto(job: StageJob) -> PolicyStage[KTOStageTrainer]:
         if held_rows is not None:
             held_rows = with_kl_completions(held_rows.shuffle(seed=job.seed), len(held_rows))
     # 2. the base, the adapter that trains, its frozen copy as the reference
-    adapters = open_policy(job, tokenizer)
-    settle_dropout(job, args, adapters.model, reference=True)
+    policy = open_policy(job, tokenizer)
+    settle_dropout(job, args, policy.model, reference=True)
     with refusals_in_words(job):
         trainer = KTOStageTrainer(
-            model=adapters.model,
-            ref_model=reference_of(job, adapters, tokenizer),
+            model=policy.model,
+            ref_model=reference_of(job, policy, tokenizer),
             args=args,
             train_dataset=train_rows,
             eval_dataset=held_rows,
             processing_class=tokenizer,
             callbacks=stage_callbacks(job),
         )
-    return PolicyStage(trainer, adapters, tokenizer, data)
+    return PolicyStage(trainer, policy, tokenizer, data)

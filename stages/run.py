@@ -106,9 +106,15 @@ class PolicyStage(Generic[TrainerT]):
     """A stage that trains the adapter `default` on the causal base, or all of the base, ready for its first step."""
 
     trainer: TrainerT
-    adapters: AdapterSet | WholeModel
+    policy: AdapterSet | WholeModel
     tokenizer: PreTrainedTokenizerBase
     data: "StageData"
+
+    @property
+    def adapters(self) -> AdapterSet:
+        """The policy of a stage that trains an adapter."""
+        assert isinstance(self.policy, AdapterSet)
+        return self.policy
 
 
 def train_policy(job: StageJob, stage: PolicyStage[TrainerT]) -> dict[str, Any]:
@@ -116,8 +122,8 @@ def train_policy(job: StageJob, stage: PolicyStage[TrainerT]) -> dict[str, Any]:
     if isinstance(stage.trainer, StageTrainer):
         stage.trainer.came_from(job, stage.data.train, stage.data.origins)
     metrics = train(stage.trainer, len(stage.data.train))
-    stage.adapters.save("default", job.output_dir, write=stage.trainer.is_world_process_zero(), done=True)
-    args, backbone = stage.trainer.args, stage.adapters.backbone
+    stage.policy.save("default", job.output_dir, write=stage.trainer.is_world_process_zero(), done=True)
+    args, backbone = stage.trainer.args, stage.policy.backbone
     return finish(job, stage.tokenizer, stage.data, args, metrics, backbone=backbone)
 
 

@@ -45,14 +45,14 @@ def build_sft(job: StageJob) -> PolicyStage[SFTStageTrainer]:
     args = stage_config(SFTConfig, job, held_out=data.held is not None, max_length=job.data.max_length, **NO_AUX)
     settle_checkpointing(job, args, data.train)
     # 2. the base with the adapter that trains
-    adapters = open_policy(job, tokenizer)
+    policy = open_policy(job, tokenizer)
     with refusals_in_words(job):
         trainer = SFTStageTrainer(
-            model=adapters.model,
+            model=policy.model,
             args=args,
             train_dataset=data.train,
             eval_dataset=data.held,
             processing_class=tokenizer,
             callbacks=stage_callbacks(job),
         )
-    return PolicyStage(trainer, adapters, tokenizer, data)
+    return PolicyStage(trainer, policy, tokenizer, data)
