@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ...errors import UserError
-from ...files import ADAPTER_CONFIG, whole_folder, write_whole
+from ...files import ADAPTER_CONFIG, to_disk, whole_folder, write_whole
 from ...models.adapters import DEFAULT, AdapterSet
 from ...models.generate import Generation
 from ...models.loading import resolve_base
@@ -96,6 +96,7 @@ class ServedPolicy:
         self.awaited = False
         self.drawer: _Known | None = None
         self._ahead: Ahead | None = None  # in the first process
+        self._asked: list[list[int]] = []  # this process' prompts of it
         self.staleness, self.seconds = 0, 0.0
 
     def put(self, step: int) -> str:
@@ -176,7 +177,7 @@ class ServedPolicy:
         """
         assert self.known is not None and not self.awaited
         self.rest()
-        self.drawer, self.awaited = self.known, True
+        self.drawer, self.awaited, self._asked = self.known, True, prompts.ids
         name, draw = self.known.name, _draw(config, self.ends)
         rows, _ = self._rows(prompts, seed, first)
         if self.these.rank == 0:
@@ -192,7 +193,10 @@ class ServedPolicy:
 
         Raises:
             UserError: what the draw has ended with. Stopped: as it is waited for.
+            RuntimeError: other prompts were asked for: a method of one's own passed an iteration by.
         """
+        if prompts.ids != self._asked:
+            raise RuntimeError("the replies that were drawn ahead are to other prompts than this iteration's")
 
         def told(done: int) -> None:
             if on_batch is not None:
@@ -214,6 +218,7 @@ class ServedPolicy:
         if self.drawer is None or self.these.rank != 0:
             return
         shutil.copytree(self.drawer.folder, checkpoint / DRAWS_WEIGHTS)
+        to_disk(checkpoint / DRAWS_WEIGHTS)
         write_whole(checkpoint / DRAWS, json.dumps({"step": self.drawer.step, "digest": self.drawer.digest}))
 
     def restore(self, checkpoint: Path) -> bool:

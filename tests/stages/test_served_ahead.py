@@ -187,6 +187,8 @@ def test_v18_the_thread_takes_no_random_number(tmp_path: Path, server: Served):
     made.served.put(0)
     states = torch.get_rng_state(), random.getstate()
     made.served.start(made._prompts_at(1), made.args, **made._draw_of(1))
+    with pytest.raises(RuntimeError, match="are to other prompts than this iteration's"):
+        made.served.take(made._prompts_at(0).take([0]), step=4, device=torch.device("cpu"))
     replies = made.served.take(made._prompts_at(1), step=4, device=torch.device("cpu"))
     assert len(replies) == 8 and made.served.staleness == 4
     assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
