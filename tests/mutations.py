@@ -901,7 +901,7 @@ MUTATIONS += [
     ),
     Mutation(
         "V1", "the adapter that is replaced stays", "stages/ppo/served.py",
-        "            self.server.unload(self.known.name)\n", "",
+        "            self.server.unload(self.known.name)\n", "            pass\n",
     ),
     Mutation(
         "V1", "a name says nothing of the content", "stages/ppo/served.py", "-{digest[:8]}-step-", "-step-",
