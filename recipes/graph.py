@@ -427,10 +427,8 @@ def _eval_problems(recipe: Recipe, text: Text) -> Iterator[UserError]:
             said = f"{policy!r} is no policy{'' if stage is None else what[stage.record.produces]}"
             remedy = nearest(policy, known)
             if stage is not None and stage.full:
-                said, remedy = (
-                    said + _OF_ITS_OWN,
-                    f"evaluate it as the base of another recipe: model.base: RUN/{policy}",
-                )
+                said += _OF_ITS_OWN
+                remedy = f"evaluate it as the base of another recipe: model.base: RUN/{policy}"
             yield problem(text, ("eval", "policies", index), said, remedy)
     if part.reference not in (*part.policies, BASE) and part.policies and not unknown:
         said = f"{part.reference!r} is not among the policies"

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,11 @@ def test_a_name_becomes_a_config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         check_launch(config, ["ppo"])
         assert (processes_of(config), is_sharded(config)) == (2, sharded)
         assert yaml.safe_load(config.read_text())["use_cpu"] is not torch.cuda.is_available()
+    for name, refused in (("ddp", False), ("fsdp2", True)):
+        config = launch_config(name, 2)
+        assert config is not None
+        with pytest.raises(UserError, match="sft cannot run") if refused else nullcontext():
+            check_launch(config, full=["sft"])
     assert launch_config(None, None) is None and launch_config("some.yaml", None) == Path("some.yaml")
 
 

@@ -110,6 +110,12 @@ def test_bad_options_are_exit_code_2(capsys, recipe: Path):
     assert_refused(preftune(capsys, "report", recipe.parent / "none"), "no such folder")
     assert_refused(preftune(capsys, "eval", "kl", recipe.parent), "no recipe.yaml")
     assert_refused(preftune(capsys, "merge", recipe.parent, recipe.parent / "out"), "holds no adapter")
+    whole = recipe.parent / "whole"
+    whole.mkdir()
+    for name in ("lineage.json", "config.json"):
+        (whole / name).write_text("{}")
+    assert_refused(preftune(capsys, "merge", whole, recipe.parent / "out"), "holds a whole model", "model.base")
+    assert_refused(preftune(capsys, "dpo", recipe, "--from-adapter", whole), "--from-adapter", "holds a whole model")
 
 
 def test_anything_else_is_exit_code_1(capsys, monkeypatch):

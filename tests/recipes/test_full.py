@@ -1,6 +1,5 @@
 """What a recipe says of a stage that trains all weights (`full: true`), and what is refused before anything trains."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +20,10 @@ stages:
 """
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    demos = [{"prompt": f"{i}?", "completion": str(i)} for i in range(12)]
-    pairs = [{"prompt": f"{i}?", "chosen": str(i), "rejected": "no"} for i in range(12)]
-    for name, rows in (("demos", demos), ("pairs", pairs)):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return tmp_path
-
-
-def recipe(folder: Path, stages: str, more: str = "", **values: Any) -> Any:
+def recipe(tmp_path: Path, stages: str, more: str = "", **values: Any) -> Any:
     text = RECIPE + "".join(f"  {line}\n" for line in stages.splitlines()) + more
-    (folder / "t.yaml").write_text(text)
-    return load_recipe(folder / "t.yaml", [f"{name.replace('__', '.')}={value}" for name, value in values.items()])
+    (tmp_path / "t.yaml").write_text(text)
+    return load_recipe(tmp_path / "t.yaml", [f"{name.replace('__', '.')}={value}" for name, value in values.items()])
 
 
 REFUSED = {
@@ -79,26 +69,26 @@ REFUSED = {
 
 @pytest.mark.checklist("F4")
 @pytest.mark.parametrize("case", REFUSED)
-def test_f04_what_cannot_be_done_beside_adapters_is_refused(folder: Path, case: str) -> None:
+def test_f04_what_cannot_be_done_beside_adapters_is_refused(tmp_path: Path, case: str) -> None:
     stages, more, said = REFUSED[case]
     with pytest.raises(UserError, match=said):
-        recipe(folder, stages, more)
+        recipe(tmp_path, stages, more)
 
 
 @pytest.mark.checklist("F4")
-def test_f04_packed_weights_do_not_train(folder: Path) -> None:
+def test_f04_packed_weights_do_not_train(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"packed by model\.quantization"):
-        recipe(folder, "sft: {full: true, data: demos}", model__quantization="4bit")
+        recipe(tmp_path, "sft: {full: true, data: demos}", model__quantization="4bit")
 
 
-def test_it_is_a_policy_of_no_run(folder: Path) -> None:
-    found = recipe(folder, "sft: {full: true, data: demos}\nreward: {full: true, data: pairs, from: base}")
+def test_it_is_a_policy_of_no_run(tmp_path: Path) -> None:
+    found = recipe(tmp_path, "sft: {full: true, data: demos}\nreward: {full: true, data: pairs, from: base}")
     assert policies(found) == [] and reward_models(found) == [] and unused_stages(found) == []
 
 
 @pytest.mark.parametrize(("kind", "rate"), [("sft", 2e-5), ("reward", 1e-5), ("dpo", 1e-6), ("kto", 1e-6)])
-def test_its_learning_rate_is_that_of_all_weights(folder: Path, kind: str, rate: float) -> None:
+def test_its_learning_rate_is_that_of_all_weights(tmp_path: Path, kind: str, rate: float) -> None:
     data = "demos" if kind == "sft" else "pairs"
     for full in (True, False):
-        found = recipe(folder, f"s: {{kind: {kind}, full: {str(full).lower()}, data: {data}, from: base}}")
+        found = recipe(tmp_path, f"s: {{kind: {kind}, full: {str(full).lower()}, data: {data}, from: base}}")
         assert (found.stages["s"].record.defaults["learning_rate"] == rate) == full

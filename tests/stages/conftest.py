@@ -1,7 +1,7 @@
 """Tiny jobs for every kind of stage: a random Llama, a handful of rows."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,9 @@ from preftune.models.lora import LoraSpec
 from preftune.models.tokens import load_tokenizer
 from preftune.stages.job import StageJob
 from preftune.stages.run import run_stage
+
+from .served import Served
+from .tiny_ppo import tiny_model
 
 WORDS = ("red", "green", "blue", "black", "white", "brown")
 
@@ -114,3 +117,18 @@ def sft_on(base: Base, folder: Path) -> Path:
     )
     run_stage(job)
     return job.output_dir
+
+
+@pytest.fixture(scope="module")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model of `tiny_ppo.py` as a folder, for a server."""
+    folder = tmp_path_factory.mktemp("base")
+    tiny_model().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def server(tiny_base: Path) -> Generator[Served]:
+    """A stand-in server of vLLM's that has it."""
+    with Served(tiny_base) as made:
+        yield made

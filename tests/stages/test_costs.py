@@ -10,6 +10,7 @@ from transformers import LlamaConfig, PreTrainedConfig
 from preftune.data.spec import DataSpec, SourceSpec
 from preftune.models.base import Base
 from preftune.models.cards import room
+from preftune.models.cost import sizes
 from preftune.models.lora import LoraSpec
 from preftune.models.tiny import SHAPES, RandomSpec
 from preftune.recipes.build import stage_job
@@ -189,6 +190,21 @@ def test_what_ppo_holds_by_phase(tmp_path: Path):
     served = cost("ppo", tmp_path, SMALL, rows, method={**method, "rollout_engine": "vllm", "rollout_url": "http://x"})
     assert "rollout" not in served.phases and "merged weights" not in served.phases["update"]
     assert 0 < (served.flops or 0) < (found.flops or 0)
+
+
+def test_what_a_whole_model_holds(tmp_path: Path):
+    rows = AssumedRows(64, 32, "demo")
+    whole, adapter = (cost("sft", tmp_path, SMALL, rows, full=full) for full in (True, False))
+    step, count = whole.phases["training step"], sizes(SMALL, LoraSpec(), "float32").parameters
+    assert whole.trained == count > adapter.trained
+    # fp32 whatever the run computes in: weights, AdamW's two moments, and before a step all gradients beside them
+    assert (step["weights"], step["optimiser"]) == (4 * count, 8 * count)
+    assert step.total() >= (4 + 8 + 4) * count
+    assert "adapters" not in step and "reference" not in step
+    assert (whole.flops or 0) > 1.2 * (adapter.flops or 0) and whole.disk == 2 * count + 2 * (4 + 8) * count
+    pairs = AssumedRows(64, 32, "pair")
+    refers = cost("dpo", tmp_path, SMALL, pairs, full=True).phases["training step"]
+    assert refers["reference"] == refers["weights"] == 4 * count
 
 
 def test_a_paged_optimiser_is_the_machines_memory_where_there_is_a_gpu(tmp_path: Path):

@@ -6,7 +6,6 @@ import json
 import math
 import re
 import threading
-from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -43,20 +42,6 @@ MISMATCH = "rollout/logprob_mismatch_mean"
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     ask_at_once(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model as a folder."""
-    folder = tmp_path_factory.mktemp("base")
-    tiny_model().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def server(tiny_base: Path) -> Generator[Served]:
-    with Served(tiny_base) as made:
-        yield made
 
 
 def served(folder: Path, server: Served, **options: Any) -> Any:

@@ -8,7 +8,6 @@ import random
 import re
 import signal
 import threading
-from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -38,7 +37,7 @@ from preftune.stopping import Stopped
 from .served import Faults, Served, ask_at_once
 from .test_ppo_resume import assert_same, timeless
 from .test_served import Ranks
-from .tiny_ppo import PROMPTS, TOKENIZER, Steps, letters, tiny, tiny_model, trainer
+from .tiny_ppo import PROMPTS, TOKENIZER, Steps, letters, tiny, trainer
 
 FOUR: dict[str, Any] = {"total_episodes": 32, "max_new_tokens": 4}
 """Four iterations of 8 replies and 4 steps."""
@@ -47,20 +46,6 @@ FOUR: dict[str, Any] = {"total_episodes": 32, "max_new_tokens": 4}
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     ask_at_once(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model as a folder."""
-    folder = tmp_path_factory.mktemp("base")
-    tiny_model().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def server(tiny_base: Path) -> Generator[Served]:
-    with Served(tiny_base) as made:
-        yield made
 
 
 def asked(server: Served, ahead: int = 1, **options: Any) -> dict[str, Any]:
